@@ -1,0 +1,100 @@
+"""Samplers (floor 1): noise by seed, and the walk from noise to data.
+
+Noise comes from one counter-based generator an image, so that a seed is the same picture in every
+batch and on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from fewstep.flow import fill, mix, to_x0
+from fewstep.types import Array, Cond, UserError, Velocity
+
+OnStep = Callable[[int, float, Array], None]
+"""``on_step(index, t_next, x0_estimate)``: called after each step with the predicted clean latents."""
+
+
+class Step(Protocol):
+    """One move of a walk."""
+
+    def __call__(self, x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
+        """``x [B, ...]`` and its velocity at ``t`` -> ``x [B, ...]`` at ``t_next``, in step ``index`` (from 0)."""
+        ...
+
+
+def noise(seed: int, shape: Sequence[int], stream: int = 0) -> np.ndarray:
+    """Standard normal noise of one image, float32 of ``shape`` (``C, H, W``).
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        shape: shape of the image's latents.
+        stream: independent noise of the same seed; 0 is the one that a walk starts from.
+
+    Raises:
+        UserError: the seed is out of its range.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed must lie between 0 and 2**64 - 1, not {seed}")
+    rng = np.random.Generator(np.random.Philox(key=seed + (stream << 64)))
+    return rng.standard_normal(tuple(shape), dtype=np.float32)
+
+
+def noises(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> np.ndarray:
+    """The noise of several images, float32 ``[B, C, H, W]``; row ``i`` depends on ``seeds[i]`` alone."""
+    return np.stack([noise(seed, shape, stream) for seed in seeds])
+
+
+def euler(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
+    """The deterministic step ``x + (t_next - t) v``."""
+    return x + (t_next - t) * v
+
+
+def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Step:
+    """The stochastic step: estimate ``x_0``, then mix it with fresh noise at ``t_next``.
+
+    This is multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1) on the rectified flow.
+
+    Args:
+        seeds: one seed an image; the noise is a function of (seed, step) alone.
+        lift: numpy float32 array -> the array kind of the walk (``Model.lift``).
+    """
+
+    def step(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
+        fresh = lift(noises(seeds, x.shape[1:], stream=index + 1))
+        return mix(to_x0(x, v, t), fresh, t_next)
+
+    return step
+
+
+def walk(
+    velocity: Velocity,
+    x: Array,
+    grid: Sequence[float],
+    cond: Cond,
+    step: Step = euler,
+    on_step: OnStep | None = None,
+) -> Array:
+    """Walk ``x`` down the grid.
+
+    Args:
+        velocity: the net.
+        x: ``[B, C, H, W]`` at time ``grid[0]``; float32, also for a net of half precision.
+        grid: descending times (``times.grid``); one time alone is a walk of no step.
+        cond: conditions of the ``B`` samples.
+        step: how one step moves.
+        on_step: sees the predicted clean latents after each step (a preview).
+
+    Returns:
+        ``x`` at ``grid[-1]``, ``[B, C, H, W]``.
+    """
+    for index, (t, t_next) in enumerate(pairwise(grid)):
+        v = velocity(x, fill(t, x), cond)
+        if on_step is not None:
+            on_step(index, t_next, to_x0(x, v, t))
+        x = step(x, v, t, t_next, index)
+    return x
