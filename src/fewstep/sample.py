@@ -23,7 +23,7 @@ class Step(Protocol):
     """One move of a walk."""
 
     def __call__(self, x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
-        """``x [B, ...]`` and its velocity at ``t`` -> ``x [B, ...]`` at ``t_next``, in step ``index`` (from 0)."""
+        """``x [B, ...]`` and its velocity at ``t`` -> ``x`` at ``t_next``; ``index`` counts from 0."""
         ...
 
 
