@@ -1,0 +1,1 @@
+"""Generation without PyTorch (floor 2): the bundle format, onnxruntime sessions, the tokenizer."""

@@ -1,0 +1,184 @@
+"""The bundle: a folder that holds all that generation needs, described by its ``bundle.json``.
+
+========================  ==============================================================================
+``text.onnx``             ``tokens`` int64 ``[B, L]`` -> ``context [B, L, D]``, ``pooled [B, P]``
+``transformer.onnx``      ``x [B, C, H, W]``, ``t [B]`` in [0, 1], ``context``, ``pooled`` -> velocity
+``decoder.onnx``          ``latents [B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]
+``encoder.onnx``          images ``[B, 3, h, w]`` in [-1, 1] -> latents; may be absent
+``tokenizer.json``        the ``tokenizers`` library's own format, truncation and padding to ``L`` set
+``bundle.json``           name, licence, shapes, time shift, steps, and the size and hash of each file
+========================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.types import UserError
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+NEEDED = ("text.onnx", "transformer.onnx", "decoder.onnx", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file of a bundle must be: its length in bytes and its SHA-256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's description.
+
+    Attributes:
+        folder: where it lies.
+        name: the model's name.
+        family: its architecture, such as ``sd3``.
+        license: its licence.
+        latent: latent shape ``(C, H, W)``.
+        downscale: pixels per latent cell along a side.
+        shift: time shift of the sampling grid.
+        steps: default number of steps.
+        guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        length: tokens of a prompt, ``L``.
+        about: free facts; ``styles`` lists the style words that the model knows.
+        files: name -> what that file must be.
+        digest: SHA-256 of ``bundle.json``, which names every other hash: the bundle's identity.
+    """
+
+    folder: Path
+    name: str
+    family: str
+    license: str
+    latent: tuple[int, int, int]
+    downscale: int
+    shift: float
+    steps: int
+    guidance: float | None
+    length: int
+    about: Mapping[str, Any]
+    files: Mapping[str, Stamp]
+    digest: str
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The style words that the model knows."""
+        return tuple(str(style) for style in self.about.get("styles", ()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that the description lists."""
+        return sum(stamp.bytes for stamp in self.files.values())
+
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle lies.
+
+        Raises:
+            UserError: the bundle does not list that file.
+        """
+        if name not in self.files:
+            raise UserError(f"model {self.name} has no {name}")
+        return self.folder / name
+
+    def verify(self) -> None:
+        """Hash every file.
+
+        Raises:
+            UserError: a file is not the one that was described.
+        """
+        for name, stamp in self.files.items():
+            if _sha256(self.folder / name) != stamp.sha256:
+                raise UserError(f"{self.folder / name} is damaged (wrong SHA-256): fetch the model again")
+
+
+def read(folder: str | Path) -> Bundle:
+    """Read ``bundle.json`` and check that every file is there at its full length.
+
+    Raises:
+        UserError: no bundle, an unknown format, an incomplete description, a missing or cut file.
+    """
+    folder = Path(folder)
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise UserError(f"{folder} is not a model bundle: it has no readable {MANIFEST}") from None
+    try:
+        facts: Any = json.loads(data)
+    except ValueError:
+        raise UserError(f"{folder / MANIFEST} is damaged (not JSON): fetch the model again") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        found = facts.get("format") if isinstance(facts, dict) else None
+        raise UserError(f"{folder} has bundle format {found}; this fewstep reads format {FORMAT}: upgrade one")
+    try:
+        bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} is incomplete or damaged (at {error})") from None
+    _check_files(bundle)
+    return bundle
+
+
+def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
+    """Turn a folder of graphs into a bundle: stamp its files and write ``bundle.json``.
+
+    Args:
+        folder: holds the graphs and the tokenizer already, and nothing that does not ship.
+        facts: the fields of ``bundle.json`` but ``format`` and ``files``.
+
+    Raises:
+        UserError: as :func:`read`, which reads the result back.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
+    text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=2, ensure_ascii=False)
+    fresh = folder / f".{MANIFEST}.part"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    os.replace(fresh, folder / MANIFEST)
+    return read(folder)
+
+
+def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
+    latent, guidance = facts["latent"], facts["guidance"]
+    return Bundle(
+        folder=folder,
+        name=str(facts["name"]),
+        family=str(facts["family"]),
+        license=str(facts["license"]),
+        latent=(int(latent["channels"]), int(latent["height"]), int(latent["width"])),
+        downscale=int(latent["downscale"]),
+        shift=float(facts["shift"]),
+        steps=int(facts["steps"]),
+        guidance=None if guidance is None else float(guidance),
+        length=int(facts["text"]["length"]),
+        about=dict(facts.get("about", {})),
+        files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},
+        digest=digest,
+    )
+
+
+def _check_files(bundle: Bundle) -> None:
+    for name in NEEDED:
+        bundle.path(name)
+    for name, stamp in bundle.files.items():
+        if Path(name).name != name:  # a bundle from elsewhere must not reach out of its folder
+            raise UserError(f"{bundle.folder / MANIFEST} names a file outside its folder: {name!r}")
+        path = bundle.folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: fetch the model again")
+        size = path.stat().st_size
+        if size != stamp.bytes:
+            raise UserError(f"{path} has {size} bytes instead of {stamp.bytes}: fetch the model again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""A bundle as a :class:`fewstep.types.Model`: text encoders, net and autoencoder as ONNX graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fewstep.runtime.bundle import Bundle
+from fewstep.runtime.graph import Graph, cores
+from fewstep.runtime.tokens import Tokens
+from fewstep.types import Array, Cond, Model
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text encoders."""
+
+    tokens: Tokens
+    graph: Graph
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
+        context, pooled = self.graph(tokens=self.tokens(prompts))
+        return Cond(context, pooled)
+
+
+@dataclass(frozen=True)
+class Net:
+    """The transformer: a velocity."""
+
+    graph: Graph
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` -> velocity ``[B, C, H, W]``, float32."""
+        feeds = {"x": x_t, "t": t, "context": cond.context, "pooled": cond.pooled}
+        (v,) = self.graph(**{name: np.asarray(array, np.float32) for name, array in feeds.items()})
+        return v
+
+
+class Autoencoder:
+    """The codec; its encoder is loaded when it is first used."""
+
+    def __init__(self, bundle: Bundle, decoder: Graph) -> None:
+        self._bundle = bundle
+        self._decoder = decoder
+        self._encoder: Graph | None = None
+
+    def encode(self, images: Array) -> Array:
+        """Images ``[B, 3, h, w]`` in [-1, 1] -> latents ``[B, C, H, W]``.
+
+        Raises:
+            UserError: the bundle has no encoder.
+        """
+        if self._encoder is None:
+            self._encoder = Graph(self._bundle.path("encoder.onnx"), self._decoder.threads)
+        return self._encoder(images=np.asarray(images, np.float32))[0]
+
+    def decode(self, latents: Array) -> Array:
+        """Latents ``[B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]."""
+        return self._decoder(latents=np.asarray(latents, np.float32))[0]
+
+
+def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
+    """Load a bundle for generation.
+
+    The three sessions that every picture needs are made in the background while this function hashes
+    the files, so a damaged file is found here and costs no time.
+
+    Args:
+        bundle: what ``bundle.read`` gave.
+        threads: threads inside one operator; all cores when ``None``.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    threads = threads or cores()
+    # The largest first: it takes longest.
+    net, text, decoder = (
+        Graph(bundle.path(f"{name}.onnx"), threads).start() for name in ("transformer", "text", "decoder")
+    )
+    tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
+    bundle.verify()
+    return Model(
+        name=bundle.name,
+        velocity=Net(net),
+        text=Text(tokens, text),
+        codec=Autoencoder(bundle, decoder),
+        latent=bundle.latent,
+        downscale=bundle.downscale,
+        shift=bundle.shift,
+        steps=bundle.steps,
+        guidance=bundle.guidance,
+    )

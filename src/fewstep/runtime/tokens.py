@@ -1,0 +1,91 @@
+"""Prompts to token numbers, and what to say of prompts that do not fit."""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fewstep.types import UserError
+
+
+class PromptWarning(UserWarning):
+    """A part of a prompt was left out."""
+
+
+class Tokens:
+    """The tokenizer of a bundle.
+
+    Args:
+        path: its ``tokenizer.json``, truncation and padding to ``length`` set in it.
+        length: tokens of a prompt, ``L``.
+
+    Raises:
+        UserError: the file is no tokenizer.
+    """
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.length = length
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path} cannot be loaded as a tokenizer: {error}") from None
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token numbers, int64 ``[B, L]``. What is left out is said in a :class:`PromptWarning`.
+
+        Raises:
+            UserError: nothing of a prompt can be read.
+        """
+        rows = [self._tokenizer.encode(spell(prompt)) for prompt in prompts]
+        for row in rows:
+            if row.overflowing:
+                kept, *cut = [part.special_tokens_mask.count(0) for part in (row, *row.overflowing)]
+                _warn(f"the prompt is too long: {kept} of {kept + sum(cut)} tokens were kept")
+        tokens = np.array([row.ids for row in rows], np.int64)
+        if tokens.shape != (len(prompts), self.length):
+            raise UserError(f"the tokenizer gives {tokens.shape[-1]} tokens a prompt, not {self.length}")
+        return tokens
+
+
+def spell(prompt: str) -> str:
+    """Write a prompt in letters that an English tokenizer knows.
+
+    A pictograph becomes its Unicode name (an apple emoji becomes "red apple"), which is what a person
+    who types one means; accented Latin letters stay; other scripts are left out with a warning.
+
+    Raises:
+        UserError: nothing is left of the prompt.
+    """
+    if prompt.isascii():
+        return prompt
+    spelled = [_spell(sign) for sign in prompt]
+    foreign = "".join(sign for sign, text in zip(prompt, spelled, strict=True) if text is None)
+    text = " ".join("".join(text or "" for text in spelled).split())
+    if foreign:
+        if not any(sign.isalnum() for sign in text):
+            raise UserError(f"the model knows English only, and the prompt has none: {prompt[:60]!r}")
+        _warn(f"the model knows English only: {foreign[:40]!r} was left out of the prompt")
+    return text
+
+
+def _spell(sign: str) -> str | None:
+    """One sign as text; ``""`` where it only joins or tints others, ``None`` where it is foreign."""
+    if sign.isascii():
+        return sign
+    kind = unicodedata.category(sign)
+    if kind == "So":
+        return f" {unicodedata.name(sign, '').lower()} "
+    if kind in ("Sk", "Mn", "Me", "Cf"):  # skin tones, accents set apart, variation selectors, joiners
+        return sign if kind == "Mn" and not 0xFE00 <= ord(sign) <= 0xFE0F else ""
+    if kind[0] in "PZ" or unicodedata.normalize("NFKD", sign)[0].isascii():
+        return sign
+    return None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PromptWarning, stacklevel=2)
