@@ -36,7 +36,7 @@ def strength_grid(steps: int, strength: float, shift: float = 3.0) -> list[float
     Raises:
         UserError: a value out of its range.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if steps < 1:
         raise UserError(f"steps must be a whole number of at least 1, not {steps}")
     if not 0 <= strength <= 1:
         raise UserError(f"strength must lie between 0 and 1, not {strength}")

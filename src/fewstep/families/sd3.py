@@ -1,0 +1,278 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206) through diffusers and transformers (floor 2).
+
+Two CLIPs and, where it is there, a T5 make the context; an MMDiT speaks velocity; a KL or tiny
+autoencoder makes the pixels. The adapters below do the x1000 of time, the scaling of latents and the
+padding of text; nothing above sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.families import Family
+from fewstep.families.folder import T5, first_line, read_index, read_json, read_part
+from fewstep.types import Array, Cond, UserError
+
+CLIPS = ("", "_2")
+REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+T5_LENGTH = 256
+"""Tokens of T5 in stock diffusers; a tokenizer made for fewer has fewer."""
+
+FACTS = "fewstep.json"
+"""Beside diffusers' own files: name, steps and guidance that the model wants."""
+
+
+@dataclass(frozen=True)
+class NetVelocity:
+    """``SD3Transformer2DModel`` as a velocity."""
+
+    net: Any
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` float32 in [0, 1] -> ``[B, C, H, W]`` float32."""
+        dtype = self.net.dtype
+        v = self.net(
+            hidden_states=x_t.to(dtype),
+            timestep=1000 * t,  # stays float32: bf16 has no 749.25
+            encoder_hidden_states=cond.context.to(dtype),
+            pooled_projections=cond.pooled.to(dtype),
+            return_dict=False,
+        )[0]
+        return v.float()
+
+
+@dataclass(frozen=True)
+class Text:
+    """The two CLIPs side by side, padded to the net's width, and T5's tokens after them.
+
+    Without T5 nothing follows the CLIPs' tokens (stock diffusers appends rows of zeros there).
+    """
+
+    parts: Mapping[str, Any]
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
+        import torch
+
+        with torch.no_grad():
+            clips = [self._clip(prompts, which) for which in CLIPS]
+            context = torch.cat([tokens for tokens, _ in clips], dim=-1)
+            room = self.parts["transformer"].config.joint_attention_dim - context.shape[-1]
+            context = torch.nn.functional.pad(context, (0, room))
+            if self.parts["text_encoder_3"] is not None:
+                context = torch.cat([context, self._t5(prompts)], dim=1)
+            pooled = torch.cat([pooled for _, pooled in clips], dim=-1)
+        return Cond(context.float(), pooled.float())
+
+    def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
+        encoder = self.parts[f"text_encoder{which}"]
+        length = min(self.parts["tokenizer"].model_max_length, encoder.config.max_position_embeddings)
+        ids = _tokenize(self.parts[f"tokenizer{which}"], prompts, length)
+        out = encoder(ids.to(encoder.device), output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+    def _t5(self, prompts: Sequence[str]) -> Array:
+        tokenizer, encoder = self.parts["tokenizer_3"], self.parts["text_encoder_3"]
+        ids = _tokenize(tokenizer, prompts, min(T5_LENGTH, tokenizer.model_max_length))
+        return encoder(ids.to(encoder.device))[0]
+
+
+def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Array:
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """``AutoencoderKL`` or ``AutoencoderTiny`` with the scaling of latents."""
+
+    vae: Any
+
+    def encode(self, images: Array) -> Array:
+        """``[B, 3, h, w]`` in [-1, 1] -> the mode of the posterior, scaled, ``[B, C, H, W]`` float32."""
+        out = self.vae.encode(images.to(self.vae.dtype))
+        latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        config = self.vae.config
+        return (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, latents: Array) -> Array:
+        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float()
+
+
+def assemble(
+    parts: Mapping[str, Any],
+    *,
+    name: str,
+    steps: int = 28,
+    guidance: float | None = 4.5,
+    device: str = "cpu",
+) -> Family:
+    """Make a family of diffusers components.
+
+    The nets are moved to ``device``, frozen and put into eval mode. A student is
+    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4, guidance=None)``.
+
+    Args:
+        parts: components by their diffusers names; ``tokenizer_3`` and ``text_encoder_3`` may be
+            left out or ``None``.
+        name: what the user calls the model.
+        steps: default number of steps.
+        guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        device: torch device.
+    """
+    import torch
+
+    parts = {**dict.fromkeys(T5), **parts}
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device).requires_grad_(False).eval()
+    net, vae = parts["transformer"], parts["vae"]
+    side = net.config.sample_size
+    return Family(
+        name=name,
+        velocity=NetVelocity(net),
+        text=Text(parts),
+        codec=LatentCodec(vae),
+        latent=(net.config.in_channels, side, side),
+        downscale=2 ** (len(vae.config.block_out_channels) - 1),
+        shift=float(parts["scheduler"].config.shift),
+        steps=steps,
+        guidance=guidance,
+        lift=lambda array: torch.from_numpy(array).to(device),
+        lower=lambda tensor: tensor.detach().float().cpu().numpy(),
+        net=net,
+        blocks=list(net.transformer_blocks),
+        parts=parts,
+    )
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    t5: bool | None = None,
+    name: str | None = None,
+    config: str | Path | None = None,
+) -> Family:
+    """Load an SD3-type model.
+
+    Args:
+        source: a diffusers folder, a hub name (``owner/model``), or a single-file ``.safetensors``
+            checkpoint in Stability's key names.
+        device: torch device, e.g. ``cpu`` or ``cuda``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        t5: load T5; ``None`` loads it where it is there.
+        name: what to call the model; by default what the source calls itself.
+        config: for a single file only: the diffusers folder or hub name that gives the configurations,
+            the tokenizers and the text encoders that the file lacks; by default the hub's original.
+
+    Raises:
+        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
+            the device or dtype is unknown.
+    """
+    torch_dtype = _dtype(dtype)
+    _check_device(device)
+    path = Path(source)
+    facts: dict[str, Any] = {}
+    if path.is_file():
+        from fewstep.families.single import read_single
+
+        parts = read_single(path, config, torch_dtype, t5)
+    else:
+        folder = path if path.is_dir() else download(str(source), t5)
+        parts = read_folder(folder, torch_dtype, t5)
+        if (folder / FACTS).is_file():
+            facts = read_json(folder / FACTS)
+    named = name or facts.get("name") or path.stem
+    rest = {key: facts[key] for key in ("steps", "guidance") if key in facts}
+    return assemble(parts, name=named, device=device, **rest)
+
+
+def save(family: Family, folder: str | Path) -> None:
+    """Write a diffusers folder that stock ``StableDiffusion3Pipeline.from_pretrained`` loads.
+
+    It is written beside its place and renamed; an earlier save there is replaced.
+
+    Raises:
+        UserError: something else is in the way, or the disk refuses.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    target = Path(folder)
+    if target.exists() and not (target / "model_index.json").is_file():
+        raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+    fresh, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        fresh.mkdir(parents=True)
+        StableDiffusion3Pipeline(**family.parts).save_pretrained(fresh)
+        facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
+        (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:
+    """The components of a diffusers folder, nets in the torch ``dtype``.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
+    index = read_index(folder, "StableDiffusion3", REQUIRED if not t5 else (*REQUIRED, *T5))
+    wanted = REQUIRED if t5 is False or any(part not in index for part in T5) else (*REQUIRED, *T5)
+    nets = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return {part: read_part(folder, part, index[part], dtype if part in nets else None) for part in wanted}
+
+
+def download(name: str, t5: bool | None) -> Path:
+    """Fetch a hub model through diffusers, or take it from its cache.
+
+    Raises:
+        UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(
+            f"{name} is neither a folder, nor a .safetensors file, nor a hub name like owner/model"
+        )
+    from diffusers import StableDiffusion3Pipeline
+
+    without = dict.fromkeys(T5) if t5 is False else {}
+    try:
+        return Path(StableDiffusion3Pipeline.download(name, **without))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no folder {name} here, and it cannot be had from the hub: {first_line(error)}"
+        ) from error
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be float32, bfloat16 or float16, not {name}")
+    return getattr(torch, name)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} cannot be used: {first_line(error)}") from error

@@ -1,0 +1,101 @@
+"""Single-file SD3 checkpoints in Stability's key names, through diffusers' own conversion (floor 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.families.folder import T5, first_line, read_index, read_part
+from fewstep.types import UserError
+
+MARKS = {
+    "text_encoder": "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight",
+    "text_encoder_2": "text_encoders.clip_g.transformer.text_model.embeddings.position_embedding.weight",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.shared.weight",
+}
+"""A tensor by which to see that a text encoder is in the file; many files leave all three out."""
+
+
+def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | None) -> dict[str, Any]:
+    """The components of a single-file checkpoint; what it lacks comes from ``config``.
+
+    Args:
+        path: the ``.safetensors`` file.
+        config: a diffusers folder or a hub name; ``None`` is the hub's original of the checkpoint.
+        dtype: torch dtype of the nets.
+        t5: see ``sd3.load``.
+
+    Raises:
+        UserError: not such a checkpoint, a broken one, or the configuration cannot be had.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    outline = _outline(path)
+    if not any(".x_block." in key for key in outline):
+        raise UserError(f"{path} is not an SD3 checkpoint: it has no joint_blocks")
+    if not any(key.startswith("first_stage_model.") for key in outline):
+        raise UserError(f"{path} has no autoencoder (first_stage_model); give a file that has, or a folder")
+    lacking = [part for part, mark in MARKS.items() if mark not in outline]
+    folder = _config_folder(
+        config, outline, lacking if t5 is not False else [part for part in lacking if part not in T5]
+    )
+    index = read_index(folder, "StableDiffusion3", T5 if t5 else ())
+    given: dict[str, Any] = {}
+    if t5 is False or any(part not in index for part in T5):
+        given = dict.fromkeys(T5)
+    for part in lacking:
+        if part not in given:
+            if part not in index:
+                raise UserError(f"{part} is neither in {path} nor in {folder}")
+            given[part] = read_part(folder, part, index[part], dtype)
+    try:
+        pipe = StableDiffusion3Pipeline.from_single_file(
+            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **given
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load {path}: {first_line(error)}") from error
+    return _whole(path, pipe.components)
+
+
+def _outline(path: Path) -> dict[str, Any]:
+    """Names and shapes of a file's tensors, as tensors without data."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from error
+
+
+def _config_folder(config: str | Path | None, outline: dict[str, Any], lacking: list[str]) -> Path:
+    """The folder of configurations: a local one, or the hub's, with the weights of the parts ``lacking``."""
+    if config is not None and Path(config).is_dir():
+        return Path(config)
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from huggingface_hub import snapshot_download
+
+    name = str(config or fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
+    weights = [f"{part}/*.safetensors" for part in lacking]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", *weights]))
+    except (OSError, ValueError) as error:
+        what = f"the configurations and tokenizers of {name} cannot be had from the hub"
+        raise UserError(f"{what}: {first_line(error)}; give a local folder as config") from error
+
+
+def _whole(path: Path, components: dict[str, Any]) -> dict[str, Any]:
+    """The components, if no tensor of theirs was left without a value."""
+    import torch
+
+    for part, component in components.items():
+        if isinstance(component, torch.nn.Module):
+            holes = [name for name, tensor in component.named_parameters() if tensor.is_meta]
+            if holes:
+                raise UserError(f"{path} lacks weights of {part}, among them {holes[0]}")
+    return {
+        part: component
+        for part, component in components.items()
+        if part not in ("image_encoder", "feature_extractor")
+    }
