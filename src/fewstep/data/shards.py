@@ -1,0 +1,188 @@
+"""WebDataset shards: written in parallel and resumably, read in order.
+
+A shard is a tar of ``KEY.png`` (or any picture Pillow opens), ``KEY.txt`` (the caption) and, where the truth
+is known, ``KEY.json``. Whatever was made elsewhere in that layout is read the same way.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fewstep.data.compose import Composer, Sample
+from fewstep.types import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+Make = Callable[[int], Sample]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One (picture, caption) of a shard; ``truth`` is the ``.json`` beside it, or empty."""
+
+    key: str
+    image: Image.Image
+    prompt: str
+    truth: dict[str, Any]
+
+
+def write(
+    make: Composer, folder: Path, name: str, pictures: int, per_shard: int, workers: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:  # fmt: skip
+    """Write ``pictures`` samples as ``NAME-00000.tar`` and so on; shards that are there already are kept.
+
+    Shard contents depend on the composer and the index only, never on the number of workers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, pictures, per_shard)
+    paths = [folder / f"{name}-{k:05d}.tar" for k in range(len(starts))]
+    todo = [(p, range(s, min(s + per_shard, pictures))) for p, s in zip(paths, starts, strict=True) if not p.exists()]
+    done = pictures - sum(len(indices) for _, indices in todo)
+    progress(done, pictures)
+    with ProcessPoolExecutor(workers, initializer=_share, initargs=(make,)) as pool:
+        futures = [pool.submit(_write_one, path, indices) for path, indices in todo]
+        for future in as_completed(futures):
+            done += future.result()
+            progress(done, pictures)
+    return paths
+
+
+_shared: list[Composer] = []  # each worker process is given the composer once, not with every shard
+
+
+def _share(make: Composer) -> None:
+    _shared[:] = [make]
+
+
+def _write_one(path: Path, indices: range) -> int:
+    write_shard(path, ((f"{i:08d}", s.image, s.prompt, s.truth()) for i in indices for s in (_shared[0](i),)))
+    return len(indices)
+
+
+def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, dict[str, Any]]]) -> None:
+    """One tar, under a temporary name until it is whole. Time stamps are zero: same content, same bytes."""
+    unfinished = path.with_suffix(".partial")
+    with tarfile.open(unfinished, "w") as tar:
+        for key, image, prompt, truth in examples:
+            picture = io.BytesIO()
+            image.save(picture, "PNG")
+            _add(tar, f"{key}.png", picture.getvalue())
+            _add(tar, f"{key}.txt", prompt.encode())
+            _add(tar, f"{key}.json", json.dumps(truth).encode())
+    unfinished.rename(path)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def find(source: str | Path) -> list[Path]:
+    """The shards of a folder, of a glob pattern, or the one file named.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    paths = sorted(path.glob("*.tar")) if path.is_dir() else sorted(path.parent.glob(path.name))
+    if not paths:
+        raise UserError(f"{source}: no .tar shards there; write some with: fewstep data stickers (or: data folder)")
+    return paths
+
+
+def read(shard: Path) -> Iterator[Example]:
+    """The examples of one shard, in order.
+
+    Raises:
+        UserError: the shard is cut short or empty, a picture is broken, or a caption is missing.
+    """
+    import webdataset as wds
+
+    count = 0
+    try:
+        for raw in wds.WebDataset(str(shard), shardshuffle=False, handler=wds.reraise_exception):
+            yield _example(raw, shard)
+            count += 1
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{shard}: cut short or not a tar file ({error}); write it again") from error
+    if count == 0:
+        raise UserError(f"{shard}: the shard is empty; write it again")
+
+
+def _example(raw: dict[str, Any], shard: Path) -> Example:
+    key = str(raw["__key__"])
+    picture = next((raw[ending[1:]] for ending in PICTURES if ending[1:] in raw), None)
+    if picture is None or "txt" not in raw:
+        missing = "picture" if picture is None else "caption (.txt)"
+        raise UserError(f"{shard}: {key} has no {missing}")
+    truth = json.loads(raw["json"]) if "json" in raw else {}
+    return Example(key, open_picture(picture, f"{shard}: {key}"), raw["txt"].decode().strip(), truth)
+
+
+def open_picture(data: bytes, where: str) -> Image.Image:
+    """Decode to RGB; a broken file is a :class:`UserError` that names it."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where}: not a readable picture ({error})") from error
+
+
+def square(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Centre-crop to a square and resize: uint8 ``[3, size, size]``."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cut = image.crop((left, top, left + side, top + side))
+    if side != size:
+        cut = cut.resize((size, size), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(cut, np.uint8).transpose(2, 0, 1))
+
+
+def write_folder(
+    source: Path, folder: Path, size: int, per_shard: int, progress: Callable[[int, int], None] = lambda d, t: None
+) -> list[Path]:
+    """Shards of a folder of pictures, each with a caption of the same name in a ``.txt`` beside it.
+
+    Raises:
+        UserError: there is no picture, a caption is missing or empty, or a picture is broken.
+    """
+    pictures = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
+    if not pictures:
+        raise UserError(f"{source}: no pictures ({', '.join(PICTURES)}) in that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for number, start in enumerate(range(0, len(pictures), per_shard)):
+        paths.append(folder / f"{source.name}-{number:05d}.tar")
+        chosen = pictures[start : start + per_shard]
+        if not paths[-1].exists():
+            write_shard(paths[-1], map(partial(_captioned, size=size), chosen))
+        progress(start + len(chosen), len(pictures))
+    return paths
+
+
+def _captioned(path: Path, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
+    caption = path.with_suffix(".txt")
+    if not caption.exists() or not (text := caption.read_text(encoding="utf-8").strip()):
+        raise UserError(f"{path}: its caption {caption.name} is missing or empty")
+    pixels = square(open_picture(path.read_bytes(), str(path)), size)
+    return path.stem.replace(".", "_"), Image.fromarray(pixels.transpose(1, 2, 0)), text, {}
+
+
+def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]]:
+    """Every example of ``shards`` as (uint8 ``[3, size, size]``, caption)."""
+    for shard in shards:
+        for example in read(shard):
+            yield square(example.image, size), example.prompt

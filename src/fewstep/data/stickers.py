@@ -1,0 +1,79 @@
+"""The stickers data set, whole: fetch, rasterise, compose, write; and the references that evaluation needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.data import captions, concepts, render, shards, sources
+from fewstep.data.captions import Ground
+from fewstep.data.compose import Composer
+from fewstep.types import UserError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One rendering, plain and centred, with the prompt that asks for it; ``image`` uint8 ``[3, size, size]``."""
+
+    concept: str
+    style: str
+    held_out: bool
+    image: np.ndarray[Any, np.dtype[np.uint8]]
+    prompt: str
+
+
+def build(
+    folder: Path, *, size: int, pictures: int, scenes: float, seed: int, workers: int, progress: Progress
+) -> None:
+    """Make the data set in ``folder``; what an interrupted run left is kept and gone on from.
+
+    Raises:
+        UserError: the folder holds a data set of other options, or a package cannot be fetched.
+    """
+    options = {"size": size, "pictures": pictures, "scenes": scenes, "seed": seed,
+               "packages": {p.name: p.version for p in sources.PACKAGES.values()}}  # fmt: skip
+    _claim(folder, options)
+    packages = sources.fetch(folder / "packages", lambda line: progress(line, 0, 0))
+    (folder / "LICENCES.md").write_text(sources.licence_table(), encoding="utf-8")
+    found = concepts.load(packages)
+    rendered = render.render_all(packages, found, folder, size, workers, lambda d, t: progress("rasterise", d, t))
+    train = Composer(rendered, size, seed, scenes)
+    shards.write(train, folder / "train", "train", pictures, 1000, workers, lambda d, t: progress("train", d, t))
+    held = Composer(rendered, size, seed + 1, scenes, training=False)
+    many = max(256, pictures // 20)
+    shards.write(held, folder / "heldout", "heldout", many, 1000, workers, lambda d, t: progress("held out", d, t))
+
+
+def _claim(folder: Path, options: dict[str, Any]) -> None:
+    """Refuse to mix two data sets in one folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "stickers.json"
+    if note.exists() and (there := sources.read_json(note)) != options:
+        changed = ", ".join(k for k in options if there.get(k) != options[k])
+        raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")
+    note.write_text(json.dumps(options, indent=1))
+
+
+def references(folder: Path, size: int = 128) -> list[Reference]:
+    """All renderings on plain white, as the canonical prompt of each pair asks for them.
+
+    Raises:
+        UserError: nothing was rendered there at this size.
+    """
+    rendered = render.load(folder, size)
+    composer = Composer(rendered, size)
+    out: list[Reference] = []
+    for row, (index, style) in enumerate(rendered.pairs):
+        concept = rendered.concepts[index]
+        rng = np.random.Generator(np.random.Philox(key=[7, row]))
+        picture = np.asarray(composer.sticker(row, rng, Ground()).image).transpose(2, 0, 1)
+        held = concepts.held_out(concept.name, style)
+        out.append(Reference(concept.name, style, held, picture, captions.plain(concept, style)))
+    return out

@@ -1,0 +1,132 @@
+"""The nouns of fewstep: what flows between the rooms (floor 0, no heavy imports).
+
+Everywhere: ``t = 0`` is data, ``t = 1`` is noise, ``x_t = (1 - t) x_0 + t eps`` and nets speak the
+velocity ``v = eps - x_0``. Arrays are numpy arrays or torch tensors; the arithmetic above them is
+written once and only adds and multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+Array = Any
+"""A numpy array or a torch tensor; both are accepted wherever this name stands."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line that says what was wrong and what to do.
+
+    The command line prints it as ``fewstep: MESSAGE`` and exits with status 2.
+    """
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a velocity is conditioned on.
+
+    Attributes:
+        context: token embeddings, ``[B, L, D]``, float32.
+        pooled: one embedding a prompt, ``[B, P]``, float32.
+    """
+
+    context: Array
+    pooled: Array
+
+    def __len__(self) -> int:
+        return int(self.context.shape[0])
+
+    def __getitem__(self, rows: slice) -> Cond:
+        return Cond(self.context[rows], self.pooled[rows])
+
+    def map(self, function: Callable[[Array], Array]) -> Cond:
+        """Apply ``function`` to both arrays (a cast, a device move, a repeat)."""
+        return Cond(function(self.context), function(self.pooled))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        latents: clean latents ``x_0``, ``[B, C, H, W]``.
+        cond: the captions, encoded.
+        prompts: the captions themselves, for logs and metrics.
+    """
+
+    latents: Array
+    cond: Cond
+    prompts: Sequence[str] = ()
+
+
+@runtime_checkable
+class Velocity(Protocol):
+    """Teacher, student, proxy, guided pair, branch pair or exported graph: all are this."""
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` in [0, 1] float32 -> velocity ``[B, C, H, W]``."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Prompts to their embeddings."""
+
+    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+
+
+class Codec(Protocol):
+    """Pixels to latents and back."""
+
+    def encode(self, images: Array) -> Array:
+        """``[B, 3, h, w]`` in [-1, 1] -> latents ``[B, C, H, W]``, scaled to about unit variance."""
+        ...
+
+    def decode(self, latents: Array) -> Array:
+        """Latents ``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], not clamped."""
+        ...
+
+
+class Metric(Protocol):
+    """A measure fed by batches and read once."""
+
+    def update(self, images: Array, prompts: Sequence[str]) -> None:
+        """``images``: uint8 ``[B, 3, h, w]``."""
+        ...
+
+    def compute(self) -> dict[str, float]: ...
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that turning prompts into pictures needs, whatever runs it.
+
+    Attributes:
+        name: what the user calls it.
+        velocity: the net.
+        text: its text encoders.
+        codec: its autoencoder.
+        latent: default latent shape ``(C, H, W)``.
+        downscale: pixels per latent cell along a side.
+        shift: time shift ``s`` of its sampling grid.
+        steps: default number of steps.
+        guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        lift: numpy float32 array -> the array kind that the parts above take.
+        lower: the way back, to numpy float32.
+    """
+
+    name: str
+    velocity: Velocity
+    text: TextEncoder
+    codec: Codec
+    latent: tuple[int, int, int]
+    downscale: int
+    shift: float
+    steps: int
+    guidance: float | None = None
+    lift: Callable[[Any], Array] = _same
+    lower: Callable[[Array], Any] = _same
