@@ -117,7 +117,7 @@ def read(folder: str | Path) -> Bundle:
         raise UserError(f"{folder / MANIFEST} is damaged (not JSON): fetch the model again") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else None
-        raise UserError(f"{folder} has bundle format {found}; this fewstep reads format {FORMAT}: upgrade one")
+        raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: upgrade fewstep")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError) as error:

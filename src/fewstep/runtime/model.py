@@ -80,8 +80,8 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     net, text, decoder = (
         Graph(bundle.path(f"{name}.onnx"), threads).start() for name in ("transformer", "text", "decoder")
     )
-    tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
     bundle.verify()
+    tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
     return Model(
         name=bundle.name,
         velocity=Net(net),

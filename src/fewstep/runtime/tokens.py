@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 
 from fewstep.types import UserError
 
+_TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+
 
 class PromptWarning(UserWarning):
     """A part of a prompt was left out."""
@@ -61,6 +63,7 @@ def spell(prompt: str) -> str:
     Raises:
         UserError: nothing is left of the prompt.
     """
+    prompt = prompt.translate(_TYPED)
     if prompt.isascii():
         return prompt
     spelled = [_spell(sign) for sign in prompt]
@@ -83,7 +86,7 @@ def _spell(sign: str) -> str | None:
     if kind in ("Sk", "Mn", "Me", "Cf"):  # skin tones, accents set apart, variation selectors, joiners
         return sign if kind == "Mn" and not 0xFE00 <= ord(sign) <= 0xFE0F else ""
     if kind[0] in "PZ" or unicodedata.normalize("NFKD", sign)[0].isascii():
-        return sign
+        return unicodedata.normalize("NFKC", sign)  # a wide or circled letter becomes a plain one
     return None
 
 

@@ -1,0 +1,117 @@
+"""The command line (floor 5): which command, and how errors end it.
+
+Commands are named by import strings, so that ``fewstep --help`` loads none of them.
+
+======  ==========================================================================
+status  meaning
+======  ==========================================================================
+0       done
+2       bad input or a closed pipe; one line on standard error says what was wrong
+130     Ctrl-C
+======  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
+
+COMMANDS = {
+    "generate": ("fewstep.generate:generate", "Draw pictures of prompts."),
+    "show": ("fewstep.show:show", "Print how a picture was made."),
+    "models": ("fewstep.show:models", "List the models that are installed."),
+    "data": ("fewstep.data.command:app", "Make training data."),
+    "train": ("fewstep.recipes.command:train", "Train codec, text encoders and teacher."),
+    "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
+    "export": ("fewstep.deploy.command:export", "Make a bundle for generation from a trained model."),
+    "evaluate": ("fewstep.evaluate.command:evaluate", "Measure a model."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``fewstep`` and return its exit status."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(tokens)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _end("interrupted", 130)
+    except BrokenPipeError:
+        # Nobody is left to tell; what Python still holds for the pipe must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def _run(tokens: list[str]) -> int:
+    import warnings
+
+    from cyclopts import CycloptsError
+
+    from fewstep.source import missing_extra
+    from fewstep.types import UserError
+
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+        if category.__module__.startswith("fewstep."):
+            print(f"fewstep: warning: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *where, **more)  # pyright: ignore[reportArgumentType]
+
+    warnings.showwarning = show
+    # A bare "-" is a prompt that stands for standard input; the parser would take it for an option.
+    tokens = ["/dev/stdin" if token == "-" else token for token in tokens]
+    try:
+        status = application()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        return status if isinstance(status, int) else 0
+    except UserError as error:
+        return _end(str(error), 2)
+    except CycloptsError as error:
+        return _end(_explain(error), 2)
+    except ImportError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        return _end(str(missing), 2)
+
+
+def application() -> App:
+    """The command line, nothing imported yet."""
+    from cyclopts import App
+
+    from fewstep import __version__
+
+    app = App(
+        name="fewstep",
+        help="Few-step image generation: a prompt to a picture in four steps, and how to distil for it.",
+        version=__version__,
+        version_flags="--version",
+    )
+    for name, (place, text) in COMMANDS.items():
+        app.command(place, name=name, help=text)
+    return app
+
+
+def _explain(error: CycloptsError) -> str:
+    from difflib import get_close_matches
+
+    from cyclopts import UnknownCommandError
+
+    if isinstance(error, UnknownCommandError) and error.unused_tokens:
+        # cyclopts' own text would import every command, and PyTorch with it, to name one.
+        word = error.unused_tokens[0]
+        near = get_close_matches(word, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        return f"there is no command {word}: {hint}"
+    return str(error)
+
+
+def _end(message: str, status: int) -> int:
+    print(f"fewstep: {' '.join(message.split())}", file=sys.stderr)
+    return status

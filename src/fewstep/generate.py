@@ -1,0 +1,263 @@
+"""The command ``generate`` (floor 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsons
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from cyclopts import Parameter, Token
+
+from fewstep.source import load, shipped
+from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fewstep.output import Names
+    from fewstep.picture import Record
+    from fewstep.pipeline import Pipeline
+    from fewstep.request import Request
+
+    Drawn: TypeAlias = tuple[Image.Image, Record, float]
+    Written: TypeAlias = tuple[Path, Record, float]
+
+BATCH = 8
+
+SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
+"""What ``--json`` says of each picture."""
+STDIN = "/dev/stdin"
+"""What the command line hands over for a bare ``-``, which its parser would take for an option."""
+
+
+def read_whole(hint: Any, tokens: Sequence[Token]) -> int:
+    """Read a whole number: cyclopts would round 2.5 to 2."""
+    return int(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=read_whole)]
+MaybeWhole = Annotated[int | None, Parameter(converter=read_whole)]
+
+
+def generate(
+    *prompts: str,
+    prompts_file: Annotated[str | None, Parameter(name="--prompts")] = None,
+    steps: MaybeWhole = None,
+    number: Annotated[Whole, Parameter(name=["-n", "--number"])] = 1,
+    seed: MaybeWhole = None,
+    style: str | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    image: str | None = None,
+    strength: float | None = None,
+    model: str | None = None,
+    backend: Literal["onnx", "torch"] | None = None,
+    output: Annotated[str | None, Parameter(name=["-o", "--output"])] = None,
+    grid: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    again: Annotated[str | None, Parameter(name="--from")] = None,
+    threads: MaybeWhole = None,
+) -> None:
+    """Draw pictures of prompts, and print the path of each.
+
+    A picture is fixed by its prompt, seed, steps and model. Picture i of a prompt has the seed SEED + i.
+
+    Args:
+        prompts: What to draw; several prompts make several pictures, "-" reads one a line from stdin.
+        prompts_file: A text file with one prompt a line.
+        steps: Number of steps: 1 to 8, or to 100 for a model with guidance. [default: the model's own]
+        number: Pictures of each prompt.
+        seed: 0 to 4294967295. [default: drawn]
+        style: A style word of the model; adds ", STYLE style" to each prompt.
+        guidance: Guidance scale, for a model that has guidance.
+        negative: What to steer away from, for a model that has guidance.
+        image: A picture to start from.
+        strength: How much of that picture to give up, 0 to 1. [default: 0.95]
+        model: A shipped model, a folder, or a hub name (org/name). [default: pocket]
+        backend: Insist on onnx or on torch.
+        output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}
+            {steps}. Folders and patterns never overwrite: a taken name gets -2, -3, ….
+            [default: PROMPT-SEED.png in the current folder]
+        grid: Write one contact sheet instead of single pictures.
+        json: Print one JSON object a picture instead of its path.
+        again: Make this picture again; other options change what they name.
+        threads: Processor threads. [default: all cores]
+    """
+    options = {
+        "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
+        "image": image, "strength": strength,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    texts = read_prompts(prompts, prompts_file)
+    record = None
+    if again is not None:
+        from fewstep.picture import read_record
+
+        record = read_record(again)
+        given, texts, model = repeat(record, given, texts, model)
+    if "strength" in given and "image" not in given:
+        raise UserError("--strength is for image-to-image: give a picture with --image")
+    from fewstep.output import names
+
+    name = names(output, 1 if grid else len(texts) * number)
+    pipe = load(model, backend, threads)
+    request = pipe.request(texts, n=number, **given)
+    if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
+        print("fewstep: warning: the model is not the one that made that picture", file=sys.stderr)
+    drawn = draw(pipe, request, 1 if record is None else record.batch)
+    for path, made, seconds in (write_sheet if grid else write)(drawn, name):
+        facts = {"path": str(path), "seconds": round(seconds, 3), **dataclasses.asdict(made)}
+        emit(jsons.dumps({name: facts[name] for name in SAID}) if json else str(path))
+
+
+def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
+    """Prompts of the command line, then of the file; a bare ``-`` stands for the lines of stdin.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8.
+    """
+    texts: list[str] = []
+    for text in prompts:
+        texts += _lines("standard input", sys.stdin.buffer.read()) if text == STDIN else [text]
+    if path is not None:
+        try:
+            texts += _lines(path, Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read the prompts in {path}: {error.strerror}") from None
+    return texts
+
+
+def _lines(name: str, data: bytes) -> list[str]:
+    try:
+        lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"the prompts in {name} are not UTF-8 text") from None
+    if not lines:
+        raise UserError(f"there is no prompt in {name}")
+    return lines
+
+
+def repeat(
+    record: Record, given: dict[str, Any], texts: list[str], model: str | None
+) -> tuple[dict[str, Any], list[str], str | None]:
+    """What made the picture of ``record``, with what the user gave now on top.
+
+    Raises:
+        UserError: its model must be named, or its input picture is not there any more.
+    """
+    from fewstep.picture import file_hash
+
+    if model is None and not (Path(record.model).exists() or record.model in [at.name for at in shipped()]):
+        # A picture from a stranger must not choose what is downloaded.
+        raise UserError(f"that picture was made by {record.model}: say so with --model {record.model}")
+    made: dict[str, Any] = {
+        name: getattr(record, name)
+        for name in ("seed", "steps", "guidance", "negative", "image", "strength")
+        if getattr(record, name) is not None
+    }
+    if "image" in made and "image" not in given:
+        path = made["image"]
+        if not path or not Path(path).is_file() or file_hash(path) != record.image_sha256:
+            raise UserError(f"its input picture {path} is gone or has changed: give it with --image")
+    return {**made, **given}, texts or [record.prompt], record.model if model is None else model
+
+
+def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
+    """Draw, with a progress bar where a person waits for long.
+
+    Args:
+        pipe: what draws.
+        request: what.
+        copies: the batch size that a single picture was made with, when it must come out the same to the
+            last bit: a net may round differently in a larger batch, so it runs in as large a one.
+
+    Yields:
+        picture, record, and its share of the time in seconds.
+    """
+    from fewstep.picture import CHUNK, Record
+    from fewstep.request import whole
+
+    copies = whole("batch", copies, 1, 64)
+    alone = len(request.jobs) == 1
+    if alone:
+        request = dataclasses.replace(request, jobs=request.jobs * copies)
+    with Progress() as progress:
+        begun = time.perf_counter()
+        for group in pipe.run(request, on_step=progress, batch=max(copies, BATCH)):
+            seconds = (time.perf_counter() - begun) / len(group)
+            for image in group[:1] if alone else group:
+                yield image, Record.parse(image.info[CHUNK]), seconds
+            begun = time.perf_counter()
+
+
+def write(drawn: Iterator[Drawn], name: Names) -> Iterator[Written]:
+    """Write each picture as soon as it is drawn."""
+    from fewstep.picture import save
+
+    for index, (image, record, seconds) in enumerate(drawn, 1):
+        path = name(index, record)
+        save(image, path)
+        yield path, record, seconds
+
+
+def write_sheet(drawn: Iterator[Drawn], name: Names) -> Iterator[Written]:
+    """Write one contact sheet; its metadata lists the records of all pictures."""
+    from fewstep.picture import CHUNK, contact_sheet, save
+
+    images, records, seconds = zip(*drawn, strict=True)
+    sheet = contact_sheet(images)
+    sheet.info[CHUNK] = jsons.dumps({"sheet": [dataclasses.asdict(record) for record in records]})
+    path = name(1, records[0])
+    save(sheet, path)
+    yield from ((path, *made) for made in zip(records, seconds, strict=True))
+
+
+def emit(line: str) -> None:
+    """Print a line to standard output at once.
+
+    Raises:
+        UserError: standard output is full or broken.
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}") from None
+
+
+class Progress:
+    """A bar on standard error, on a terminal only, and only once drawing has taken a while."""
+
+    PATIENCE = 0.5
+    """Seconds before the bar appears; importing it takes a tenth of a second."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._wanted = sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, step: int, steps: int, preview: object) -> None:
+        """A step was made (``fewstep.pipeline.OnStep``)."""
+        if self._bar is None:
+            if not self._wanted or time.perf_counter() - self._begun < self.PATIENCE:
+                return
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("drawing", total=steps)
+        self._bar.update(self._task, completed=step)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

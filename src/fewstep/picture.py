@@ -1,0 +1,219 @@
+"""Pictures (floor 2): pixels and arrays, what a PNG says of how it was made, safe writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from fewstep.types import UserError
+
+CHUNK = "fewstep"
+"""Our own text chunk: one JSON object."""
+PARAMETERS = "parameters"
+"""The text chunk of AUTOMATIC1111's web UI, which most viewers of generated pictures read."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a picture was made: enough to make it again.
+
+    Attributes:
+        prompt: the prompt, style included.
+        seed: of this picture.
+        steps: number of steps.
+        model: the model as the user named it (name, folder or hub name).
+        hash: the bundle's digest; empty for a model that is no bundle.
+        size: width and height in pixels.
+        guidance: guidance scale; ``None`` when it is distilled into the model.
+        negative: negative prompt, if any.
+        image: path of the input picture, if any.
+        image_sha256: the hash of that file; empty when it came as a Pillow image.
+        strength: strength of image-to-image, with an input picture only.
+        batch: how many pictures went through the net together. Rounding depends on it.
+        version: of fewstep.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    model: str
+    hash: str
+    size: tuple[int, int]
+    guidance: float | None = None
+    negative: str | None = None
+    image: str | None = None
+    image_sha256: str | None = None
+    strength: float | None = None
+    batch: int = 1
+    version: str = ""
+
+    def json(self) -> str:
+        """One line of ASCII."""
+        facts = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(facts)
+
+    @classmethod
+    def parse(cls, text: str) -> Record:
+        """The record that :meth:`json` wrote.
+
+        Raises:
+            ValueError: it is none of this version.
+        """
+        facts: Any = json.loads(text)
+        try:
+            width, height = facts.pop("size")
+            record = cls(size=(width, height), **facts)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(str(error)) from None
+        if not all(isinstance(value, str) for value in (record.prompt, record.model, record.hash)):
+            raise ValueError("text expected")
+        return record
+
+    def parameters(self) -> str:
+        """The text of the ``parameters`` chunk."""
+        lines = [self.prompt]
+        if self.negative:
+            lines.append(f"Negative prompt: {self.negative}")
+        facts = {
+            "Steps": self.steps,
+            "Sampler": "Euler",
+            "CFG scale": 1 if self.guidance is None else self.guidance,
+            "Seed": self.seed,
+            "Size": f"{self.size[0]}x{self.size[1]}",
+            "Model hash": self.hash[:10],
+            "Model": self.model,
+            "Denoising strength": self.strength,
+            "Version": f"fewstep {self.version}",
+        }
+        told = {name: value for name, value in facts.items() if value not in (None, "")}
+        lines.append(", ".join(f"{name}: {value}" for name, value in told.items()))
+        return "\n".join(lines)
+
+    def stamp(self, image: Image.Image) -> Image.Image:
+        """Put the record into ``image.info``, under the names of its PNG chunks."""
+        image.info.update({PARAMETERS: self.parameters(), CHUNK: self.json()})
+        return image
+
+
+def read_record(path: str | Path) -> Record:
+    """The record of one of our pictures.
+
+    Raises:
+        UserError: no readable picture, or none of ours.
+    """
+    text = read_info(path).get(CHUNK)
+    if text is None:
+        raise UserError(f"{path} was not made by fewstep, or has lost its metadata")
+    try:
+        return Record.parse(text)
+    except ValueError:
+        raise UserError(f"{path} is not a single picture of this version of fewstep") from None
+
+
+def read_info(path: str | Path) -> dict[str, str]:
+    """The text chunks of a picture that we write or others know: ``parameters`` and ``fewstep``.
+
+    Raises:
+        UserError: no readable picture.
+    """
+    info = open_image(path).info
+    return {name: str(info[name]) for name in (PARAMETERS, CHUNK) if name in info}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open and decode a picture file.
+
+    Raises:
+        UserError: it cannot be read, is no picture, or is cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {_reason(error)}") from None
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Turn a picture the right way up, lay it on white, crop its middle and scale it to ``size``.
+
+    Returns:
+        float32 ``[1, 3, h, w]`` in [-1, 1].
+    """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels = np.asarray(ImageOps.fit(flat, size, Image.Resampling.LANCZOS), np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / 127.5 - 1
+
+
+def to_images(pixels: np.ndarray) -> list[Image.Image]:
+    """``[B, 3, h, w]``, about [-1, 1] -> ``B`` Pillow images."""
+    levels = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+    return [Image.fromarray(level) for level in np.ascontiguousarray(levels.transpose(0, 2, 3, 1))]
+
+
+def contact_sheet(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """All pictures on one white sheet, row by row, as square as their number allows."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = (side + gap for side in images[0].size)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (gap + column * width, gap + row * height))
+    return sheet
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG with its metadata, all of it or nothing: a file beside it is renamed when complete.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for name in (PARAMETERS, CHUNK):
+        if name in image.info:
+            chunks.add_text(name, image.info[name])
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=chunks)
+    fresh = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    try:
+        fresh.write_bytes(data.getbuffer())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}") from None
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,174 @@
+"""Prompts to pictures (floor 3), on whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fewstep import __version__, flow, sample, times
+from fewstep.guide import Guided
+from fewstep.picture import Record, file_hash, fit, open_image, to_images
+from fewstep.request import Request, check, whole
+from fewstep.runtime.bundle import Bundle
+from fewstep.types import Array, Cond, Model, UserError, Velocity
+
+OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], None]
+"""``on_step(step, steps, preview)``: ``step`` counts from 1 over all batches of a call, ``steps`` is their
+total, and ``preview()`` decodes what the pictures of this batch would be if the walk ended here."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model, ready to draw.
+
+    Attributes:
+        model: what runs.
+        bundle: the bundle that it came from, if it came from one.
+        source: the name or folder that it was loaded by; written into the pictures.
+    """
+
+    model: Model
+    bundle: Bundle | None = None
+    source: str | None = None
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        n: int = 1,
+        steps: int | None = None,
+        style: str | None = None,
+        guidance: float | None = None,
+        negative: str | None = None,
+        image: str | Path | Image.Image | None = None,
+        strength: float = 0.95,
+        on_step: OnStep | None = None,
+        batch: int = 8,
+    ) -> list[Image.Image]:
+        """Draw ``n`` pictures of each prompt.
+
+        Args:
+            prompts: one prompt, or several.
+            seed: 0 to 2**32 - 1; picture ``i`` of each prompt has the seed ``seed + i``. Drawn when ``None``.
+            n: pictures of each prompt.
+            steps: 1 to 8; 1 to 100 for a model with guidance. The model's own number when ``None``.
+            style: a style word of the model; adds ", STYLE style" to each prompt that lacks it.
+            guidance: ``uncond + guidance (cond - uncond)``; only for a model with guidance.
+            negative: what to steer away from; only for a model with guidance.
+            image: a picture to start from: a path or a Pillow image.
+            strength: 0 keeps that picture (encoded and decoded), 1 ignores it.
+            on_step: sees each step, and can preview it.
+            batch: most pictures that run through the net together.
+
+        Returns:
+            Pillow images, prompt by prompt. ``info["parameters"]`` and ``info["fewstep"]`` say how each was
+            made, and ``fewstep.picture.save`` writes them into its PNG.
+
+        Raises:
+            UserError: a value that makes no sense, or that this model has no use for.
+        """
+        request = self.request(
+            prompts, seed=seed, n=n, steps=steps, style=style,
+            guidance=guidance, negative=negative, image=image, strength=strength,
+        )  # fmt: skip
+        return [picture for group in self.run(request, on_step, batch) for picture in group]
+
+    def request(self, prompts: str | Sequence[str], **options: Any) -> Request:
+        """Check the options of :meth:`__call__` (all but ``on_step`` and ``batch``) without drawing."""
+        styles = () if self.bundle is None else self.bundle.styles
+        return check(self.model, styles, prompts, **options)
+
+    def run(
+        self, request: Request, on_step: OnStep | None = None, batch: int = 8
+    ) -> Iterator[list[Image.Image]]:
+        """Draw what was checked, one batch after the other.
+
+        Raises:
+            UserError: the input picture cannot be read, or nothing of a prompt can.
+        """
+        batch = whole("batch", batch, 1, 2**16)
+        start, record = self._start(request)
+        groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
+        strength = 1 if start is None else request.strength
+        grid = times.strength_grid(request.steps, strength, self.model.shift)
+        for index, jobs in enumerate(groups):
+            walk = _Walk(self.model, request, grid, start, (index, len(groups)), on_step)
+            records = [replace(record, prompt=text, seed=seed, batch=len(jobs)) for text, seed in jobs]
+            yield [made.stamp(image) for made, image in zip(records, walk.draw(jobs), strict=True)]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures in pixels."""
+        _, height, width = self.model.latent
+        return width * self.model.downscale, height * self.model.downscale
+
+    def _start(self, request: Request) -> tuple[Array | None, Record]:
+        """Clean latents ``[1, C, H, W]`` of the input picture, if any, and what all records share."""
+        record = Record(
+            prompt="",
+            seed=0,
+            steps=request.steps,
+            model=self.source or self.model.name,
+            hash="" if self.bundle is None else self.bundle.digest,
+            size=self.size,
+            guidance=request.guidance,
+            negative=request.negative,
+            version=__version__,
+        )
+        if request.image is None:
+            return None, record
+        if isinstance(request.image, Image.Image):
+            picture, path, digest = request.image, "", ""
+        elif isinstance(request.image, str):
+            picture, path, digest = open_image(request.image), request.image, file_hash(request.image)
+        else:
+            raise UserError(f"image must be a path or a Pillow image, not {type(request.image).__name__}")
+        start = self.model.codec.encode(self.model.lift(fit(picture, self.size)))
+        return start, replace(record, image=path, image_sha256=digest, strength=request.strength)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One batch on its way from noise to pictures."""
+
+    model: Model
+    request: Request
+    grid: Sequence[float]
+    start: Array | None
+    place: tuple[int, int]
+    """Number of this batch, and of all."""
+    on_step: OnStep | None
+
+    def draw(self, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        x = self.model.lift(sample.noises([seed for _, seed in jobs], self.model.latent))
+        if self.start is not None:
+            x = flow.mix(self.start[[0] * len(jobs)], x, self.grid[0])
+        cond = self._encode([text for text, _ in jobs])
+        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, on_step=self._report))
+
+    def _encode(self, prompts: Sequence[str]) -> Cond:
+        """Each distinct prompt goes through the text encoders once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = [distinct.index(text) for text in prompts]
+        return self.model.text(distinct).map(lambda array: array[rows])
+
+    def _velocity(self) -> Velocity:
+        if self.request.guidance is None or self.request.guidance == 1:
+            return self.model.velocity
+        uncond = self.model.text([self.request.negative or ""])
+        return Guided(self.model.velocity, uncond, self.request.guidance)
+
+    def _decode(self, latents: Array) -> list[Image.Image]:
+        return to_images(np.asarray(self.model.lower(self.model.codec.decode(latents)), np.float32))
+
+    def _report(self, index: int, t_next: float, x0: Array) -> None:
+        if self.on_step is not None:
+            at, groups = self.place
+            steps = len(self.grid) - 1
+            self.on_step(at * steps + index + 1, groups * steps, lambda: self._decode(x0))

@@ -1,0 +1,148 @@
+"""What is asked of a model, checked (floor 2): every bad value becomes one clear line here."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.types import Model, UserError
+
+MOST_SEEDS = 2**32
+FEW = 8
+"""Most steps of a model whose guidance is distilled in; one that is guided may take :data:`MANY`."""
+MANY = 100
+_BLANKS = dict.fromkeys([*range(32), 127], " ")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked values; see ``Pipeline.__call__`` for what they mean.
+
+    Attributes:
+        jobs: (prompt, seed) of each picture, in order.
+        steps: number of steps.
+        guidance: guidance scale, or ``None`` for a model that takes none.
+        negative: negative prompt, or ``None``.
+        image: the input picture: a path, a Pillow image, or ``None``.
+        strength: how much of the input picture is given up, 0 to 1.
+    """
+
+    jobs: tuple[tuple[str, int], ...]
+    steps: int
+    guidance: float | None
+    negative: str | None
+    image: Any
+    strength: float
+
+
+def check(
+    model: Model,
+    styles: Sequence[str],
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    style: str | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    image: Any = None,
+    strength: float = 0.95,
+) -> Request:
+    """Check what is asked of ``model``, fill in its defaults and draw a seed where none is given.
+
+    Raises:
+        UserError: a value that makes no sense, or that this model has no use for.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+    count = whole("n", n, 1, MOST_SEEDS)
+    first = _draw(MOST_SEEDS - count + 1) if seed is None else whole("seed", seed, 0, MOST_SEEDS - 1)
+    whole("the last seed (seed + n - 1)", first + count - 1, 0, MOST_SEEDS - 1)
+    clean = [_style(_prompt(text), style, styles) for text in texts]
+    scale, away = _guidance(model, guidance, negative)
+    most = FEW if model.guidance is None else MANY
+    return Request(
+        jobs=tuple((text, first + index) for text in clean for index in range(count)),
+        steps=whole("steps", model.steps if steps is None else steps, 1, most),
+        guidance=scale,
+        negative=away,
+        image=str(image) if isinstance(image, Path) else image,
+        strength=real("strength", strength, 0, 1),
+    )
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high}, not {value}")
+    return number
+
+
+def real(name: str, value: Any, low: float, high: float) -> float:
+    """A finite number from ``low`` to ``high``.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {value}")
+    return number
+
+
+def _draw(limit: int) -> int:
+    """A number below ``limit`` from the operating system."""
+    return int.from_bytes(os.urandom(8)) % limit
+
+
+def _prompt(text: Any) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"a prompt must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
+    clean = " ".join(text.translate(_BLANKS).split())
+    if not clean:
+        raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
+    return clean
+
+
+def _style(prompt: str, style: str | None, styles: Sequence[str]) -> str:
+    """``PROMPT, STYLE style``, unless the prompt says so already."""
+    if style is None:
+        return prompt
+    known = {name.casefold(): name for name in styles}
+    if style.casefold() not in known:
+        have = ", ".join(styles) or "none: say the style in the prompt"
+        raise UserError(f"unknown style {style!r}; the styles of this model: {have}")
+    phrase = f"{known[style.casefold()]} style"
+    return prompt if phrase.casefold() in prompt.casefold() else f"{prompt}, {phrase}"
+
+
+def _guidance(model: Model, guidance: float | None, negative: str | None) -> tuple[float | None, str | None]:
+    if model.guidance is None:
+        for name, value in (("guidance", guidance), ("negative", negative)):
+            if value is not None:
+                raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it; leave it out")
+        return None, None
+    scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)
+    return scale, None if negative is None else _prompt(negative)

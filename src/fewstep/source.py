@@ -1,0 +1,125 @@
+"""Where models come from (floor 3): the package, a folder, a hub name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.pipeline import Pipeline
+
+Backend = Literal["onnx", "torch"]
+DEFAULT = "pocket"
+SHIPPED = Path(__file__).parent / "models"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load(
+    source: str | Path | None = None, backend: Backend | None = None, threads: int | None = None
+) -> Pipeline:
+    """Load a model for generation.
+
+    Args:
+        source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
+            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``.
+        backend: ``onnx`` insists on a bundle, ``torch`` on a PyTorch pipeline; ``None`` takes what is there.
+        threads: processor threads; all cores when ``None``.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or what it needs is not installed.
+    """
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UserError(f"threads must be a whole number from 1 to 1024, not {threads}")
+    name = DEFAULT if source is None else str(source)
+    place = locate(name)
+    kind = "onnx" if (place / "bundle.json").is_file() else "torch"
+    if backend not in (None, "onnx", "torch"):
+        raise UserError(f"unknown backend {backend!r}: give onnx or torch")
+    if backend is not None and backend != kind:
+        hint = "`fewstep export` makes a bundle of it" if kind == "torch" else "give a diffusers folder"
+        raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
+    return _load_torch(name, place, threads) if kind == "torch" else _load_onnx(name, place, threads)
+
+
+def shipped() -> list[Path]:
+    """Folders of the bundles that are installed with fewstep."""
+    return sorted(path.parent for path in SHIPPED.glob("*/bundle.json"))
+
+
+def locate(name: str) -> Path:
+    """The folder or file of a model; a bundle on the hub is fetched into the hub's own cache.
+
+    Raises:
+        UserError: there is none.
+    """
+    here = Path(name)
+    if name in (names := [folder.name for folder in shipped()]):
+        return SHIPPED / name
+    if here.is_dir():
+        if any((here / index).is_file() for index in ("bundle.json", "model_index.json")):
+            return here
+        raise UserError(f"{name} is no model: it has neither bundle.json nor model_index.json")
+    if here.is_file() and here.suffix == ".safetensors":
+        return here
+    if not here.exists() and _HUB_NAME.fullmatch(name):
+        return _fetch(name)
+    have = ", ".join(names) or "none are installed"
+    raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
+
+
+def missing_extra(error: ImportError) -> UserError | None:
+    """The line for an import that failed because an extra is not installed; ``None`` for a fault of ours."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ModuleNotFoundError):
+        cause = cause.__cause__
+    root = (getattr(cause, "name", None) or "fewstep").partition(".")[0]
+    if root == "fewstep":
+        return None
+    return UserError(f"this needs {root}, which is not installed: pip install 'fewstep[train]'")
+
+
+def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:
+    from fewstep.pipeline import Pipeline
+    from fewstep.runtime.bundle import read
+    from fewstep.runtime.model import open_bundle
+
+    bundle = read(folder)
+    return Pipeline(open_bundle(bundle, threads), bundle, name)
+
+
+def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
+    from fewstep.pipeline import Pipeline
+
+    try:
+        import torch
+
+        from fewstep.families import sd3
+    except ImportError as error:
+        raise missing_extra(error) or error from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Pipeline(sd3.load(place if place.exists() else name), source=name)
+
+
+def _fetch(name: str) -> Path:
+    """The snapshot of a bundle; a name that holds no bundle is left to the family's own loader."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, "bundle.json")
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.onnx", "*.onnx.data", "LICENSE*"]))
+    except LocalEntryNotFoundError as error:
+        _refuse(name, error)
+    except EntryNotFoundError:
+        return Path(name)
+    except Exception as error:  # the hub's client raises errors of several network libraries
+        _refuse(name, error)
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(f"there is no folder {name}, and the hub gave no model of that name: {reason}") from None
