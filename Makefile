@@ -1,0 +1,40 @@
+# make demo    a picture, from a fresh clone, without PyTorch
+# make test    lint, types, tests (installs everything into .venv first)
+# make setup   the same environment, for working on fewstep
+
+PYTHON ?= python3
+PROMPT ?= a red apple, 3D style
+PIP = -m pip -qq --disable-pip-version-check
+INSTALL = install --constraint constraints.txt
+
+.PHONY: demo test setup lint types clean
+
+demo: .venv-demo/ready
+	@.venv-demo/bin/fewstep generate "$(PROMPT)" -o demo.png
+	@du -sk .venv-demo | awk '{printf "base environment: %d MB\n", $$1 * 1.024 / 1000 + 0.5}'
+	@echo "picture: demo.png"
+
+.venv-demo/ready: pyproject.toml constraints.txt $(shell find src/fewstep -type f -not -name '*.pyc')
+	@$(PYTHON) -m venv --clear --without-pip .venv-demo
+	@$(PYTHON) $(PIP) --python .venv-demo/bin/python $(INSTALL) .
+	@touch $@
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(PIP) $(INSTALL) torch
+	@.venv/bin/python $(PIP) $(INSTALL) --editable '.[dev]'
+	@touch $@
+
+lint: setup
+	.venv/bin/ruff check .
+
+types: setup
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+
+test: lint types
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+clean:
+	rm -rf .venv .venv-demo demo.png
