@@ -1,0 +1,16 @@
+"""Evaluation: teacher and students in one run, on the same prompts and seeds, with confidence intervals.
+
+See ``docs/evaluation.md`` for what each figure means. The metrics are pure functions of features:
+`kid.kid`, `frechet.frechet`, `retrieval.hits`, `diversity.spread`; `harness.evaluate` puts them together.
+"""
+
+from __future__ import annotations
+
+from fewstep.data.stickers import Reference
+from fewstep.evaluate.estimate import Estimate
+from fewstep.evaluate.harness import evaluate
+from fewstep.evaluate.plan import Candidate
+from fewstep.evaluate.report import Results, Row
+from fewstep.evaluate.sheet import sheet
+
+__all__ = ["Candidate", "Estimate", "Reference", "Results", "Row", "evaluate", "sheet"]

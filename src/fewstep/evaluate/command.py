@@ -1,0 +1,162 @@
+"""The command ``fewstep evaluate``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from cyclopts import Parameter
+from numpy.typing import NDArray
+
+import fewstep
+from fewstep.data import stickers
+from fewstep.evaluate.harness import evaluate as run
+from fewstep.evaluate.plan import Candidate
+from fewstep.evaluate.produce import Progress
+from fewstep.evaluate.renderings import redraws
+from fewstep.evaluate.report import markdown
+from fewstep.pipeline import Pipeline
+from fewstep.source import locate
+from fewstep.types import UserError
+
+_SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model at one setting, as typed: ``NAME[@STEPS[xGUIDANCE]]``."""
+
+    name: str
+    steps: int | None = None
+    guidance: float | None = None
+
+
+def evaluate(
+    *models: str,
+    output: Annotated[Path, Parameter(name=["-o", "--output"])],
+    teacher: str | None = None,
+    steps: list[int] | None = None,
+    prompts: int = 200,
+    seeds: int = 4,
+    first_seed: int = 0,
+    data: Path = Path("data/stickers"),
+) -> None:
+    """Measure models on the same prompts and seeds: KID, retrieval, diversity, and each against a teacher.
+
+    A model is NAME[@STEPS[xGUIDANCE]], for example pocket@4 or models/pocket-teacher@28x4.5; NAME is what
+    `fewstep generate --model` takes. An interrupted evaluation goes on where it stopped.
+
+    Args:
+        models: What to measure.
+        output: Folder for results.json, results.md, a contact sheet a model, and the pictures made so far.
+        teacher: The model that the others are compared with; measured too.
+        steps: Steps for models that do not name theirs; several make a row each.
+        prompts: How many prompts, half of them from pairs that were never trained on.
+        seeds: Pictures a prompt.
+        first_seed: Seed of the first picture; the others count up from it.
+        data: Folder that `fewstep data stickers` filled.
+    """
+    if not models:
+        raise UserError("name at least one model, as in: fewstep evaluate pocket@4 -o results")
+    specs = expand(models, steps)
+    candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
+    with _shown() as progress:
+        results = run(
+            candidates,
+            stickers.references(data),
+            output,
+            teacher=candidates[0].label if teacher else None,
+            prompts=prompts,
+            seeds=seeds,
+            first_seed=first_seed,
+            ceilings=redraws(data),
+            command=shlex.join(["fewstep", *sys.argv[1:]]),
+            on_progress=progress,
+        )
+    print(markdown(results), end="")
+
+
+def parse(text: str) -> Spec:
+    """``NAME[@STEPS[xGUIDANCE]]`` in its parts.
+
+    Raises:
+        UserError: there is no name.
+    """
+    match = _SETTING.fullmatch(text)
+    if match is None:
+        raise UserError(f"{text!r} names no model: give NAME, NAME@STEPS or NAME@STEPSxGUIDANCE")
+    steps, guidance = match["steps"], match["guidance"]
+    return Spec(match["name"], int(steps) if steps else None, float(guidance) if guidance else None)
+
+
+def expand(models: Sequence[str], steps: Sequence[int] | None) -> list[Spec]:
+    """Every model at its own setting, or at each of ``steps`` when it names none."""
+    specs = [parse(text) for text in models]
+    return [
+        replace(spec, steps=spec.steps or number)
+        for spec in specs
+        for number in ((steps or [None]) if spec.steps is None else [None])
+    ]
+
+
+def candidate(spec: Spec) -> Candidate:
+    """A `Candidate` of a model, checked by loading it once.
+
+    Raises:
+        UserError: there is no such model, or the setting is not for it.
+    """
+    request = _pipeline(spec.name).request("a", seed=0, steps=spec.steps, guidance=spec.guidance)
+    guided = "" if request.guidance is None else f"x{request.guidance:g}"
+    origin = [fewstep.__version__, _weights(spec.name), request.steps, request.guidance]
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+        pipe = _pipeline(spec.name)
+        asked = pipe.request(prompts, seed=0, steps=request.steps, guidance=request.guidance)
+        # A request counts seeds up for each prompt; here every picture has a seed of its own.
+        jobs = tuple((text, seed) for (text, _), seed in zip(asked.jobs, seeds, strict=True))
+        pictures = [picture for group in pipe.run(replace(asked, jobs=jobs)) for picture in group]
+        return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in pictures])
+
+    return Candidate(f"{spec.name}@{request.steps}{guided}", draw, json.dumps(origin))
+
+
+@lru_cache(maxsize=1)  # candidates come one after the other: no need to hold all models at once
+def _pipeline(name: str) -> Pipeline:
+    return fewstep.load(name)
+
+
+def _weights(name: str) -> str:
+    """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
+    place = locate(name)
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+@contextmanager
+def _shown() -> Generator[Progress]:
+    """A progress bar on stderr, one line a model."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, int] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(bars.task_ids[tasks[label]], completed=done)
+
+        yield progress

@@ -1,0 +1,71 @@
+"""What an evaluation compares: candidates, and one plan of prompts and seeds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.data.stickers import Reference
+from fewstep.types import UserError
+
+Draw = Callable[[Sequence[str], Sequence[int]], NDArray[np.uint8]]
+"""Prompts and as many seeds -> uint8 ``[B, 3, h, w]``, one picture a pair."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model at one setting.
+
+    Attributes:
+        label: what the tables call it; unique in a run.
+        draw: makes its pictures.
+        identity: everything its pictures depend on besides prompt and seed (weights, steps, guidance);
+            pictures kept from an earlier run are used again only if it is the same.
+    """
+
+    label: str
+    draw: Draw
+    identity: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prompts of a run, seen pairs before held-out ones, and ``seeds`` pictures of each.
+
+    Every picture has a seed of its own, the same for every candidate. So candidates are compared on the same
+    noise, while two pictures of different prompts never share any.
+    """
+
+    chosen: tuple[Reference, ...]
+    seeds: int
+    first_seed: int
+
+    def rows(self) -> tuple[list[str], list[int]]:
+        """Prompt and seed of every picture, prompts outermost: ``[P * S]`` each."""
+        prompts = [reference.prompt for reference in self.chosen for _ in range(self.seeds)]
+        return prompts, [self.first_seed + row for row in range(len(prompts))]
+
+
+def choose(references: Sequence[Reference], prompts: int, seeds: int, first_seed: int = 0) -> Plan:
+    """Draw ``prompts`` references without replacement, half seen and half held out, the same at every call.
+
+    Where one half has too few, the other is not enlarged: a figure's count stays what was asked for or less.
+
+    Raises:
+        UserError: no references, or counts that allow no measurement.
+    """
+    if not references:
+        raise UserError("there are no real renderings to evaluate against; run: fewstep data stickers")
+    if prompts < 2:
+        raise UserError(f"an evaluation needs at least 2 prompts, not {prompts}")
+    if seeds < 1 or first_seed < 0:
+        raise UserError("an evaluation needs at least 1 seed a prompt, and seeds from 0 upwards")
+    rng = np.random.Generator(np.random.Philox(key=0))
+    chosen: list[Reference] = []
+    for held_out, share in ((False, prompts - prompts // 2), (True, prompts // 2)):
+        pool = sorted((r for r in references if r.held_out == held_out), key=lambda r: (r.concept, r.style))
+        chosen += [pool[i] for i in rng.permutation(len(pool))[:share]]
+    return Plan(tuple(chosen), seeds, first_seed)
