@@ -16,6 +16,8 @@ T5 = ("tokenizer_3", "text_encoder_3")
 
 def first_line(error: BaseException) -> str:
     """An error of another library in one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -83,6 +85,8 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         raise UserError(
             f"{folder} names {library}.{name} for {part}, which the installed {library} does not have"
         )
+    if hasattr(kind, "vocab_files_names"):
+        _check_vocabulary(folder / part, kind.vocab_files_names)
     try:
         if dtype is None:
             return kind.from_pretrained(folder / part)
@@ -92,3 +96,12 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     if report["missing_keys"]:
         raise UserError(f"{folder / part} lacks weights, among them {sorted(report['missing_keys'])[0]}")
     return net
+
+
+def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:
+    """Transformers makes an empty tokenizer of a folder without vocabulary; here that is an error."""
+    slow = [name for kind, name in files.items() if kind != "tokenizer_file"]
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in slow):
+        raise UserError(
+            f"{folder} has no vocabulary: tokenizer.json is missing, and so is {' or '.join(slow)}"
+        )

@@ -202,7 +202,8 @@ def load(
 def save(family: Family, folder: str | Path) -> None:
     """Write a diffusers folder that stock ``StableDiffusion3Pipeline.from_pretrained`` loads.
 
-    It is written beside its place and renamed; an earlier save there is replaced.
+    It is written beside its place and renamed; an earlier save there is replaced. Where T5 is absent, stock
+    diffusers asks to be told so: ``from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)``.
 
     Raises:
         UserError: something else is in the way, or the disk refuses.
@@ -256,9 +257,8 @@ def download(name: str, t5: bool | None) -> Path:
     try:
         return Path(StableDiffusion3Pipeline.download(name, **without))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"no folder {name} here, and it cannot be had from the hub: {first_line(error)}"
-        ) from error
+        what = f"no folder {name} here, and the hub did not give it"
+        raise UserError(f"{what}; check the name, the network and your access") from error
 
 
 def _dtype(name: str) -> Any:

@@ -36,9 +36,9 @@ def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | No
     if not any(key.startswith("first_stage_model.") for key in outline):
         raise UserError(f"{path} has no autoencoder (first_stage_model); give a file that has, or a folder")
     lacking = [part for part, mark in MARKS.items() if mark not in outline]
-    folder = _config_folder(
-        config, outline, lacking if t5 is not False else [part for part in lacking if part not in T5]
-    )
+    if t5 is False:
+        lacking = [part for part in lacking if part not in T5]
+    folder = _local(config) or _fetch(path, config, outline, lacking)
     index = read_index(folder, "StableDiffusion3", T5 if t5 else ())
     given: dict[str, Any] = {}
     if t5 is False or any(part not in index for part in T5):
@@ -52,6 +52,8 @@ def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | No
         pipe = StableDiffusion3Pipeline.from_single_file(
             str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **given
         )
+    except NotImplementedError as error:  # torch cannot move a tensor that the file gave no data
+        raise UserError(f"{path} lacks weights of its autoencoder or text encoders") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"cannot load {path}: {first_line(error)}") from error
     return _whole(path, pipe.components)
@@ -69,20 +71,26 @@ def _outline(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from error
 
 
-def _config_folder(config: str | Path | None, outline: dict[str, Any], lacking: list[str]) -> Path:
-    """The folder of configurations: a local one, or the hub's, with the weights of the parts ``lacking``."""
-    if config is not None and Path(config).is_dir():
-        return Path(config)
+def _local(config: str | Path | None) -> Path | None:
+    return Path(config) if config is not None and Path(config).is_dir() else None
+
+
+def _fetch(path: Path, config: str | Path | None, outline: dict[str, Any], lacking: list[str]) -> Path:
+    """Configurations and tokenizers from the hub, and the weights of the parts ``lacking``."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
 
     name = str(config or fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
+    if config is None and "stable-diffusion-3" not in name:  # what diffusers takes an unknown size for
+        raise UserError(
+            f"{path} is of none of SD3's known sizes; give a diffusers folder of its size as config"
+        )
     weights = [f"{part}/*.safetensors" for part in lacking]
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", *weights]))
     except (OSError, ValueError) as error:
-        what = f"the configurations and tokenizers of {name} cannot be had from the hub"
-        raise UserError(f"{what}: {first_line(error)}; give a local folder as config") from error
+        what = f"the hub did not give the configurations and tokenizers of {name}"
+        raise UserError(f"{what}; check network and access, or give a local folder as config") from error
 
 
 def _whole(path: Path, components: dict[str, Any]) -> dict[str, Any]:
@@ -91,11 +99,10 @@ def _whole(path: Path, components: dict[str, Any]) -> dict[str, Any]:
 
     for part, component in components.items():
         if isinstance(component, torch.nn.Module):
+            if hasattr(component, "tie_weights"):  # files hold T5's one table of embeddings once or twice
+                component.tie_weights()
             holes = [name for name, tensor in component.named_parameters() if tensor.is_meta]
             if holes:
                 raise UserError(f"{path} lacks weights of {part}, among them {holes[0]}")
-    return {
-        part: component
-        for part, component in components.items()
-        if part not in ("image_encoder", "feature_extractor")
-    }
+    foreign = ("image_encoder", "feature_extractor")
+    return {part: component for part, component in components.items() if part not in foreign}
