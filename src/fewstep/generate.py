@@ -36,7 +36,10 @@ STDIN = "/dev/stdin"
 
 def read_whole(hint: Any, tokens: Sequence[Token]) -> int:
     """Read a whole number: cyclopts would round 2.5 to 2."""
-    return int(tokens[0].value)
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
 
 
 Whole = Annotated[int, Parameter(converter=read_whole)]

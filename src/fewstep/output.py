@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fewstep.picture import Record
 from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.picture import Record
 
 FIELDS = ("index", "seed", "prompt", "model", "steps")
 
@@ -73,16 +76,15 @@ def _default(record: Record) -> str:
 
 
 def _pattern(output: str) -> Names:
+    def fill(index: int, seed: int, steps: int, prompt: str, model: str) -> Path:
+        words = {"prompt": slug(prompt), "model": slug(model)}
+        return Path(output.format(index=index, seed=seed, steps=steps, **words))
+
     def make(index: int, record: Record) -> Path:
-        model = slug(record.model)
-        return Path(
-            output.format(
-                index=index, seed=record.seed, prompt=slug(record.prompt), model=model, steps=record.steps
-            )
-        )
+        return fill(index, record.seed, record.steps, record.prompt, record.model)
 
     try:
-        trial = make(1, Record("a", 0, 1, "a", "", (1, 1)))
+        trial = fill(1, 0, 1, "a", "a")
     except (LookupError, ValueError, AttributeError, TypeError):
         fields = " ".join(f"{{{name}}}" for name in FIELDS)
         raise UserError(f"cannot read the pattern {output!r}; its fields are {fields}") from None

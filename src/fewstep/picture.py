@@ -18,6 +18,8 @@ from PIL import Image, PngImagePlugin
 
 from fewstep.types import UserError
 
+Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
+
 CHUNK = "fewstep"
 """Our own text chunk: one JSON object."""
 PARAMETERS = "parameters"
@@ -73,12 +75,11 @@ class Record:
         facts: Any = json.loads(text)
         try:
             width, height = facts.pop("size")
-            record = cls(size=(width, height), **facts)
+            if not all(isinstance(facts[name], str) for name in ("prompt", "model", "hash")):
+                raise TypeError("text expected")
+            return cls(size=(width, height), **facts)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(str(error)) from None
-        if not all(isinstance(value, str) for value in (record.prompt, record.model, record.hash)):
-            raise ValueError("text expected")
-        return record
 
     def parameters(self) -> str:
         """The text of the ``parameters`` chunk."""

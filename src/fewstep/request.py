@@ -12,7 +12,9 @@ from typing import Any
 
 from fewstep.types import Model, UserError
 
-MOST_SEEDS = 2**32
+SEEDS = 2**32
+MOST = 2**16
+"""Most pictures of a prompt in one call."""
 FEW = 8
 """Most steps of a model whose guidance is distilled in; one that is guided may take :data:`MANY`."""
 MANY = 100
@@ -62,9 +64,9 @@ def check(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
-    count = whole("n", n, 1, MOST_SEEDS)
-    first = _draw(MOST_SEEDS - count + 1) if seed is None else whole("seed", seed, 0, MOST_SEEDS - 1)
-    whole("the last seed (seed + n - 1)", first + count - 1, 0, MOST_SEEDS - 1)
+    count = whole("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
+    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
     clean = [_style(_prompt(text), style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
     most = FEW if model.guidance is None else MANY
@@ -142,7 +144,7 @@ def _guidance(model: Model, guidance: float | None, negative: str | None) -> tup
     if model.guidance is None:
         for name, value in (("guidance", guidance), ("negative", negative)):
             if value is not None:
-                raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it; leave it out")
+                raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
         return None, None
     scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)
-    return scale, None if negative is None else _prompt(negative)
+    return scale, _prompt(negative) if negative and negative.strip() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.types import UserError
 
@@ -82,12 +82,14 @@ def missing_extra(error: ImportError) -> UserError | None:
 
 
 def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:
-    from fewstep.pipeline import Pipeline
     from fewstep.runtime.bundle import read
     from fewstep.runtime.model import open_bundle
 
     bundle = read(folder)
-    return Pipeline(open_bundle(bundle, threads), bundle, name)
+    model = open_bundle(bundle, threads)
+    from fewstep.pipeline import Pipeline  # its imports take a while, in which the sessions are made
+
+    return Pipeline(model, bundle, name)
 
 
 def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
@@ -105,21 +107,32 @@ def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
 
 
 def _fetch(name: str) -> Path:
-    """The snapshot of a bundle; a name that holds no bundle is left to the family's own loader."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    """The folder of a bundle on the hub; a diffusers pipeline there is left to its family's own loader.
+
+    A bundle that has been fetched once is used as it is, so that generation asks no network.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    known = try_to_load_from_cache(name, "bundle.json")
+    if isinstance(known, str) and _complete(Path(known).parent):
+        return Path(known).parent
+    try:
+        files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
+        if "bundle.json" in files:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.onnx", "*.data", "LICENSE*"]))
+    except Exception as error:  # the hub's client raises errors of several network libraries
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"there is no folder {name}, and the hub cannot be asked for it: {reason}") from None
+    if "model_index.json" not in files:
+        raise UserError(f"{name} on the hub is no model for fewstep: no bundle.json, no model_index.json")
+    return Path(name)
+
+
+def _complete(folder: Path) -> bool:
+    from fewstep.runtime.bundle import read
 
     try:
-        hf_hub_download(name, "bundle.json")
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.onnx", "*.onnx.data", "LICENSE*"]))
-    except LocalEntryNotFoundError as error:
-        _refuse(name, error)
-    except EntryNotFoundError:
-        return Path(name)
-    except Exception as error:  # the hub's client raises errors of several network libraries
-        _refuse(name, error)
-
-
-def _refuse(name: str, error: Exception) -> NoReturn:
-    reason = " ".join(str(error).split())[:200]
-    raise UserError(f"there is no folder {name}, and the hub gave no model of that name: {reason}") from None
+        read(folder)
+    except UserError:  # a fetch that was cut off: fetch the rest
+        return False
+    return True

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from fewstep.runtime.bundle import Bundle, seal
 
-CHANNELS, SIDE, DOWNSCALE, LENGTH, WIDTH, POOLED = 4, 4, 8, 12, 8, 6
+CHANNELS, SIDE, DOWNSCALE, LENGTH, WIDTH, POOLED = 4, 4, 8, 24, 8, 6
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
 FACTS: dict[str, Any] = {
     "name": "tiny",

@@ -1,0 +1,337 @@
+"""The command line as a person meets it: real processes on a tiny bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fewstep
+from fewstep import cli
+from fewstep.picture import open_image
+from tiny_bundle import write_bundle
+
+SOURCE = Path(fewstep.__file__).parents[1]
+Capture = pytest.CaptureFixture[str]
+COMMAND = [sys.executable, "-m", "fewstep"]
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(SOURCE), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny").folder
+
+
+@pytest.fixture
+def at(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder; the model is ``../tiny`` from there by a link."""
+    (tmp_path / "tiny").symlink_to(bundle)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return here
+
+
+def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    more = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 60, **more}
+    return subprocess.run([*COMMAND, *arguments], check=False, **more)
+
+
+def generate(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return run("generate", "--model", "../tiny", *arguments, **more)
+
+
+def inside(*arguments: str) -> int:
+    """The same in this process: quicker, where the process itself is not the point."""
+    return cli.run(["generate", "--model", "../tiny", *arguments])
+
+
+def start_many() -> subprocess.Popen[bytes]:
+    """A process that writes 20,000 pictures into ``out/``, if nobody stops it."""
+    arguments = [*COMMAND, "generate", "a", "--model", "../tiny", "-n", "20000", "-o", "out/"]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(open_image(path))
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], message: str, status: int = 2) -> None:
+    assert done.returncode == status, done
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fewstep: ") and message in lines[0], done.stderr
+
+
+def test_a_prompt_becomes_a_picture(at: Path) -> None:
+    done = generate("a red apple, 3D style", "--seed", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "a-red-apple-3d-style-3.png\n"
+    assert [path.name for path in at.iterdir()] == ["a-red-apple-3d-style-3.png"]
+    assert pixels(at / "a-red-apple-3d-style-3.png").shape == (32, 32, 3)
+
+
+def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
+    rows = {
+        "prompt is empty": [""],
+        "there is no prompt": [],
+        "English only": ["苹果"],
+        "steps must be a whole number from 1 to 8": ["a", "--steps", "0"],
+        "guidance": ["a", "--guidance", "nan"],
+        "is not a picture": ["a", "--image", __file__],
+        "cannot make the folder": ["a", "-o", "/dev/full"],
+        "cannot write": ["a", "-o", "/proc/x.png"],
+        "Did you mean --steps?": ["a", "--stepz", "3"],
+    }
+    for message, arguments in rows.items():
+        assert_one_line(generate(*arguments), message)
+    assert not list(at.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--steps", "2.5"], "not a whole number"),
+        (["a", "-n", "0"], "n must be"),
+        (["a", "--seed", "-1"], "seed must be"),
+        (["a", "--strength", "0.5"], "give a picture with --image"),
+        (["a", "--style", "noir"], "the styles of this model: 3D, flat"),
+        (["a", "--backend", "torch"], "runs on onnx"),
+        (["a", "--backend", "tpu"], "Choose from"),
+        (["a", "-o", "x.jpg"], "written as PNG"),
+        (["a", "-o", "{word}.png"], "cannot read the pattern"),
+        (["a", "--prompts", "nowhere.txt"], "cannot read the prompts in nowhere.txt"),
+        (["--from", "nowhere.png"], "there is no picture nowhere.png"),
+        (["a", "--steps"], "requires an argument"),
+    ],
+)
+def test_bad_options(at: Path, capsys: Capture, arguments: list[str], message: str) -> None:
+    assert inside(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fewstep: ") and err.count("\n") == 1 and message in err
+    assert not list(at.iterdir())
+
+
+def test_commands_are_suggested(capsys: Capture) -> None:
+    assert cli.run(["generat", "a"]) == 2
+    assert capsys.readouterr().err == "fewstep: there is no command generat: did you mean generate?\n"
+    assert cli.run(["xyz"]) == 2
+    assert "the commands are generate, show, models" in capsys.readouterr().err
+
+
+def test_10000_words_are_cut_with_one_line(at: Path) -> None:
+    done = generate("word " * 10_000, "-o", "x.png")
+    assert_one_line(done, "22 of 40000 tokens were kept", status=0)
+    assert (at / "x.png").exists()
+
+
+def test_emoji_are_read(at: Path) -> None:
+    done = generate("🍎", "red apple", "--seed", "1", "-o", "{index}.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (pixels(at / "1.png") == pixels(at / "2.png")).all()
+
+
+def test_a_truncated_bundle(at: Path, tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "cut").folder
+    data = (folder / "transformer.onnx").read_bytes()
+    (folder / "transformer.onnx").write_bytes(data[: len(data) // 2])
+    assert_one_line(run("generate", "a", "--model", str(folder)), "transformer.onnx has")
+    assert not list(at.iterdir())
+
+
+def test_a_cut_input_picture(at: Path, tmp_path: Path) -> None:
+    inside("a", "-o", str(tmp_path / "whole.png"))
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    assert_one_line(generate("a", "--image", str(tmp_path / "cut.png")), "cut.png is not a picture")
+
+
+def test_a_full_disk_leaves_no_partial_file(at: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    assert_one_line(generate("a", "-o", "x.png", preexec_fn=limit), "cannot write x.png: File too large")
+    assert not list(at.iterdir())
+
+
+def test_full_standard_output(at: Path) -> None:
+    with open("/dev/full", "w") as full:
+        for arguments in (["generate", "a", "--model", "../tiny", "-o", "x.png"], ["--help"]):
+            done = run(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+            assert_one_line(done, "cannot write to standard output: No space left on device")
+
+
+def test_a_closed_pipe_ends_quietly(at: Path) -> None:
+    with start_many() as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"out/a-")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 2
+    assert 0 < len(list((at / "out").iterdir())) < 20000
+    assert not list((at / "out").glob(".*"))
+
+
+def test_ctrl_c_ends_at_once_with_whole_pictures(at: Path) -> None:
+    with start_many() as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, b"fewstep: interrupted\n")
+    made = list((at / "out").iterdir())
+    assert 0 < len(made) < 20000
+    for path in made:
+        assert path.suffix == ".png"
+        assert pixels(path).shape == (32, 32, 3)
+
+
+def test_from_makes_the_same_file(at: Path) -> None:
+    inside("a hat", "a dog", "-n", "4", "--seed", "7", "--steps", "2", "--style", "3D", "-o", "{index}.png")
+    done = generate("a cat", "--image", "3.png", "--strength", "0.6", "-o", "cat.png")
+    assert done.returncode == 0
+    for name in ("1.png", "6.png", "cat.png"):
+        done = run("generate", "--from", name, "-o", "again.png")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (at / "again.png").read_bytes() == (at / name).read_bytes()
+
+
+def test_from_takes_changes(at: Path) -> None:
+    inside("a dog", "--seed", "7", "-o", "dog.png")
+    inside("a dog", "--seed", "8", "--steps", "2", "-o", "other.png")
+    assert inside("--from", "dog.png", "--seed", "8", "--steps", "2", "-o", "changed.png") == 0
+    assert (at / "changed.png").read_bytes() == (at / "other.png").read_bytes()
+
+
+def test_from_tells_another_model(at: Path, tmp_path: Path, capsys: Capture) -> None:
+    other = write_bundle(tmp_path / "other", shift=2.0).folder
+    inside("a dog", "-o", "dog.png")
+    assert cli.run(["generate", "--from", "dog.png", "--model", str(other), "-o", "again.png"]) == 0
+    assert "warning: the model is not the one" in capsys.readouterr().err
+
+
+def test_from_fetches_no_model_unasked(at: Path, capsys: Capture) -> None:
+    inside("a dog", "-o", "dog.png")
+    (at.parent / "tiny").unlink()
+    assert cli.run(["generate", "--from", "dog.png"]) == 2
+    assert "say so with --model ../tiny" in capsys.readouterr().err
+
+
+def test_from_misses_its_input_picture(at: Path, capsys: Capture) -> None:
+    inside("a dog", "-o", "dog.png")
+    inside("a cat", "--image", "dog.png", "-o", "cat.png")
+    inside("a bird", "-o", "dog.png")
+    assert inside("--from", "cat.png") == 2
+    assert "dog.png is gone or has changed" in capsys.readouterr().err
+
+
+def test_show(at: Path, capsys: Capture) -> None:
+    inside("a dog", "--seed", "7", "-o", "dog.png")
+    capsys.readouterr()
+    assert cli.run(["show", "dog.png"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("a dog\nSteps: 4, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 32x32, Model hash")
+    assert cli.run(["show", "--json", "dog.png"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["prompt"], facts["seed"], facts["model"]) == ("a dog", 7, "../tiny")
+
+
+def test_show_of_other_pictures(at: Path, capsys: Capture) -> None:
+    from PIL import PngImagePlugin
+
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert cli.run(["show", "plain.png"]) == 2
+    assert "says nothing of how it was made" in capsys.readouterr().err
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "a dog\x1b[31m\nSteps: 20")
+    Image.new("RGB", (8, 8)).save("other.png", pnginfo=chunks)
+    assert cli.run(["show", "other.png"]) == 0
+    assert capsys.readouterr().out == "a dog [31m\nSteps: 20\n"
+
+
+def test_json_lines(at: Path) -> None:
+    done = generate("a cat", "a dog", "-n", "2", "--seed", "5", "--json", "-o", "out/")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        ("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)
+    ]  # fmt: skip
+    for line in lines:
+        assert set(line) == {"path", "prompt", "seed", "steps", "model", "seconds"}
+        assert (at / line["path"]).is_file() and 0 < line["seconds"] < 60
+
+
+def test_grid_is_one_sheet(at: Path, capsys: Capture) -> None:
+    assert inside("a cat", "a dog", "-n", "3", "--seed", "5", "--grid", "-o", "sheet.png") == 0
+    assert [path.name for path in at.iterdir()] == ["sheet.png"]
+    sheet = pixels(at / "sheet.png")
+    assert sheet.shape == (2 * 36 + 4, 3 * 36 + 4, 3)
+    inside("a dog", "--seed", "7", "-o", "dog.png")
+    assert (sheet[40:72, 76:108] == pixels(at / "dog.png")).all()
+    capsys.readouterr()
+    assert cli.run(["show", "--json", "sheet.png"]) == 0
+    assert [record["seed"] for record in json.loads(capsys.readouterr().out)["sheet"]] == [5, 6, 7, 5, 6, 7]
+    assert inside("--from", "sheet.png") == 2
+
+
+def test_prompts_from_standard_input_and_a_file(at: Path) -> None:
+    (at / "list.txt").write_text("\ufeffa bird\n\n  a fish \n", encoding="utf-8")
+    done = generate("a cat", "-", "--prompts", "list.txt", "--json", input="a dog\n\n🍎\n")
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == [
+        "a cat", "a dog", "🍎", "a bird", "a fish"
+    ]  # fmt: skip
+    assert_one_line(generate("-", input=""), "there is no prompt in standard input")
+    (at / "list.txt").write_bytes(b"caf\xe9\n")
+    assert_one_line(generate("--prompts", "list.txt"), "not UTF-8")
+
+
+def test_only_the_named_file_is_overwritten(at: Path) -> None:
+    inside("a cat", "--seed", "1", "-o", "x.png")
+    first = (at / "x.png").read_bytes()
+    inside("a cat", "--seed", "2", "-o", "x.png")
+    assert (at / "x.png").read_bytes() != first
+    for _ in range(2):
+        inside("a cat", "-n", "2", "-o", "y.png")
+    assert {path.name for path in at.glob("y*")} == {"y-1.png", "y-2.png", "y-1-2.png", "y-2-2.png"}
+
+
+def test_models(capsys: Capture, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    monkeypatch.setattr("fewstep.source.SHIPPED", bundle.parent)
+    assert cli.run(["models"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "size", "steps", "licence", "folder"]
+    assert row.split() == ["tiny", "0.0", "MB", "4", "MIT", str(bundle)]
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = """
+import sys
+from fewstep import cli
+for arguments in (["--help"], ["--version"], ["generate", "--help"]):
+    assert cli.run(arguments) == 0
+assert not {"numpy", "PIL", "onnxruntime", "torch"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=True)
+    said = done.stdout.decode()
+    assert "Draw pictures of prompts." in said and fewstep.__version__ in said and "--steps" in said
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", ("fewstep.no_torch:train", "Train."))
+    monkeypatch.setitem(sys.modules, "fewstep.no_torch", None)
+    with pytest.raises(ImportError):  # a fault of ours is not dressed up
+        cli.run(["train"])
+    monkeypatch.setitem(cli.COMMANDS, "train", ("surely_not_installed.torch:train", "Train."))
+    assert cli.run(["train"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fewstep: this needs surely_not_installed") and error.count("\n") == 1
+    assert "pip install 'fewstep[train]'" in error

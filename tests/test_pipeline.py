@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fewstep
+from fewstep import flow, picture, sample, times
+from fewstep.pipeline import Pipeline
+from fewstep.types import UserError
+from tiny_bundle import write_bundle
+
+PROMPT = "a cat"
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return fewstep.load(write_bundle(tmp_path_factory.mktemp("pipe")).folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return fewstep.load(write_bundle(tmp_path_factory.mktemp("guided"), guidance=3.0).folder, threads=1)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return bool((pixels(one) == pixels(other)).all())
+
+
+def test_the_picture_is_the_walk_of_its_seed(pipe: Pipeline) -> None:
+    model = pipe.model
+    x = sample.noises([7], model.latent)
+    x = sample.walk(model.velocity, x, times.grid(4, model.shift), model.text([PROMPT]))
+    expected = picture.to_images(model.codec.decode(x))[0]
+    (image,) = pipe(PROMPT, seed=7)
+    assert image.size == (32, 32) and image.mode == "RGB"
+    assert same(image, expected)
+
+
+@pytest.mark.parametrize("change", [{"prompts": "a dog"}, {"seed": 1}, {"steps": 3}, {"style": "flat"}])
+def test_everything_said_matters(pipe: Pipeline, change: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"prompts": PROMPT, "seed": 0, "steps": 4}
+    assert not same(pipe(**asked)[0], pipe(**{**asked, **change})[0])
+
+
+def test_a_seed_is_the_same_picture_in_every_batch(pipe: Pipeline) -> None:
+    prompts = [PROMPT, "a dog"]
+    eight = pipe(prompts, seed=5, n=4, batch=8)
+    one = pipe(prompts, seed=5, n=4, batch=1)
+    three = pipe(prompts, seed=5, n=4, batch=3)
+    alone = [pipe(text, seed=5 + index)[0] for text in prompts for index in range(4)]
+    for group in (one, three, alone):
+        assert all(map(same, eight, group))
+    assert len({image.tobytes() for image in eight}) == 8
+
+
+def test_a_seed_is_drawn_and_recorded(pipe: Pipeline) -> None:
+    (image,) = pipe(PROMPT)
+    record = picture.Record.parse(image.info["fewstep"])
+    assert same(image, pipe(PROMPT, seed=record.seed)[0])
+    assert picture.Record.parse(pipe(PROMPT)[0].info["fewstep"]).seed != record.seed
+
+
+def test_strength_0_is_the_codec_alone(pipe: Pipeline, photo: Image.Image) -> None:
+    (image,) = pipe(PROMPT, image=photo, strength=0, seed=3)
+    codec = pipe.model.codec
+    trip = picture.to_images(codec.decode(codec.encode(picture.fit(photo, (32, 32)))))[0]
+    assert same(image, trip)
+
+
+def test_strength_1_is_text_to_image(pipe: Pipeline, photo: Image.Image) -> None:
+    assert same(pipe(PROMPT, image=photo, strength=1, seed=3)[0], pipe(PROMPT, seed=3)[0])
+
+
+def test_between_it_starts_from_the_mixture(pipe: Pipeline, photo: Image.Image, tmp_path: Path) -> None:
+    model, path = pipe.model, tmp_path / "photo.png"
+    photo.save(path)
+    grid = times.strength_grid(4, 0.5, model.shift)
+    start = model.codec.encode(picture.fit(photo, (32, 32)))
+    x = flow.mix(start, sample.noises([3], model.latent), grid[0])
+    x = sample.walk(model.velocity, x, grid, model.text([PROMPT]))
+    expected = picture.to_images(model.codec.decode(x))[0]
+    for image in (photo, path, str(path)):
+        assert same(pipe(PROMPT, image=image, strength=0.5, seed=3)[0], expected)
+
+
+def test_every_step_is_reported_and_the_last_preview_is_the_picture(pipe: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    previews: list[Image.Image] = []
+
+    def look(step: int, steps: int, preview: Callable[[], list[Image.Image]]) -> None:
+        seen.append((step, steps))
+        previews[:] = preview()
+
+    images = pipe(PROMPT, n=3, seed=0, steps=2, batch=2, on_step=look)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    difference = pixels(previews[0]).astype(int) - pixels(images[2])
+    assert abs(difference).max() <= 1
+
+
+def test_guidance_steers(guided: Pipeline) -> None:
+    model = guided.model
+    cond, uncond = model.text([PROMPT]), model.text(["a dog"])
+    x = sample.noises([0], model.latent)
+
+    def velocity(x: np.ndarray, t: np.ndarray, _: Any) -> np.ndarray:
+        away = model.velocity(x, t, uncond)
+        return away + 2.5 * (model.velocity(x, t, cond) - away)
+
+    x = sample.walk(velocity, x, times.grid(4, model.shift), cond)
+    expected = pixels(picture.to_images(model.codec.decode(x))[0]).astype(int)
+    (image,) = guided(PROMPT, seed=0, guidance=2.5, negative="a dog")
+    assert abs(pixels(image) - expected).max() <= 1
+    assert same(guided(PROMPT, seed=0)[0], guided(PROMPT, seed=0, guidance=3.0)[0])
+    assert not same(guided(PROMPT, seed=0, guidance=1.0)[0], image)
+
+
+def test_style_is_a_phrase_that_is_not_said_twice(pipe: Pipeline) -> None:
+    assert pipe.request("a cat", style="3d").jobs[0][0] == "a cat, 3D style"
+    assert pipe.request("3D style cat", style="3D").jobs[0][0] == "3D style cat"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"prompts": ""}, "prompt is empty"),
+    ({"prompts": " \n\t"}, "prompt is empty"),
+    ({"prompts": []}, "there is no prompt"),
+    ({"prompts": [PROMPT, None]}, "must be text"),
+    ({"prompts": "a \udcff"}, "UTF-8"),
+    ({"prompts": "苹果"}, "English only"),
+    ({"steps": 0}, "steps must be a whole number from 1 to 8"),
+    ({"steps": 9}, "steps must be a whole number from 1 to 8"),
+    ({"steps": 2.5}, "steps must be a whole number"),
+    ({"n": 0}, "n must be"),
+    ({"n": 2**40}, "n must be"),
+    ({"seed": -1}, "seed must be"),
+    ({"seed": 2**32}, "seed must be"),
+    ({"seed": 2**32 - 1, "n": 2}, "the last seed"),
+    ({"guidance": 3.0}, "takes no guidance"),
+    ({"negative": "a dog"}, "takes no negative"),
+    ({"style": "noir"}, "the styles of this model: 3D, flat"),
+    ({"image": "photo.png", "strength": float("nan")}, "strength must be"),
+    ({"image": "photo.png", "strength": 1.5}, "strength must be"),
+    ({"image": "photo.png", "strength": "much"}, "strength must be"),
+    ({"image": "nowhere.png"}, "there is no picture nowhere.png"),
+    ({"image": __file__}, "not a picture"),
+    ({"image": 5}, "must be a path or a Pillow image"),
+    ({"batch": 0}, "batch must be"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), BAD)
+def test_bad_input_is_one_clear_line(pipe: Pipeline, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        pipe(**{"prompts": PROMPT, **asked})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "much"])
+def test_bad_guidance(guided: Pipeline, scale: Any) -> None:
+    with pytest.raises(UserError, match="guidance must be a number"):
+        guided(PROMPT, guidance=scale)
+
+
+def test_a_guided_model_may_take_many_steps(guided: Pipeline) -> None:
+    assert len(guided(PROMPT, steps=100, seed=0)) == 1
+    with pytest.raises(UserError, match="from 1 to 100"):
+        guided(PROMPT, steps=101)
+
+
+def test_metadata_survives_the_file(pipe: Pipeline, tmp_path: Path) -> None:
+    (image,) = pipe("a café cat, 3D style", seed=4, steps=2)
+    picture.save(image, tmp_path / "cat.png")
+    record = picture.read_record(tmp_path / "cat.png")
+    assert (record.prompt, record.seed, record.steps) == ("a café cat, 3D style", 4, 2)
+    assert pipe.bundle is not None and record.hash == pipe.bundle.digest
+    text = picture.read_info(tmp_path / "cat.png")["parameters"]
+    assert text.splitlines()[0] == "a café cat, 3D style"
+    assert "Steps: 2, Sampler: Euler, CFG scale: 1, Seed: 4, Size: 32x32" in text
+    assert picture.Record.parse(record.json()) == record
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "5", "{}", '{"size": [1, 2], "prompt": 3, "model": "a", "hash": "", "seed": 1}']
+)
+def test_foreign_metadata_is_refused(tmp_path: Path, text: str) -> None:
+    image = Image.new("RGB", (8, 8))
+    image.info["fewstep"] = text
+    picture.save(image, tmp_path / "odd.png")
+    with pytest.raises(UserError, match="not a single picture"):
+        picture.read_record(tmp_path / "odd.png")
+
+
+def test_input_pictures_are_cropped_and_laid_on_white() -> None:
+    clear = picture.fit(Image.new("RGBA", (50, 20), (0, 0, 0, 0)), (32, 32))
+    assert clear.shape == (1, 3, 32, 32) and clear.dtype == np.float32
+    np.testing.assert_array_equal(clear, 1)
+    wide = Image.new("RGB", (90, 30), "black")
+    wide.paste("white", (30, 0, 60, 30))
+    assert picture.fit(wide, (32, 32)).min() > 0.9  # the filter sees a little over the edge of the crop
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        picture.save(Image.new("RGB", (8, 8)), tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources(pipe: Pipeline, tmp_path: Path) -> None:
+    assert pipe.bundle is not None
+    folder = pipe.bundle.folder
+    with pytest.raises(UserError, match="runs on onnx, not on torch"):
+        fewstep.load(folder, backend="torch")
+    with pytest.raises(UserError, match="neither bundle"):
+        fewstep.load(tmp_path)
+    with pytest.raises(UserError, match="no model 'nothing'"):
+        fewstep.load("nothing")
+    with pytest.raises(UserError, match="the hub cannot be asked"):
+        fewstep.load("nobody/nothing")
+    with pytest.raises(UserError, match="threads must be"):
+        fewstep.load(folder, threads=0)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="runs on torch, not on onnx"):
+        fewstep.load(tmp_path, backend="onnx")
+
+
+def test_generation_imports_no_torch(pipe: Pipeline) -> None:
+    assert pipe.bundle is not None
+    code = f"""
+import sys, fewstep
+assert not {{"numpy", "PIL", "onnxruntime"}} & set(sys.modules), "import fewstep is not light"
+fewstep.load({str(pipe.bundle.folder)!r})({PROMPT!r}, image=fewstep.load({str(pipe.bundle.folder)!r})("a")[0])
+heavy = {{"torch", "onnx", "diffusers", "transformers", "scipy", "rich", "huggingface_hub", "cyclopts"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_records_list_what_a_picture_depends_on(pipe: Pipeline, photo: Image.Image) -> None:
+    (image,) = pipe(PROMPT, seed=0, image=photo, strength=0.5)
+    facts = json.loads(image.info["fewstep"])
+    assert facts["strength"] == 0.5 and facts["batch"] == 1
+    assert set(facts) < {field.name for field in dataclasses.fields(picture.Record)}
