@@ -21,25 +21,83 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
 """Style -> ways to ask for it. The first is the one that the command line's ``--style`` uses."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "white": (255, 255, 255), "black": (24, 24, 27), "grey": (148, 152, 160), "red": (222, 56, 50),
-    "orange": (247, 142, 38), "yellow": (252, 214, 56), "green": (64, 168, 84), "blue": (52, 114, 222),
-    "purple": (136, 76, 196), "pink": (246, 144, 188), "brown": (134, 88, 56), "teal": (32, 160, 160),
-    "pale blue": (196, 222, 248), "pale green": (204, 236, 204), "pale yellow": (253, 243, 196),
-    "pale pink": (252, 218, 230), "dark blue": (24, 44, 104), "dark green": (20, 78, 48),
-    "light grey": (224, 226, 230), "beige": (240, 228, 204),
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "black": (24, 24, 27),
+    "grey": (148, 152, 160),
+    "red": (222, 56, 50),
+    "orange": (247, 142, 38),
+    "yellow": (252, 214, 56),
+    "green": (64, 168, 84),
+    "blue": (52, 114, 222),
+    "purple": (136, 76, 196),
+    "pink": (246, 144, 188),
+    "brown": (134, 88, 56),
+    "teal": (32, 160, 160),
+    "pale blue": (196, 222, 248),
+    "pale green": (204, 236, 204),
+    "pale yellow": (253, 243, 196),
+    "pale pink": (252, 218, 230),
+    "dark blue": (24, 44, 104),
+    "dark green": (20, 78, 48),
+    "light grey": (224, 226, 230),
+    "beige": (240, 228, 204),
+}
 
 _OPENERS = (
-    "", "", "", "", "a photo of ", "a picture of ", "an image of ", "draw me ", "draw ", "please draw ", "show me ",
-    "i want ", "make ", "can you draw ", "an icon of ", "an emoji of ", "a sticker of ", "an illustration of ",
-    "generate ", "create ", "give me ", "sticker: ", "a cute picture of ", "one ", "paint ", "i would like ",
-)  # fmt: skip
-_ON = ("on a {} background", "on {} background", "with a {} background", "against a {} background", "on {}",
-       "{} background", "in front of a {} backdrop")  # fmt: skip
+    "",
+    "",
+    "",
+    "",
+    "a photo of ",
+    "a picture of ",
+    "an image of ",
+    "draw me ",
+    "draw ",
+    "please draw ",
+    "show me ",
+    "i want ",
+    "make ",
+    "can you draw ",
+    "an icon of ",
+    "an emoji of ",
+    "a sticker of ",
+    "an illustration of ",
+    "generate ",
+    "create ",
+    "give me ",
+    "sticker: ",
+    "a cute picture of ",
+    "one ",
+    "paint ",
+    "i would like ",
+)
+_ON = (
+    "on a {} background",
+    "on {} background",
+    "with a {} background",
+    "against a {} background",
+    "on {}",
+    "{} background",
+    "in front of a {} backdrop",
+)
 _NUMBERS = {2: ("two", "2", "a pair of", "two"), 3: ("three", "3", "three"), 4: ("four", "4", "four")}
-_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice",
-              "sheep": "sheep", "fish": "fish", "leaf": "leaves", "knife": "knives", "wolf": "wolves",
-              "tooth": "teeth", "foot": "feet", "goose": "geese", "dice": "dice", "scissors": "scissors"}  # fmt: skip
+_IRREGULAR = {
+    "person": "people",
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "mouse": "mice",
+    "sheep": "sheep",
+    "fish": "fish",
+    "leaf": "leaves",
+    "knife": "knives",
+    "wolf": "wolves",
+    "tooth": "teeth",
+    "foot": "feet",
+    "goose": "geese",
+    "dice": "dice",
+    "scissors": "scissors",
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +119,7 @@ def sticker(concept: Concept, style: str, ground: Ground, rng: Rng) -> str:
     return _finish(_arrange(thing, look, _background(ground, rng), rng), rng)
 
 
-def things(
-    names: Sequence[str], relation: str | None, style: str | None, ground: Ground, rng: Rng
-) -> str:
+def things(names: Sequence[str], relation: str | None, style: str | None, ground: Ground, rng: Rng) -> str:
     """A caption of a scene of two or more different things: ``names`` joined by ``relation`` or "and"."""
     parts = [_article(name, rng) for name in names]
     joined = f" {relation} ".join(parts) if relation else ", ".join(parts[:-1]) + " and " + parts[-1]
@@ -103,7 +159,13 @@ def _name(concept: Concept, rng: Rng) -> str:
     if not concept.synonyms or draw < 0.72:
         return concept.name
     synonym = _pick(concept.synonyms, rng)
-    return synonym if draw < 0.9 else f"{concept.name} ({synonym})" if draw < 0.95 else f"{synonym} {concept.name}"
+    return (
+        synonym
+        if draw < 0.9
+        else f"{concept.name} ({synonym})"
+        if draw < 0.95
+        else f"{synonym} {concept.name}"
+    )
 
 
 def _article(name: str, rng: Rng) -> str:
@@ -125,7 +187,11 @@ def _arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
     """Word order: the thing, its look and its ground, however people put them."""
     comma = ", " if rng.random() < 0.6 else " "
     if look is None:
-        return f"{ground}{comma}{thing}" if ground and rng.random() < 0.1 else " ".join(filter(None, (thing, ground)))
+        return (
+            f"{ground}{comma}{thing}"
+            if ground and rng.random() < 0.1
+            else " ".join(filter(None, (thing, ground)))
+        )
     tail = f"{comma}{ground}" if ground and rng.random() < 0.5 else f" {ground}" if ground else ""
     draw = rng.random()
     if draw < 0.6 or look.startswith("in "):
@@ -156,5 +222,5 @@ def _slip(text: str, rng: Rng) -> str:
     return text[:at] + text[at + 1 :] if kind == 1 else text[:at] + text[at : at + 1] + text[at:]
 
 
-def _pick(options: Sequence[Any], rng: Rng) -> Any:  # noqa: ANN401
+def _pick(options: Sequence[Any], rng: Rng) -> Any:
     return options[int(rng.integers(len(options)))]

@@ -18,10 +18,15 @@ Out = Annotated[Path, Parameter(name=["--output", "-o"])]
 
 @app.command
 def stickers(
-    *, output: Out = Path("data/stickers"), size: int = 128, pictures: int = 40_000, scenes: float = 0.2,
-    seed: int = 0, workers: int = 0,
-) -> None:  # fmt: skip
-    """Fetch openly licensed emoji, rasterise them and write captioned stickers and scenes as WebDataset shards.
+    *,
+    output: Out = Path("data/stickers"),
+    size: int = 128,
+    pictures: int = 40_000,
+    scenes: float = 0.2,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Fetch openly licensed emoji, rasterise them and write captioned stickers and scenes as shards.
 
     Args:
         output: Folder of the data set; an interrupted run goes on where it stopped.
@@ -36,8 +41,15 @@ def stickers(
     if size not in (64, 128, 256) or pictures < 1 or not 0 <= scenes <= 1:
         raise UserError("--size must be 64, 128 or 256, --pictures at least 1, --scenes between 0 and 1")
     with _bar() as say:
-        build(output, size=size, pictures=pictures, scenes=scenes, seed=seed, workers=workers or os.cpu_count() or 1,
-              progress=say)  # fmt: skip
+        build(
+            output,
+            size=size,
+            pictures=pictures,
+            scenes=scenes,
+            seed=seed,
+            workers=workers or os.cpu_count() or 1,
+            progress=say,
+        )
     print(output)
 
 
@@ -59,7 +71,7 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
     print(output)
 
 
-class _bar:  # noqa: N801 - reads as the context manager that it is
+class _bar:
     """A progress bar a stage, on a terminal; a line a stage elsewhere."""
 
     def __enter__(self) -> Callable[[str, int, int], None]:
@@ -79,4 +91,6 @@ class _bar:  # noqa: N801 - reads as the context manager that it is
             self._tasks[stage] = self._progress.add_task(stage, total=total or None)
             if not sys.stderr.isatty():
                 print(f"fewstep: {stage}", file=sys.stderr)
-        self._progress.update(self._progress.tasks[self._tasks[stage]].id, completed=done, total=total or None)
+        self._progress.update(
+            self._progress.tasks[self._tasks[stage]].id, completed=done, total=total or None
+        )

@@ -41,9 +41,13 @@ class Sample:
     def truth(self) -> dict[str, Any]:
         """All but the picture, ready for JSON."""
         return {
-            "prompt": self.prompt, "kind": self.kind, "objects": [asdict(o) for o in self.objects],
-            "ground": self.ground.words or "plain white", "relation": self.relation, "held_out": self.held_out,
-        }  # fmt: skip
+            "prompt": self.prompt,
+            "kind": self.kind,
+            "objects": [asdict(o) for o in self.objects],
+            "ground": self.ground.words or "plain white",
+            "relation": self.relation,
+            "held_out": self.held_out,
+        }
 
 
 @dataclass
@@ -75,7 +79,9 @@ class Composer:
             return self._scene(rng)
         # Stickers go through all pairs in a new order each round, so that every pair is seen equally often.
         round_, place = divmod(index, len(self._rows))
-        order = np.random.Generator(np.random.Philox(key=[self.seed, 2**40 + round_])).permutation(len(self._rows))
+        order = np.random.Generator(np.random.Philox(key=[self.seed, 2**40 + round_])).permutation(
+            len(self._rows)
+        )
         return self.sticker(self._rows[int(order[place])], rng)
 
     def sticker(self, row: int, rng: Rng, ground: Ground | None = None) -> Sample:
@@ -87,7 +93,9 @@ class Composer:
         concept = self.renderings.concepts[index]
         objects = [Placed(concept.name, style, box)]
         caption = captions.sticker(concept, style, ground, rng)
-        return Sample(self._paint([row], objects, ground), caption, "sticker", objects, ground, None, not self.training)
+        return Sample(
+            self._paint([row], objects, ground), caption, "sticker", objects, ground, None, not self.training
+        )
 
     def _scene(self, rng: Rng) -> Sample:
         return self._several(rng) if rng.random() < 0.6 else self._counted(rng)
@@ -105,7 +113,13 @@ class Composer:
         style = pairs[0][1] if len({s for _, s in pairs}) == 1 else None
         caption = captions.things([n for n, _ in pairs], relation, style, ground, rng)
         return Sample(
-            self._paint(rows, objects, ground), caption, "several", objects, ground, relation, not self.training
+            self._paint(rows, objects, ground),
+            caption,
+            "several",
+            objects,
+            ground,
+            relation,
+            not self.training,
         )
 
     def _counted(self, rng: Rng) -> Sample:
@@ -114,8 +128,11 @@ class Composer:
         row = self._choose(1, rng, count)[0]
         ground = Ground() if rng.random() < 0.5 else _ground(rng)
         side = {2: 0.45, 3: 0.38, 4: 0.38}[count] * float(rng.uniform(0.95, 1.05))
-        layouts = {2: [(0.27, 0.5), (0.73, 0.5)], 3: [(0.5, 0.27), (0.27, 0.72), (0.73, 0.72)],
-                   4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]}  # fmt: skip
+        layouts = {
+            2: [(0.27, 0.5), (0.73, 0.5)],
+            3: [(0.5, 0.27), (0.27, 0.72), (0.73, 0.72)],
+            4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+        }
         name, style = self._pair(row)
         objects = [Placed(name, style, _box(x, y, side)) for x, y in layouts[count]]
         concept = self.renderings.concepts[self.renderings.pairs[row][0]]

@@ -71,11 +71,15 @@ def load(packages: dict[str, Path]) -> list[Concept]:
     messages = read_json(packages["captions"] / "en" / "messages.json")
     subgroups = {int(s["order"]): str(s["key"]) for s in messages["subgroups"]}
     files = {style: icon_names(packages[style], style) for style in STYLES}
-    concepts = [_concept(entry, subgroups, files) for entry in entries if "subgroup" in entry and "group" in entry]
+    concepts = [
+        _concept(entry, subgroups, files) for entry in entries if "subgroup" in entry and "group" in entry
+    ]
     names = {c.name for c in concepts}
     kept = [c for c in concepts if _wanted(c, names)]
     carriers = Counter(tag for c in kept for tag in c.tags)
-    return [replace(c, synonyms=tuple(t for t in c.tags if carriers[t] <= _RARE and t not in names)) for c in kept]
+    return [
+        replace(c, synonyms=tuple(t for t in c.tags if carriers[t] <= _RARE and t not in names)) for c in kept
+    ]
 
 
 def icon_names(package: Path, style: str) -> dict[str, str]:
@@ -95,7 +99,11 @@ def _concept(entry: dict[str, Any], subgroups: dict[int, str], files: dict[str, 
 
 
 def _wanted(concept: Concept, names: set[str]) -> bool:
-    if concept.group in LEFT_OUT or concept.group.endswith("-flag") or concept.group in ("hair-style", "skin-tone"):
+    if (
+        concept.group in LEFT_OUT
+        or concept.group.endswith("-flag")
+        or concept.group in ("hair-style", "skin-tone")
+    ):
         return False
     if _CLOCK.search(concept.name) or "regional indicator" in concept.name or not concept.styles:
         return False

@@ -38,9 +38,13 @@ class Renderings:
 
 
 def render_all(
-    packages: dict[str, Path], concepts: list[Concept], folder: Path, size: int, workers: int,
+    packages: dict[str, Path],
+    concepts: list[Concept],
+    folder: Path,
+    size: int,
+    workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Renderings:  # fmt: skip
+) -> Renderings:
     """Rasterise all pairs into ``folder/renderings-SIZE.npy`` (kept when it is there) and open it."""
     pairs = [(i, style) for style in STYLES for i, c in enumerate(concepts) if style in c.styles]
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
@@ -69,7 +73,9 @@ def load(folder: Path, size: int) -> Renderings:
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
     read = read_json(index)
-    concepts = [Concept(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in read["concepts"]]
+    concepts = [
+        Concept(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in read["concepts"]
+    ]
     return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
 
 
@@ -111,7 +117,14 @@ def _rasterise(svg: str) -> Image.Image:
     import resvg
 
     tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
-    identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # row by row: x scale, x skew, x shift; y skew, y scale, y shift
+    identity = (
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    )  # row by row: x scale, x skew, x shift; y skew, y scale, y shift
     return Image.open(io.BytesIO(resvg.render(tree, identity))).convert("RGBA")
 
 

@@ -37,9 +37,14 @@ class Example:
 
 
 def write(
-    make: Composer, folder: Path, name: str, pictures: int, per_shard: int, workers: int,
+    make: Composer,
+    folder: Path,
+    name: str,
+    pictures: int,
+    per_shard: int,
+    workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write ``pictures`` samples as ``NAME-00000.tar`` and so on; shards that are there already are kept.
 
     Shard contents depend on the composer and the index only, never on the number of workers.
@@ -47,7 +52,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, pictures, per_shard)
     paths = [folder / f"{name}-{k:05d}.tar" for k in range(len(starts))]
-    todo = [(p, range(s, min(s + per_shard, pictures))) for p, s in zip(paths, starts, strict=True) if not p.exists()]
+    todo = [
+        (p, range(s, min(s + per_shard, pictures)))
+        for p, s in zip(paths, starts, strict=True)
+        if not p.exists()
+    ]
     done = pictures - sum(len(indices) for _, indices in todo)
     progress(done, pictures)
     with ProcessPoolExecutor(workers, initializer=_share, initargs=(make,)) as pool:
@@ -100,7 +109,9 @@ def find(source: str | Path) -> list[Path]:
         return [path]
     paths = sorted(path.glob("*.tar")) if path.is_dir() else sorted(path.parent.glob(path.name))
     if not paths:
-        raise UserError(f"{source}: no .tar shards there; write some with: fewstep data stickers (or: data folder)")
+        raise UserError(
+            f"{source}: no .tar shards there; write some with: fewstep data stickers (or: data folder)"
+        )
     return paths
 
 
@@ -152,7 +163,11 @@ def square(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def write_folder(
-    source: Path, folder: Path, size: int, per_shard: int, progress: Callable[[int, int], None] = lambda d, t: None
+    source: Path,
+    folder: Path,
+    size: int,
+    per_shard: int,
+    progress: Callable[[int, int], None] = lambda d, t: None,
 ) -> list[Path]:
     """Shards of a folder of pictures, each with a caption of the same name in a ``.txt`` beside it.
 

@@ -34,26 +34,46 @@ class Package:
 
 PACKAGES = {
     "3d": Package(
-        "@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "Fluent Emoji 3D (WebP)", "Microsoft, LobeHub",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "MIT",
+        "Fluent Emoji 3D (WebP)",
+        "Microsoft, LobeHub",
         "sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
     ),
     "flat": Package(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji flat (SVG)", "Microsoft, Iconify",
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "MIT",
+        "Fluent Emoji flat (SVG)",
+        "Microsoft, Iconify",
         "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
     ),
     "noto": Package(
-        "@iconify-json/noto", "1.2.9", "Apache-2.0", "Noto Emoji (SVG)", "Google, Iconify",
+        "@iconify-json/noto",
+        "1.2.9",
+        "Apache-2.0",
+        "Noto Emoji (SVG)",
+        "Google, Iconify",
         "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
     ),
     "twemoji": Package(
-        "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "Twemoji (SVG), by Twitter and contributors", "Twitter, Iconify",
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "CC-BY-4.0",
+        "Twemoji (SVG), by Twitter and contributors",
+        "Twitter, Iconify",
         "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
     ),
     "captions": Package(
-        "emojibase-data", "17.0.0", "MIT", "labels and tags (JSON)", "Miles Johnson",
+        "emojibase-data",
+        "17.0.0",
+        "MIT",
+        "labels and tags (JSON)",
+        "Miles Johnson",
         "sha512-Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
     ),
-}  # fmt: skip
+}
 """Style name (or ``captions``) -> the package that holds it."""
 
 STYLES = tuple(name for name in PACKAGES if name != "captions")
@@ -108,7 +128,7 @@ def _integrity(archive: Path) -> str:
     return "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The stickers data set, whole: fetch, rasterise, compose, write; and the references that evaluation needs."""
+"""The stickers data set, whole: fetch, rasterise, compose, write; and evaluation's references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """One rendering, plain and centred, with the prompt that asks for it; ``image`` uint8 ``[3, size, size]``."""
+    """One rendering, plain and centred, with its prompt; ``image`` uint8 ``[3, size, size]``."""
 
     concept: str
     style: str
@@ -37,18 +37,29 @@ def build(
     Raises:
         UserError: the folder holds a data set of other options, or a package cannot be fetched.
     """
-    options = {"size": size, "pictures": pictures, "scenes": scenes, "seed": seed,
-               "packages": {p.name: p.version for p in sources.PACKAGES.values()}}  # fmt: skip
+    options = {
+        "size": size,
+        "pictures": pictures,
+        "scenes": scenes,
+        "seed": seed,
+        "packages": {p.name: p.version for p in sources.PACKAGES.values()},
+    }
     _claim(folder, options)
     packages = sources.fetch(folder / "packages", lambda line: progress(line, 0, 0))
     (folder / "LICENCES.md").write_text(sources.licence_table(), encoding="utf-8")
     found = concepts.load(packages)
-    rendered = render.render_all(packages, found, folder, size, workers, lambda d, t: progress("rasterise", d, t))
+    rendered = render.render_all(
+        packages, found, folder, size, workers, lambda d, t: progress("rasterise", d, t)
+    )
     train = Composer(rendered, size, seed, scenes)
-    shards.write(train, folder / "train", "train", pictures, 1000, workers, lambda d, t: progress("train", d, t))
+    shards.write(
+        train, folder / "train", "train", pictures, 1000, workers, lambda d, t: progress("train", d, t)
+    )
     held = Composer(rendered, size, seed + 1, scenes, training=False)
     many = max(256, pictures // 20)
-    shards.write(held, folder / "heldout", "heldout", many, 1000, workers, lambda d, t: progress("held out", d, t))
+    shards.write(
+        held, folder / "heldout", "heldout", many, 1000, workers, lambda d, t: progress("held out", d, t)
+    )
 
 
 def _claim(folder: Path, options: dict[str, Any]) -> None:

@@ -1,0 +1,88 @@
+"""Captions with their truth, and the words of the language: what text encoders are made from."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.data.captions import COLOURS
+from fewstep.data.concepts import Concept
+from fewstep.data.sources import STYLES
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts, and rows of what they ask for: indices into ``labels``; ``None`` where nobody knows."""
+
+    texts: list[str]
+    asked: list[list[int] | None]
+    labels: list[str]
+
+    def truth(self, rows: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Multi-hot float32 ``[B, K]``, and 1 where it is known, float32 ``[B]``."""
+        hot = np.zeros((len(rows), len(self.labels)), np.float32)
+        known = np.zeros(len(rows), np.float32)
+        for place, row in enumerate(rows):
+            if (asked := self.asked[row]) is not None:
+                hot[place, asked] = 1
+                known[place] = 1
+        return hot, known
+
+
+def captions(
+    shards: Sequence[Path], many: int, concepts: Sequence[Concept], words: Sequence[str]
+) -> Captions:
+    """``many`` captions of the shards, then every name and synonym alone, then ``words`` of unknown truth."""
+    labels = [c.name for c in concepts] + [f"style {s}" for s in STYLES] + [f"ground {c}" for c in COLOURS]
+    place = {label: i for i, label in enumerate(labels)}
+    texts: list[str] = []
+    asked: list[list[int] | None] = []
+    for truth in islice(chain.from_iterable(map(_truths, shards)), many):
+        texts.append(truth["prompt"])
+        asked.append(_asked(truth, place) if "objects" in truth else None)
+    for concept in concepts:
+        for name in (concept.name, *concept.synonyms):
+            texts.append(name)
+            asked.append([place[concept.name]])
+    texts += words
+    asked += [None] * len(words)
+    return Captions(texts, asked, labels)
+
+
+def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
+    """Concepts always; styles and grounds only where the caption says them (else nobody could know)."""
+    said = truth["prompt"].lower()
+    found = {place[o["concept"]] for o in truth["objects"]}
+    hints = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
+    found |= {place[f"style {o['style']}"] for o in truth["objects"] if hints[o["style"]] in said}
+    grounds = truth["ground"].removesuffix(" gradient").split(" to ")
+    found |= {place[f"ground {g}"] for g in grounds if g in COLOURS and g in said}
+    return sorted(found)
+
+
+def _truths(shard: Path) -> list[dict[str, Any]]:
+    """The ``.json`` entries of a shard, or its captions alone, without decoding a picture."""
+    out: dict[str, dict[str, Any]] = {}
+    with tarfile.open(shard) as tar:
+        for entry in tar:
+            stem, _, ending = entry.name.rpartition(".")
+            if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
+                data = file.read().decode()
+                out.setdefault(stem, {}).update(
+                    json.loads(data) if ending == "json" else {"prompt": data.strip()}
+                )
+    return list(out.values())
+
+
+def prompts_of(shards: Sequence[Path], many: int, seed: int) -> list[str]:
+    """``many`` captions of the shards by chance, in an order that only ``seed`` decides."""
+    lines = [truth["prompt"] for truth in chain.from_iterable(map(_truths, shards))]
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lines))
+    return [lines[int(order[i % len(lines)])] for i in range(many)]

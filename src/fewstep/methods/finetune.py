@@ -1,0 +1,45 @@
+"""Flow matching: how a teacher learns from data, and how any net is fine-tuned (floor 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep import flow, losses, times
+from fewstep.methods import Draw, Losses, Turn
+from fewstep.types import Batch, Velocity
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Minimise ``|| v(x_t, t) - (eps - x_0) ||^2`` over times of a density.
+
+    The batch's condition is already what the net shall see: captions dropped for guidance are empty there.
+
+    Attributes:
+        net: the torch module that learns.
+        velocity: the same net as a velocity.
+        density: times that training draws (:mod:`fewstep.times`).
+    """
+
+    net: Any
+    velocity: Velocity
+    density: times.Density = times.logit_normal
+
+    @property
+    def nets(self) -> dict[str, Any]:
+        return {"net": self.net}
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("net", self.losses)]
+
+    def losses(self, batch: Batch, draw: Draw) -> Losses:
+        """``batch.latents`` ``[B, C, H, W]`` -> the loss, and apart how it is at small and large times."""
+        import torch
+
+        x0 = batch.latents
+        t = torch.from_numpy(self.density(len(x0), draw.rng)).to(x0.device)
+        noise = torch.randn(x0.shape, generator=draw.torch, device=x0.device)
+        v = self.velocity(flow.mix(x0, noise, t), t, batch.cond)
+        return {"flow": losses.flow_matching(v, noise, x0)}

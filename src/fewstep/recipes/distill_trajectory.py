@@ -1,0 +1,109 @@
+"""The first student: trajectory guidance to a few steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.train import Options, Run
+
+
+def distill_trajectory(
+    *,
+    teacher: Path = Path("models/pocket-teacher"),
+    data: Path = Path("data/stickers"),
+    out: Path = Path("runs/trajectory"),
+    student_steps: int = 4,
+    guidance: float = 4.0,
+    substeps: int = 4,
+    walks: int = 2000,
+    walks_folder: Path | None = None,
+    init: Path | None = None,
+    steps: int = 600,
+    batch: int = 64,
+    lr: float = 1e-4,
+    seed: int = 0,
+    threads: int = 0,
+) -> Run:
+    """Teach a student to make each move of the teacher's guided walk in one step.
+
+    Args:
+        teacher: The teacher, a diffusers folder or a hub name.
+        data: The data set whose training captions are the prompts (a stickers folder, or shards).
+        out: Run folder; the student is written to its subfolder `model` as a diffusers folder.
+        student_steps: Steps that the student shall need: 4, 2 or 1.
+        guidance: The teacher's guidance scale; the student then needs none.
+        substeps: Steps of the teacher for each of four moves.
+        walks: How many walks of the teacher to learn from; they are made first, and kept.
+        walks_folder: Where the walks are kept; by default in the run folder.
+        init: Start the student from this model instead of from the teacher.
+        steps: Updates in all.
+        batch: Moves an update.
+        lr: Learning rate.
+        seed: Of the data order and of the walks' noise.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+    import torch
+
+    from fewstep.data import shards, synthesis
+    from fewstep.data.texts import prompts_of
+    from fewstep.families import sd3
+    from fewstep.methods.trajectory import Trajectory, Walks
+    from fewstep.recipes.parts import contact_sheet, encoded
+    from fewstep.recipes.pocket_teacher import SHOWN
+    from fewstep.types import UserError
+
+    if student_steps not in (1, 2, 4):
+        raise UserError(f"--student-steps must be 1, 2 or 4, not {student_steps}")
+    if threads:
+        torch.set_num_threads(threads)
+    family = sd3.load(teacher, t5=False)
+    student = sd3.load(init, t5=False) if init else sd3.load(teacher, t5=False)
+    found = data / "train" if (data / "train").is_dir() else data
+    lines = prompts_of(shards.find(found), walks, seed)
+    plan = synthesis.Plan(4, substeps, guidance, 1_000_000 * (seed + 1))
+    made = synthesis.walks(family, lines, plan, walks_folder or out / "walks", 32, _progress())
+    stride = 4 // student_steps
+    states, grid = made.states[:, ::stride], made.times[::stride]
+    conds = encoded(family, lines, False)
+
+    def batches(step: int) -> Walks:
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rows, moves = rng.integers(0, len(states), batch), rng.integers(0, student_steps, batch)
+        t = torch.tensor(grid)
+        return Walks(
+            torch.from_numpy(states[rows, moves].astype(np.float32)),
+            torch.from_numpy(states[rows, moves + 1].astype(np.float32)),
+            t[moves],
+            t[moves + 1],
+            conds.map(lambda array: array[torch.from_numpy(rows)]),
+        )
+
+    def sheet(nets: dict[str, Any]) -> Any:
+        return contact_sheet(family, nets["net"], SHOWN, steps=student_steps, guidance=None)
+
+    def finish(nets: dict[str, Any]) -> None:
+        parts = {**family.parts, "transformer": nets["net"]}
+        sd3.save(sd3.assemble(parts, name="pocket", steps=student_steps, guidance=None), out / "model")
+
+    about = {
+        "recipe": "distill-trajectory",
+        "teacher": str(teacher),
+        "guidance": guidance,
+        "walks": walks,
+        "substeps": substeps,
+        "student_steps": student_steps,
+        "batch": batch,
+        "init": str(init),
+    }
+    options = Options(steps, lr, warmup=50, decay=0.5, seed=seed, threads=threads, ema=0.99, sheet_every=200)
+    method = Trajectory(student.net, student.velocity)
+    return Run("trajectory", out, method, batches, options, about, sheet, finish)
+
+
+def _progress() -> Callable[[int, int], None]:
+    return lambda done, total: print(f"walks of the teacher {done}/{total}", file=sys.stderr)

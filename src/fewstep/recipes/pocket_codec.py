@@ -1,0 +1,98 @@
+"""Pocket's autoencoder: sharp stickers through 16 x 16 x 16 latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.train import Options, Run
+
+CROP = 64
+"""Side of the training crops, pixels: small crops show a convolutional net more pictures a second."""
+
+
+def pocket_codec(
+    *,
+    data: Path = Path("data/stickers"),
+    out: Path = Path("runs/pocket-codec"),
+    init: Path | None = None,
+    steps: int = 12_000,
+    batch: int = 8,
+    lr: float = 1.5e-3,
+    decoder_only: bool = False,
+    pictures: int = 9_000,
+    seed: int = 0,
+    threads: int = 0,
+) -> Run:
+    """Train Pocket's autoencoder on crops of stickers and scenes.
+
+    Args:
+        data: The stickers data set, made by `fewstep data stickers`.
+        out: Run folder; the autoencoder is written to its subfolder `model`.
+        init: Go on from this autoencoder (a diffusers folder) instead of random weights.
+        steps: Updates in all.
+        batch: Crops an update.
+        lr: Learning rate.
+        decoder_only: Keep the encoder as it is, so that latents and all that was trained on them stay valid.
+        pictures: How many pictures to learn from (held in memory).
+        seed: Of the weights and the data order.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    from fewstep.data import shards
+    from fewstep.families import pocket
+    from fewstep.methods.codec import CodecMethod
+
+    seen = _pixels(shards.find(data / "train"), pictures)
+    shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL.from_pretrained(init) if init else pocket.autoencoder()
+
+    def batches(step: int) -> Any:
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        room = seen.shape[-1] - CROP + 1
+        places = zip(rng.integers(0, len(seen), batch), *rng.integers(0, room, (2, batch)), strict=True)
+        crops = np.stack([seen[i, :, y : y + CROP, x : x + CROP] for i, y, x in places])
+        if rng.random() < 0.5:
+            crops = np.ascontiguousarray(crops[..., ::-1])
+        return torch.from_numpy(crops).float().div(127.5).sub(1)
+
+    def sheet(nets: dict[str, Any]) -> Any:
+        from fewstep.evaluate.sheet import sheet as draw
+
+        with torch.no_grad():
+            back = nets["vae"](shown, sample_posterior=False).sample.clamp(-1, 1)
+        error = (back - shown).square().mean((1, 2, 3)) / 4
+        labels = ["truth"] * len(shown) + [f"{-10 * float(e.log10()):.1f} dB" for e in error]
+        both = torch.cat([shown, back]).add(1).mul(127.5).round().byte().numpy()
+        return draw(both, labels, columns=12)
+
+    def finish(nets: dict[str, Any]) -> None:
+        vae = nets["vae"]
+        some = torch.from_numpy(seen[:500]).float().div(127.5).sub(1)
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in some.split(20)])
+        if not decoder_only:
+            vae.register_to_config(
+                shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
+            )
+        vae.save_pretrained(out / "model")
+
+    about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}
+    options = Options(steps, lr, decay=0.5, seed=seed, threads=threads, ema=0.998, sheet_every=1000)
+    method = CodecMethod(vae, decoder_only)
+    return Run("pocket-codec", out, method, batches, options, about, sheet, finish)
+
+
+def _pixels(paths: list[Path], many: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The first ``many`` pictures of the shards, uint8 ``[N, 3, h, w]``."""
+    from itertools import islice
+
+    from fewstep.data.shards import pixels
+
+    return np.stack([picture for picture, _ in islice(pixels(paths, 128), many)])

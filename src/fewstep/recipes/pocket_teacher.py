@@ -1,0 +1,99 @@
+"""Pocket's teacher: flow matching on the stickers' latents, guided by dropped captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.train import Options, Run
+
+SHOWN = (
+    "a red apple, 3D style",
+    "noto style guitar on a pale blue background",
+    "cat face, flat style",
+    "a rocket",
+    "draw me a pizza",
+    "twemoji octopus",
+    "two blue books on a yellow background",
+    "a key to the left of a lock",
+    "sun above a house, 3D style",
+    "a photo of a dog",
+    "three strawberries, flat style",
+    "a violin, 3D render",
+)
+
+
+def pocket_teacher(
+    *,
+    data: Path = Path("data/stickers"),
+    out: Path = Path("runs/pocket-teacher"),
+    codec: Path = Path("runs/pocket-codec/model"),
+    text: Path = Path("runs/pocket-text/model"),
+    init: Path | None = None,
+    steps: int = 4000,
+    batch: int = 64,
+    lr: float = 8e-4,
+    drop_caption: float = 0.1,
+    keep_t5: float = 0.15,
+    seed: int = 0,
+    threads: int = 0,
+) -> Run:
+    """Train Pocket's MMDiT.
+
+    Args:
+        data: The stickers data set; its latents are computed once and kept there.
+        out: Run folder; the whole model is written to its subfolder `model` as a diffusers folder.
+        codec: Autoencoder, from `fewstep train pocket-codec`.
+        text: Tokenizer and text encoders, from `fewstep train pocket-text`.
+        init: Go on from this Pocket (a diffusers folder) instead; codec and text encoders are then its own.
+        steps: Updates in all.
+        batch: Pictures an update.
+        lr: Learning rate.
+        drop_caption: Share of captions that are dropped, for classifier-free guidance.
+        keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
+        seed: Of the weights and the data order.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+    from fewstep import times
+    from fewstep.data import shards
+    from fewstep.families import sd3
+    from fewstep.methods.finetune import Finetune
+    from fewstep.recipes.parts import conditioned, contact_sheet, pocket_of, weights_of
+    from fewstep.train.latents import encode
+
+    family = sd3.load(init) if init else pocket_of(codec, text, seed)
+    weights = weights_of(init / "vae" if init else codec)
+    latents = encode(
+        family.codec, weights, shards.find(data / "train"), data / "latents", 8 * family.latent[1]
+    )
+
+    def batches(step: int) -> Any:
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rows = latents.rows(step, batch, seed)
+        prompts = [latents.prompts[r] if rng.random() >= drop_caption else "" for r in rows]
+        return conditioned(family, latents.values[rows], prompts, t5=bool(rng.random() < keep_t5))
+
+    def sheet(nets: dict[str, Any]) -> Any:
+        return contact_sheet(family, nets["net"], SHOWN, steps=16, guidance=4.0)
+
+    def finish(nets: dict[str, Any]) -> None:
+        sd3.save(
+            sd3.assemble({**family.parts, "transformer": nets["net"]}, name="pocket-teacher"), out / "model"
+        )
+
+    about = {
+        "recipe": "pocket-teacher",
+        "data": str(data),
+        "init": str(init),
+        "batch": batch,
+        "pictures": len(latents),
+        "drop_caption": drop_caption,
+        "keep_t5": keep_t5,
+    }
+    options = Options(steps, lr, warmup=200, seed=seed, threads=threads, ema=0.998, sheet_every=500)
+    # Times shift towards noise, where it is decided what a picture shows
+    # (Esser et al., arXiv 2403.03206, section 5.3.2).
+    method = Finetune(family.net, family.velocity, times.shifted(times.logit_normal, 2.0))
+    return Run("pocket-teacher", out, method, batches, options, about, sheet, finish)

