@@ -99,8 +99,9 @@ def _whole(path: Path, components: dict[str, Any]) -> dict[str, Any]:
 
     for part, component in components.items():
         if isinstance(component, torch.nn.Module):
-            if hasattr(component, "tie_weights"):  # files hold T5's one table of embeddings once or twice
-                component.tie_weights()
+            tie: Any = getattr(component, "tie_weights", None)
+            if tie is not None:  # files hold T5's one table of embeddings once or twice
+                tie()
             holes = [name for name, tensor in component.named_parameters() if tensor.is_meta]
             if holes:
                 raise UserError(f"{path} lacks weights of {part}, among them {holes[0]}")
