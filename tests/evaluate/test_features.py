@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from drawn import COLOURS, SHAPES, STYLES, picture
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from tests.evaluate.drawn import COLOURS, SHAPES, STYLES, picture
 
 from fewstep.evaluate.features import NAME, OpenNsfwPool
 from fewstep.evaluate.kid import kid
@@ -21,7 +21,7 @@ def extractor() -> OpenNsfwPool:
     return OpenNsfwPool()
 
 
-def drawn(seed: int, count: int = 40) -> Images:
+def drawn(seed: int, count: int = 24) -> Images:
     rng = np.random.default_rng(seed)
     names = [
         (SHAPES[rng.integers(5)], COLOURS[rng.integers(4)], STYLES[rng.integers(2)]) for _ in range(count)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import Painter, Pixels, painter, references
 from PIL import Image
-from tests.evaluate.drawn import Painter, Pixels, painter, references
 
 from fewstep.evaluate import Candidate, evaluate
 from fewstep.evaluate.plan import choose
@@ -131,6 +131,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         evaluate([painter()], good, tmp_path, teacher="nobody", extractor=Pixels())
     with pytest.raises(UserError, match="at least 2 prompts"):
         evaluate([painter()], good, tmp_path, prompts=1, extractor=Pixels())
+    with pytest.raises(UserError, match="seeds must be"):
+        evaluate([painter()], good, tmp_path, seeds=0, extractor=Pixels())
+    with pytest.raises(UserError, match="seeds of all pictures"):
+        evaluate([painter()], good, tmp_path, first_seed=2**32 - 8, extractor=Pixels())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         evaluate([painter()], good, tmp_path / "file", prompts=2, extractor=Pixels())

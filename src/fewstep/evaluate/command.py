@@ -6,16 +6,15 @@ import hashlib
 import json
 import re
 import shlex
-import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from numpy.typing import NDArray
 
 import fewstep
@@ -32,6 +31,19 @@ from fewstep.types import UserError
 _SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
 
 
+def whole(hint: Any, tokens: Sequence[Token]) -> int:
+    """Read a whole number: cyclopts would round 2.5 to 2."""
+    return int(tokens[0].value)
+
+
+def wholes(hint: Any, tokens: Sequence[Token]) -> list[int]:
+    """Read several."""
+    return [int(token.value) for token in tokens]
+
+
+Whole = Annotated[int, Parameter(converter=whole)]
+
+
 @dataclass(frozen=True)
 class Spec:
     """One model at one setting, as typed: ``NAME[@STEPS[xGUIDANCE]]``."""
@@ -45,10 +57,10 @@ def evaluate(
     *models: str,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     teacher: str | None = None,
-    steps: list[int] | None = None,
-    prompts: int = 200,
-    seeds: int = 4,
-    first_seed: int = 0,
+    steps: Annotated[list[int] | None, Parameter(converter=wholes)] = None,
+    prompts: Whole = 200,
+    seeds: Whole = 4,
+    first_seed: Whole = 0,
     data: Path = Path("data/stickers"),
 ) -> None:
     """Measure models on the same prompts and seeds: KID, retrieval, diversity, and each against a teacher.
@@ -64,23 +76,30 @@ def evaluate(
         prompts: How many prompts, half of them from pairs that were never trained on.
         seeds: Pictures a prompt.
         first_seed: Seed of the first picture; the others count up from it.
-        data: Folder that `fewstep data stickers` filled.
+        data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """
     if not models:
         raise UserError("name at least one model, as in: fewstep evaluate pocket@4 -o results")
+    typed = ["fewstep", "evaluate", *models]
+    typed += [word for number in steps or [] for word in ("--steps", str(number))]
+    typed += ["--teacher", teacher] if teacher else []
+    typed += ["--prompts", str(prompts), "--seeds", str(seeds), "--first-seed", str(first_seed)]
+    typed += ["--data", str(data), "-o", str(output)]
     specs = expand(models, steps)
     candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
+    references, ceilings = stickers.references(data), redraws(data)
     with _shown() as progress:
         results = run(
             candidates,
-            stickers.references(data),
+            references,
             output,
             teacher=candidates[0].label if teacher else None,
             prompts=prompts,
             seeds=seeds,
             first_seed=first_seed,
-            ceilings=redraws(data),
-            command=shlex.join(["fewstep", *sys.argv[1:]]),
+            ceilings=ceilings,
+            shared=data / "features",
+            command=shlex.join(typed),
             on_progress=progress,
         )
     print(markdown(results), end="")
@@ -101,12 +120,13 @@ def parse(text: str) -> Spec:
 
 def expand(models: Sequence[str], steps: Sequence[int] | None) -> list[Spec]:
     """Every model at its own setting, or at each of ``steps`` when it names none."""
-    specs = [parse(text) for text in models]
-    return [
-        replace(spec, steps=spec.steps or number)
-        for spec in specs
-        for number in ((steps or [None]) if spec.steps is None else [None])
-    ]
+    named = [parse(text) for text in models]
+    settings = [[spec] if spec.steps is not None or not steps else _each(spec, steps) for spec in named]
+    return [spec for group in settings for spec in group]
+
+
+def _each(spec: Spec, steps: Sequence[int]) -> list[Spec]:
+    return [replace(spec, steps=number) for number in steps]
 
 
 def candidate(spec: Spec) -> Candidate:

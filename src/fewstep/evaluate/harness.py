@@ -39,6 +39,7 @@ def evaluate(
     first_seed: int = 0,
     ceilings: Mapping[str, Redraw] | None = None,
     extractor: Extractor | None = None,
+    shared: Path | None = None,
     command: str = "",
     on_progress: Progress = _silent,
 ) -> Results:
@@ -54,6 +55,7 @@ def evaluate(
         first_seed: seed of the first picture; the others count up from it.
         ceilings: by label, what draws real renderings of the same pairs; measured as if they were generated.
         extractor: features; the open_nsfw pool when absent.
+        shared: where the features of renderings are kept, for several runs; ``folder/cache`` when absent.
         command: what was typed, for the record.
         on_progress: told about every chunk.
 
@@ -62,7 +64,9 @@ def evaluate(
     """
     labels = [candidate.label for candidate in candidates]
     _check(labels, teacher)
-    producer = Producer(extractor or OpenNsfwPool(), Cache(folder / "cache"), on_progress)
+    cache = Cache(folder / "cache")
+    real = Cache(shared) if shared else cache
+    producer = Producer(extractor or OpenNsfwPool(), cache, real, on_progress)
     plan = choose(references, prompts, seeds, first_seed)
     gallery = producer.real(references, "references")
     made = {candidate.label: producer.generated(candidate, plan) for candidate in candidates}

@@ -15,6 +15,10 @@ Draw = Callable[[Sequence[str], Sequence[int]], NDArray[np.uint8]]
 """Prompts and as many seeds -> uint8 ``[B, 3, h, w]``, one picture a pair."""
 
 
+MOST_SEEDS = 1000
+LAST_SEED = 2**32 - 1
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One model at one setting.
@@ -61,8 +65,10 @@ def choose(references: Sequence[Reference], prompts: int, seeds: int, first_seed
         raise UserError("there are no real renderings to evaluate against; run: fewstep data stickers")
     if prompts < 2:
         raise UserError(f"an evaluation needs at least 2 prompts, not {prompts}")
-    if seeds < 1 or first_seed < 0:
-        raise UserError("an evaluation needs at least 1 seed a prompt, and seeds from 0 upwards")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"seeds must be a whole number from 1 to {MOST_SEEDS}, not {seeds}")
+    if not 0 <= first_seed <= LAST_SEED - prompts * seeds:
+        raise UserError(f"the seeds of all pictures must lie from 0 to {LAST_SEED}, not from {first_seed}")
     rng = np.random.Generator(np.random.Philox(key=0))
     chosen: list[Reference] = []
     for held_out, share in ((False, prompts - prompts // 2), (True, prompts // 2)):

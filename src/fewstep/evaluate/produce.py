@@ -39,6 +39,8 @@ class Producer:
 
     extractor: Extractor
     cache: Cache
+    shared: Cache
+    """For the features of real renderings, which several runs may share."""
     progress: Progress
 
     def generated(self, candidate: Candidate, plan: Plan) -> Pictures:
@@ -65,7 +67,7 @@ class Producer:
         def part(at: int, to: int) -> Arrays:
             images = np.stack([reference.image for reference in references[at:to]])
             origin = [self.extractor.name, list(images.shape), hashlib.sha256(images.tobytes()).hexdigest()]
-            return self.cache.get(slug(name), origin, lambda: {"features": self.extractor(images)})
+            return self.shared.get(slug(name), origin, lambda: {"features": self.extractor(images)})
 
         return np.concatenate([part["features"] for part in self._chunks(name, len(references), part)])
 
