@@ -121,13 +121,14 @@ def read(shard: Path) -> Iterator[Example]:
     Raises:
         UserError: the shard is cut short or empty, a picture is broken, or a caption is missing.
     """
-    import webdataset as wds
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     count = 0
     try:
-        for raw in wds.WebDataset(str(shard), shardshuffle=False, handler=wds.reraise_exception):
-            yield _example(raw, shard)
-            count += 1
+        with shard.open("rb") as stream:
+            for raw in group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])):
+                yield _example(raw, shard)
+                count += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{shard}: cut short or not a tar file ({error}); write it again") from error
     if count == 0:

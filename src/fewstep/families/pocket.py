@@ -10,7 +10,7 @@ from typing import Any
 from fewstep.families import Family
 from fewstep.families.sd3 import assemble
 
-LENGTH = 32
+LENGTH = 24
 """Tokens of a prompt, for each of the three encoders."""
 
 VOCAB = 8192
@@ -29,7 +29,7 @@ def byte_tokenizer(length: int = LENGTH) -> Any:
 
 
 def transformer() -> Any:
-    """The MMDiT: 7 layers of width 320, patches of 2 x 2 latents; positions reach to 256 px."""
+    """The MMDiT: 8 layers of width 256, patches of 2 x 2 latents; positions reach to 256 px."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -37,13 +37,13 @@ def transformer() -> Any:
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=7,
+        num_layers=8,
         attention_head_dim=64,
-        num_attention_heads=5,
+        num_attention_heads=4,
         joint_attention_dim=384,
-        caption_projection_dim=320,
+        caption_projection_dim=256,
         pooled_projection_dim=384,
-        pos_embed_max_size=32,
+        pos_embed_max_size=16,
         qk_norm="rms_norm",
     )
 
@@ -79,7 +79,7 @@ def t5(tokenizer: Any) -> Any:
             d_model=384,
             d_kv=64,
             d_ff=768,
-            num_layers=4,
+            num_layers=2,
             num_heads=6,
             feed_forward_proj="gated-gelu",
             pad_token_id=tokenizer.pad_token_id,
@@ -95,13 +95,13 @@ def autoencoder() -> Any:
     shape: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (16, 32, 96, 160),
+        "block_out_channels": (16, 32, 64, 128),
     }
     return AutoencoderKL(
         **shape,
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=16,
+        norm_num_groups=8,
         sample_size=128,
         scaling_factor=1.0,
         shift_factor=0.0,

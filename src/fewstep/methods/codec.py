@@ -18,7 +18,8 @@ class CodecMethod:
         decoder_only: the encoder stays as it is.
         edges: weight of the absolute error of pixel differences: stickers are mostly edges.
         divergence: weight of the KL divergence (mean over latent elements). Small: it bounds the
-            latents' scale, and what a channel does not need turns into noise (Rombach et al., arXiv 2112.10752, section G).
+            latents' scale, and what a channel does not need turns into noise
+            (Rombach et al., arXiv 2112.10752, section G).
     """
 
     vae: Any

@@ -53,7 +53,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def conditioned(family: Family, latents: Any, prompts: Sequence[str], t5: bool) -> Batch:
-    """A training batch: numpy latents ``[B, C, H, W]`` and captions encoded, with T5's tokens or without any."""
+    """A training batch: numpy latents ``[B, C, H, W]`` and encoded captions, with T5's tokens or without."""
     import torch
 
     return Batch(torch.from_numpy(latents).float(), encoded(family, prompts, t5), prompts)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -35,9 +35,18 @@ def train(run: Run) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     state = State(run)
-    log = Log(run.folder, run.name, run.about, state.step)
+    with closing(Log(run.folder, run.name, run.about, state.step)) as log:
+        _loop(run, state, log)
+        if run.sheet is not None:
+            log.sheet(state.step, run.sheet(state.averaged()))
+    if run.finish is not None:
+        run.finish(state.averaged())
+
+
+def _loop(run: Run, state: State, log: Log) -> None:
+    """Step until the run's steps are done, saving now and then and at the end."""
+    options, saved = run.options, time.monotonic()
     with _asked_to_stop() as stop:
-        saved = time.monotonic()
         while state.step < options.steps:
             figures = state.advance()
             log.write(state.step, figures, options)
@@ -49,11 +58,6 @@ def train(run: Run) -> None:
             if stop:
                 raise KeyboardInterrupt
         save(run.folder, state.all())
-    if run.sheet is not None:
-        log.sheet(state.step, run.sheet(state.averaged()))
-    if run.finish is not None:
-        run.finish(state.averaged())
-    log.close()
 
 
 class State:

@@ -1,0 +1,119 @@
+"""Shards: whole or refused, the same whoever wrote them, and somebody else's pictures too."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep.data import shards
+from fewstep.data.compose import Composer
+from fewstep.data.concepts import Concept, held_out, held_out_scene
+from fewstep.data.render import Renderings
+from fewstep.types import UserError
+
+
+def renderings() -> Renderings:
+    """Coloured discs, enough of them that both sides of the held-out split have some."""
+    concepts = [
+        Concept(f"disc {i}", (f"dot {i}",), ("round",), f"{i:x}", "test", ("3d", "flat")) for i in range(30)
+    ]
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    inside = (x**2 + y**2 < 0.9).astype(np.uint8)
+    pairs = [(i, style) for i in range(30) for style in ("3d", "flat")]
+    pictures = np.stack(
+        [np.stack([inside * c for c in (7 * k % 255, 90, 200, 255)], -1) for k in range(len(pairs))]
+    )
+    return Renderings(concepts, pairs, pictures.astype(np.uint8))
+
+
+def test_shards_do_not_depend_on_workers_and_resume(tmp_path: Path) -> None:
+    composer = Composer(renderings(), size=32, seed=3)
+    one = shards.write(composer, tmp_path / "one", "train", 25, 10, 1)
+    two = shards.write(composer, tmp_path / "two", "train", 25, 10, 2)
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+    lost = two[1].read_bytes()
+    two[1].unlink()
+    shards.write(composer, tmp_path / "two", "train", 25, 10, 1)
+    assert two[1].read_bytes() == lost
+    read = [example for path in one for example in shards.read(path)]
+    assert len(read) == 25
+    assert read[7].prompt == composer(7).prompt
+    assert np.array_equal(np.asarray(read[7].image), np.asarray(composer(7).image))
+
+
+def test_held_out_pairs_and_sets_are_never_trained_on() -> None:
+    train = Composer(renderings(), size=32, scenes=0.5)
+    held = Composer(renderings(), size=32, scenes=0.0, training=False)
+    for index in range(200):
+        sample = train(index)
+        assert not any(held_out(o.concept, o.style) for o in sample.objects)
+        if sample.kind == "several":
+            assert not held_out_scene(o.concept for o in sample.objects)
+    assert all(held_out(held(i).objects[0].concept, held(i).objects[0].style) for i in range(40))
+
+
+def test_relations_are_true() -> None:
+    composer = Composer(renderings(), size=32, scenes=1.0)
+    seen: set[str] = set()
+    for index in range(150):
+        sample = composer(index)
+        if sample.relation is None:
+            continue
+        seen.add(sample.relation)
+        (ax, ay), (bx, by) = [((o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2) for o in sample.objects]
+        truth = {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}
+        assert truth[sample.relation]
+        assert sample.relation in sample.prompt.lower() or len(sample.prompt) > 0
+    assert len(seen) == 4
+
+
+def test_counts_are_true() -> None:
+    composer = Composer(renderings(), size=32, scenes=1.0)
+    counted = [s for s in map(composer, range(150)) if s.kind == "counted"]
+    assert {len(s.objects) for s in counted} == {2, 3, 4}
+    assert all(len({o.concept for o in s.objects}) == 1 for s in counted)
+
+
+@pytest.mark.parametrize("keep", [0, 700, 2000])
+def test_a_truncated_shard_is_one_clear_line(tmp_path: Path, keep: int) -> None:
+    [path] = shards.write(Composer(renderings(), size=32), tmp_path, "train", 3, 10, 1)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=str(path)):
+        list(shards.read(path))
+
+
+def test_a_folder_of_pictures_becomes_shards(tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    Image.new("RGB", (90, 60), (200, 10, 10)).save(source / "a.png")
+    (source / "a.txt").write_text("a red wall\n")
+    [path] = shards.write_folder(source, tmp_path / "out", 48, 100)
+    [example] = shards.read(path)
+    assert (example.prompt, example.image.size) == ("a red wall", (48, 48))
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        shards.write_folder(source, tmp_path / "out", 48, 100)
+    (source / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="caption"):
+        shards.write_folder(source, tmp_path / "out", 48, 100)
+    (source / "b.txt").write_text("a thing")
+    with pytest.raises(UserError, match="not a readable picture"):
+        shards.write_folder(source, tmp_path / "out", 48, 100)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_a_shard_without_captions_is_refused(tmp_path: Path) -> None:
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(picture, "x.png")
+    with pytest.raises(UserError, match="caption"):
+        list(shards.read(tmp_path / "s.tar"))

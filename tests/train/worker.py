@@ -1,0 +1,52 @@
+"""A run small enough for tests, as a process that can be killed: ``python worker.py FOLDER STEPS [SLOW]``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.methods import Draw, Losses, Turn
+from fewstep.train import Options, Run
+
+
+class Toy:
+    """Two nets that take turns; the losses use both kinds of randomness."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.nets: dict[str, Any] = {"first": torch.nn.Linear(4, 4), "second": torch.nn.Linear(4, 4)}
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        first = Turn("first", lambda batch, draw: self._losses("first", batch, draw))
+        return [first, Turn("second", lambda batch, draw: self._losses("second", batch, draw))][
+            : 1 + step % 2
+        ]
+
+    def _losses(self, name: str, batch: Any, draw: Draw) -> Losses:
+        noise = torch.randn(batch.shape, generator=draw.torch) * float(draw.rng.random())
+        return {"square": (self.nets[name](batch + noise) - batch).square().mean()}
+
+
+def batch_of(step: int) -> torch.Tensor:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+
+def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
+    def batches(step: int) -> torch.Tensor:
+        time.sleep(slow)
+        return batch_of(step)
+
+    settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 0.0} | options
+    return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"})
+
+
+if __name__ == "__main__":
+    from fewstep.train.trainer import train
+
+    train(run_of(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
