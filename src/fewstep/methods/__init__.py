@@ -16,7 +16,7 @@ class Draw:
 
     Attributes:
         rng: for what is drawn with numpy (times, which rows lose their caption).
-        torch: a ``torch.Generator`` for what is drawn with torch (noise).
+        torch: a ``torch.Generator`` on the CPU for noise, so that it is the same on every device.
     """
 
     rng: Any

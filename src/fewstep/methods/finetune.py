@@ -35,11 +35,11 @@ class Finetune:
         return [Turn("net", self.losses)]
 
     def losses(self, batch: Batch, draw: Draw) -> Losses:
-        """``batch.latents`` ``[B, C, H, W]`` -> the loss, and apart how it is at small and large times."""
+        """``batch.latents`` ``[B, C, H, W]`` -> the loss."""
         import torch
 
         x0 = batch.latents
         t = torch.from_numpy(self.density(len(x0), draw.rng)).to(x0.device)
-        noise = torch.randn(x0.shape, generator=draw.torch, device=x0.device)
+        noise = torch.randn(x0.shape, generator=draw.torch).to(x0.device)
         v = self.velocity(flow.mix(x0, noise, t), t, batch.cond)
         return {"flow": losses.flow_matching(v, noise, x0)}

@@ -27,6 +27,7 @@ def distill_trajectory(
     batch: int = 64,
     lr: float = 1e-4,
     seed: int = 0,
+    device: str = "auto",
     threads: int = 0,
 ) -> Run:
     """Teach a student to make each move of the teacher's guided walk in one step.
@@ -45,6 +46,7 @@ def distill_trajectory(
         batch: Moves an update.
         lr: Learning rate.
         seed: Of the data order and of the walks' noise.
+        device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     import torch
@@ -55,21 +57,23 @@ def distill_trajectory(
     from fewstep.methods.trajectory import Trajectory, Walks
     from fewstep.recipes.parts import contact_sheet, encoded
     from fewstep.recipes.pocket_teacher import SHOWN
+    from fewstep.train.device import pick
     from fewstep.types import UserError
 
     if student_steps not in (1, 2, 4):
         raise UserError(f"--student-steps must be 1, 2 or 4, not {student_steps}")
     if threads:
         torch.set_num_threads(threads)
-    family = sd3.load(teacher, t5=False)
-    student = sd3.load(init, t5=False) if init else sd3.load(teacher, t5=False)
+    place = pick(device)
+    family = sd3.load(teacher, t5=False, device=place)
+    student = sd3.load(init or teacher, t5=False, device=place)
     found = data / "train" if (data / "train").is_dir() else data
     lines = prompts_of(shards.find(found), walks, seed)
     plan = synthesis.Plan(4, substeps, guidance, 1_000_000 * (seed + 1))
     made = synthesis.walks(family, lines, plan, walks_folder or out / "walks", 32, _progress())
     stride = 4 // student_steps
     states, grid = made.states[:, ::stride], made.times[::stride]
-    conds = encoded(family, lines, False)
+    conds = encoded(family, lines, False).map(lambda array: array.cpu())
 
     def batches(step: int) -> Walks:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -100,7 +104,9 @@ def distill_trajectory(
         "batch": batch,
         "init": str(init),
     }
-    options = Options(steps, lr, warmup=50, decay=0.5, seed=seed, threads=threads, ema=0.99, sheet_every=200)
+    options = Options(
+        steps, lr, warmup=50, decay=0.5, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=200
+    )
     method = Trajectory(student.net, student.velocity)
     return Run("trajectory", out, method, batches, options, about, sheet, finish)
 

@@ -10,7 +10,7 @@ from fewstep.families import Family
 from fewstep.types import Batch, Cond, UserError
 
 
-def pocket_of(codec: Path, text: Path, seed: int) -> Family:
+def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
     """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT.
 
     Raises:
@@ -20,7 +20,7 @@ def pocket_of(codec: Path, text: Path, seed: int) -> Family:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-    from fewstep.families import pocket
+    from fewstep.families import pocket, sd3
 
     for folder, recipe in ((codec, "pocket-codec"), (text, "pocket-text")):
         if not folder.is_dir():
@@ -37,7 +37,7 @@ def pocket_of(codec: Path, text: Path, seed: int) -> Family:
     )
     with torch.no_grad():
         pocket.zero_gates(family.net)
-    return family
+    return sd3.assemble(family.parts, name=family.name, device=device)
 
 
 def weights_of(folder: Path) -> Path:
@@ -78,7 +78,7 @@ def contact_sheet(
     from fewstep.evaluate.sheet import sheet
     from fewstep.families.sd3 import NetVelocity
 
-    noise = torch.from_numpy(sample.noises(range(len(prompts)), family.latent))
+    noise = family.lift(sample.noises(range(len(prompts)), family.latent))
     velocity: Any = NetVelocity(net)
     with torch.no_grad():
         if guidance is not None:
@@ -87,4 +87,4 @@ def contact_sheet(
             velocity, noise, grid or times.grid(steps, family.shift), encoded(family, prompts, False)
         )
         images = family.codec.decode(walked).clamp(-1, 1)
-    return sheet(images.add(1).mul(127.5).round().byte().numpy(), list(prompts), columns=4)
+    return sheet(images.add(1).mul(127.5).round().byte().cpu().numpy(), list(prompts), columns=4)

@@ -24,6 +24,7 @@ def pocket_codec(
     decoder_only: bool = False,
     pictures: int = 9_000,
     seed: int = 0,
+    device: str = "auto",
     threads: int = 0,
 ) -> Run:
     """Train Pocket's autoencoder on crops of stickers and scenes.
@@ -38,6 +39,7 @@ def pocket_codec(
         decoder_only: Keep the encoder as it is, so that latents and all that was trained on them stay valid.
         pictures: How many pictures to learn from (held in memory).
         seed: Of the weights and the data order.
+        device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     import torch
@@ -66,7 +68,8 @@ def pocket_codec(
         from fewstep.evaluate.sheet import sheet as draw
 
         with torch.no_grad():
-            back = nets["vae"](shown, sample_posterior=False).sample.clamp(-1, 1)
+            vae = nets["vae"]
+            back = vae(shown.to(vae.device), sample_posterior=False).sample.clamp(-1, 1).cpu()
         error = (back - shown).square().mean((1, 2, 3)) / 4
         labels = ["truth"] * len(shown) + [f"{-10 * float(e.log10()):.1f} dB" for e in error]
         both = torch.cat([shown, back]).add(1).mul(127.5).round().byte().numpy()
@@ -76,7 +79,9 @@ def pocket_codec(
         vae = nets["vae"]
         some = torch.from_numpy(seen[:500]).float().div(127.5).sub(1)
         with torch.no_grad():
-            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in some.split(20)])
+            latents = torch.cat(
+                [vae.encode(part.to(vae.device)).latent_dist.mode() for part in some.split(20)]
+            )
         if not decoder_only:
             vae.register_to_config(
                 shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
@@ -84,7 +89,9 @@ def pocket_codec(
         vae.save_pretrained(out / "model")
 
     about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}
-    options = Options(steps, lr, decay=0.5, seed=seed, threads=threads, ema=0.998, sheet_every=1000)
+    options = Options(
+        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
+    )
     method = CodecMethod(vae, decoder_only)
     return Run("pocket-codec", out, method, batches, options, about, sheet, finish)
 

@@ -38,6 +38,7 @@ def pocket_teacher(
     drop_caption: float = 0.1,
     keep_t5: float = 0.15,
     seed: int = 0,
+    device: str = "auto",
     threads: int = 0,
 ) -> Run:
     """Train Pocket's MMDiT.
@@ -54,6 +55,7 @@ def pocket_teacher(
         drop_caption: Share of captions that are dropped, for classifier-free guidance.
         keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
         seed: Of the weights and the data order.
+        device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     from fewstep import times
@@ -61,9 +63,11 @@ def pocket_teacher(
     from fewstep.families import sd3
     from fewstep.methods.finetune import Finetune
     from fewstep.recipes.parts import conditioned, contact_sheet, pocket_of, weights_of
+    from fewstep.train.device import pick
     from fewstep.train.latents import encode
 
-    family = sd3.load(init) if init else pocket_of(codec, text, seed)
+    place = pick(device)
+    family = sd3.load(init, device=place) if init else pocket_of(codec, text, seed, place)
     weights = weights_of(init / "vae" if init else codec)
     latents = encode(
         family.codec, weights, shards.find(data / "train"), data / "latents", 8 * family.latent[1]
@@ -92,7 +96,9 @@ def pocket_teacher(
         "drop_caption": drop_caption,
         "keep_t5": keep_t5,
     }
-    options = Options(steps, lr, warmup=200, seed=seed, threads=threads, ema=0.998, sheet_every=500)
+    options = Options(
+        steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
+    )
     # Times shift towards noise, where it is decided what a picture shows
     # (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, times.shifted(times.logit_normal, 2.0))

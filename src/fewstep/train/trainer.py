@@ -16,6 +16,7 @@ import numpy as np
 from fewstep.methods import Draw, Losses, Turn
 from fewstep.train import Options, Run
 from fewstep.train.checkpoint import restore, save
+from fewstep.train.device import half, moved, pick
 from fewstep.train.log import Log
 from fewstep.types import UserError
 
@@ -67,9 +68,11 @@ class State:
         from torch.optim.swa_utils import AveragedModel
 
         self.run = run
+        self.device = pick(run.options.device)
+        self.half = half(run.options.precision, self.device)
         self.nets = dict(run.method.nets)
         for net in self.nets.values():
-            net.train().requires_grad_(True)
+            net.to(self.device).train().requires_grad_(True)
         self.optimizers = {name: _optimizer(net, run.options) for name, net in self.nets.items()}
         # The average warms up, so that it forgets the random start: decay min(ema, (1 + n) / (10 + n)).
         self.averages = {
@@ -89,7 +92,7 @@ class State:
     def advance(self) -> dict[str, float]:
         """One step: every turn of the method on the batch of this step."""
         rate = _schedule(self.step, self.run.options)
-        batch = self.run.batches(self.step)
+        batch = moved(self.run.batches(self.step), self.device)
         figures: dict[str, float] = {"lr": rate * self.run.options.lr}
         for number, turn in enumerate(self.run.method.turns(self.step)):
             figures |= self._take(turn, batch, draw(self.run.options.seed, self.step, number), rate)
@@ -102,7 +105,8 @@ class State:
         net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
         for group in optimizer.param_groups:
             group["lr"] = rate * self.run.options.lr
-        losses = turn.losses(batch, randomness)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+            losses = turn.losses(batch, randomness)
         total = _total(losses)
         optimizer.zero_grad(set_to_none=True)
         total.backward()

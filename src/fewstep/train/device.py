@@ -1,0 +1,51 @@
+"""Where a run takes place, and in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from fewstep.types import UserError
+
+
+def pick(name: str) -> str:
+    """``auto`` -> ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        UserError: the device is unknown, or not there.
+    """
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu or cuda, not {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def half(precision: str, device: str) -> bool:
+    """Whether to compute in bf16.
+
+    Raises:
+        UserError: the precision is unknown.
+    """
+    import torch
+
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision must be auto, fp32 or bf16, not {precision}")
+    if precision != "auto":
+        return precision == "bf16"
+    return device == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def moved(batch: Any, device: str) -> Any:
+    """A batch (tensors, sequences and dataclasses of them) on ``device``; anything else stays as it is."""
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(part, device) for part in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: moved(getattr(batch, f.name), device) for f in fields(batch)})
+    return batch
