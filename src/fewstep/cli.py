@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``fewstep`` with ``arguments`` in this process and return its exit status."""
     try:
         status = _run(list(arguments))
-        sys.stdout.flush()
+        print(end="", flush=True)  # a full disk shows here, not when Python ends
         return status
     except KeyboardInterrupt:
         return _end("interrupted", 130)

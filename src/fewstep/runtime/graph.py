@@ -26,11 +26,14 @@ class Graph:
     Args:
         path: the ``.onnx`` file.
         threads: threads inside one operator.
+        convolutions: optimise the graph in full, layout included. Convolutions gain a third by that;
+            a transformer gains nothing, and its session takes half as long again to make.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, convolutions: bool = False) -> None:
         self.path = path
         self.threads = threads
+        self.convolutions = convolutions
         self._maker: Thread | None = None
         self._session: Any = None
         self._error: Exception | None = None
@@ -61,6 +64,13 @@ class Graph:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong comes as an exception
+        # Threads that wait by spinning cost a quarter of a generation's processor time, and win 3 ms a step
+        # only where nothing else runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if self.convolutions else level.ORT_ENABLE_BASIC
+        )
         try:
             self._session = ort.InferenceSession(
                 str(self.path), sess_options=options, providers=["CPUExecutionProvider"]

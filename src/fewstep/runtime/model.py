@@ -54,7 +54,8 @@ class Autoencoder:
             UserError: the bundle has no encoder.
         """
         if self._encoder is None:
-            self._encoder = Graph(self._bundle.path("encoder.onnx"), self._decoder.threads)
+            path = self._bundle.path("encoder.onnx")
+            self._encoder = Graph(path, self._decoder.threads, convolutions=True)
         return self._encoder(images=np.asarray(images, np.float32))[0]
 
     def decode(self, latents: Array) -> Array:
@@ -76,10 +77,9 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
         UserError: a file is damaged.
     """
     threads = threads or cores()
-    # The largest first: it takes longest.
-    net, text, decoder = (
-        Graph(bundle.path(f"{name}.onnx"), threads).start() for name in ("transformer", "text", "decoder")
-    )
+    net = Graph(bundle.path("transformer.onnx"), threads).start()  # first, for it takes longest
+    text = Graph(bundle.path("text.onnx"), threads).start()
+    decoder = Graph(bundle.path("decoder.onnx"), threads, convolutions=True).start()
     bundle.verify()
     tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
     return Model(
