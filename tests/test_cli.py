@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,35 @@ def test_json_lines(at: Path) -> None:
     for line in lines:
         assert set(line) == {"path", "prompt", "seed", "steps", "model", "seconds"}
         assert (at / line["path"]).is_file() and 0 < line["seconds"] < 60
+
+
+def test_a_bar_on_the_terminal_leaves_standard_output_alone(at: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm"}
+    with subprocess.Popen(
+        [*COMMAND, "generate", "a", "--model", "../tiny", "-n", "4000", "-o", "out/"],
+        stdout=subprocess.PIPE, stderr=theirs, env=environment,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        assert process.stdout is not None
+        shown = threading.Thread(target=drain, args=(ours, bar := bytearray()))
+        shown.start()
+        lines = process.stdout.read().splitlines()
+        shown.join()
+    assert process.returncode == 0
+    assert len(lines) == 4000 and all((at / line.decode()).is_file() for line in lines)
+    assert b"drawing" in bar
+
+
+def drain(terminal: int, into: bytearray) -> None:
+    """Read all that a program shows on a terminal, until it leaves."""
+    try:
+        while data := os.read(terminal, 4096):
+            into += data
+    except OSError:  # so Linux says that the other side is gone
+        pass
+    finally:
+        os.close(terminal)
 
 
 def test_grid_is_one_sheet(at: Path, capsys: Capture) -> None:

@@ -256,7 +256,9 @@ class Progress:
             from rich.console import Console
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(console=Console(stderr=True), transient=True)
+            # rich would send what is printed to a file or pipe to the terminal as well.
+            shared = sys.stdout.isatty()
+            self._bar = Bar(console=Console(stderr=True), transient=True, redirect_stdout=shared)
             self._bar.start()
             self._task = self._bar.add_task("drawing", total=steps)
         self._bar.update(self._task, completed=step)
