@@ -1,0 +1,1 @@
+"""Deployment engines (floor 3): one file each, and none knows another."""

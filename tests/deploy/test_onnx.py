@@ -1,0 +1,209 @@
+"""A bundle draws what its family draws. The families are small and random, but have every part."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+
+from fewstep import sample, times
+from fewstep.deploy import onnx as engine
+from fewstep.deploy.modules import TextModule, TransformerModule
+from fewstep.families import Family, sd3
+from fewstep.runtime.bundle import Bundle, read
+from fewstep.runtime.graph import Graph
+from fewstep.runtime.model import open_bundle
+from fewstep.types import Model, UserError
+
+PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
+
+
+def family(**options: Any) -> Family:
+    return sd3.assemble(tiny.parts(with_t5=False, **options), name="small", steps=4, guidance=None)
+
+
+def draw(model: Model) -> np.ndarray:
+    """Pictures ``[3, 3, h, w]`` in four steps."""
+    with torch.no_grad():
+        cond = model.text(PROMPTS)
+        noise = model.lift(sample.noises([0, 1, 2], model.latent))
+        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
+        return model.lower(model.codec.decode(latents))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, against the range that the pictures use."""
+    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
+
+
+@pytest.fixture(scope="module")
+def small() -> Family:
+    return family()
+
+
+@pytest.fixture(scope="module")
+def traced(small: Family) -> dict[str, Any]:
+    """The graphs in full precision; the tests below share them, since tracing takes seconds."""
+    return {stem: engine.trace(part) for stem, part in engine.parts(small).items()}
+
+
+@pytest.fixture
+def export(small: Family, traced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``engine.export`` of the small family, its graphs traced once."""
+    kept = iter(list(traced.values()) * 9)
+    monkeypatch.setattr(engine, "trace", lambda part: next(kept))
+    return partial(engine.export, small, license="Apache-2.0")
+
+
+@pytest.mark.parametrize(("bits", "least"), [(32, 80), (16, 55), (8, 35)])
+def test_a_bundle_draws_what_its_family_draws(
+    small: Family, export: Any, tmp_path: Path, bits: int, least: float
+) -> None:
+    bundle = export(tmp_path / "b", bits=bits)
+    theirs, ours = draw(small), draw(open_bundle(bundle, threads=1))
+    assert theirs.std() > 0.05
+    assert np.abs(theirs[0] - theirs[1]).max() > 0.05
+    assert psnr(theirs, ours) > least
+
+
+def test_the_encoder_encodes(small: Family, export: Any, tmp_path: Path) -> None:
+    model = open_bundle(export(tmp_path / "b", bits=32), threads=1)
+    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    theirs = small.codec.encode(torch.from_numpy(images)).numpy()
+    assert np.abs(model.codec.encode(images) - theirs).max() < 1e-4
+
+
+def test_a_picture_does_not_depend_on_its_batch(export: Any, tmp_path: Path) -> None:
+    model = open_bundle(export(tmp_path / "b"), threads=1)
+    cond = model.text(PROMPTS)
+    noise = sample.noises([0, 1, 2], model.latent)
+    together, alone = (
+        model.codec.decode(sample.walk(model.velocity, noise[rows], times.grid(4), cond[rows]))
+        for rows in (slice(0, 3), slice(1, 2))
+    )
+    assert np.abs(together[1:2] - alone).max() < 1e-4
+
+
+def test_the_manifest_says_what_the_family_says(small: Family, export: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("do what you like")
+    bundle: Bundle = export(tmp_path / "b", license_file=text, about={"styles": ["3D", "flat"]})
+    bundle.verify()
+    said = (bundle.name, bundle.latent, bundle.downscale, bundle.shift, bundle.steps, bundle.guidance)
+    assert said == ("small", small.latent, 8, 3.0, 4, None)
+    assert (bundle.length, bundle.styles, bundle.license) == (tiny.LENGTH, ("3D", "flat"), "Apache-2.0")
+    assert bundle.path("LICENSE").read_text() == "do what you like"
+
+
+def test_nothing_of_this_machine_is_in_the_files(export: Any, tmp_path: Path) -> None:
+    bundle = export(tmp_path / "b")
+    places = [str(Path(engine.__file__).parents[3]), str(Path(torch.__file__).parents[1]), str(tmp_path)]
+    for name in bundle.files:
+        data = bundle.path(name).read_bytes()
+        assert not [place for place in places if place.encode() in data], name
+
+
+def test_the_same_family_gives_the_same_bundle(export: Any, tmp_path: Path) -> None:
+    assert export(tmp_path / "a").digest == export(tmp_path / "b").digest
+
+
+def test_only_the_positions_in_use_ship(small: Family) -> None:
+    net = TransformerModule(small).net
+    side = small.latent[1] // 2
+    assert net.pos_embed.pos_embed.shape[1] == side * side
+    assert small.net.pos_embed.pos_embed.shape[1] == tiny.SMALL["pos_embed_max_size"] ** 2
+    assert net.transformer_blocks is small.net.transformer_blocks  # the weights are not copied
+
+
+def test_positions_of_an_oblong_picture_are_the_familys(small: Family) -> None:
+    oblong = replace(small, latent=(4, 8, 12))
+    cond = small.text(PROMPTS)
+    x, t = torch.from_numpy(sample.noises([0, 1, 2], oblong.latent)), torch.full((3,), 0.75)
+    with torch.no_grad():
+        expected = small.velocity(x, t, cond)
+        assert torch.equal(TransformerModule(oblong)(x, t, cond.context, cond.pooled), expected)
+
+
+def test_the_second_clip_gets_its_own_padding(small: Family) -> None:
+    """As in Stable Diffusion 3: one vocabulary, but the second tokenizer pads with ``!``."""
+    second = tiny.byte_tokenizer(tiny.LENGTH)
+    second.pad_token = "!"
+    odd = sd3.assemble({**small.parts, "tokenizer_2": second}, name="odd")
+    ids = odd.parts["tokenizer"](PROMPTS, padding="max_length", max_length=tiny.LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        context, pooled = TextModule(odd)(ids.input_ids)
+    expected, plain = odd.text(PROMPTS), small.text(PROMPTS)
+    assert torch.allclose(context, expected.context, atol=1e-6)
+    assert torch.allclose(pooled, expected.pooled, atol=1e-6)
+    assert not torch.allclose(expected.context, plain.context, atol=1e-3)
+
+
+def test_weights_too_many_for_one_file_lie_beside_it(
+    export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = draw(open_bundle(export(tmp_path / "a"), threads=1))
+    monkeypatch.setattr(engine, "LARGEST", 20_000)
+    parted = export(tmp_path / "b")
+    assert "transformer.onnx.data" in parted.files
+    assert np.array_equal(draw(open_bundle(parted, threads=1)), whole)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_export_leaves_what_was_there(
+    export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    before = export(tmp_path / "b").digest
+
+    def fail(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(engine, "write_tokenizer", fail)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        export(tmp_path / "b", bits=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert read(tmp_path / "b").digest == before
+
+
+def test_an_export_replaces_a_bundle_and_nothing_else(export: Any, tmp_path: Path) -> None:
+    first = export(tmp_path / "b")
+    assert export(tmp_path / "b", bits=32).digest != first.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="is no bundle"):
+        export(tmp_path / "mine")
+    with pytest.raises(UserError, match="bits must be one of"):
+        export(tmp_path / "c", bits=4)
+
+
+def test_a_tiny_autoencoder_is_exported_too(tmp_path: Path) -> None:
+    small = family(tiny=True)
+    path = tmp_path / "decoder.onnx"
+    engine.write_graph(engine.trace(engine.parts(small)["decoder"]), path)
+    latents = sample.noises([0], small.latent)
+    theirs = small.codec.decode(torch.from_numpy(latents)).numpy()
+    assert np.abs(Graph(path, 1)(latents=latents)[0] - theirs).max() < 1e-4
+
+
+def test_graphs_are_standard_onnx(traced: dict[str, Any]) -> None:
+    """No operator of one runtime only: other engines can take a bundle's graphs."""
+    for stem, model in traced.items():
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in model.graph.node} <= {""}, stem
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [engine.OPSET]
+
+
+def test_a_diffusers_folder_comes_back(small: Family, tmp_path: Path) -> None:
+    from fewstep.deploy import diffusers
+
+    diffusers.export(small, tmp_path / "d")
+    back = sd3.load(tmp_path / "d")
+    assert json.loads((tmp_path / "d" / sd3.FACTS).read_text())["steps"] == back.steps == 4
+    assert np.array_equal(draw(back), draw(small))

@@ -1,0 +1,106 @@
+"""Fewer bits a weight: what is stored, how far it is off, and that the arithmetic stays float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fewstep.deploy.quantize import shrink, to_int8
+
+RNG = np.random.default_rng(0)
+MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)
+KERNEL = RNG.standard_normal((16, 64, 3, 3)).astype(np.float32)
+BIAS = RNG.standard_normal(16).astype(np.float32)
+
+
+def graph(matrix: np.ndarray = MATRIX) -> Any:
+    """``y = conv(x @ matrix)``: one matrix, one kernel, one bias."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "matrix"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["c"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["c", "kernel", "bias"], ["y"]),
+    ]
+    weights = {"matrix": matrix, "kernel": KERNEL, "bias": BIAS}
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 5, 5, 96])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 16, 3, 3])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+    model.ir_version = 10
+    return model
+
+
+def run(model: Any, x: np.ndarray) -> np.ndarray:
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def test_codes_are_symmetric_and_half_a_step_off_at_most() -> None:
+    codes, scale = to_int8(MATRIX)
+    assert codes.dtype == np.int8
+    assert np.abs(codes.astype(int)).max() == 127
+    assert (np.abs(codes * scale - MATRIX) <= 0.501 * scale).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_scale_runs_along_the_axis_that_loses_less(axis: int) -> None:
+    spread = np.geomspace(1e-3, 1e3, MATRIX.shape[axis], dtype=np.float32)
+    matrix = MATRIX * (spread[:, None] if axis == 0 else spread)
+    codes, scale = to_int8(matrix)
+    assert scale.shape[axis] == matrix.shape[axis]
+    assert np.abs(codes * scale / matrix - 1)[np.abs(MATRIX) > 1].max() < 0.02
+
+
+def test_an_empty_row_and_column_stay_empty() -> None:
+    matrix = MATRIX.copy()
+    matrix[3], matrix[:, 5] = 0, 0
+    codes, scale = to_int8(matrix)
+    assert np.isfinite(scale).all()
+    assert not (codes * scale)[3].any()
+    assert not (codes * scale)[:, 5].any()
+
+
+@pytest.mark.parametrize(("bits", "share", "error"), [(32, 1, 0), (16, 0.5, 2e-3), (8, 0.41, 3e-2)])
+def test_fewer_bits_are_fewer_bytes_and_nearly_the_same(bits: int, share: float, error: float) -> None:
+    x = RNG.standard_normal((2, 5, 5, 96)).astype(np.float32)
+    model = graph()
+    small, full = shrink(model, bits), run(model, x)
+    weights = sum(array.nbytes for array in (MATRIX, KERNEL, BIAS))
+    assert small.ByteSize() <= share * weights + 2000
+    assert np.abs(run(small, x) - full).max() <= error * np.abs(full).max()
+    types = {weight.name: weight.data_type for weight in small.graph.initializer}
+    assert types["bias"] == TensorProto.FLOAT
+    assert graph().SerializeToString() == model.SerializeToString()  # the original is left as it was
+
+
+def test_a_kernel_is_never_less_than_16_bits() -> None:
+    types = {weight.name: weight.data_type for weight in shrink(graph(), 8).graph.initializer}
+    assert types["kernel.half"] == TensorProto.FLOAT16
+    assert types["matrix.int8"] == TensorProto.INT8
+
+
+def test_what_float16_cannot_hold_stays_float32() -> None:
+    matrix = MATRIX.copy()
+    matrix[0, 0] = 1e6
+    weights = {weight.name: weight for weight in shrink(graph(matrix), 16).graph.initializer}
+    assert weights["matrix"].data_type == TensorProto.FLOAT
+    assert weights["kernel.half"].data_type == TensorProto.FLOAT16
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    x = RNG.standard_normal((4, 5, 5, 96)).astype(np.float32)
+    x[1:] *= 100  # neighbours that would stretch a shared scale of activations
+    small = shrink(graph(), 8)
+    alone, together = run(small, x[:1]), run(small, x)[:1]
+    assert np.abs(alone - together).max() <= 1e-5 * np.abs(alone).max()
+
+
