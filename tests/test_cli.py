@@ -168,7 +168,8 @@ def test_a_full_disk_leaves_no_partial_file(at: Path) -> None:
 
 def test_full_standard_output(at: Path) -> None:
     with open("/dev/full", "w") as full:
-        for arguments in (["generate", "a", "--model", "../tiny", "-o", "x.png"], ["--help"]):
+        draw = ["generate", "a", "--model", "../tiny", "-o", "x.png"]
+        for arguments in (draw, ["show", "x.png"], ["--help"], ["--version"]):
             done = run(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
             assert_one_line(done, "cannot write to standard output: No space left on device")
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 COMMANDS = {
     "generate": ("fewstep.generate:generate", "Draw pictures of prompts."),
     "show": ("fewstep.show:show", "Print how a picture was made."),
@@ -50,18 +51,27 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``fewstep`` with ``arguments`` in this process and return its exit status."""
     try:
         status = _run(list(arguments))
-        print(end="", flush=True)  # a full disk shows here, not when Python ends
-        return status
     except KeyboardInterrupt:
-        return _end("interrupted", 130)
+        status = _end("interrupted", 130)
     except BrokenPipeError:
-        # Nobody is left to tell; what Python still holds for the pipe must not be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+        status = 2  # nobody is left to tell
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in FULL:
             raise
-        return _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
+        status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
+    return _flush(status)
+
+
+def _flush(status: int) -> int:
+    """Write what was printed, or give it up: Python would complain in its own words at exit."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if status == 0 and not isinstance(error, BrokenPipeError):
+            _end(f"cannot write to standard output: {error.strerror}", 2)
+        return status or 2
+    return status
 
 
 def _run(tokens: list[str]) -> int:
