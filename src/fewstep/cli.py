@@ -32,7 +32,8 @@ COMMANDS = {
     "train": ("fewstep.recipes.command:train", "Train codec, text encoders and teacher."),
     "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
     "export": ("fewstep.deploy.command:export", "Make a bundle for generation from a trained model."),
-    "evaluate": ("fewstep.evaluate.command:evaluate", "Measure a model."),
+    "evaluate": ("fewstep.evaluate.command:evaluate", "Measure what a model draws."),
+    "bench": ("fewstep.bench.command:bench", "Time a generation against stock diffusers."),
 }
 
 
