@@ -1,7 +1,7 @@
 """Whole processes, in turn: ours, and stock diffusers on the same student, seed and grid.
 
-Run as a script (``python -m fewstep.bench.stock FOLDER PROMPT SEED STEPS OUT``), this file is the stock side. It
-does what a person who uses diffusers would do, in fp32; nothing of ours runs there but the noise of the seed.
+Run as a script (``python -m fewstep.bench.stock FOLDER PROMPT SEED STEPS OUT``), this file is the stock side.
+It does what a person who uses diffusers would do, in fp32; of ours only the noise of the seed runs there.
 """
 
 from __future__ import annotations
