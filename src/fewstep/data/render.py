@@ -73,10 +73,13 @@ def load(folder: Path, size: int) -> Renderings:
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
     read = read_json(index)
-    concepts = [
-        Concept(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in read["concepts"]
-    ]
+    concepts = [_concept(entry) for entry in read["concepts"]]
     return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
+
+
+def _concept(entry: dict[str, Any]) -> Concept:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return Concept(**fields)
 
 
 def _jobs(
@@ -117,20 +120,13 @@ def _rasterise(svg: str) -> Image.Image:
     import resvg
 
     tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
-    identity = (
-        1.0,
-        0.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-    )  # row by row: x scale, x skew, x shift; y skew, y scale, y shift
+    identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # x scale, x skew, x shift; y skew, y scale, y shift
     return Image.open(io.BytesIO(resvg.render(tree, identity))).convert("RGBA")
 
 
 def _trim(picture: Image.Image) -> Image.Image:
     """Crop to what is visible and centre it on a transparent square, so that styles agree on size."""
-    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    box = picture.getchannel("A").point([255 * (a > 8) for a in range(256)]).getbbox()
     if box is None:
         return picture
     cut = picture.crop(box)

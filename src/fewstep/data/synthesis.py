@@ -24,12 +24,14 @@ class Plan:
         substeps: steps of the teacher between two of those times.
         guidance: the teacher's guidance scale.
         seed: walk ``i`` starts from the noise of seed ``seed + i``.
+        weights: a fingerprint of the teacher's weights: walks of an earlier teacher are refused.
     """
 
     grid: int = 4
     substeps: int = 4
     guidance: float = 4.0
     seed: int = 0
+    weights: str = ""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Learner(nn.Module):
         widths = [w for c in clips for w in (c.config.hidden_size, c.config.projection_dim)] + [
             t5.config.d_model
         ]
-        self.heads = nn.ModuleList(
+        self.heads: Any = nn.ModuleList(
             nn.ModuleList([nn.Linear(w, meaning), nn.Linear(w, truth)]) for w in widths
         )
         for head in self.heads:

@@ -9,18 +9,13 @@ from typing import Any
 
 from cyclopts import App
 
-from fewstep.types import UserError
-
 train = App(name="train", help="Train Pocket's parts: codec, text encoders, teacher.")
 distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
 
 
 def _offer(app: App, name: str, recipe: str) -> None:
     """Offer ``fewstep.recipes.RECIPE.RECIPE`` as the command ``name``: make the run, then carry it out."""
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.recipes.{recipe}"), recipe)
-    except ImportError as error:
-        raise UserError(f"this needs more packages ({error.name}): pip install 'fewstep[train]'") from error
+    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.recipes.{recipe}"), recipe)
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:

@@ -51,25 +51,28 @@ def distill_trajectory(
     """
     import torch
 
-    from fewstep.data import shards, synthesis
+    from fewstep.data import synthesis
     from fewstep.data.texts import prompts_of
     from fewstep.families import sd3
     from fewstep.methods.trajectory import Trajectory, Walks
-    from fewstep.recipes.parts import contact_sheet, encoded
+    from fewstep.recipes.parts import at_least_one, contact_sheet, encoded, fingerprint, training_shards
     from fewstep.recipes.pocket_teacher import SHOWN
     from fewstep.train.device import pick
     from fewstep.types import UserError
 
+    options = Options(
+        steps, lr, warmup=50, decay=0.5, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=200
+    )
+    at_least_one(batch=batch, walks=walks, substeps=substeps)
     if student_steps not in (1, 2, 4):
         raise UserError(f"--student-steps must be 1, 2 or 4, not {student_steps}")
     if threads:
         torch.set_num_threads(threads)
-    place = pick(device)
+    sources, place = training_shards(data), pick(device)
     family = sd3.load(teacher, t5=False, device=place)
     student = sd3.load(init or teacher, t5=False, device=place)
-    found = data / "train" if (data / "train").is_dir() else data
-    lines = prompts_of(shards.find(found), walks, seed)
-    plan = synthesis.Plan(4, substeps, guidance, 1_000_000 * (seed + 1))
+    lines = prompts_of(sources, walks, seed)
+    plan = synthesis.Plan(4, substeps, guidance, 1_000_000 * (seed + 1), fingerprint(family.net))
     made = synthesis.walks(family, lines, plan, walks_folder or out / "walks", 32, _progress())
     stride = 4 // student_steps
     states, grid = made.states[:, ::stride], made.times[::stride]
@@ -104,9 +107,6 @@ def distill_trajectory(
         "batch": batch,
         "init": str(init),
     }
-    options = Options(
-        steps, lr, warmup=50, decay=0.5, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=200
-    )
     method = Trajectory(student.net, student.velocity)
     return Run("trajectory", out, method, batches, options, about, sheet, finish)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,84 @@ def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
         UserError: one of the folders is missing or incomplete.
     """
     import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
     from fewstep.families import pocket, sd3
+    from fewstep.families.folder import read_part
 
     for folder, recipe in ((codec, "pocket-codec"), (text, "pocket-text")):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing; train it first: fewstep train {recipe}")
-    clips = [
-        CLIPTextModelWithProjection.from_pretrained(text / name)
-        for name in ("text_encoder", "text_encoder_2")
-    ]
+    tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"))
+    first, second, third = (
+        read_part(text, part, ("transformers", kind), torch.float32)
+        for part, kind in (
+            ("text_encoder", "CLIPTextModelWithProjection"),
+            ("text_encoder_2", "CLIPTextModelWithProjection"),
+            ("text_encoder_3", "T5EncoderModel"),
+        )
+    )
     family = pocket.build(
-        seed,
-        codec=AutoencoderKL.from_pretrained(codec),
-        tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),
-        texts=(clips[0], clips[1], T5EncoderModel.from_pretrained(text / "text_encoder_3")),
+        seed, codec=autoencoder_of(codec), tokenizer=tokenizer, texts=(first, second, third)
     )
     with torch.no_grad():
         pocket.zero_gates(family.net)
     return sd3.assemble(family.parts, name=family.name, device=device)
+
+
+def autoencoder_of(folder: Path) -> Any:
+    """A trained ``AutoencoderKL``, float32.
+
+    Raises:
+        UserError: the folder is missing or incomplete.
+    """
+    import torch
+
+    from fewstep.families.folder import read_part
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds an autoencoder")
+    return read_part(folder.parent, folder.name, ("diffusers", "AutoencoderKL"), torch.float32)
+
+
+def fingerprint(net: Any) -> str:
+    """What tells a net's weights from all others."""
+    told = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        told.update(tensor.float().cpu().numpy().tobytes())
+    return told.hexdigest()[:12]
+
+
+def at_least_one(**counts: int) -> None:
+    """Refuse counts below 1, by the names of their options.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {count}")
+
+
+@contextmanager
+def replacing(target: Path) -> Generator[Path]:
+    """A fresh folder beside ``target`` that takes its place once it is whole."""
+    fresh = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def training_shards(data: Path) -> list[Path]:
+    """The shards to learn from: those in ``data/train``, or in ``data`` itself where there is no such folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    from fewstep.data import shards
+
+    return shards.find(data / "train" if (data / "train").is_dir() else data)
 
 
 def weights_of(folder: Path) -> Path:

@@ -43,17 +43,21 @@ def pocket_codec(
         threads: Torch threads; 0 leaves torch's choice.
     """
     import torch
-    from diffusers import AutoencoderKL
 
     from fewstep.data import shards
     from fewstep.families import pocket
     from fewstep.methods.codec import CodecMethod
+    from fewstep.recipes.parts import at_least_one, autoencoder_of, replacing
 
+    options = Options(
+        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
+    )
+    at_least_one(batch=batch, pictures=pictures)
     seen = _pixels(shards.find(data / "train"), pictures)
     shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL.from_pretrained(init) if init else pocket.autoencoder()
+        vae = autoencoder_of(init) if init else pocket.autoencoder()
 
     def batches(step: int) -> Any:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -86,12 +90,10 @@ def pocket_codec(
             vae.register_to_config(
                 shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
             )
-        vae.save_pretrained(out / "model")
+        with replacing(out / "model") as folder:
+            vae.save_pretrained(folder)
 
     about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}
-    options = Options(
-        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
-    )
     method = CodecMethod(vae, decoder_only)
     return Run("pocket-codec", out, method, batches, options, about, sheet, finish)
 

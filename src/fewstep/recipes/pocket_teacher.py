@@ -59,19 +59,27 @@ def pocket_teacher(
         threads: Torch threads; 0 leaves torch's choice.
     """
     from fewstep import times
-    from fewstep.data import shards
     from fewstep.families import sd3
     from fewstep.methods.finetune import Finetune
-    from fewstep.recipes.parts import conditioned, contact_sheet, pocket_of, weights_of
+    from fewstep.recipes.parts import (
+        at_least_one,
+        conditioned,
+        contact_sheet,
+        pocket_of,
+        training_shards,
+        weights_of,
+    )
     from fewstep.train.device import pick
     from fewstep.train.latents import encode
 
-    place = pick(device)
+    options = Options(
+        steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
+    )
+    at_least_one(batch=batch)
+    sources, place = training_shards(data), pick(device)
     family = sd3.load(init, device=place) if init else pocket_of(codec, text, seed, place)
     weights = weights_of(init / "vae" if init else codec)
-    latents = encode(
-        family.codec, weights, shards.find(data / "train"), data / "latents", 8 * family.latent[1]
-    )
+    latents = encode(family, weights, sources, data / "latents", family.downscale * family.latent[1])
 
     def batches(step: int) -> Any:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -96,9 +104,6 @@ def pocket_teacher(
         "drop_caption": drop_caption,
         "keep_t5": keep_t5,
     }
-    options = Options(
-        steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
-    )
     # Times shift towards noise, where it is decided what a picture shows
     # (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, times.shifted(times.logit_normal, 2.0))

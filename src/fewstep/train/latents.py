@@ -50,7 +50,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
 
     Args:
         model: its codec encodes.
-        weights: the codec's weights' file, whose hash names the folder: another codec never reads these latents.
+        weights: the codec's weights' file. Its hash names the folder, so no other codec reads it.
         sources: the shards.
         folder: where to keep them.
         size: side of the pictures, pixels.

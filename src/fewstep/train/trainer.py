@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
@@ -152,7 +152,7 @@ def _averaging(decay: float) -> Any:
 
     def average(averaged: Sequence[Any], current: Sequence[Any], count: Any) -> None:
         keep = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(list(averaged), list(current), 1 - keep)
+        torch._foreach_lerp_(list(averaged), list(current), 1 - keep)  # pyright: ignore[reportPrivateUsage]
 
     return average
 
@@ -165,7 +165,7 @@ def _schedule(step: int, options: Options) -> float:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _asked_to_stop() -> Generator[list[int]]:
     """Ctrl-C fills the list; a second one stops at once."""
     asked: list[int] = []
 

@@ -1,0 +1,104 @@
+"""``fewstep train``, ``distill`` and ``data``: help without PyTorch, errors in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.recipes import tiny_stickers
+
+import fewstep
+
+HELP = {
+    "train": ("pocket-codec", "Train Pocket's MMDiT."),
+    "distill": ("trajectory",),
+    "data": ("stickers", "folder"),
+    "train pocket-codec": ("--decoder-only", "Crops an update."),
+    "train pocket-text": ("--captions", "Captions an update."),
+    "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
+    "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
+    "data stickers": ("--pictures", "How many training pictures."),
+    "data folder": ("--output", "Folder for the shards."),
+}
+SAY = """
+import sys
+from fewstep.cli import run
+status = run(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+
+
+def said(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``fewstep`` in a process of its own, where torch must not be imported."""
+    source = str(Path(fewstep.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": source, "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-c", SAY, *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_comes_without_torch(command: str) -> None:
+    done = said(*command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert all(words in text for words in HELP[command])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "pocket-teacher", "--stepz", "3"], "Unknown option: --stepz. Did you mean --steps?"),
+        (["train", "pocket-teacher", "--steps", "0"], "--steps must be at least 1"),
+        (["train", "pocket-teacher", "--steps", "many"], "--steps"),
+        (["train", "pocket-teacher", "--lr", "nan"], "--lr must be a positive number, not nan"),
+        (["train", "pocket-codec", "--batch", "0"], "--batch must be at least 1, not 0"),
+        (["train", "pocket-text", "--seed", "-1"], "--seed must lie between 0 and"),
+        (["distill", "trajectory", "--walks", "0"], "--walks must be at least 1, not 0"),
+        (["data", "stickers", "--size", "100"], "--size must be 64, 128 or 256"),
+        (["data", "folder", "nowhere", "-o", "x"], "nowhere: no such folder"),
+    ],
+)
+def test_a_bad_option_is_one_line(tmp_path: Path, arguments: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fewstep.cli import run
+
+    data, none = str(tiny_stickers.make(tmp_path / "data", 3)), str(tmp_path / "none")
+    (tmp_path / "part").mkdir()
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, told in (
+        (["train", "pocket-codec", "--data", none], "no .tar shards there"),
+        (["train", "pocket-text", "--data", none], "holds no renderings"),
+        (["train", "pocket-teacher", "--data", none], "no .tar shards there"),
+        (["train", "pocket-teacher", "--data", data, "--codec", none], "fewstep train pocket-codec"),
+        (
+            ["train", "pocket-teacher", "--data", data, "--codec", data, "--text", none],
+            "fewstep train pocket-text",
+        ),
+        (
+            ["train", "pocket-teacher", "--data", data, "--codec", data, "--text", str(tmp_path / "part")],
+            "part/tokenizer",
+        ),
+        (["train", "pocket-codec", "--data", data, "--init", none], "no such folder"),
+        (["distill", "trajectory", "--data", none], "no .tar shards there"),
+        (["distill", "trajectory", "--data", data, "--teacher", none], "neither a folder"),
+        (["distill", "trajectory", "--data", data, "--teacher", data], "model_index.json is missing"),
+    ):
+        assert run([*arguments, *out]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert told in error, error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,156 @@
+"""Every recipe on a tiny data set, one after the other, to a student that stock diffusers draws with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.recipes import tiny_stickers
+
+from fewstep import sample, times
+from fewstep.families import sd3
+from fewstep.recipes import parts
+from fewstep.recipes.distill_trajectory import distill_trajectory
+from fewstep.recipes.pocket_codec import pocket_codec
+from fewstep.recipes.pocket_teacher import pocket_teacher
+from fewstep.recipes.pocket_text import pocket_text
+from fewstep.train.checkpoint import LAST
+from fewstep.train.trainer import train
+from fewstep.types import UserError
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where the chain of recipes left its models."""
+
+    data: Path
+    codec: Path
+    text: Path
+    teacher: Path
+    student: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("chain")
+    all_ = Made(tiny_stickers.make(root / "data"), *(root / n / "model" for n in ("c", "x", "t", "s")))
+    train(pocket_codec(data=all_.data, out=root / "c", steps=2, batch=2, pictures=8))
+    train(pocket_text(data=all_.data, out=root / "x", steps=2, batch=8, captions=20, words=20))
+    train(teacher(all_, 1))
+    train(teacher(all_, 2))
+    train(student(all_, steps=2))
+    return all_
+
+
+def teacher(made: Made, steps: int) -> Any:
+    return pocket_teacher(
+        data=made.data, out=made.teacher.parent, codec=made.codec, text=made.text, steps=steps, batch=4
+    )
+
+
+def student(made: Made, **options: Any) -> Any:
+    return distill_trajectory(
+        teacher=made.teacher, data=made.data, out=made.student.parent, walks=4, substeps=2, batch=4, **options
+    )
+
+
+def test_the_student_draws_as_stock_diffusers_does(made: Made) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    family = sd3.load(made.student)
+    assert (family.name, family.steps, family.guidance) == ("pocket", 4, None)
+    noise = sample.noises([5], family.latent)
+    with torch.no_grad():
+        cond = family.text(["a red disc"])
+        grid = times.grid(4, family.shift)
+        ours = family.codec.decode(sample.walk(family.velocity, family.lift(noise), grid, cond))
+    assert ours.std() > 0.01
+    stock = StableDiffusion3Pipeline.from_pretrained(made.student, text_encoder_3=None, tokenizer_3=None)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(
+        "a red disc",
+        latents=torch.from_numpy(noise),
+        height=128,
+        width=128,
+        sigmas=[1.0, 0.75, 0.5, 0.25],  # stock shifts them itself: 1, .9, .75, .5
+        guidance_scale=1.0,
+        max_sequence_length=0,  # no rows of zeros where T5's tokens would be
+        output_type="pt",
+    ).images
+    error = (theirs - (ours / 2 + 0.5).clamp(0, 1)).square().mean()
+    assert -10 * torch.log10(error) >= 45
+
+
+def test_the_teacher_keeps_t5_and_its_codec(made: Made) -> None:
+    family = sd3.load(made.teacher)
+    assert family.parts["text_encoder_3"] is not None
+    config = json.loads((made.codec / "config.json").read_text())
+    assert family.parts["vae"].config.scaling_factor == config["scaling_factor"] != 1.0
+    latents = np.concatenate([np.load(p)["latents"] for p in sorted(made.data.glob("latents/*/*.npz"))])
+    assert latents.shape == (24, *family.latent)
+    assert abs(float(latents.astype(np.float32).std()) - 1) < 0.3  # what the finished codec scales them to
+
+
+def test_a_finished_run_went_on_when_asked_for_more(made: Made) -> None:
+    run = made.teacher.parent
+    assert torch.load(run / LAST, weights_only=True)["step"] == 2
+    assert [path.stem for path in sorted((run / "sheets").glob("*.png"))] == ["0000001", "0000002"]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2]
+    assert all(np.isfinite(line["flow"]) for line in log)
+
+
+def test_a_teacher_goes_on_from_another(made: Made, tmp_path: Path) -> None:
+    run = pocket_teacher(data=made.data / "train", out=tmp_path, init=made.teacher, steps=1, batch=2)
+    before = sd3.load(made.teacher).net.state_dict()
+    now = run.method.nets["net"].state_dict()
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_the_decoder_alone_keeps_latents_valid(made: Made, tmp_path: Path) -> None:
+    run = pocket_codec(
+        data=made.data, out=tmp_path, init=made.codec, steps=2, batch=2, pictures=8, decoder_only=True
+    )
+    before = {n: p.clone() for n, p in run.method.nets["vae"].named_parameters()}
+    train(run)
+    after = parts.autoencoder_of(tmp_path / "model")
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+    assert after.config.scaling_factor == parts.autoencoder_of(made.codec).config.scaling_factor
+
+
+def test_walks_of_an_earlier_teacher_are_refused(made: Made, tmp_path: Path) -> None:
+    other = sd3.load(made.teacher)
+    with torch.no_grad():
+        other.net.proj_out.bias.add_(0.1)
+    sd3.save(other, tmp_path / "model")
+    with pytest.raises(UserError, match="walks of another plan or teacher"):
+        student(replace(made, teacher=tmp_path / "model"), steps=2)
+
+
+def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None:
+    run = student(
+        replace(made, student=tmp_path / "model"), student_steps=2, walks_folder=made.student.parent / "walks"
+    )
+    batch = run.batches(0)
+    assert {(round(float(a), 4), round(float(b), 4)) for a, b in zip(batch.t, batch.t_next, strict=True)} <= {
+        (1.0, 0.75),
+        (0.75, 0.0),
+    }
+    assert not batch.start.requires_grad
+    assert not batch.end.requires_grad
+
+
+def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:
+    with parts.replacing(tmp_path / "model") as folder:
+        (folder / "a").write_text("first")
+    with pytest.raises(OSError), parts.replacing(tmp_path / "model") as folder:
+        (folder / "a").write_text("second")
+        raise OSError
+    assert (tmp_path / "model" / "a").read_text() == "first"
