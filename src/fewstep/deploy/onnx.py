@@ -7,7 +7,7 @@ import logging
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def write_tokenizer(family: Family, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence torch's exporter about torchvision's absence and its own deprecations."""
     log = logging.getLogger("torch.onnx")
     level = log.level

@@ -1,0 +1,178 @@
+"""Ways to store a net's weights, measured: size, start-up, speed, and what the pictures lose.
+
+    python tools/compare_weights.py models/pocket-teacher   # a diffusers folder
+
+Times are processor time on one thread, the least of several rounds, so that a busy machine matters little.
+The table in docs/deploy.md is this program's output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from fewstep import sample, times
+from fewstep.deploy import onnx as engine
+from fewstep.deploy.quantize import shrink, to_int8
+from fewstep.families import Family, sd3
+
+PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
+ROUNDS = 6
+
+
+def dequantized(model: Any, folder: Path) -> Any:
+    """The codes of ``shrink`` behind ``DequantizeLinear``, which onnxruntime runs anew at every step."""
+    from onnx import helper, numpy_helper
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    kept, nodes = [], []
+    for weight in result.graph.initializer:
+        array = numpy_helper.to_array(weight)
+        if array.ndim != 2 or array.size < 4096:
+            kept.append(weight)
+            continue
+        codes, scale = to_int8(array)
+        name = weight.name
+        kept.append(numpy_helper.from_array(codes, name + ".int8"))
+        kept.append(numpy_helper.from_array(scale.ravel(), name + ".scale"))
+        inputs, axis = [name + ".int8", name + ".scale"], int(scale.shape[0] == 1)
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [name], axis=axis))
+    nodes.extend(result.graph.node)
+    del result.graph.initializer[:], result.graph.node[:]
+    result.graph.initializer.extend(kept)
+    result.graph.node.extend(nodes)
+    return result
+
+
+def dynamic(kind: str, reduce_range: bool = False) -> Callable[[Any, Path], Any]:
+    """onnxruntime's dynamic quantization: integer matrix products, activations scaled as they come."""
+
+    def make(model: Any, folder: Path) -> Any:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        whole, small = folder / "whole.onnx", folder / "small.onnx"
+        onnx.save_model(model, str(whole))
+        quantize_dynamic(
+            whole,
+            small,
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType[kind],
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return onnx.load(str(small))
+
+    return make
+
+
+def blockwise(level: int) -> Callable[[Any, Path], Any]:
+    """``MatMulNBits`` with 8 bits, blocks of 32, and onnxruntime's accuracy ``level``."""
+
+    def make(model: Any, folder: Path) -> Any:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        quantizer = MatMulNBitsQuantizer(copy, bits=8, block_size=32, is_symmetric=True, accuracy_level=level)
+        quantizer.process()
+        return quantizer.model.model
+
+    return make
+
+
+VARIANTS: dict[str, Callable[[Any, Path], Any]] = {
+    "float32": lambda model, _: model,
+    "float16, cast at start": lambda model, _: shrink(model, 16),
+    "**int8, scaled at start**": lambda model, _: shrink(model, 8),
+    "int8, `DequantizeLinear`": dequantized,
+    "`MatMulNBits`, level 0": blockwise(0),
+    "`MatMulNBits`, level 1": blockwise(1),
+    "`MatMulNBits`, level 4": blockwise(4),
+    "dynamic int8": dynamic("QInt8"),
+    "dynamic int8, 7 bits": dynamic("QInt8", reduce_range=True),
+    "dynamic uint8": dynamic("QUInt8"),
+}
+
+
+def session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def least(action: Callable[[], Any], rounds: int) -> float:
+    """Least processor time of ``action`` in milliseconds."""
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.process_time()
+        action()
+        best = min(best, time.process_time() - start)
+        gc.collect()
+    return 1000 * best
+
+
+def draw(net: Any, family: Family, cond: Any, rows: slice) -> np.ndarray:
+    """Pictures ``[B, 3, h, w]`` in [0, 255] after four steps; only the net is an ONNX session."""
+    import torch
+
+    def velocity(x: Any, t: Any, c: Any) -> Any:
+        return net.run(None, {"x": x, "t": t, "context": c.context, "pooled": c.pooled})[0]
+
+    noise = sample.noises(range(len(PROMPTS)), family.latent)[rows]
+    latents = sample.walk(velocity, noise, times.grid(4, family.shift), cond[rows])
+    with torch.no_grad():
+        images = family.codec.decode(torch.from_numpy(latents)).numpy()
+    return images.clip(-1, 1) * 127.5 + 127.5
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(20 * np.log10(255 / max(np.sqrt(np.square(a - b).mean()), 1e-6)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", help="a diffusers folder")
+    family = sd3.load(parser.parse_args().folder, t5=False)
+    model = engine.trace(engine.parts(family)["transformer"])
+    cond = family.text(PROMPTS).map(lambda tensor: tensor.numpy())
+    heads = ["weights", "MB", "start, ms", "step, ms", "four, ms", "to float32, dB", "alone to four, dB"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    whole = None
+    for name, make in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "net.onnx"
+            onnx.save_model(make(model, Path(place)), str(path))
+            size = path.stat().st_size / 1e6
+            create = least(lambda path=path: session(path), ROUNDS)
+            net = session(path)
+        steps = []
+        for batch in (1, 4):
+            feeds = {
+                "x": sample.noises(range(batch), family.latent),
+                "t": np.full(batch, 0.75, np.float32),
+                "context": cond.context[:batch],
+                "pooled": cond.pooled[:batch],
+            }
+            steps.append(least(lambda net=net, feeds=feeds: net.run(None, feeds), 5 * ROUNDS))
+        pictures = draw(net, family, cond, slice(0, 4))
+        whole = pictures if whole is None else whole
+        alone = draw(net, family, cond, slice(0, 1))
+        losses = [psnr(whole, pictures), psnr(pictures[:1], alone)]
+        said = ["equal" if loss > 100 else f"{loss:.1f}" for loss in losses]
+        row = [name, f"{size:.1f}", f"{create:.0f}", *(f"{step:.1f}" for step in steps), *said]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
