@@ -1,0 +1,239 @@
+"""Methods on the closed-form mixture, where the truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep import sample, times
+from fewstep.data import synthesis
+from fewstep.families import pocket
+from fewstep.methods import Method
+from fewstep.methods.codec import CodecMethod
+from fewstep.methods.finetune import Finetune
+from fewstep.methods.trajectory import Trajectory, Walks
+from fewstep.train.trainer import draw
+from fewstep.types import Batch, Cond, Model
+from mixture import energy_distance, ring
+
+GRID = times.grid(4)
+
+
+def none(n: int) -> Cond:
+    """No condition, as torch tensors."""
+    return ring().cond(n).map(torch.from_numpy)
+
+
+class Net(torch.nn.Module):
+    """A small MLP as a velocity of points ``[B, 2]``."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(2 + 8, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, 2),
+        )
+
+    def forward(self, x: Any, t: Any, cond: Cond) -> Any:
+        waves = t[:, None] * torch.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
+        return self.layers(torch.cat([x, waves.sin(), waves.cos()], 1))
+
+
+def net(seed: int = 0) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net()
+
+
+def learn(method: Method, batches: Callable[[int], Any], steps: int, lr: float) -> float:
+    """Adam with a rate that falls to zero; the last loss."""
+    [name] = method.nets
+    optimizer = torch.optim.Adam(method.nets[name].parameters(), lr)
+    loss = torch.zeros(())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        [turn] = method.turns(step)
+        loss = sum(turn.losses(batches(step), draw(0, step, 0)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("density", [times.logit_normal, times.shifted(times.logit_normal, 2.0)])
+def test_flow_matching_is_least_at_the_true_velocity(density: times.Density) -> None:
+    truth = ring()
+    batch = Batch(torch.from_numpy(truth.sample(20_000, 1)), none(20_000))
+
+    def loss(velocity: Any) -> float:
+        return float(Finetune(torch.nn.Identity(), velocity, density).losses(batch, draw(0, 0, 0))["flow"])
+
+    least = loss(truth)
+    directions: list[Callable[[Any, Any], Any]] = [
+        lambda x, t: x,
+        lambda x, t: t[:, None] * x.flip(1),
+        lambda x, t: torch.sin(3 * x),
+        lambda x, t: torch.ones_like(x),
+    ]
+    for direction in directions:
+        for size in (-0.1, 0.1):
+            away = loss(lambda x, t, c, d=direction, s=size: truth(x, t, c) + s * d(x, t))
+            # At the minimum a move by d costs its own square and nothing in proportion to its size.
+            assert away > least + 0.3 * size**2 * loss_of_size(direction, batch, density)
+
+
+def loss_of_size(direction: Callable[[Any, Any], Any], batch: Batch, density: times.Density) -> float:
+    """Mean square of ``direction`` at the points where the loss looks."""
+    kept: list[float] = []
+
+    def look(x: Any, t: Any, cond: Cond) -> Any:
+        kept.append(float(direction(x, t).square().mean()))
+        return x
+
+    Finetune(torch.nn.Identity(), look, density).losses(batch, draw(0, 0, 0))
+    return kept[0]
+
+
+def test_a_net_that_flow_matches_draws_the_ring() -> None:
+    truth, student = ring(), net()
+
+    def batches(step: int) -> Batch:
+        return Batch(torch.from_numpy(truth.sample(512, step)), none(512))
+
+    learn(Finetune(student, student, times.uniform), batches, 600, 3e-3)
+    apart = distance(student, 32)
+    assert apart < 0.02
+    assert apart < 0.1 * energy_distance(sample.noises(range(4000), (2,)), truth.sample(4000, 99))
+
+
+def teacher() -> Model:
+    """The mixture as a model of shape [2], for whoever walks it."""
+    return Model(
+        name="ring",
+        velocity=ring(),
+        text=lambda prompts: none(len(prompts)),
+        codec=None,  # type: ignore[arg-type]  # points have no pixels
+        latent=(2,),  # type: ignore[arg-type]
+        downscale=1,
+        shift=3.0,
+        steps=64,
+        lift=torch.from_numpy,
+        lower=lambda x: x.numpy(),
+    )
+
+
+def distance(velocity: Any, steps: int, n: int = 4000) -> float:
+    """Energy distance of ``steps`` Euler steps to the truth."""
+    start = torch.from_numpy(sample.noises(range(10_000, 10_000 + n), (2,)))
+    with torch.no_grad():
+        ends = sample.walk(velocity, start, times.grid(steps), none(n))
+    return energy_distance(ends.numpy(), ring().sample(n, 99))
+
+
+def test_a_student_of_four_steps_is_far_better_than_its_teachers_four(tmp_path: Any) -> None:
+    plan = synthesis.Plan(grid=4, substeps=8, guidance=1.0)
+    made = synthesis.walks(teacher(), [""] * 8192, plan, tmp_path, batch=4096)
+    assert made.times == pytest.approx(GRID)
+    states, grid = torch.from_numpy(made.states.astype(np.float32)), torch.tensor(made.times)
+    student = net()
+
+    def batches(step: int) -> Walks:
+        rng = np.random.default_rng(step)
+        rows, moves = torch.from_numpy(rng.integers(0, [[len(states)], [4]], (2, 512)))
+        return Walks(states[rows, moves], states[rows, moves + 1], grid[moves], grid[moves + 1], none(512))
+
+    learn(Trajectory(student, student), batches, 1500, 4e-3)
+    teachers, students = distance(ring(), 4), distance(student, 4)
+    assert 0.05 < teachers < 0.12  # 0.086 in a larger sample
+    assert students < 0.01
+    assert students < 0.15 * teachers
+
+
+def test_no_gradient_reaches_the_teacher(tmp_path: Any) -> None:
+    first, student = net(1), net(2)
+    model = Model(**{**vars(teacher()), "velocity": first, "lower": lambda x: x.detach().numpy()})
+    made = synthesis.walks(model, [""] * 8, synthesis.Plan(4, 2, 1.0), tmp_path)
+    states, t = torch.from_numpy(made.states.astype(np.float32)), torch.tensor(made.times)
+    walks = Walks(states[:, 0], states[:, 1], t[:1].repeat(8), t[1:2].repeat(8), none(8))
+    assert not states.requires_grad
+    Trajectory(student, student).losses(walks, draw(0, 0, 0))["trajectory"].backward()
+    assert all(p.grad is None for p in first.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_the_trajectory_loss_is_nought_for_the_teachers_own_move() -> None:
+    start = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    t, t_next = torch.full((16,), 0.9), torch.full((16,), 0.75)
+    v = ring()(start, t, none(16))
+    walks = Walks(start, start + (t_next - t)[:, None] * v, t, t_next, none(16))
+    assert float(Trajectory(torch.nn.Identity(), ring()).losses(walks, draw(0, 0, 0))["trajectory"]) < 1e-10
+
+
+def test_the_codecs_losses_are_nought_for_a_perfect_copy_but_for_the_divergence() -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    class Copy(torch.nn.Module):
+        """Encodes to the picture itself, with no spread to speak of."""
+
+        def encode(self, x: Any) -> Any:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+            posterior = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30)], 1))
+            return type("Encoded", (), {"latent_dist": posterior})
+
+        def decode(self, z: Any) -> Any:
+            return type("Decoded", (), {"sample": z})
+
+    told = CodecMethod(Copy(), divergence=1.0).losses(images, draw(0, 0, 0))
+    assert all(float(told[name]) < 1e-5 for name in ("absolute", "square", "edges", "colour"))
+    expected = 0.5 * (images.square() + np.exp(-30) - 1 + 30).mean()
+    assert float(told["divergence"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_shift_of_colour_costs_where_edges_are_blind() -> None:
+    class Off(torch.nn.Module):
+        def encode(self, x: Any) -> Any:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+            posterior = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30)], 1))
+            return type("Encoded", (), {"latent_dist": posterior})
+
+        def decode(self, z: Any) -> Any:
+            return type("Decoded", (), {"sample": z + 0.5})
+
+    told = CodecMethod(Off()).losses(torch.zeros(1, 3, 16, 16), draw(0, 0, 0))
+    assert float(told["edges"]) < 1e-5
+    assert float(told["colour"]) == pytest.approx(2.0 * (0.5 + 2 * 0.25), rel=1e-4)
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_the_decoder_alone_has_gradients_when_the_encoder_shall_stay(decoder_only: bool) -> None:
+    vae = pocket.autoencoder()
+    images = torch.zeros(1, 3, 16, 16)
+    told = CodecMethod(vae, decoder_only).losses(images, draw(0, 0, 0))
+    sum(value for value in told.values() if value.requires_grad).backward()
+    assert all(p.grad is not None for p in vae.decoder.parameters())
+    assert all((p.grad is None) == decoder_only for p in vae.encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", [Finetune, Trajectory])
+def test_a_turn_moves_only_its_net(kind: Any) -> None:
+    student, bystander = net(3), net(4)
+    before = [[p.clone() for p in n.parameters()] for n in (student, bystander)]
+    x, t = torch.zeros(4, 2), torch.full((4,), 0.5)
+    batch: Any = Batch(x, none(4)) if kind is Finetune else Walks(x, x + 1, t, t - 0.25, none(4))
+    method = kind(student, student)
+    assert list(method.nets) == [turn.net for turn in method.turns(0)]
+    learn(method, lambda step: batch, 2, 1e-2)
+    moved = [any(not torch.equal(p, q) for p, q in zip(b, n.parameters(), strict=True))
+             for b, n in zip(before, (student, bystander), strict=True)]  # fmt: skip
+    assert moved == [True, False]
