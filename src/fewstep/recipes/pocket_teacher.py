@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.recipes.parts import at_least_one
 from fewstep.train import Options, Run
 
 SHOWN = (
@@ -58,11 +59,15 @@ def pocket_teacher(
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
+    options = Options(
+        steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
+    )
+    at_least_one(batch=batch)
+
     from fewstep import times
     from fewstep.families import sd3
     from fewstep.methods.finetune import Finetune
     from fewstep.recipes.parts import (
-        at_least_one,
         conditioned,
         contact_sheet,
         pocket_of,
@@ -72,10 +77,6 @@ def pocket_teacher(
     from fewstep.train.device import pick
     from fewstep.train.latents import encode
 
-    options = Options(
-        steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
-    )
-    at_least_one(batch=batch)
     sources, place = training_shards(data), pick(device)
     family = sd3.load(init, device=place) if init else pocket_of(codec, text, seed, place)
     weights = weights_of(init / "vae" if init else codec)
@@ -106,5 +107,5 @@ def pocket_teacher(
     }
     # Times shift towards noise, where it is decided what a picture shows
     # (Esser et al., arXiv 2403.03206, section 5.3.2).
-    method = Finetune(family.net, family.velocity, times.shifted(times.logit_normal, 2.0))
+    method = Finetune(family.net, family.velocity, times.shifted(times.logit_normal, 3.0))
     return Run("pocket-teacher", out, method, batches, options, about, sheet, finish)
