@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.recipes.parts import at_least_one
 from fewstep.train import Options, Run
+from fewstep.types import UserError
 
 
 def distill_trajectory(
@@ -49,23 +51,23 @@ def distill_trajectory(
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
-    import torch
-
-    from fewstep.data import synthesis
-    from fewstep.data.texts import prompts_of
-    from fewstep.families import sd3
-    from fewstep.methods.trajectory import Trajectory, Walks
-    from fewstep.recipes.parts import at_least_one, contact_sheet, encoded, fingerprint, training_shards
-    from fewstep.recipes.pocket_teacher import SHOWN
-    from fewstep.train.device import pick
-    from fewstep.types import UserError
-
     options = Options(
         steps, lr, warmup=50, decay=0.5, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=200
     )
     at_least_one(batch=batch, walks=walks, substeps=substeps)
     if student_steps not in (1, 2, 4):
         raise UserError(f"--student-steps must be 1, 2 or 4, not {student_steps}")
+
+    import torch
+
+    from fewstep.data import synthesis
+    from fewstep.data.texts import prompts_of
+    from fewstep.families import sd3
+    from fewstep.methods.trajectory import Trajectory, Walks
+    from fewstep.recipes.parts import contact_sheet, encoded, fingerprint, training_shards
+    from fewstep.recipes.pocket_teacher import SHOWN
+    from fewstep.train.device import pick
+
     if threads:
         torch.set_num_threads(threads)
     sources, place = training_shards(data), pick(device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.recipes.parts import at_least_one
 from fewstep.train import Options, Run
 
 CROP = 64
@@ -42,17 +43,18 @@ def pocket_codec(
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
+    options = Options(
+        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
+    )
+    at_least_one(batch=batch, pictures=pictures)
+
     import torch
 
     from fewstep.data import shards
     from fewstep.families import pocket
     from fewstep.methods.codec import CodecMethod
-    from fewstep.recipes.parts import at_least_one, autoencoder_of, replacing
+    from fewstep.recipes.parts import autoencoder_of, replacing
 
-    options = Options(
-        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
-    )
-    at_least_one(batch=batch, pictures=pictures)
     seen = _pixels(shards.find(data / "train"), pictures)
     shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)
     with torch.random.fork_rng(devices=[]):

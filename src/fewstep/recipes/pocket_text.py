@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.recipes.parts import at_least_one
 from fewstep.train import Options, Run
 
 
@@ -38,16 +39,17 @@ def pocket_text(
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
+    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
+    at_least_one(batch=batch, captions=captions)
+
     import torch
 
     from fewstep.data import render, shards, texts
     from fewstep.families import pocket
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner
-    from fewstep.recipes.parts import at_least_one, replacing
+    from fewstep.recipes.parts import replacing
 
-    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
-    at_least_one(batch=batch, captions=captions)
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
     teacher = _sentence_encoder()
     known = texts.captions(sources, captions, concepts, _words(teacher, words, seed))

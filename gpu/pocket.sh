@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Pocket on a GPU: data, teacher, student, bundle. Run it again and it goes on where it stopped (gpu/README.md).
+#
+#   gpu/pocket.sh [data] [teacher] [student] [export]    all four when none is named
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+DATA=${DATA:-data/stickers}               # the stickers; made where it holds no shards yet
+RUNS=${RUNS:-runs/gpu}                    # run folders: checkpoints, logs, sheets, models
+OUT=${OUT:-$RUNS/out}                     # what to bring home, in files of less than 16 MiB
+TEACHER=${TEACHER:-models/pocket-teacher} # the teacher to go on from, where it is there
+CODEC=${CODEC:-runs/pocket-codec/model}   # else: the parts to start a new one from
+TEXT=${TEXT:-runs/pocket-text/model}
+WHEELS=${WHEELS:-.wheels}                 # carried wheels, for a machine that reaches no package registry
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-auto}
+MINUTES=${MINUTES:-9}                     # a command's time: training stops then, saved
+PICTURES=${PICTURES:-40000}
+STEPS=${STEPS:-6000} BATCH=${BATCH:-256} LR=${LR:-8e-4}
+WALKS=${WALKS:-16000} STUDENT_STEPS=${STUDENT_STEPS:-3000} STUDENT_BATCH=${STUDENT_BATCH:-256}
+STARTED=$SECONDS
+
+setup() {
+  mkdir -p "$RUNS" "$OUT"
+  export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+  if [ -d "$WHEELS" ]; then
+    local site
+    site=$(realpath -m "$RUNS/site")
+    if [ ! -d "$site" ]; then
+      "$PYTHON" -m pip install -q --no-index --no-deps --target "$site.partial" "$WHEELS"/*.whl
+      mv "$site.partial" "$site"
+    fi
+    PYTHONPATH="$site:$PYTHONPATH"
+  elif ! has torch diffusers transformers webdataset cyclopts; then
+    make setup PYTHON="$PYTHON"
+    PYTHON=.venv/bin/python
+  fi
+}
+
+has() { "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
+
+# Train until done or until the time is up: `timeout` then sends a Ctrl-C, which saves before it stops.
+train() {
+  local left=$((60 * MINUTES - (SECONDS - STARTED))) status=0
+  [ $left -gt 0 ] || later
+  timeout --foreground --signal=INT $left "$PYTHON" -m fewstep "$@" || status=$?
+  case $status in
+    0) ;;
+    124) later ;;
+    *) exit $status ;;
+  esac
+}
+
+later() {
+  echo "gpu/pocket.sh: the time is up and what was learnt is saved; run the same command again" >&2
+  exit 75
+}
+
+# Net, log and last sheet of a run, halved to 16 bits, in parts that a narrow way home lets through.
+bring() {
+  local run=$1 name=$2 pack
+  pack=$(mktemp -d)
+  mkdir "$pack/transformer"
+  "$PYTHON" - "$run/model/transformer" "$pack/transformer" <<'PY'
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+source, target = map(Path, sys.argv[1:])
+name = "diffusion_pytorch_model.safetensors"
+save_file({k: v.to(torch.float16) for k, v in load_file(source / name).items()}, target / name)
+shutil.copy(source / "config.json", target)
+PY
+  cp "$run/model/fewstep.json" "$run/log.jsonl" "$run/run.json" "$pack"
+  cp "$(ls "$run"/sheets/*.png | tail -n 1)" "$pack/sheet.png"
+  parts "$pack" "$name"
+  rm -r "$pack"
+}
+
+parts() {
+  rm -f "$OUT/$2".tar.*
+  tar -C "$1" -c . | split -b 15M - "$OUT/$2.tar."
+}
+
+data() {
+  [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --pictures "$PICTURES"
+}
+
+teacher() {
+  local from=(--codec "$CODEC" --text "$TEXT")
+  [ ! -d "$TEACHER" ] || from=(--init "$TEACHER")
+  train train pocket-teacher --data "$DATA" --out "$RUNS/teacher" "${from[@]}" \
+    --steps "$STEPS" --batch "$BATCH" --lr "$LR" --device "$DEVICE"
+  bring "$RUNS/teacher" teacher
+}
+
+student() {
+  local from=$RUNS/teacher/model
+  [ -d "$from" ] || from=$TEACHER
+  train distill trajectory --teacher "$from" --data "$DATA" --out "$RUNS/student" --walks "$WALKS" \
+    --steps "$STUDENT_STEPS" --batch "$STUDENT_BATCH" --device "$DEVICE"
+  bring "$RUNS/student" student
+}
+
+export_() {
+  "$PYTHON" -m fewstep export "$RUNS/student/model" -o "$RUNS/pocket" --license Apache-2.0
+  parts "$RUNS/pocket" bundle
+}
+
+setup
+[ $# -gt 0 ] || set -- data teacher student export
+for stage in "$@"; do
+  case $stage in
+    data | teacher | student) $stage ;;
+    export) export_ ;;
+    *) echo "gpu/pocket.sh: there is no stage $stage: data, teacher, student, export" >&2 && exit 2 ;;
+  esac
+done
+ls -l "$OUT"

@@ -1,0 +1,69 @@
+"""``gpu/pocket.sh`` on a CPU with tiny sizes. Left out for their time: its stages ``data`` and ``export``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from tests.recipes import tiny_stickers
+
+from fewstep.families import pocket, sd3
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "gpu" / "pocket.sh"
+TINY = {"STEPS": "2", "BATCH": "4", "WALKS": "4", "STUDENT_STEPS": "2", "STUDENT_BATCH": "4", "DEVICE": "cpu"}
+
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "timeout", "split"))), reason="the script needs bash and GNU coreutils"
+)
+
+
+def script(at: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    places = {
+        "DATA": at / "data",
+        "RUNS": at / "runs",
+        "TEACHER": at / "teacher",
+        "WHEELS": at / "no-wheels",
+        "PYTHON": sys.executable,
+    }
+    environment = os.environ | TINY | {k: str(v) for k, v in places.items()} | variables
+    return subprocess.run(["bash", SCRIPT, *stages], cwd=at, env=environment, capture_output=True, text=True)
+
+
+def test_it_is_valid_bash() -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+
+
+def test_teacher_and_student_come_home_in_small_files(tmp_path: Path) -> None:
+    tiny_stickers.make(tmp_path / "data")
+    sd3.save(pocket.build(), tmp_path / "teacher")
+    done = script(tmp_path, "data", "teacher", "student")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "out"
+    assert all(path.stat().st_size < 16 * 2**20 for path in out.iterdir())
+    for name, steps in (("teacher", 28), ("student", 4)):
+        whole = tmp_path / f"{name}.tar"
+        whole.write_bytes(b"".join(p.read_bytes() for p in sorted(out.glob(f"{name}.tar.*"))))
+        with tarfile.open(whole) as tar:
+            assert {"./log.jsonl", "./sheet.png", "./run.json"} <= set(tar.getnames())
+            tar.extractall(tmp_path / "teacher", filter="data")  # over a complete Pocket
+        assert sd3.load(tmp_path / "teacher").steps == steps
+
+
+def test_it_says_when_the_time_is_up(tmp_path: Path) -> None:
+    tiny_stickers.make(tmp_path / "data", 3)
+    done = script(tmp_path, "data", "teacher", MINUTES="0")
+    assert done.returncode == 75
+    assert "run the same command again" in done.stderr
+
+
+def test_an_unknown_stage_is_said(tmp_path: Path) -> None:
+    done = script(tmp_path, "techer")
+    assert done.returncode == 2
+    assert done.stderr == "gpu/pocket.sh: there is no stage techer: data, teacher, student, export\n"
