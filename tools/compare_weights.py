@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", help="a diffusers folder")
+    logging.disable(logging.INFO)  # the quantizers name every node
     family = sd3.load(parser.parse_args().folder, t5=False)
     model = engine.trace(engine.parts(family)["transformer"])
     cond = family.text(PROMPTS).map(lambda tensor: tensor.numpy())
