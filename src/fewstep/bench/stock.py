@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fewstep.types import UserError
 
@@ -106,7 +107,7 @@ def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
 
     from fewstep.sample import noises
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     noise = noises([int(seed)], (config.in_channels, config.sample_size, config.sample_size))

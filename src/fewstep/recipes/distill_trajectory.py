@@ -78,7 +78,6 @@ def distill_trajectory(
     made = synthesis.walks(family, lines, plan, walks_folder or out / "walks", 32, _progress())
     stride = 4 // student_steps
     states, grid = made.states[:, ::stride], made.times[::stride]
-    conds = encoded(family, lines, False).map(lambda array: array.cpu())
 
     def batches(step: int) -> Walks:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -89,7 +88,7 @@ def distill_trajectory(
             torch.from_numpy(states[rows, moves + 1].astype(np.float32)),
             t[moves],
             t[moves + 1],
-            conds.map(lambda array: array[torch.from_numpy(rows)]),
+            encoded(family, [lines[r] for r in rows], False),
         )
 
     def sheet(nets: dict[str, Any]) -> Any:
