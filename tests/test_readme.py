@@ -79,7 +79,8 @@ def test_the_slow_commands_exist(tmp_path: Path) -> None:
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"make {words[1]} is no target"
             continue
         assert words[0] == "fewstep", f"the README runs {words[0]}"
-        commands = words[1 : next(i for i, word in enumerate(words) if i and not word.isalpha())]
+        named = [bool(re.fullmatch(r"[a-z][a-z-]*", word)) for word in words]
+        commands = words[1 : named.index(False)]
         said = fewstep([*commands, "--help"], tmp_path).stdout
         missing = [word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word) and word not in said]
         assert not missing, f"fewstep {' '.join(commands)} knows no {missing}"
