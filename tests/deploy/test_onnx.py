@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny
 import torch
 
+import tiny
 from fewstep import sample, times
 from fewstep.deploy import onnx as engine
 from fewstep.deploy.modules import TextModule, TransformerModule

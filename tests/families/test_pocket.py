@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from fewstep import flow, losses, sample
 from fewstep.families import Family, pocket, sd3
 

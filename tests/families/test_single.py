@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stability
 import torch
 from safetensors.torch import save_file
 
+import stability
 import tiny
 from fewstep import sample
 from fewstep.families import Family, sd3
