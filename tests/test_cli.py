@@ -131,10 +131,31 @@ def test_commands_are_suggested(capsys: Capture) -> None:
     assert "the commands are generate, show, models" in capsys.readouterr().err
 
 
-def test_10000_words_are_cut_with_one_line(at: Path) -> None:
-    done = generate("word " * 10_000, "-o", "x.png")
-    assert_one_line(done, "22 of 40000 tokens were kept", status=0)
+def test_10000_words_are_refused(at: Path) -> None:
+    assert_one_line(generate("word " * 10_000, "-o", "x.png"), "49999 characters; at most 10000")
+    assert not list(at.iterdir())
+
+
+def test_a_long_prompt_is_cut_with_one_line(at: Path) -> None:
+    done = generate("word " * 1_000, "-o", "x.png")
+    assert_one_line(done, "22 of 4000 tokens were kept", status=0)
     assert (at / "x.png").exists()
+
+
+@pytest.mark.parametrize("output", ["y" * 300 + ".png", "q{seed:0999}.png", "q{seed.__class__}.png"])
+def test_impossible_names_are_refused(at: Path, output: str) -> None:
+    assert_one_line(generate("a", "-o", output), "")
+    assert not list(at.iterdir())
+
+
+def test_a_closed_standard_input_is_said(at: Path) -> None:
+    command = f"exec {sys.executable} -m fewstep generate --model ../tiny - <&-"
+    done = subprocess.run(["sh", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert_one_line(done, "standard input")
+
+
+def test_a_sheet_is_named_once(at: Path) -> None:
+    assert generate("a", "-n", "3", "--grid", "-o", "sheet.png").stdout == "sheet.png\n"
 
 
 def test_emoji_are_read(at: Path) -> None:

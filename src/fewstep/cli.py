@@ -57,9 +57,12 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         status = 2  # nobody is left to tell
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
+        elif error.filename is not None:  # a path of the user's that nobody checked before
+            status = _end(f"{str(error.filename)[:200]}: {error.strerror}", 2)
+        else:
             raise
-        status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
     return _flush(status)
 
 

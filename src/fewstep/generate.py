@@ -112,19 +112,26 @@ def generate(
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         print("fewstep: warning: the model is not the one that made that picture", file=sys.stderr)
     drawn = draw(pipe, request, 1 if record is None else record.batch)
+    told: Path | None = None
     for path, made, seconds in (write_sheet if grid else write)(drawn, name):
         facts = {"path": str(path), "seconds": round(seconds, 3), **dataclasses.asdict(made)}
-        emit(jsons.dumps({name: facts[name] for name in SAID}) if json else str(path))
+        if json:
+            emit(jsons.dumps({name: facts[name] for name in SAID}))
+        elif path != told:  # a contact sheet is one file of many pictures
+            emit(str(path))
+        told = path
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
     """Prompts of the command line, then of the file; a bare ``-`` stands for the lines of stdin.
 
     Raises:
-        UserError: the file cannot be read as UTF-8.
+        UserError: the file cannot be read as UTF-8, or stdin is closed.
     """
     texts: list[str] = []
     for text in prompts:
+        if text == STDIN and sys.stdin is None:  # closed by whoever started us
+            raise UserError("there is no prompt in standard input: it is closed")
         texts += _lines("standard input", sys.stdin.buffer.read()) if text == STDIN else [text]
     if path is not None:
         try:

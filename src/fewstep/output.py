@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from fewstep.types import UserError
@@ -84,12 +85,22 @@ def _pattern(output: str) -> Names:
         return fill(index, record.seed, record.steps, record.prompt, record.model)
 
     try:
+        parsed = list(Formatter().parse(output))
+        if not all(_known(field, form, conversion) for _, field, form, conversion in parsed):
+            raise ValueError(output)
         trial = fill(1, 0, 1, "a", "a")
-    except (LookupError, ValueError, AttributeError, TypeError):
+    except (LookupError, ValueError, TypeError):
         fields = " ".join(f"{{{name}}}" for name in FIELDS)
         raise UserError(f"cannot read the pattern {output!r}; its fields are {fields}") from None
     _check_suffix(trial)
     return Names(make, exact=False)
+
+
+def _known(field: str | None, form: str | None, conversion: str | None) -> bool:
+    """Whether a part of a pattern is plain text, one of our fields, or one padded to at most 99 digits."""
+    if field is None:
+        return True
+    return field in FIELDS and conversion is None and bool(re.fullmatch(r"(\d{1,2}d?)?", form or ""))
 
 
 def _check_suffix(path: Path) -> None:

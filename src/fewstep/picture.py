@@ -72,13 +72,13 @@ class Record:
         Raises:
             ValueError: it is none of this version.
         """
-        facts: Any = json.loads(text)
         try:
+            facts: Any = json.loads(text)
             width, height = facts.pop("size")
             if not all(isinstance(facts[name], str) for name in ("prompt", "model", "hash")):
                 raise TypeError("text expected")
             return cls(size=(width, height), **facts)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(str(error)) from None
 
     def parameters(self) -> str:

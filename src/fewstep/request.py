@@ -21,6 +21,10 @@ MANY = 100
 _BLANKS = dict.fromkeys([*range(32), 127], " ")
 
 
+LONGEST = 10_000
+"""Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Checked values; see ``Pipeline.__call__`` for what they mean.
@@ -125,6 +129,8 @@ def _prompt(text: Any) -> str:
     clean = " ".join(text.translate(_BLANKS).split())
     if not clean:
         raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
+    if len(clean) > LONGEST:
+        raise UserError(f"a prompt has {len(clean)} characters; at most {LONGEST} are taken: shorten it")
     return clean
 
 

@@ -45,7 +45,7 @@ def test_digest_tells_bundles_apart(tmp_path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda at: (at / "bundle.json").unlink(), "neither bundle.json nor"),
     "no JSON": (lambda at: (at / "bundle.json").write_text("{"), "not JSON"),
-    "no object": (lambda at: (at / "bundle.json").write_text("[]"), "bundle format None"),
+    "no object": (lambda at: (at / "bundle.json").write_text("[]"), "names no format"),
     "other format": (lambda at: edit(at, format=99), "bundle format 99"),
     "no latent": (lambda at: edit(at, latent=None), "incomplete or damaged"),
     "no files": (lambda at: edit(at, files={}), "no text.onnx"),

@@ -115,8 +115,9 @@ def read(folder: str | Path) -> Bundle:
         facts: Any = json.loads(data)
     except ValueError:
         raise UserError(f"{folder / MANIFEST} is damaged (not JSON): fetch the model again") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        found = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or "format" not in facts:
+        raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
+    if (found := facts["format"]) != FORMAT:
         raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: upgrade fewstep")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
