@@ -87,16 +87,6 @@ class Codec(Protocol):
         ...
 
 
-class Metric(Protocol):
-    """A measure fed by batches and read once."""
-
-    def update(self, images: Array, prompts: Sequence[str]) -> None:
-        """``images``: uint8 ``[B, 3, h, w]``."""
-        ...
-
-    def compute(self) -> dict[str, float]: ...
-
-
 def _same(array: Array) -> Array:
     return array
 

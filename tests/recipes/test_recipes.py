@@ -14,6 +14,7 @@ from tests.recipes import tiny_stickers
 
 from fewstep import sample, times
 from fewstep.families import sd3
+from fewstep.families.folder import replacing
 from fewstep.recipes import parts
 from fewstep.recipes.distill_trajectory import distill_trajectory
 from fewstep.recipes.pocket_codec import pocket_codec
@@ -148,9 +149,9 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
 
 
 def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:
-    with parts.replacing(tmp_path / "model") as folder:
+    with replacing(tmp_path / "model") as folder:
         (folder / "a").write_text("first")
-    with pytest.raises(OSError), parts.replacing(tmp_path / "model") as folder:
+    with pytest.raises(OSError), replacing(tmp_path / "model") as folder:
         (folder / "a").write_text("second")
         raise OSError
     assert (tmp_path / "model" / "a").read_text() == "first"

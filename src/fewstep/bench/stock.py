@@ -6,7 +6,6 @@ It does what a person who uses diffusers would do, in fp32; of ours only the noi
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -122,7 +121,6 @@ def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
         max_sequence_length=0,
     ).images[0]
     picture.save(out)
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB")
 
 
 if __name__ == "__main__":

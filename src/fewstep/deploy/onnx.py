@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import uuid
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from fewstep.deploy.quantize import BITS, shrink
 from fewstep.families import Family
+from fewstep.families.folder import replacing
 from fewstep.runtime.bundle import MANIFEST, Bundle, read, seal
 from fewstep.types import UserError
 
@@ -61,7 +61,6 @@ def export(
         raise UserError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
     if target.exists() and not (target / MANIFEST).is_file():
         raise UserError(f"{target} exists and is no bundle: choose another place")
-    fresh, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
     channels, height, width = family.latent
     facts = {
         "name": family.name,
@@ -75,21 +74,15 @@ def export(
         "about": {"bits": bits, **(about or {})},
     }
     try:
-        fresh.mkdir(parents=True)
-        for stem, part in parts(family).items():
-            write_graph(shrink(trace(part), bits), fresh / f"{stem}.onnx")
-        write_tokenizer(family, fresh / "tokenizer.json")
-        if license_file is not None:
-            shutil.copyfile(license_file, fresh / "LICENSE")
-        seal(fresh, facts)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+        with replacing(target) as fresh:
+            for stem, part in parts(family).items():
+                write_graph(shrink(trace(part), bits), fresh / f"{stem}.onnx")
+            write_tokenizer(family, fresh / "tokenizer.json")
+            if license_file is not None:
+                shutil.copyfile(license_file, fresh / "LICENSE")
+            seal(fresh, facts)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return read(target)
 
 

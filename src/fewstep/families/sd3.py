@@ -8,15 +8,13 @@ padding of text; nothing above sees them.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.families import Family
-from fewstep.families.folder import T5, first_line, read_index, read_json, read_part
+from fewstep.families.folder import T5, first_line, read_index, read_json, read_part, replacing
 from fewstep.types import Array, Cond, UserError
 
 CLIPS = ("", "_2")
@@ -213,20 +211,13 @@ def save(family: Family, folder: str | Path) -> None:
     target = Path(folder)
     if target.exists() and not (target / "model_index.json").is_file():
         raise UserError(f"{target} exists and is no diffusers folder; choose another place")
-    fresh, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
     try:
-        fresh.mkdir(parents=True)
-        StableDiffusion3Pipeline(**family.parts).save_pretrained(fresh)
-        facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
-        (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+        with replacing(target) as fresh:
+            StableDiffusion3Pipeline(**family.parts).save_pretrained(fresh)
+            facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
+            (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +74,6 @@ def at_least_one(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {count}")
-
-
-@contextmanager
-def replacing(target: Path) -> Generator[Path]:
-    """A fresh folder beside ``target`` that takes its place once it is whole."""
-    fresh = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
 
 
 def training_shards(data: Path) -> list[Path]:

@@ -52,8 +52,9 @@ def pocket_codec(
 
     from fewstep.data import shards
     from fewstep.families import pocket
+    from fewstep.families.folder import replacing
     from fewstep.methods.codec import CodecMethod
-    from fewstep.recipes.parts import autoencoder_of, replacing
+    from fewstep.recipes.parts import autoencoder_of
 
     seen = _pixels(shards.find(data / "train"), pictures)
     shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)

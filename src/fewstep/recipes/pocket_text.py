@@ -46,9 +46,9 @@ def pocket_text(
 
     from fewstep.data import render, shards, texts
     from fewstep.families import pocket
+    from fewstep.families.folder import replacing
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner
-    from fewstep.recipes.parts import replacing
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
     teacher = _sentence_encoder()
