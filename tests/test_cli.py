@@ -106,7 +106,8 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         (["a", "--steps", "2.5"], "not a whole number"),
         (["a", "-n", "0"], "n must be"),
         (["a", "--seed", "-1"], "seed must be"),
-        (["a", "--strength", "0.5"], "give a picture with --image"),
+        (["a", "--strength", "0.5"], "give a picture"),
+        (["a", "--model", ""], "there is no model"),
         (["a", "--style", "noir"], "the styles of this model: 3D, flat"),
         (["a", "--backend", "torch"], "runs on onnx"),
         (["a", "--backend", "tpu"], "Choose from"),
@@ -129,6 +130,18 @@ def test_commands_are_suggested(capsys: Capture) -> None:
     assert capsys.readouterr().err == "fewstep: there is no command generat: did you mean generate?\n"
     assert cli.run(["xyz"]) == 2
     assert "the commands are generate, show, models" in capsys.readouterr().err
+    assert cli.run(["data", "stikers"]) == 2
+    assert capsys.readouterr().err == "fewstep: there is no command data stikers: did you mean stickers?\n"
+    assert cli.run(["data", "xyz"]) == 2
+    assert "the commands are stickers, folder" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
+    command = f"{sys.executable} -m fewstep --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_10000_words_are_refused(at: Path) -> None:

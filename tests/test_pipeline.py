@@ -161,6 +161,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "photo.png", "strength": "much"}, "strength must be"),
     ({"image": "nowhere.png"}, "there is no picture nowhere.png"),
     ({"image": __file__}, "not a picture"),
+    ({"prompts": 5}, "must be text, not int"),
+    ({"style": 3}, "style must be text, not int"),
+    ({"strength": 0.5}, "give a picture"),
     ({"image": 5}, "must be a path or a Pillow image"),
     ({"batch": 0}, "batch must be"),
 ]

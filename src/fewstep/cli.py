@@ -54,8 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         status = _run(list(arguments))
     except KeyboardInterrupt:
         status = _end("interrupted", 130)
-    except BrokenPipeError:
-        status = 2  # nobody is left to tell
+    except (BrokenPipeError, SystemExit):
+        status = 2  # nobody is left to tell; the printer of --help ends the program on its own then
     except OSError as error:
         if error.errno in FULL:
             status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
@@ -142,10 +142,11 @@ def _explain(error: CycloptsError) -> str:
 
     if isinstance(error, UnknownCommandError) and error.unused_tokens:
         # cyclopts' own text would import every command, and PyTorch with it, to name one.
-        word = error.unused_tokens[0]
-        near = get_close_matches(word, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        return f"there is no command {word}: {hint}"
+        word, group = error.unused_tokens[0], " ".join(error.command_chain or ())
+        names = [n for n in error.app or () if not n.startswith("-")] if group else list(COMMANDS)
+        near = get_close_matches(word, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(names)}"
+        return f"there is no command {f'{group} {word}'.strip()}: {hint}"
     return str(error)
 
 

@@ -102,8 +102,6 @@ def generate(
 
         record = read_record(again)
         given, texts, model = repeat(record, given, texts, model)
-    if "strength" in given and "image" not in given:
-        raise UserError("--strength is for image-to-image: give a picture with --image")
     from fewstep.output import names
 
     name = names(output, 1 if grid else len(texts) * number)

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from fewstep import files
 from fewstep.types import UserError
 
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
@@ -193,14 +193,7 @@ def save(image: Image.Image, path: str | Path) -> None:
             chunks.add_text(name, image.info[name])
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=chunks)
-    fresh = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
-    try:
-        fresh.write_bytes(data.getbuffer())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}") from None
-    finally:
-        fresh.unlink(missing_ok=True)
+    files.write(path, data.getbuffer())
 
 
 def file_hash(path: str | Path) -> str:

@@ -47,7 +47,7 @@ class Pipeline:
         guidance: float | None = None,
         negative: str | None = None,
         image: str | Path | Image.Image | None = None,
-        strength: float = 0.95,
+        strength: float | None = None,
         on_step: OnStep | None = None,
         batch: int = 8,
     ) -> list[Image.Image]:
@@ -62,7 +62,7 @@ class Pipeline:
             guidance: ``uncond + guidance (cond - uncond)``; only for a model with guidance.
             negative: what to steer away from; only for a model with guidance.
             image: a picture to start from: a path or a Pillow image.
-            strength: 0 keeps that picture (encoded and decoded), 1 ignores it.
+            strength: 0 keeps that picture (encoded and decoded), 1 ignores it; 0.95 when ``None``.
             on_step: sees each step, and can preview it.
             batch: most pictures that run through the net together.
 

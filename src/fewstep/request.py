@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ MOST = 2**16
 FEW = 8
 """Most steps of a model whose guidance is distilled in; one that is guided may take :data:`MANY`."""
 MANY = 100
+STRENGTH = 0.95
 _BLANKS = dict.fromkeys([*range(32), 127], " ")
 
 
@@ -58,14 +59,14 @@ def check(
     guidance: float | None = None,
     negative: str | None = None,
     image: Any = None,
-    strength: float = 0.95,
+    strength: float | None = None,
 ) -> Request:
     """Check what is asked of ``model``, fill in its defaults and draw a seed where none is given.
 
     Raises:
         UserError: a value that makes no sense, or that this model has no use for.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
     if not texts:
         raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
     count = whole("n", n, 1, MOST)
@@ -73,6 +74,8 @@ def check(
     whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
     clean = [_style(_prompt(text), style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
+    if strength is not None and image is None:
+        raise UserError("strength is for image-to-image: give a picture with image (--image)")
     most = FEW if model.guidance is None else MANY
     return Request(
         jobs=tuple((text, first + index) for text in clean for index in range(count)),
@@ -80,7 +83,7 @@ def check(
         guidance=scale,
         negative=away,
         image=str(image) if isinstance(image, Path) else image,
-        strength=real("strength", strength, 0, 1),
+        strength=real("strength", STRENGTH if strength is None else strength, 0, 1),
     )
 
 
@@ -134,10 +137,12 @@ def _prompt(text: Any) -> str:
     return clean
 
 
-def _style(prompt: str, style: str | None, styles: Sequence[str]) -> str:
+def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
     """``PROMPT, STYLE style``, unless the prompt says so already."""
     if style is None:
         return prompt
+    if not isinstance(style, str):
+        raise UserError(f"style must be text, not {type(style).__name__}")
     known = {name.casefold(): name for name in styles}
     if style.casefold() not in known:
         have = ", ".join(styles) or "none: say the style in the prompt"
@@ -152,5 +157,7 @@ def _guidance(model: Model, guidance: float | None, negative: str | None) -> tup
             if value is not None:
                 raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
         return None, None
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"negative must be text, not {type(negative).__name__}")
     scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)
     return scale, _prompt(negative) if negative and negative.strip() else None

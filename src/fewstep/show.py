@@ -48,6 +48,9 @@ def models() -> None:
 
 def _facts(picture: str, text: str) -> object:
     try:
-        return jsons.loads(text)
-    except ValueError:
-        raise UserError(f"the metadata of {picture} is damaged") from None
+        facts = jsons.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"the metadata of {picture} is damaged")
+    return facts

@@ -58,7 +58,7 @@ def locate(name: str) -> Path:
     here = Path(name)
     if name in (names := [folder.name for folder in shipped()]):
         return SHIPPED / name
-    if here.is_dir():
+    if name and here.is_dir():
         if any((here / index).is_file() for index in ("bundle.json", "model_index.json")):
             return here
         raise UserError(f"{name} is no model: it has neither bundle.json nor model_index.json")

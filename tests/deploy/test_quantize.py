@@ -102,5 +102,3 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     small = shrink(graph(), 8)
     alone, together = run(small, x[:1]), run(small, x)[:1]
     assert np.abs(alone - together).max() <= 1e-5 * np.abs(alone).max()
-
-

@@ -17,7 +17,7 @@ HELP = {
     "distill": ("trajectory",),
     "data": ("stickers", "folder"),
     "train pocket-codec": ("--decoder-only", "Crops an update."),
-    "train pocket-text": ("--captions", "Captions an update."),
+    "train pocket-text": ("--words", "Captions an update;"),
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
     "data stickers": ("--pictures", "How many training pictures."),

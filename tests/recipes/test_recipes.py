@@ -14,7 +14,7 @@ from tests.recipes import tiny_stickers
 
 from fewstep import sample, times
 from fewstep.families import sd3
-from fewstep.families.folder import replacing
+from fewstep.files import replacing_folder
 from fewstep.recipes import parts
 from fewstep.recipes.distill_trajectory import distill_trajectory
 from fewstep.recipes.pocket_codec import pocket_codec
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("chain")
     all_ = Made(tiny_stickers.make(root / "data"), *(root / n / "model" for n in ("c", "x", "t", "s")))
     train(pocket_codec(data=all_.data, out=root / "c", steps=2, batch=2, pictures=8))
-    train(pocket_text(data=all_.data, out=root / "x", steps=2, batch=8, captions=20, words=20))
+    train(pocket_text(data=all_.data, out=root / "x", steps=2, batch=8, words=20, codec=all_.codec))
     train(teacher(all_, 1))
     train(teacher(all_, 2))
     train(student(all_, steps=2))
@@ -149,9 +149,9 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
 
 
 def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:
-    with replacing(tmp_path / "model") as folder:
+    with replacing_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("first")
-    with pytest.raises(OSError), replacing(tmp_path / "model") as folder:
+    with pytest.raises(OSError), replacing_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("second")
         raise OSError
     assert (tmp_path / "model" / "a").read_text() == "first"

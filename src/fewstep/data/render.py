@@ -15,6 +15,7 @@ from PIL import Image
 
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
+from fewstep.files import replacing_file
 from fewstep.types import UserError
 
 
@@ -51,14 +52,12 @@ def render_all(
     wanted = {"concepts": [asdict(c) for c in concepts], "pairs": pairs, "size": size}
     if not (store.exists() and index.exists() and read_json(index) == json.loads(json.dumps(wanted))):
         jobs = _jobs(packages, concepts, pairs, size)
-        partial = store.with_suffix(".partial")
-        out = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(jobs), size, size, 4))
-        with ProcessPoolExecutor(workers) as pool:
+        with replacing_file(store) as fresh, ProcessPoolExecutor(workers) as pool:
+            out = np.lib.format.open_memmap(fresh, "w+", np.uint8, (len(jobs), size, size, 4))
             for row, picture in enumerate(pool.map(_draw, jobs, chunksize=32)):
                 out[row] = picture
                 progress(row + 1, len(jobs))
-        out.flush()
-        partial.rename(store)
+            out.flush()
         index.write_text(json.dumps(wanted))
     return Renderings(concepts, pairs, np.load(store, mmap_mode="r"))
 

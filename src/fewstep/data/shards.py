@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fewstep.data.compose import Composer, Sample
+from fewstep.files import replacing_file
 from fewstep.types import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -81,15 +82,13 @@ def _write_one(path: Path, indices: range) -> int:
 
 def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, dict[str, Any]]]) -> None:
     """One tar, under a temporary name until it is whole. Time stamps are zero: same content, same bytes."""
-    unfinished = path.with_suffix(".partial")
-    with tarfile.open(unfinished, "w") as tar:
+    with replacing_file(path) as fresh, tarfile.open(fresh, "w") as tar:
         for key, image, prompt, truth in examples:
             picture = io.BytesIO()
             image.save(picture, "PNG")
             _add(tar, f"{key}.png", picture.getvalue())
             _add(tar, f"{key}.txt", prompt.encode())
             _add(tar, f"{key}.json", json.dumps(truth).encode())
-    unfinished.rename(path)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

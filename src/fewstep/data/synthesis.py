@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep import guide, sample, times
+from fewstep.files import replacing_file
 from fewstep.types import Model, UserError
 
 
@@ -67,9 +68,8 @@ def walks(
         told = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
         path = folder / f"walks-{start:06d}-{told}.npy"
         if not path.exists():
-            unfinished = path.with_suffix(".partial.npy")
-            np.save(unfinished, _walk(teacher, lines, plan, start).astype(np.float16))
-            unfinished.rename(path)
+            with replacing_file(path) as fresh:
+                np.save(fresh, _walk(teacher, lines, plan, start).astype(np.float16))
             progress(start + len(lines), len(prompts))
         try:
             states.append(np.load(path))

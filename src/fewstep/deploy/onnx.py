@@ -13,7 +13,7 @@ from typing import Any
 
 from fewstep.deploy.quantize import BITS, shrink
 from fewstep.families import Family
-from fewstep.families.folder import replacing
+from fewstep.files import replacing_folder
 from fewstep.runtime.bundle import MANIFEST, Bundle, read, seal
 from fewstep.types import UserError
 
@@ -74,7 +74,7 @@ def export(
         "about": {"bits": bits, **(about or {})},
     }
     try:
-        with replacing(target) as fresh:
+        with replacing_folder(target) as fresh:
             for stem, part in parts(family).items():
                 write_graph(shrink(trace(part), bits), fresh / f"{stem}.onnx")
             write_tokenizer(family, fresh / "tokenizer.json")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.evaluate.files import write
+from fewstep.files import write
 from fewstep.types import UserError
 
 Arrays = dict[str, NDArray[Any]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fewstep.evaluate import files
+from fewstep import files
 from fewstep.evaluate.estimate import LEVEL, Estimate
 
 FORMAT = 1

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-import uuid
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +105,3 @@ def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:
         raise UserError(
             f"{folder} has no vocabulary: tokenizer.json is missing, and so is {' or '.join(slow)}"
         )
-
-
-@contextmanager
-def replacing(target: Path) -> Generator[Path]:
-    """An empty folder beside ``target`` that takes its place if the block ends well; else nothing changes."""
-    fresh, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

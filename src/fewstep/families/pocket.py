@@ -10,8 +10,15 @@ from typing import Any
 from fewstep.families import Family
 from fewstep.families.sd3 import assemble
 
-LENGTH = 24
+LENGTH = 32
 """Tokens of a prompt, for each of the three encoders."""
+
+CELLS = 16
+"""The last positions of a prompt, one for each cell of a 4 x 4 grid laid over the picture.
+
+A CLIP reads from left to right, so what stands after the last word has read the whole prompt. There the two
+CLIPs say where they expect what (:mod:`fewstep.nets.text`). Few prompts are so long as to reach them.
+"""
 
 VOCAB = 8192
 
@@ -29,7 +36,7 @@ def byte_tokenizer(length: int = LENGTH) -> Any:
 
 
 def transformer() -> Any:
-    """The MMDiT: 8 layers of width 256, patches of 2 x 2 latents; positions reach to 256 px."""
+    """The MMDiT: 6 layers of width 192, patches of 2 x 2 latents; positions reach to 256 px."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -37,11 +44,11 @@ def transformer() -> Any:
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=8,
+        num_layers=6,
         attention_head_dim=64,
-        num_attention_heads=4,
+        num_attention_heads=3,
         joint_attention_dim=384,
-        caption_projection_dim=256,
+        caption_projection_dim=192,
         pooled_projection_dim=384,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
@@ -71,9 +78,10 @@ def clip(tokenizer: Any, act: str) -> Any:
 
 def t5(tokenizer: Any) -> Any:
     """The T5 encoder, 384 wide; it can be left out."""
+    import torch
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(
+    encoder = T5EncoderModel(
         T5Config(
             vocab_size=VOCAB,
             d_model=384,
@@ -86,6 +94,9 @@ def t5(tokenizer: Any) -> Any:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+    with torch.no_grad():
+        encoder.shared.weight.mul_(0.05)  # embeddings of unit size, T5's own start, hardly move at our rates
+    return encoder
 
 
 def autoencoder() -> Any:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.families import Family
-from fewstep.families.folder import T5, first_line, read_index, read_json, read_part, replacing
+from fewstep.families.folder import T5, first_line, read_index, read_json, read_part
+from fewstep.files import replacing_folder
 from fewstep.types import Array, Cond, UserError
 
 CLIPS = ("", "_2")
@@ -212,7 +213,7 @@ def save(family: Family, folder: str | Path) -> None:
     if target.exists() and not (target / "model_index.json").is_file():
         raise UserError(f"{target} exists and is no diffusers folder; choose another place")
     try:
-        with replacing(target) as fresh:
+        with replacing_folder(target) as fresh:
             StableDiffusion3Pipeline(**family.parts).save_pretrained(fresh)
             facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
             (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

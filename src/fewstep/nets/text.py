@@ -23,26 +23,60 @@ class Learner(nn.Module):
 
     That is the last but one hidden state and the pooled projection of the CLIPs, and the last state of T5.
     Token states are read by their mean, so that meaning is spread over the tokens that the MMDiT attends to.
+    The last ``cells`` positions of the two CLIPs, side by side, are read one by one: each foretells the
+    latents of its cell of the picture.
+
+    Args:
+        clips: the two CLIPs.
+        t5: the T5 encoder.
+        meaning: length of the sentence encoder's vectors.
+        truth: how many concepts, styles and grounds there are.
+        cells: a square number; 0 foretells nothing.
+        values: latents in a cell.
     """
 
-    def __init__(self, clips: Sequence[Any], t5: Any, meaning: int, truth: int) -> None:
+    def __init__(
+        self, clips: Sequence[Any], t5: Any, meaning: int, truth: int, cells: int = 0, values: int = 1
+    ) -> None:
         super().__init__()
         self.clips = nn.ModuleList(clips)
         self.t5 = t5
-        widths = [w for c in clips for w in (c.config.hidden_size, c.config.projection_dim)] + [
-            t5.config.d_model
-        ]
+        widths = [w for c in clips for w in (c.config.hidden_size, c.config.projection_dim)]
         self.heads: Any = nn.ModuleList(
-            nn.ModuleList([nn.Linear(w, meaning), nn.Linear(w, truth)]) for w in widths
+            nn.ModuleList([nn.Linear(w, meaning), nn.Linear(w, truth)]) for w in (*widths, t5.config.d_model)
         )
         for head in self.heads:
             nn.init.constant_(head[1].bias, -5.0)  # few of all things are in a picture
+        self.cells = cells
+        self.picture = nn.Linear(sum(c.config.hidden_size for c in clips), values)
 
-    def forward(self, ids: Sequence[torch.Tensor]) -> list[View]:
-        """One ``[B, L]`` an encoder (CLIP, CLIP, T5) -> one view a head."""
+    def forward(self, ids: Sequence[torch.Tensor]) -> tuple[list[View], torch.Tensor]:
+        """One ``[B, L]`` an encoder (CLIP, CLIP, T5) -> one view a head, and cells ``[B, cells, values]``.
+
+        T5 may be given fewer rows; its view then has as many.
+        """
         read: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
         for clip, tokens in zip(self.clips, ids[:2], strict=True):
             out = clip(tokens, output_hidden_states=True)
+            states.append(out.hidden_states[-2])
             read += [out.hidden_states[-2].mean(1), out.text_embeds]
         read.append(self.t5(ids[2])[0].mean(1))
-        return [View(head[0](x), head[1](x)) for head, x in zip(self.heads, read, strict=True)]
+        views = [View(head[0](x), head[1](x)) for head, x in zip(self.heads, read, strict=True)]
+        side_by_side = torch.cat(states, -1)
+        return views, self.picture(side_by_side[:, side_by_side.shape[1] - self.cells :])
+
+
+def cells(latents: torch.Tensor, side: int) -> torch.Tensor:
+    """Cut ``[B, C, H, W]`` into ``side`` x ``side`` cells, row by row: ``[B, side^2, C H W / side^2]``."""
+    b, c, h, w = latents.shape
+    cut = latents.reshape(b, c, side, h // side, side, w // side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, side * side, -1)
+
+
+def whole(cells: torch.Tensor, channels: int) -> torch.Tensor:
+    """The inverse of :func:`cells`, for square pictures: ``[B, N, V]`` -> ``[B, C, H, W]``."""
+    b, n, values = cells.shape
+    side, edge = round(n**0.5), round((values // channels) ** 0.5)
+    laid = cells.reshape(b, side, side, channels, edge, edge).permute(0, 3, 1, 4, 2, 5)
+    return laid.reshape(b, channels, side * edge, side * edge)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import at_least_one
+from fewstep.recipes.parts import SHOWN, Out, at_least_one
 from fewstep.train import Options, Run
 from fewstep.types import UserError
 
@@ -18,7 +18,7 @@ def distill_trajectory(
     *,
     teacher: Path = Path("models/pocket-teacher"),
     data: Path = Path("data/stickers"),
-    out: Path = Path("runs/trajectory"),
+    out: Out = Path("runs/trajectory"),
     student_steps: int = 4,
     guidance: float = 4.0,
     substeps: int = 4,
@@ -65,7 +65,6 @@ def distill_trajectory(
     from fewstep.families import sd3
     from fewstep.methods.trajectory import Trajectory, Walks
     from fewstep.recipes.parts import contact_sheet, encoded, fingerprint, training_shards
-    from fewstep.recipes.pocket_teacher import SHOWN
     from fewstep.train.device import pick
 
     if threads:
@@ -107,6 +106,7 @@ def distill_trajectory(
         "student_steps": student_steps,
         "batch": batch,
         "init": str(init),
+        "made_of": {"teacher": fingerprint(family.net)},
     }
     method = Trajectory(student.net, student.velocity)
     return Run("trajectory", out, method, batches, options, about, sheet, finish)

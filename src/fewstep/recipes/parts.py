@@ -5,10 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from fewstep.families import Family
-from fewstep.types import Batch, Cond, UserError
+from fewstep.types import Cond, UserError
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+"""The run folder's option."""
+
+SHOWN = (
+    "a red apple, 3D style",
+    "noto style guitar on a pale blue background",
+    "cat face, flat style",
+    "a rocket",
+    "draw me a pizza",
+    "twemoji octopus",
+    "two blue books on a yellow background",
+    "a key to the left of a lock",
+    "sun above a house, 3D style",
+    "a photo of a dog",
+    "three strawberries, flat style",
+    "a violin, 3D render",
+)
+"""Prompts of the contact sheets."""
 
 
 def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
@@ -97,13 +118,6 @@ def weights_of(folder: Path) -> Path:
     if not found:
         raise UserError(f"{folder} holds no .safetensors weights")
     return found[0]
-
-
-def conditioned(family: Family, latents: Any, prompts: Sequence[str], t5: bool) -> Batch:
-    """A training batch: numpy latents ``[B, C, H, W]`` and encoded captions, with T5's tokens or without."""
-    import torch
-
-    return Batch(torch.from_numpy(latents).float(), encoded(family, prompts, t5), prompts)
 
 
 def encoded(family: Family, prompts: Sequence[str], t5: bool) -> Cond:

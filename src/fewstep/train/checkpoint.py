@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fewstep.files import replacing_file
 from fewstep.types import UserError
 
 LAST = "last.pt"
@@ -22,12 +22,10 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     import torch
 
     held = {group: {name: part.state_dict() for name, part in state[group].items()} for group in GROUPS}
-    unfinished = folder / f"{LAST}.partial"
     try:
-        torch.save({"step": state["owner"].step, **held}, unfinished)
-        os.replace(unfinished, folder / LAST)
+        with replacing_file(folder / LAST) as fresh:
+            torch.save({"step": state["owner"].step, **held}, fresh)
     except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(
             f"{folder / LAST} could not be written ({error}); the earlier checkpoint is kept"
         ) from error
@@ -37,13 +35,18 @@ def restore(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> int:
     """Load ``folder/last.pt`` into ``state`` where it is there; tells the step to go on from.
 
     Raises:
-        UserError: the folder belongs to another recipe, or the checkpoint is cut short.
+        UserError: the folder belongs to another recipe or to other frozen parts (``about["made_of"]``), or
+            the checkpoint is cut short.
     """
     import torch
 
     note = folder / "run.json"
-    if note.exists() and (there := json.loads(note.read_text())).get("recipe") != about.get("recipe"):
+    there: dict[str, Any] = json.loads(note.read_text()) if note.exists() else about
+    if there.get("recipe") != about.get("recipe"):
         raise UserError(f"{folder} holds a run of {there.get('recipe')}; choose another folder with --out")
+    mine, theirs = about.get("made_of", {}), there.get("made_of", {})
+    if others := [part for part in theirs if mine.get(part) != theirs[part]]:
+        raise UserError(f"{folder} holds a run with another {others[0]}; choose another folder with --out")
     path = folder / LAST
     if not path.exists():
         return 0

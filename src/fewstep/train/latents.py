@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data import shards
+from fewstep.files import replacing_file
 from fewstep.types import Model, UserError
 
 CHUNK = 50  # pictures encoded at once
@@ -86,9 +87,8 @@ def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:
             pixels = model.lift(images.astype(np.float32) / 127.5 - 1)
             parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
             prompts += lines
-    unfinished = path.with_suffix(".partial.npz")
-    np.savez(unfinished, latents=np.concatenate(parts), prompts=np.array(prompts))
-    unfinished.rename(path)
+    with replacing_file(path) as fresh:
+        np.savez(fresh, latents=np.concatenate(parts), prompts=np.array(prompts))
 
 
 def _chunks(shard: Path, size: int) -> Iterator[tuple[np.ndarray[Any, Any], list[str]]]:

@@ -1,0 +1,80 @@
+"""Captions encoded once: the text encoders need not run while a net trains."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.files import replacing_file
+from fewstep.types import Cond, TextEncoder, UserError
+
+CHUNK = 250  # captions encoded at once
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Conditions of captions, float16 on disk: ``context [N, L, D]`` and ``pooled [N, P]``."""
+
+    context: np.ndarray[Any, np.dtype[np.float16]]
+    pooled: np.ndarray[Any, np.dtype[np.float16]]
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def rows(self, rows: Sequence[int]) -> Cond:
+        """Those captions' condition, torch float32."""
+        import torch
+
+        def pick(kept: np.ndarray[Any, Any]) -> Any:
+            return torch.from_numpy(kept[list(rows)].astype(np.float32))
+
+        return Cond(pick(self.context), pick(self.pooled))
+
+
+def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -> Encoded:
+    """Encode ``prompts`` into ``folder``, or read them there.
+
+    Args:
+        text: torch text encoders.
+        mark: tells these encoders from all others.
+        prompts: the captions, in order.
+        folder: where to keep them.
+
+    Raises:
+        UserError: a kept file is broken.
+    """
+    told = hashlib.sha256("\n".join((mark, *prompts)).encode()).hexdigest()[:12]
+    paths = [folder / f"{told}-{kind}.npy" for kind in ("context", "pooled")]
+    if not all(path.exists() for path in paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        _encode(text, prompts, paths[0], paths[1])
+    try:
+        context, pooled = (np.load(path, mmap_mode="r") for path in paths)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the captions in {folder} are broken ({error}); delete {told}-* there") from error
+    return Encoded(context, pooled)
+
+
+def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Path) -> None:
+    with replacing_file(context) as one, replacing_file(pooled) as other:
+        outs: list[Any] = []
+        for start in range(0, len(prompts), CHUNK):
+            cond = text(prompts[start : start + CHUNK]).map(lambda a: a.cpu().numpy().astype(np.float16))
+            parts = (cond.context, cond.pooled)
+            if not outs:
+                shapes = [(len(prompts), *part.shape[1:]) for part in parts]
+                outs = [
+                    np.lib.format.open_memmap(path, "w+", np.float16, shape)
+                    for path, shape in zip((one, other), shapes, strict=True)
+                ]
+            for out, part in zip(outs, parts, strict=True):
+                out[start : start + len(part)] = part
+            print(f"captions {min(start + CHUNK, len(prompts))}/{len(prompts)}", file=sys.stderr)
+        for out in outs:
+            out.flush()
