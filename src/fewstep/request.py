@@ -66,7 +66,7 @@ def check(
     Raises:
         UserError: a value that makes no sense, or that this model has no use for.
     """
-    texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    texts = _texts(prompts)
     if not texts:
         raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
     count = whole("n", n, 1, MOST)
@@ -122,6 +122,11 @@ def _draw(limit: int) -> int:
     return int.from_bytes(os.urandom(8)) % limit
 
 
+def _texts(prompts: Any) -> list[Any]:
+    """One prompt or several as a list; :func:`_prompt` then refuses what is no text."""
+    return [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+
+
 def _prompt(text: Any) -> str:
     if not isinstance(text, str):
         raise UserError(f"a prompt must be text, not {type(text).__name__}")
@@ -151,7 +156,7 @@ def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
     return prompt if phrase.casefold() in prompt.casefold() else f"{prompt}, {phrase}"
 
 
-def _guidance(model: Model, guidance: float | None, negative: str | None) -> tuple[float | None, str | None]:
+def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:
     if model.guidance is None:
         for name, value in (("guidance", guidance), ("negative", negative)):
             if value is not None:
