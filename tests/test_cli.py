@@ -136,6 +136,29 @@ def test_commands_are_suggested(capsys: Capture) -> None:
     assert "the commands are stickers, folder" in capsys.readouterr().err
 
 
+def test_a_closed_or_full_standard_error_changes_nothing(at: Path) -> None:
+    for number, (prompt, error, status) in enumerate(
+        [("a 中 cat", "2>&-", 0), ("a 中 cat", "2>/dev/full", 0), ("", "2>&-", 2), ("", "2>/dev/full", 2)]
+    ):
+        command = (
+            f"exec {sys.executable} -m fewstep generate --model ../tiny '{prompt}' -o {number}.png {error}"
+        )
+        done = subprocess.run(["sh", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (status, "" if status else f"{number}.png\n")
+
+
+def test_an_error_cannot_steer_the_terminal(at: Path, capsys: Capture) -> None:
+    assert cli.run(["generate", "a", "--model", "\x1b]0;title\x07\x1b[31mred"]) == 2
+    assert "\x1b" not in (err := capsys.readouterr().err) and "red" in err
+
+
+def test_a_terminal_without_the_letters_gets_their_numbers(at: Path) -> None:
+    command = [sys.executable, "-m", "fewstep", "generate", "--model", "../tiny", "a äpfel", "--seed", "1"]
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "a-\\xe4pfel-1.png\n")
+
+
 def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
     command = f"{sys.executable} -m fewstep --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(

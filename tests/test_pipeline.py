@@ -136,6 +136,8 @@ def test_guidance_steers(guided: Pipeline) -> None:
 def test_style_is_a_phrase_that_is_not_said_twice(pipe: Pipeline) -> None:
     assert pipe.request("a cat", style="3d").jobs[0][0] == "a cat, 3D style"
     assert pipe.request("3D style cat", style="3D").jobs[0][0] == "3D style cat"
+    assert pipe.request("a cat, 3D style", style="flat").jobs[0][0] == "a cat, flat style"
+    assert pipe.request("3D style cat", style="flat").jobs[0][0] == "cat, flat style"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -161,6 +163,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "photo.png", "strength": "much"}, "strength must be"),
     ({"image": "nowhere.png"}, "there is no picture nowhere.png"),
     ({"image": __file__}, "not a picture"),
+    ({"prompts": "\u200b\ufeff"}, "prompt is empty"),
+    ({"prompts": "。。。"}, "prompt is empty"),
+    ({"seed": 10**5000}, "seed must be"),
+    ({"on_step": 5}, "on_step must be a function"),
+    ({"batch": 65}, "batch must be"),
     ({"prompts": 5}, "must be text, not int"),
     ({"style": 3}, "style must be text, not int"),
     ({"strength": 0.5}, "give a picture"),

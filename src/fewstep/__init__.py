@@ -4,6 +4,7 @@
 
     pipe = fewstep.load()
     pictures = pipe("a red apple, 3D style", seed=0, n=4)   # Pillow images
+    fewstep.save(pictures[0], "apple.png")                  # with their records
 
 Importing this package imports nothing heavy; generation with a bundle never imports PyTorch.
 """
@@ -13,14 +14,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep.picture import save
     from fewstep.pipeline import Pipeline
     from fewstep.source import load
     from fewstep.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "UserError", "__version__", "load"]
+__all__ = ["Pipeline", "UserError", "__version__", "load", "save"]
 
-_HOMES = {"Pipeline": "fewstep.pipeline", "UserError": "fewstep.types", "load": "fewstep.source"}
+_HOMES = {
+    "Pipeline": "fewstep.pipeline",
+    "UserError": "fewstep.types",
+    "load": "fewstep.source",
+    "save": "fewstep.picture",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -43,13 +45,18 @@ def main() -> NoReturn:
         sys.exit(run(sys.argv[1:]))
     gc.set_threshold(100_000)  # imports allocate much and free little: 15 ms of looking in vain
     status = run(sys.argv[1:])
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
     # Taking onnxruntime and numpy apart at exit would cost 50 ms more; every file is closed by now.
     os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``fewstep`` with ``arguments`` in this process and return its exit status."""
+    if sys.stderr is None:  # closed by whoever started us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a sign is told its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run(list(arguments))
     except KeyboardInterrupt:
@@ -110,7 +117,7 @@ def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *more: object, **named: object) -> None:
         if category.__module__.startswith("fewstep."):
-            print(f"fewstep: warning: {message}", file=sys.stderr)
+            _say(f"warning: {message}")
         else:
             plain(message, category, *more, **named)
 
@@ -151,5 +158,12 @@ def _explain(error: CycloptsError) -> str:
 
 
 def _end(message: str, status: int) -> int:
-    print(f"fewstep: {' '.join(message.split())}", file=sys.stderr)
+    _say(message)
     return status
+
+
+def _say(message: str) -> None:
+    """One line on standard error, without signs that steer a terminal; lost if nobody can take it."""
+    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(message.split()))
+    with suppress(OSError):
+        print(f"fewstep: {line}", file=sys.stderr, flush=True)

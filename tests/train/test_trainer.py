@@ -67,6 +67,36 @@ def test_a_checkpoint_cut_short_is_said_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / LAST).stat().st_size == len(whole) // 2
 
 
+@pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04"])
+def test_a_broken_checkpoint_is_one_line(tmp_path: Path, data: bytes) -> None:
+    tmp_path.joinpath(LAST).write_bytes(data)
+    with pytest.raises(UserError, match="cannot be resumed") as caught:
+        train(run_of(tmp_path, 2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_broken_note_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        train(run_of(tmp_path, 2))
+
+
+def test_other_frozen_parts_are_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 1)
+    run.about["made_of"] = {"codec": "one"}
+    train(run)
+    again = run_of(tmp_path, 2)
+    again.about["made_of"] = {"codec": "another"}
+    with pytest.raises(UserError, match="another codec"):
+        train(again)
+
+
+def test_the_folder_says_how_it_was_trained(tmp_path: Path) -> None:
+    train(run_of(tmp_path, 2))
+    assert json.loads((tmp_path / "run.json").read_text())["options"]["steps"] == 2
+
+
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     train(run_of(tmp_path, 1))
     (tmp_path / "run.json").write_text(json.dumps({"recipe": "other"}))

@@ -66,6 +66,8 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
 
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
+    if not 8 <= size <= 4096:
+        raise UserError(f"--size must lie between 8 and 4096, not {size}")
     with _bar() as say:
         write_folder(source, output, size, 1000, lambda done, total: say("write", done, total))
     print(output)

@@ -6,6 +6,8 @@ is known, ``KEY.json``. Whatever was made elsewhere in that layout is read the s
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import io
 import json
 import tarfile
@@ -17,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fewstep.data.compose import Composer, Sample
 from fewstep.files import replacing_file
+from fewstep.files import write as write_file
+from fewstep.picture import decode, flat
 from fewstep.types import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -128,8 +132,10 @@ def read(shard: Path) -> Iterator[Example]:
             for raw in group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])):
                 yield _example(raw, shard)
                 count += 1
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{shard}: cut short or not a tar file ({error}); write it again") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{shard}: cut short or no tar of pictures and captions ({error}); write it again"
+        ) from error
     if count == 0:
         raise UserError(f"{shard}: the shard is empty; write it again")
 
@@ -145,11 +151,8 @@ def _example(raw: dict[str, Any], shard: Path) -> Example:
 
 
 def open_picture(data: bytes, where: str) -> Image.Image:
-    """Decode to RGB; a broken file is a :class:`UserError` that names it."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{where}: not a readable picture ({error})") from error
+    """Decode, laid on white, to RGB; a broken file is a :class:`UserError` that names it."""
+    return flat(decode(data, where))
 
 
 def square(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -177,23 +180,54 @@ def write_folder(
     pictures = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
     if not pictures:
         raise UserError(f"{source}: no pictures ({', '.join(PICTURES)}) in that folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    keys = [_key(p, source) for p in pictures]
+    if len(set(keys)) < len(keys):
+        twice = next(k for k in keys if keys.count(k) > 1)
+        raise UserError(f"{source}: two pictures would both be named {twice}; rename one")
+    _claim(folder, source.name, _told(pictures, size, per_shard))
     paths: list[Path] = []
     for number, start in enumerate(range(0, len(pictures), per_shard)):
         paths.append(folder / f"{source.name}-{number:05d}.tar")
         chosen = pictures[start : start + per_shard]
         if not paths[-1].exists():
-            write_shard(paths[-1], map(partial(_captioned, size=size), chosen))
+            write_shard(paths[-1], map(partial(_captioned, source=source, size=size), chosen))
         progress(start + len(chosen), len(pictures))
     return paths
 
 
-def _captioned(path: Path, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
+def _told(pictures: Sequence[Path], size: int, per_shard: int) -> str:
+    """What tells these pictures and captions, as they are now, from others."""
+    facts = [[size, per_shard]]
+    for path in pictures:
+        both = [path, path.with_suffix(".txt")]
+        facts += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in both if p.exists()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _claim(folder: Path, name: str, told: str) -> None:
+    """Keep shards of an interrupted run on the same pictures, remove those of other ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / f"{name}.made-of"
+    if not note.exists() or note.read_text() != told:
+        for stale in folder.glob(f"{glob.escape(name)}-*.tar"):
+            stale.unlink()
+        write_file(note, told.encode())
+
+
+def _key(path: Path, source: Path) -> str:
+    return "_".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
+
+
+def _captioned(path: Path, source: Path, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
     caption = path.with_suffix(".txt")
-    if not caption.exists() or not (text := caption.read_text(encoding="utf-8").strip()):
+    try:
+        text = caption.read_text(encoding="utf-8").strip() if caption.exists() else ""
+    except ValueError:
+        raise UserError(f"{caption} is not UTF-8 text") from None
+    if not text:
         raise UserError(f"{path}: its caption {caption.name} is missing or empty")
     pixels = square(open_picture(path.read_bytes(), str(path)), size)
-    return path.stem.replace(".", "_"), Image.fromarray(pixels.transpose(1, 2, 0)), text, {}
+    return _key(path, source), Image.fromarray(pixels.transpose(1, 2, 0)), text, {}
 
 
 def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]]:

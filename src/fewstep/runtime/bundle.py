@@ -24,6 +24,8 @@ from fewstep.types import UserError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+LARGEST = 4096
+"""Of the counts in a description: sides of latents, steps, tokens."""
 NEEDED = ("text.onnx", "transformer.onnx", "decoder.onnx", "tokenizer.json")
 
 
@@ -113,7 +115,7 @@ def read(folder: str | Path) -> Bundle:
         raise UserError(f"{folder} is not a model bundle: it has no readable {MANIFEST}") from None
     try:
         facts: Any = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{folder / MANIFEST} is damaged (not JSON): fetch the model again") from None
     if not isinstance(facts, dict) or "format" not in facts:
         raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
@@ -121,7 +123,7 @@ def read(folder: str | Path) -> Bundle:
         raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: upgrade fewstep")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / MANIFEST} is incomplete or damaged (at {error})") from None
     _check_files(bundle)
     return bundle
@@ -147,6 +149,13 @@ def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
 
 def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     latent, guidance = facts["latent"], facts["guidance"]
+    sides = [latent[name] for name in ("channels", "height", "width", "downscale")]
+    counts = [*sides, facts["steps"], facts["text"]["length"]]
+    if not all(type(count) is int and 0 < count <= LARGEST for count in counts):
+        raise ValueError("latent, steps or text.length")
+    about = dict(facts.get("about", {}))
+    if not isinstance(about.get("styles", []), list):
+        raise TypeError("about.styles")
     return Bundle(
         folder=folder,
         name=str(facts["name"]),
@@ -158,7 +167,7 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
         steps=int(facts["steps"]),
         guidance=None if guidance is None else float(guidance),
         length=int(facts["text"]["length"]),
-        about=dict(facts.get("about", {})),
+        about=about,
         files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},
         digest=digest,
     )

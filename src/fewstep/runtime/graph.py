@@ -49,15 +49,17 @@ class Graph:
         """Run the graph on named inputs; its outputs in the graph's order.
 
         Raises:
-            UserError: the file is no graph that onnxruntime can load.
+            UserError: the file is no graph that onnxruntime can load, or not one for these inputs.
         """
         self.start()
         assert self._maker is not None
         self._maker.join()
         if self._error is not None:
-            reason = " ".join(str(self._error).split())[:200]
-            raise UserError(f"{self.path} cannot be loaded by onnxruntime: {reason}")
-        return self._session.run(None, feeds)
+            raise UserError(f"{self.path} cannot be loaded by onnxruntime: {_reason(self._error)}")
+        try:
+            return self._session.run(None, feeds)
+        except Exception as error:  # as above
+            raise UserError(f"{self.path} does not fit its bundle: {_reason(error)}") from error
 
     def _make(self) -> None:
         options = ort.SessionOptions()
@@ -77,3 +79,7 @@ class Graph:
             )
         except Exception as error:  # onnxruntime's exceptions share no narrower base; raised in __call__
             self._error = error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

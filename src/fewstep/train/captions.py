@@ -56,7 +56,7 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
         _encode(text, prompts, paths[0], paths[1])
     try:
         context, pooled = (np.load(path, mmap_mode="r") for path in paths)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the captions in {folder} are broken ({error}); delete {told}-* there") from error
     return Encoded(context, pooled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     try:
         with replacing_file(folder / LAST) as fresh:
             torch.save({"step": state["owner"].step, **held}, fresh)
+            with fresh.open("rb+") as file:
+                os.fsync(file.fileno())  # else a power cut could leave the new name with no content
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{folder / LAST} could not be written ({error}); the earlier checkpoint is kept"
@@ -41,7 +44,12 @@ def restore(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> int:
     import torch
 
     note = folder / "run.json"
-    there: dict[str, Any] = json.loads(note.read_text()) if note.exists() else about
+    try:
+        there = json.loads(note.read_text()) if note.exists() else about
+        if not isinstance(there, dict):
+            raise ValueError(note)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note} is damaged; move it away, or choose another folder with --out") from error
     if there.get("recipe") != about.get("recipe"):
         raise UserError(f"{folder} holds a run of {there.get('recipe')}; choose another folder with --out")
     mine, theirs = about.get("made_of", {}), there.get("made_of", {})
@@ -55,7 +63,9 @@ def restore(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> int:
         for group in GROUPS:
             for name, part in state[group].items():
                 part.load_state_dict(read[group][name])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        what = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} cannot be resumed ({what}); move it away to start anew") from error
-    return int(read["step"])
+        return int(read["step"])
+    except Exception as error:  # a damaged pickle can raise anything
+        what = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(
+            f"{path} cannot be resumed ({type(error).__name__} {what}); move it away to start anew"
+        ) from error

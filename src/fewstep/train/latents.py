@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     values: list[Any] = []
     prompts: list[str] = []
     for number, shard in enumerate(sources):
-        path = kept / f"{shard.stem}-{size}.npz"
+        path = kept / f"{shard.stem}-{size}-{_told(shard)}.npz"
         if not path.exists():
             _encode_one(model, shard, path, size)
             print(f"latents {number + 1}/{len(sources)}", file=sys.stderr)
@@ -72,9 +73,15 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
             with np.load(path) as read:
                 values.append(read["latents"])
                 prompts += [str(p) for p in read["prompts"]]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise UserError(f"{path} is broken ({error}); delete it and run again") from error
     return Latents(np.concatenate(values), prompts)
+
+
+def _told(shard: Path) -> str:
+    """What tells a shard's content from another's."""
+    with shard.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:

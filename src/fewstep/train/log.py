@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from fewstep.files import write
 from fewstep.train import Options
 
 
@@ -17,7 +18,7 @@ class Log:
 
     def __init__(self, folder: Path, name: str, about: dict[str, Any], step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(about, indent=1, default=str))
+        write(folder / "run.json", json.dumps(about, indent=1, default=str).encode())
         self._folder, self._name = folder, name
         self._lines = (folder / "log.jsonl").open("a")
         self._board: Any = None

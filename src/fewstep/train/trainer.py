@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -36,7 +37,8 @@ def train(run: Run) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     state = State(run)
-    with closing(Log(run.folder, run.name, run.about, state.step)) as log:
+    about = run.about | {"options": asdict(options)}
+    with closing(Log(run.folder, run.name, about, state.step)) as log:
         _loop(run, state, log)
         if run.sheet is not None:
             log.sheet(state.step, run.sheet(state.averaged()))
