@@ -107,7 +107,6 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         (["a", "-n", "0"], "n must be"),
         (["a", "--seed", "-1"], "seed must be"),
         (["a", "--strength", "0.5"], "give a picture"),
-        (["a", "--model", ""], "there is no model"),
         (["a", "--style", "noir"], "the styles of this model: 3D, flat"),
         (["a", "--backend", "torch"], "runs on onnx"),
         (["a", "--backend", "tpu"], "Choose from"),

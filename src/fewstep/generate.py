@@ -6,7 +6,6 @@ import dataclasses
 import json as jsons
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     Written: TypeAlias = tuple[Path, Record, float]
 
 BATCH = 8
-
-
-class ModelWarning(UserWarning):
-    """A picture is made again with another model than the first time."""
 
 
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
@@ -114,7 +109,7 @@ def generate(
     pipe = load(model, backend, threads)
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
-        warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
+        print("fewstep: warning: the model is not the one that made that picture", file=sys.stderr)
     drawn = draw(pipe, request, 1 if record is None else record.batch)
     told: Path | None = None
     for path, made, seconds in (write_sheet if grid else write)(drawn, name):
