@@ -272,11 +272,12 @@ def test_from_takes_changes(at: Path) -> None:
     assert (at / "changed.png").read_bytes() == (at / "other.png").read_bytes()
 
 
-def test_from_tells_another_model(at: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_from_tells_another_model(at: Path, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "other", shift=2.0).folder
     inside("a dog", "-o", "dog.png")
-    assert cli.run(["generate", "--from", "dog.png", "--model", str(other), "-o", "again.png"]) == 0
-    assert "warning: the model is not the one" in capsys.readouterr().err
+    done = run("generate", "--from", "dog.png", "--model", str(other), "-o", "again.png")
+    assert done.returncode == 0
+    assert "warning: the model is not the one" in done.stderr
 
 
 def test_from_fetches_no_model_unasked(at: Path, capsys: Capture) -> None:

@@ -61,8 +61,12 @@ def run(arguments: Sequence[str]) -> int:
         status = _run(list(arguments))
     except KeyboardInterrupt:
         status = _end("interrupted", 130)
-    except (BrokenPipeError, SystemExit):
-        status = 2  # nobody is left to tell; the printer of --help ends the program on its own then
+    except BrokenPipeError:
+        status = 2  # nobody is left to tell
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        status = 2  # the same: the printer of --help turns one into the other
     except OSError as error:
         if error.errno in FULL:
             status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)

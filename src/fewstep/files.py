@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,8 @@ def replacing_file(target: Path) -> Generator[Path]:
 @contextmanager
 def replacing_folder(target: Path) -> Generator[Path]:
     """An empty folder beside ``target`` that takes its place if the block ends well; else nothing changes."""
+    import shutil  # 4 ms of which drawing a picture has no use
+
     fresh, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     try:
         shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed

@@ -6,6 +6,7 @@ import dataclasses
 import json as jsons
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 
 BATCH = 8
 
-
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
 STDIN = "/dev/stdin"
 """What the command line hands over for a bare ``-``, which its parser would take for an option."""
+
+
+class ModelWarning(UserWarning):
+    """A picture is made again with another model than the first time."""
 
 
 def read_whole(hint: Any, tokens: Sequence[Token]) -> int:
@@ -109,7 +113,7 @@ def generate(
     pipe = load(model, backend, threads)
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
-        print("fewstep: warning: the model is not the one that made that picture", file=sys.stderr)
+        warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
     drawn = draw(pipe, request, 1 if record is None else record.batch)
     told: Path | None = None
     for path, made, seconds in (write_sheet if grid else write)(drawn, name):
@@ -251,7 +255,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
-        self._wanted = sys.stderr is not None and sys.stderr.isatty()
+        self._wanted = sys.stderr.isatty()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:

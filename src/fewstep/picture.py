@@ -187,23 +187,26 @@ def flat(image: Image.Image) -> Image.Image:
     Raises:
         UserError: pixels of a kind that Pillow cannot turn into RGB.
     """
+    try:
+        image = _upright(image)
+        if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+            levels = np.clip(np.asarray(image, np.float64) / 257, 0, 255)
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise UserError(f"that picture cannot be used: {_reason(error)}") from None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
     from PIL import ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)
     except (SyntaxError, OSError, KeyError):
-        pass  # broken metadata says nothing of which way is up
-    except ValueError as error:
-        raise UserError(f"that picture cannot be used: {_reason(error)}") from None
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
-        image = Image.fromarray(np.clip(np.asarray(image, np.float64) / 257, 0, 255).round().astype(np.uint8))
-    try:
-        image = image.convert("RGBA")
-    except ValueError as error:
-        raise UserError(f"that picture cannot be used: {_reason(error)}") from None
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image  # broken metadata says nothing of which way is up
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
-from fewstep.files import replacing_file
+from fewstep.files import replacing_file, write
 from fewstep.types import UserError
 
 
@@ -58,7 +58,7 @@ def render_all(
                 out[row] = picture
                 progress(row + 1, len(jobs))
             out.flush()
-        index.write_text(json.dumps(wanted))
+        write(index, json.dumps(wanted).encode())
     return Renderings(concepts, pairs, np.load(store, mmap_mode="r"))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from fewstep.data import captions, concepts, render, shards, sources
 from fewstep.data.captions import Ground
 from fewstep.data.compose import Composer
+from fewstep.files import write
 from fewstep.types import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -69,7 +70,7 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     if note.exists() and (there := sources.read_json(note)) != options:
         changed = ", ".join(k for k in options if there.get(k) != options[k])
         raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")
-    note.write_text(json.dumps(options, indent=1))
+    write(note, json.dumps(options, indent=1).encode())
 
 
 def references(folder: Path, size: int = 128) -> list[Reference]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep import guide, sample, times
-from fewstep.files import replacing_file
+from fewstep.files import replacing_file, write
 from fewstep.types import Model, UserError
 
 
@@ -61,7 +61,7 @@ def walks(
     note, facts = folder / "plan.json", {"teacher": teacher.name, **vars(plan)}
     if note.exists() and json.loads(note.read_text()) != facts:
         raise UserError(f"{folder} holds walks of another plan or teacher; choose another folder")
-    note.write_text(json.dumps(facts))
+    write(note, json.dumps(facts).encode())
     states: list[Any] = []
     for start in range(0, len(prompts), batch):
         lines = list(prompts[start : start + batch])

@@ -44,7 +44,7 @@ class Distil:
     """All encoders learn at once, each through heads of its own that are thrown away afterwards.
 
     Attributes:
-            student: a module that maps ``ids`` to views and cells: :class:`fewstep.nets.text.Learner`.
+        student: a module that maps ``ids`` to views and cells: :class:`fewstep.nets.text.Learner`.
     """
 
     student: Any

@@ -31,12 +31,12 @@ class Learner(nn.Module):
         t5: the T5 encoder.
         meaning: length of the sentence encoder's vectors.
         truth: how many concepts, styles and grounds there are.
-        cells: a square number; 0 foretells nothing.
+        cells: a square number.
         values: latents in a cell.
     """
 
     def __init__(
-        self, clips: Sequence[Any], t5: Any, meaning: int, truth: int, cells: int = 0, values: int = 1
+        self, clips: Sequence[Any], t5: Any, meaning: int, truth: int, cells: int, values: int
     ) -> None:
         super().__init__()
         self.clips = nn.ModuleList(clips)
@@ -63,8 +63,7 @@ class Learner(nn.Module):
             read += [out.hidden_states[-2].mean(1), out.text_embeds]
         read.append(self.t5(ids[2])[0].mean(1))
         views = [View(head[0](x), head[1](x)) for head, x in zip(self.heads, read, strict=True)]
-        side_by_side = torch.cat(states, -1)
-        return views, self.picture(side_by_side[:, side_by_side.shape[1] - self.cells :])
+        return views, self.picture(torch.cat(states, -1)[:, -self.cells :])
 
 
 def cells(latents: torch.Tensor, side: int) -> torch.Tensor:

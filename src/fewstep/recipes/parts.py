@@ -147,7 +147,6 @@ def contact_sheet(
     import torch
 
     from fewstep import guide, sample, times
-    from fewstep.evaluate.sheet import sheet
     from fewstep.families.sd3 import NetVelocity
 
     noise = family.lift(sample.noises(range(len(prompts)), family.latent))
@@ -158,5 +157,15 @@ def contact_sheet(
         walked = sample.walk(
             velocity, noise, grid or times.grid(steps, family.shift), encoded(family, prompts, False)
         )
-        images = family.codec.decode(walked).clamp(-1, 1)
+    return decoded(family, walked, prompts)
+
+
+def decoded(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
+    """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
+    import torch
+
+    from fewstep.evaluate.sheet import sheet
+
+    with torch.no_grad():
+        images = family.codec.decode(latents).clamp(-1, 1)
     return sheet(images.add(1).mul(127.5).round().byte().cpu().numpy(), list(prompts), columns=4)

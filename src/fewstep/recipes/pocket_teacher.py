@@ -81,17 +81,13 @@ def pocket_teacher(
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = captions.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
 
-    def x0(rows: list[int]) -> Any:
-        return torch.from_numpy(latents.values[rows].astype(np.float32))
-
     def batches(step: int) -> Any:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         rows = latents.rows(step, batch, seed)
         said = [r if rng.random() >= drop_caption else len(latents) for r in rows]
-        if rng.random() < keep_t5:
-            prompts = [lines[r] for r in said]
-            return Batch(x0(rows), encoded(family, prompts, t5=True), prompts)
-        return Batch(x0(rows), kept.rows(said), [lines[r] for r in said])
+        prompts = [lines[r] for r in said]
+        cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else kept.rows(said)
+        return Batch(torch.from_numpy(latents.values[rows].astype(np.float32)), cond, prompts)
 
     def sheet(nets: dict[str, Any]) -> Any:
         return contact_sheet(family, nets["net"], SHOWN, steps=16, guidance=4.0)

@@ -51,7 +51,7 @@ def pocket_text(
     from fewstep.files import replacing_folder
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner, cells, whole
-    from fewstep.recipes.parts import autoencoder_of, fingerprint, weights_of
+    from fewstep.recipes.parts import autoencoder_of, decoded, fingerprint, weights_of
     from fewstep.train.latents import encode
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
@@ -99,13 +99,9 @@ def pocket_text(
 
     def sheet(nets: dict[str, Any]) -> Any:
         """What the CLIPs expect to see."""
-        from fewstep.evaluate.sheet import sheet
-
-        ids = tokens(SHOWN)
         with torch.no_grad():
-            expected = nets["student"]([ids] * 3)[1]
-            images = family.codec.decode(whole(expected, family.latent[0])).clamp(-1, 1)
-        return sheet(images.add(1).mul(127.5).round().byte().cpu().numpy(), list(SHOWN), columns=4)
+            expected = nets["student"]([tokens(SHOWN)] * 3)[1]
+        return decoded(family, whole(expected, family.latent[0]), SHOWN)
 
     def finish(nets: dict[str, Any]) -> None:
         learner = nets["student"]

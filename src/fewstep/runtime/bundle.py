@@ -149,8 +149,9 @@ def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
 
 def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     latent, guidance = facts["latent"], facts["guidance"]
-    sides = [latent[name] for name in ("channels", "height", "width", "downscale")]
-    counts = [*sides, facts["steps"], facts["text"]["length"]]
+    channels, height, width = (latent[name] for name in ("channels", "height", "width"))
+    downscale, steps, length = latent["downscale"], facts["steps"], facts["text"]["length"]
+    counts = (channels, height, width, downscale, steps, length)
     if not all(type(count) is int and 0 < count <= LARGEST for count in counts):
         raise ValueError("latent, steps or text.length")
     about = dict(facts.get("about", {}))
@@ -161,12 +162,12 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
         name=str(facts["name"]),
         family=str(facts["family"]),
         license=str(facts["license"]),
-        latent=(int(latent["channels"]), int(latent["height"]), int(latent["width"])),
-        downscale=int(latent["downscale"]),
+        latent=(channels, height, width),
+        downscale=downscale,
         shift=float(facts["shift"]),
-        steps=int(facts["steps"]),
+        steps=steps,
         guidance=None if guidance is None else float(guidance),
-        length=int(facts["text"]["length"]),
+        length=length,
         about=about,
         files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},
         digest=digest,
