@@ -90,6 +90,7 @@ def t5(tokenizer: Any) -> Any:
             num_layers=2,
             num_heads=6,
             feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

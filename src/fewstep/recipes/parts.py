@@ -47,20 +47,30 @@ def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
         if not folder.is_dir():
             raise UserError(f"{folder} is missing; train it first: fewstep train {recipe}")
     tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"))
-    first, second, third = (
-        read_part(text, part, ("transformers", kind), torch.float32)
-        for part, kind in (
-            ("text_encoder", "CLIPTextModelWithProjection"),
-            ("text_encoder_2", "CLIPTextModelWithProjection"),
-            ("text_encoder_3", "T5EncoderModel"),
-        )
-    )
+    first, second, third = encoders_of(text)
     family = pocket.build(
         seed, codec=autoencoder_of(codec), tokenizer=tokenizer, texts=(first, second, third)
     )
     with torch.no_grad():
         pocket.zero_gates(family.net)
     return sd3.assemble(family.parts, name=family.name, device=device)
+
+
+def encoders_of(folder: Path, *, t5: bool = True) -> tuple[Any, Any, Any]:
+    """Trained text encoders, float32: two CLIPs and a T5, or ``None`` in its place.
+
+    Raises:
+        UserError: one of them is missing or broken.
+    """
+    import torch
+
+    from fewstep.families.folder import read_part
+
+    def read(part: str, kind: str) -> Any:
+        return read_part(folder, part, ("transformers", kind), torch.float32)
+
+    clips = [read(part, "CLIPTextModelWithProjection") for part in ("text_encoder", "text_encoder_2")]
+    return clips[0], clips[1], read("text_encoder_3", "T5EncoderModel") if t5 else None
 
 
 def autoencoder_of(folder: Path) -> Any:

