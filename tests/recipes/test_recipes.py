@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from tests.recipes import tiny_stickers
 
 from fewstep import sample, times
-from fewstep.families import sd3
+from fewstep.families import pocket, sd3
 from fewstep.files import replacing_folder
 from fewstep.recipes import parts
 from fewstep.recipes.distill_trajectory import distill_trajectory
@@ -111,6 +112,33 @@ def test_a_teacher_goes_on_from_another(made: Made, tmp_path: Path) -> None:
     before = sd3.load(made.teacher).net.state_dict()
     now = run.method.nets["net"].state_dict()
     assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_encoders_go_on_from_anothers_and_a_teacher_takes_them(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": made.data, "codec": made.codec, "batch": 8, "words": 20}
+    run = pocket_text(out=tmp_path / "x", init=made.teacher, steps=1, **options)
+    before, clips = sd3.load(made.teacher), run.method.nets["student"].clips
+    for part, clip in zip(("text_encoder", "text_encoder_2"), clips, strict=True):
+        old, new = before.parts[part].state_dict(), clip.state_dict()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    train(run)
+    taught = pocket_teacher(
+        data=made.data, out=tmp_path / "t", init=made.teacher, text=tmp_path / "x/model", steps=1, batch=2
+    )
+    train(taught)
+    after = sd3.load(tmp_path / "t/model")
+    kept = parts.encoders_of(tmp_path / "x/model")[0].state_dict()
+    assert all(torch.equal(value, kept[n]) for n, value in after.parts["text_encoder"].state_dict().items())
+    assert not torch.equal(after.text(["a disc"]).pooled, before.text(["a disc"]).pooled)
+
+
+def test_an_mmdit_that_reads_other_text_is_refused(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.teacher, tmp_path / "other")
+    net = pocket.transformer()
+    narrow = type(net).from_config({**net.config, "joint_attention_dim": 64})
+    narrow.save_pretrained(tmp_path / "other/transformer")
+    with pytest.raises(UserError, match="reads text of width 64, but .* writes 384"):
+        pocket_teacher(data=made.data, out=tmp_path, init=tmp_path / "other", steps=1, batch=2)
 
 
 def test_the_decoder_alone_keeps_latents_valid(made: Made, tmp_path: Path) -> None:

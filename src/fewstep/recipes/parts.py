@@ -32,11 +32,11 @@ SHOWN = (
 """Prompts of the contact sheets."""
 
 
-def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
-    """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT.
+def pocket_of(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
+    """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT or that of ``init``.
 
     Raises:
-        UserError: one of the folders is missing or incomplete.
+        UserError: one of the folders is missing or incomplete, or the MMDiT reads wider or narrower text.
     """
     import torch
 
@@ -53,11 +53,18 @@ def pocket_of(codec: Path, text: Path, seed: int, device: str) -> Family:
     )
     with torch.no_grad():
         pocket.zero_gates(family.net)
-    return sd3.assemble(family.parts, name=family.name, device=device)
+    parts = {**family.parts}
+    if init is not None:
+        net = read_part(init, "transformer", ("diffusers", "SD3Transformer2DModel"), torch.float32)
+        reads, says = net.config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size
+        if reads != says:
+            raise UserError(f"the MMDiT of {init} reads text of width {reads}, but {text} writes {says}")
+        parts["transformer"] = net
+    return sd3.assemble(parts, name=family.name, device=device)
 
 
-def encoders_of(folder: Path, *, t5: bool = True) -> tuple[Any, Any, Any]:
-    """Trained text encoders, float32: two CLIPs and a T5, or ``None`` in its place.
+def encoders_of(folder: Path) -> tuple[Any, Any, Any]:
+    """Trained text encoders, float32: two CLIPs, and a T5 or ``None`` where the folder has none.
 
     Raises:
         UserError: one of them is missing or broken.
@@ -70,7 +77,8 @@ def encoders_of(folder: Path, *, t5: bool = True) -> tuple[Any, Any, Any]:
         return read_part(folder, part, ("transformers", kind), torch.float32)
 
     clips = [read(part, "CLIPTextModelWithProjection") for part in ("text_encoder", "text_encoder_2")]
-    return clips[0], clips[1], read("text_encoder_3", "T5EncoderModel") if t5 else None
+    t5 = read("text_encoder_3", "T5EncoderModel") if (folder / "text_encoder_3").is_dir() else None
+    return clips[0], clips[1], t5
 
 
 def autoencoder_of(folder: Path) -> Any:

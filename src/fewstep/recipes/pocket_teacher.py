@@ -19,9 +19,9 @@ def pocket_teacher(
     *,
     data: Path = Path("data/stickers"),
     out: Out = Path("runs/pocket-teacher"),
-    codec: Path = Path("runs/pocket-codec/model"),
-    text: Path = Path("runs/pocket-text/model"),
     init: Path | None = None,
+    codec: Path | None = None,
+    text: Path | None = None,
     steps: int = 4000,
     batch: int = 64,
     lr: float = 8e-4,
@@ -36,9 +36,11 @@ def pocket_teacher(
     Args:
         data: The stickers data set; its latents are computed once and kept there.
         out: Run folder; the whole model is written to its subfolder `model` as a diffusers folder.
+        init: Go on from the MMDiT of this Pocket (a diffusers folder) instead of a fresh one.
         codec: Autoencoder, from `fewstep train pocket-codec`.
+            [default: that of --init, else runs/pocket-codec/model]
         text: Tokenizer and text encoders, from `fewstep train pocket-text`.
-        init: Go on from this Pocket (a diffusers folder) instead; codec and text encoders are then its own.
+            [default: those of --init, else runs/pocket-text/model]
         steps: Updates in all.
         batch: Pictures an update.
         lr: Learning rate.
@@ -73,9 +75,10 @@ def pocket_teacher(
     from fewstep.types import Batch
 
     sources, place = training_shards(data), pick(device)
-    family = sd3.load(init, device=place) if init else pocket_of(codec, text, seed, place)
-    weights = weights_of(init / "vae" if init else codec)
-    latents = encode(family, weights, sources, data / "latents", family.downscale * family.latent[1])
+    codec = codec or (init / "vae" if init else Path("runs/pocket-codec/model"))
+    family = pocket_of(codec, text or init or Path("runs/pocket-text/model"), init, seed, place)
+    size = family.downscale * family.latent[1]
+    latents = encode(family, weights_of(codec), sources, data / "latents", size)
 
     lines = [*latents.prompts, ""]
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
@@ -101,6 +104,8 @@ def pocket_teacher(
         "recipe": "pocket-teacher",
         "data": str(data),
         "init": str(init),
+        "codec": str(codec),
+        "text": str(text),
         "batch": batch,
         "pictures": len(latents),
         "drop_caption": drop_caption,

@@ -150,7 +150,7 @@ def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
     clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
     t5 = pocket.t5(tokenizer)
     if init is not None:
-        *clips, kept = encoders_of(init, t5=(init / "text_encoder_3").is_dir())
+        *clips, kept = encoders_of(init)
         t5 = kept or t5
     for clip in clips:
         clip.set_attn_implementation("eager")  # on so short a line a third faster than the fused kernel
