@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pocket on a GPU: data, teacher, student, bundle. Run it again and it goes on where it stopped (gpu/README.md).
+# Pocket on a GPU: data, text encoders, teacher, student, bundle. Run it again and it goes on where it stopped (gpu/README.md).
 #
-#   gpu/pocket.sh [data] [teacher] [student] [export]    all four when none is named
+#   gpu/pocket.sh [data] [text] [teacher] [student] [export]    all five when none is named
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,6 +16,7 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-auto}
 MINUTES=${MINUTES:-9}                     # a command's time: training stops then, saved
 PICTURES=${PICTURES:-40000}
+WORDS=${WORDS:-7000} TEXT_STEPS=${TEXT_STEPS:-15000} TEXT_BATCH=${TEXT_BATCH:-1024} TEXT_LR=${TEXT_LR:-1.5e-3}
 STEPS=${STEPS:-6000} BATCH=${BATCH:-256} LR=${LR:-8e-4}
 WALKS=${WALKS:-16000} STUDENT_STEPS=${STUDENT_STEPS:-3000} STUDENT_BATCH=${STUDENT_BATCH:-256}
 STARTED=$SECONDS
@@ -56,12 +57,13 @@ later() {
   exit 75
 }
 
-# Net, log and last sheet of a run, halved to 16 bits, in parts that a narrow way home lets through.
+# What a run has learnt, halved to 16 bits, its log and last sheet, in parts that a narrow way home lets through.
+#   bring RUN NAME PART...    each a folder or file of RUN/model
 bring() {
   local run=$1 name=$2 pack
+  shift 2
   pack=$(mktemp -d)
-  mkdir "$pack/transformer"
-  "$PYTHON" - "$run/model/transformer" "$pack/transformer" <<'PY'
+  "$PYTHON" - "$run/model" "$pack" "$@" <<'PY'
 import shutil
 import sys
 from pathlib import Path
@@ -69,12 +71,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-source, target = map(Path, sys.argv[1:])
-name = "diffusion_pytorch_model.safetensors"
-save_file({k: v.to(torch.float16) for k, v in load_file(source / name).items()}, target / name)
-shutil.copy(source / "config.json", target)
+source, target = map(Path, sys.argv[1:3])
+for part in sys.argv[3:]:
+    (shutil.copytree if (source / part).is_dir() else shutil.copy)(source / part, target / part)
+for net in target.glob("*/*.safetensors"):
+    save_file({k: v.to(torch.float16) for k, v in load_file(net).items()}, net, {"format": "pt"})
 PY
-  cp "$run/model/fewstep.json" "$run/log.jsonl" "$run/run.json" "$pack"
+  cp "$run/log.jsonl" "$run/run.json" "$pack"
   cp "$(ls "$run"/sheets/*.png | tail -n 1)" "$pack/sheet.png"
   parts "$pack" "$name"
   rm -r "$pack"
@@ -89,12 +92,25 @@ data() {
   [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --pictures "$PICTURES"
 }
 
+text() {
+  local from=(--codec "$CODEC")
+  [ ! -d "$TEACHER" ] || from=(--codec "$TEACHER/vae" --init "$TEACHER")
+  train train pocket-text --data "$DATA" --out "$RUNS/text" "${from[@]}" \
+    --words "$WORDS" --steps "$TEXT_STEPS" --batch "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
+  bring "$RUNS/text" text tokenizer text_encoder text_encoder_2 text_encoder_3
+}
+
 teacher() {
-  local from=(--codec "$CODEC" --text "$TEXT")
+  local from=(--codec "$CODEC")
   [ ! -d "$TEACHER" ] || from=(--init "$TEACHER")
+  if [ -d "$RUNS/text/model" ]; then
+    from+=(--text "$RUNS/text/model")
+  elif [ ! -d "$TEACHER" ]; then
+    from+=(--text "$TEXT")
+  fi
   train train pocket-teacher --data "$DATA" --out "$RUNS/teacher" "${from[@]}" \
     --steps "$STEPS" --batch "$BATCH" --lr "$LR" --device "$DEVICE"
-  bring "$RUNS/teacher" teacher
+  bring "$RUNS/teacher" teacher transformer fewstep.json
 }
 
 student() {
@@ -102,7 +118,7 @@ student() {
   [ -d "$from" ] || from=$TEACHER
   train distill trajectory --teacher "$from" --data "$DATA" --out "$RUNS/student" --walks "$WALKS" \
     --steps "$STUDENT_STEPS" --batch "$STUDENT_BATCH" --device "$DEVICE"
-  bring "$RUNS/student" student
+  bring "$RUNS/student" student transformer fewstep.json
 }
 
 export_() {
@@ -111,12 +127,12 @@ export_() {
 }
 
 setup
-[ $# -gt 0 ] || set -- data teacher student export
+[ $# -gt 0 ] || set -- data text teacher student export
 for stage in "$@"; do
   case $stage in
-    data | teacher | student) $stage ;;
+    data | text | teacher | student) $stage ;;
     export) export_ ;;
-    *) echo "gpu/pocket.sh: there is no stage $stage: data, teacher, student, export" >&2 && exit 2 ;;
+    *) echo "gpu/pocket.sh: there is no stage $stage: data, text, teacher, student, export" >&2 && exit 2 ;;
   esac
 done
 ls -l "$OUT"

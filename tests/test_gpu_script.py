@@ -16,7 +16,17 @@ from fewstep.families import pocket, sd3
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "gpu" / "pocket.sh"
-TINY = {"STEPS": "2", "BATCH": "4", "WALKS": "4", "STUDENT_STEPS": "2", "STUDENT_BATCH": "4", "DEVICE": "cpu"}
+TINY = {
+    "WORDS": "20",
+    "TEXT_STEPS": "2",
+    "TEXT_BATCH": "8",
+    "STEPS": "2",
+    "BATCH": "4",
+    "WALKS": "4",
+    "STUDENT_STEPS": "2",
+    "STUDENT_BATCH": "4",
+    "DEVICE": "cpu",
+}
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "timeout", "split"))), reason="the script needs bash and GNU coreutils"
@@ -40,14 +50,14 @@ def test_it_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", SCRIPT], check=True)
 
 
-def test_teacher_and_student_come_home_in_small_files(tmp_path: Path) -> None:
+def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
     tiny_stickers.make(tmp_path / "data")
     sd3.save(pocket.build(), tmp_path / "teacher")
-    done = script(tmp_path, "data", "teacher", "student")
+    done = script(tmp_path, "data", "text", "teacher", "student")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "out"
     assert all(path.stat().st_size < 16 * 2**20 for path in out.iterdir())
-    for name, steps in (("teacher", 28), ("student", 4)):
+    for name, steps in (("text", 28), ("teacher", 28), ("student", 4)):
         whole = tmp_path / f"{name}.tar"
         whole.write_bytes(b"".join(p.read_bytes() for p in sorted(out.glob(f"{name}.tar.*"))))
         with tarfile.open(whole) as tar:
@@ -66,4 +76,4 @@ def test_it_says_when_the_time_is_up(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_said(tmp_path: Path) -> None:
     done = script(tmp_path, "techer")
     assert done.returncode == 2
-    assert done.stderr == "gpu/pocket.sh: there is no stage techer: data, teacher, student, export\n"
+    assert done.stderr == "gpu/pocket.sh: there is no stage techer: data, text, teacher, student, export\n"

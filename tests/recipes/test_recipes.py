@@ -137,7 +137,7 @@ def test_an_mmdit_that_reads_other_text_is_refused(made: Made, tmp_path: Path) -
     net = pocket.transformer()
     narrow = type(net).from_config({**net.config, "joint_attention_dim": 64})
     narrow.save_pretrained(tmp_path / "other/transformer")
-    with pytest.raises(UserError, match="reads text of width 64, but .* writes 384"):
+    with pytest.raises(UserError, match=r"reads text of width 64, but .* writes 384"):
         pocket_teacher(data=made.data, out=tmp_path, init=tmp_path / "other", steps=1, batch=2)
 
 
