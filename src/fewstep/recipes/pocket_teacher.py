@@ -11,7 +11,7 @@ import numpy as np
 from fewstep.recipes.parts import SHOWN, Out, at_least_one, shares
 from fewstep.train import Options, Run
 
-SHIFT = 6.0
+SHIFT = 3.0
 """Of the training times, towards noise."""
 
 

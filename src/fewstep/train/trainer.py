@@ -17,7 +17,7 @@ import numpy as np
 from fewstep.methods import Draw, Losses, Turn
 from fewstep.train import Options, Run
 from fewstep.train.checkpoint import restore, save
-from fewstep.train.device import half, moved, pick
+from fewstep.train.device import attention, half, moved, pick
 from fewstep.train.log import Log
 from fewstep.types import UserError
 
@@ -107,7 +107,7 @@ class State:
         net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
         for group in optimizer.param_groups:
             group["lr"] = rate * self.run.options.lr
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half), attention(self.device):
             losses = turn.losses(batch, randomness)
         total = _total(losses)
         optimizer.zero_grad(set_to_none=True)
