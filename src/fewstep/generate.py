@@ -77,7 +77,8 @@ def generate(
     Args:
         prompts: What to draw; several prompts make several pictures, "-" reads one a line from stdin.
         prompts_file: A text file with one prompt a line.
-        steps: Number of steps: 1 to 8, or to 100 for a model with guidance. [default: the model's own]
+        steps: Number of steps: 1 to 8, or to 100 for a model with guidance or of many steps.
+            [default: the model's own]
         number: Pictures of each prompt.
         seed: 0 to 4294967295. [default: drawn]
         style: A style word of the model; adds ", STYLE style" to each prompt.

@@ -58,7 +58,7 @@ class Pipeline:
             prompts: one prompt, or several.
             seed: 0 to 2**32 - 1; picture ``i`` of each prompt has the seed ``seed + i``. Drawn when ``None``.
             n: pictures of each prompt.
-            steps: 1 to 8; 1 to 100 for a model with guidance. The model's own number when ``None``.
+            steps: 1 to 8; 1 to 100 for a model with guidance or of many steps. The model's own when ``None``.
             style: a style word of the model; adds ", STYLE style" to each prompt that lacks it.
             guidance: ``uncond + guidance (cond - uncond)``; only for a model with guidance.
             negative: what to steer away from; only for a model with guidance.

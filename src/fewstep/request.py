@@ -20,7 +20,7 @@ MOST = 2**16
 MOST_AT_ONCE = 64
 """Most pictures that run through the net together."""
 FEW = 8
-"""Most steps of a model whose guidance is distilled in; one that is guided may take :data:`MANY`."""
+"""Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
 MANY = 100
 STRENGTH = 0.95
 _BLANKS = dict.fromkeys([*range(32), 127], " ")
@@ -80,7 +80,7 @@ def check(
     scale, away = _guidance(model, guidance, negative)
     if strength is not None and image is None:
         raise UserError("strength is for image-to-image: give a picture with image (--image)")
-    most = FEW if model.guidance is None else MANY
+    most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
         jobs=tuple((text, first + index) for text in clean for index in range(count)),
         steps=whole("steps", model.steps if steps is None else steps, 1, most),

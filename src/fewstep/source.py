@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from fewstep.request import whole
@@ -111,12 +112,33 @@ def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
     try:
         import torch
 
-        from fewstep.families import sd3
+        family = _family(name, place)
     except ImportError as error:
         raise missing_extra(error) or error from None
     if threads is not None:
         torch.set_num_threads(threads)
-    return Pipeline(sd3.load(place if place.exists() else name), source=name)
+    return Pipeline(family.load(place if place.exists() else name), source=name)
+
+
+def _family(name: str, place: Path) -> ModuleType:
+    """The module of the family that reads a torch model.
+
+    Raises:
+        UserError: no family does, or the hub does not say whose the model is.
+    """
+    from fewstep.families import family_of, sd3
+
+    if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read
+        return sd3
+    if place.is_dir():
+        return family_of(place)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        index = hf_hub_download(name, "model_index.json")
+    except Exception as error:
+        raise _unreached(name, error) from None
+    return family_of(Path(index).parent)
 
 
 def _fetch(name: str) -> Path:
@@ -133,12 +155,17 @@ def _fetch(name: str) -> Path:
         files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
         if "bundle.json" in files:
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.onnx", "*.data", "LICENSE*"]))
-    except Exception as error:  # the hub's client raises errors of several network libraries
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"there is no folder {name}, and the hub cannot be asked for it: {reason}") from None
+    except Exception as error:
+        raise _unreached(name, error) from None
     if "model_index.json" not in files:
         raise UserError(f"{name} on the hub is no model for fewstep: no bundle.json, no model_index.json")
     return Path(name)
+
+
+def _unreached(name: str, error: Exception) -> UserError:
+    """The line for whatever the hub's client raised: errors of several network libraries."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"there is no folder {name}, and the hub cannot be asked for it: {reason}")
 
 
 def _complete(folder: Path) -> bool:

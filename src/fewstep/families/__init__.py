@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from fewstep.types import Model
+from fewstep.types import Model, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +27,22 @@ class Family(Model):
     net: Any
     blocks: Sequence[Any]
     parts: Mapping[str, Any]
+
+
+def family_of(folder: Path) -> ModuleType:
+    """The module of the family whose ``PIPELINE`` a diffusers folder names: it has ``load`` and ``save``.
+
+    Raises:
+        UserError: not a diffusers folder, or a pipeline of no family here.
+    """
+    from fewstep.families.folder import plain, read_pipeline
+
+    kind, _ = read_pipeline(folder)
+    known: list[str] = []
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{found.name}")  # light: networks load in functions
+        pipeline = getattr(module, "PIPELINE", None)
+        if pipeline and kind.startswith(pipeline):
+            return module
+        known += [plain(pipeline)] if pipeline else []
+    raise UserError(f"{folder} holds a {kind}; what can be read is a {' or a '.join(known)}")

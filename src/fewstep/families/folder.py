@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.files import replacing_folder
 from fewstep.types import UserError
 
 T5 = ("tokenizer_3", "text_encoder_3")
 """The parts of SD3 that may be absent."""
+
+FACTS = "fewstep.json"
+"""Beside diffusers' own files: name, steps and guidance that the model wants."""
 
 
 def first_line(error: BaseException) -> str:
@@ -37,6 +41,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What :func:`write_folder` wrote beside the parts; nothing in a folder of another program.
+
+    Raises:
+        UserError: the file is there, but not a JSON object.
+    """
+    return read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+
+
+def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The pipeline class that ``model_index.json`` names, and the whole index.
+
+    Raises:
+        UserError: not a diffusers folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a diffusers folder: model_index.json is missing")
+    index = read_json(folder / "model_index.json")
+    return str(index.get("_class_name")), index
+
+
+def plain(pipeline: str) -> str:
+    """The class of a family's plain pipeline, from how its classes are named."""
+    return f"{pipeline.removesuffix('Pipeline')}Pipeline"
+
+
 def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The parts that ``model_index.json`` names: ``{part: (library, class)}``, absent ones left out.
 
@@ -48,12 +78,9 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
     Raises:
         UserError: not a diffusers folder, another pipeline's, or an incomplete one.
     """
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a diffusers folder: model_index.json is missing")
-    index = read_json(folder / "model_index.json")
-    kind = str(index.get("_class_name"))
+    kind, index = read_pipeline(folder)
     if not kind.startswith(pipeline):
-        raise UserError(f"{folder} holds a {kind}, but a {pipeline}Pipeline is needed")
+        raise UserError(f"{folder} holds a {kind}, but a {plain(pipeline)} is needed")
     named = {part: tuple(entry) for part, entry in index.items() if isinstance(entry, list)}
     parts = {part: entry for part, entry in named.items() if len(entry) == 2 and all(entry)}
     missing = [part for part in required if part not in parts]
@@ -61,6 +88,21 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
     if missing:
         raise UserError(f"{folder} is incomplete: {', '.join(missing)} is missing")
     return parts
+
+
+def read_parts(
+    folder: Path, index: Mapping[str, tuple[str, str]], wanted: Iterable[str], dtype: Any
+) -> dict[str, Any]:
+    """The ``wanted`` parts of a folder's ``index``, nets in the torch ``dtype``.
+
+    Raises:
+        UserError: see :func:`read_part`.
+    """
+    no_net = ("tokenizer", "scheduler")
+    return {
+        part: read_part(folder, part, index[part], None if part.startswith(no_net) else dtype)
+        for part in wanted
+    }
 
 
 def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None) -> Any:
@@ -105,3 +147,77 @@ def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:
         raise UserError(
             f"{folder} has no vocabulary: tokenizer.json is missing, and so is {' or '.join(slow)}"
         )
+
+
+def write_folder(
+    parts: Mapping[str, Any], folder: str | Path, pipeline: str, facts: Mapping[str, Any]
+) -> None:
+    """Write a diffusers folder with ``facts`` beside, whole or not at all; an earlier one there is replaced.
+
+    Args:
+        parts: the components by their diffusers names.
+        folder: where.
+        pipeline: name of the diffusers class that writes them.
+        facts: what :func:`read_facts` gives back.
+
+    Raises:
+        UserError: something else is in the way, or the disk refuses.
+    """
+    kind = getattr(importlib.import_module("diffusers"), pipeline)
+    target = Path(folder)
+    if target.exists() and not (target / "model_index.json").is_file():
+        raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+    try:
+        with replacing_folder(target) as fresh:
+            kind(**parts).save_pretrained(fresh)
+            (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {first_line(error)}") from error
+
+
+def fetch(name: str, pipeline: str, without: Mapping[str, None] | None = None) -> Path:
+    """Fetch a hub model through a pipeline class of diffusers, or take it from its cache.
+
+    Args:
+        name: the hub name.
+        pipeline: name of the class.
+        without: parts to leave there, each with ``None``.
+
+    Raises:
+        UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(f"{name} is neither a folder nor a file here, nor a hub name like owner/model")
+    kind = getattr(importlib.import_module("diffusers"), pipeline)
+    try:
+        return Path(kind.download(name, **(without or {})))
+    except (OSError, ValueError) as error:
+        what = f"no folder {name} here, and the hub did not give it"
+        raise UserError(f"{what}; check the name, the network and your access") from error
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of this name.
+
+    Raises:
+        UserError: none that nets run in here.
+    """
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be float32, bfloat16 or float16, not {name}")
+    return getattr(torch, name)
+
+
+def check_device(name: str) -> None:
+    """Refuse a torch device that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} cannot be used: {first_line(error)}") from error

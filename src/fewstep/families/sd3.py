@@ -7,24 +7,34 @@ padding of text; nothing above sees them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.families import Family
-from fewstep.families.folder import T5, first_line, read_index, read_json, read_part
-from fewstep.files import replacing_folder
-from fewstep.types import Array, Cond, UserError
+from fewstep.families.common import LatentCodec as LatentCodec
+from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.folder import FACTS as FACTS
+from fewstep.families.folder import (
+    T5,
+    check_device,
+    fetch,
+    read_facts,
+    read_index,
+    read_parts,
+    torch_dtype,
+    write_folder,
+)
+from fewstep.types import Array, Cond
+
+PIPELINE = "StableDiffusion3"
+"""How the pipeline classes are named whose folders this family reads."""
 
 CLIPS = ("", "_2")
 REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 T5_LENGTH = 256
 """Tokens of T5 in stock diffusers; a tokenizer made for fewer has fewer."""
-
-FACTS = "fewstep.json"
-"""Beside diffusers' own files: name, steps and guidance that the model wants."""
 
 
 @dataclass(frozen=True)
@@ -72,40 +82,14 @@ class Text:
     def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
         encoder = self.parts[f"text_encoder{which}"]
         length = min(self.parts["tokenizer"].model_max_length, encoder.config.max_position_embeddings)
-        ids = _tokenize(self.parts[f"tokenizer{which}"], prompts, length)
+        ids = tokenize(self.parts[f"tokenizer{which}"], prompts, length)
         out = encoder(ids.to(encoder.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
     def _t5(self, prompts: Sequence[str]) -> Array:
         tokenizer, encoder = self.parts["tokenizer_3"], self.parts["text_encoder_3"]
-        ids = _tokenize(tokenizer, prompts, min(T5_LENGTH, tokenizer.model_max_length))
+        ids = tokenize(tokenizer, prompts, min(T5_LENGTH, tokenizer.model_max_length))
         return encoder(ids.to(encoder.device))[0]
-
-
-def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Array:
-    return tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
-
-
-@dataclass(frozen=True)
-class LatentCodec:
-    """``AutoencoderKL`` or ``AutoencoderTiny`` with the scaling of latents."""
-
-    vae: Any
-
-    def encode(self, images: Array) -> Array:
-        """``[B, 3, h, w]`` in [-1, 1] -> the mode of the posterior, scaled, ``[B, C, H, W]`` float32."""
-        out = self.vae.encode(images.to(self.vae.dtype))
-        latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
-        config = self.vae.config
-        return (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor
-
-    def decode(self, latents: Array) -> Array:
-        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
-        config = self.vae.config
-        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float()
 
 
 def assemble(
@@ -129,29 +113,20 @@ def assemble(
         guidance: default guidance scale; ``None`` when guidance is distilled into the net.
         device: torch device.
     """
-    import torch
-
     parts = {**dict.fromkeys(T5), **parts}
-    for part in parts.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(device).requires_grad_(False).eval()
-    net, vae = parts["transformer"], parts["vae"]
+    net = parts["transformer"]
     side = net.config.sample_size
-    return Family(
+    return family_of_parts(
+        parts,
+        device=device,
         name=name,
         velocity=NetVelocity(net),
         text=Text(parts),
-        codec=LatentCodec(vae),
         latent=(net.config.in_channels, side, side),
-        downscale=2 ** (len(vae.config.block_out_channels) - 1),
         shift=float(parts["scheduler"].config.shift),
         steps=steps,
         guidance=guidance,
-        lift=lambda array: torch.from_numpy(array).to(device),
-        lower=lambda tensor: tensor.detach().float().cpu().numpy(),
-        net=net,
         blocks=list(net.transformer_blocks),
-        parts=parts,
     )
 
 
@@ -180,19 +155,18 @@ def load(
         UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
             the device or dtype is unknown.
     """
-    torch_dtype = _dtype(dtype)
-    _check_device(device)
+    kind = torch_dtype(dtype)
+    check_device(device)
     path = Path(source)
     facts: dict[str, Any] = {}
     if path.is_file():
         from fewstep.families.single import read_single
 
-        parts = read_single(path, config, torch_dtype, t5)
+        parts = read_single(path, config, kind, t5)
     else:
         folder = path if path.is_dir() else download(str(source), t5)
-        parts = read_folder(folder, torch_dtype, t5)
-        if (folder / FACTS).is_file():
-            facts = read_json(folder / FACTS)
+        parts = read_folder(folder, kind, t5)
+        facts = read_facts(folder)
     named = name or facts.get("name") or path.stem
     rest = {key: facts[key] for key in ("steps", "guidance") if key in facts}
     return assemble(parts, name=named, device=device, **rest)
@@ -207,18 +181,8 @@ def save(family: Family, folder: str | Path) -> None:
     Raises:
         UserError: something else is in the way, or the disk refuses.
     """
-    from diffusers import StableDiffusion3Pipeline
-
-    target = Path(folder)
-    if target.exists() and not (target / "model_index.json").is_file():
-        raise UserError(f"{target} exists and is no diffusers folder; choose another place")
-    try:
-        with replacing_folder(target) as fresh:
-            StableDiffusion3Pipeline(**family.parts).save_pretrained(fresh)
-            facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
-            (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {first_line(error)}") from error
+    facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
+    write_folder(family.parts, folder, "StableDiffusion3Pipeline", facts)
 
 
 def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:
@@ -227,10 +191,9 @@ def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:
     Raises:
         UserError: see :func:`load`.
     """
-    index = read_index(folder, "StableDiffusion3", REQUIRED if not t5 else (*REQUIRED, *T5))
+    index = read_index(folder, PIPELINE, REQUIRED if not t5 else (*REQUIRED, *T5))
     wanted = REQUIRED if t5 is False or any(part not in index for part in T5) else (*REQUIRED, *T5)
-    nets = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    return {part: read_part(folder, part, index[part], dtype if part in nets else None) for part in wanted}
+    return read_parts(folder, index, wanted, dtype)
 
 
 def download(name: str, t5: bool | None) -> Path:
@@ -239,32 +202,4 @@ def download(name: str, t5: bool | None) -> Path:
     Raises:
         UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
     """
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise UserError(
-            f"{name} is neither a folder, nor a .safetensors file, nor a hub name like owner/model"
-        )
-    from diffusers import StableDiffusion3Pipeline
-
-    without = dict.fromkeys(T5) if t5 is False else {}
-    try:
-        return Path(StableDiffusion3Pipeline.download(name, **without))
-    except (OSError, ValueError) as error:
-        what = f"no folder {name} here, and the hub did not give it"
-        raise UserError(f"{what}; check the name, the network and your access") from error
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be float32, bfloat16 or float16, not {name}")
-    return getattr(torch, name)
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} cannot be used: {first_line(error)}") from error
+    return fetch(name, "StableDiffusion3Pipeline", dict.fromkeys(T5) if t5 is False else {})

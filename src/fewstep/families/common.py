@@ -1,0 +1,88 @@
+"""What the families of diffusers components share (floor 2): tokens, pixels, and the family itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.families import Family
+from fewstep.types import Array, TextEncoder, Velocity
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Array:
+    """Token ids ``[B, length]``: longer prompts cut, shorter ones padded."""
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """``AutoencoderKL`` or ``AutoencoderTiny`` with the scaling of latents."""
+
+    vae: Any
+
+    def encode(self, images: Array) -> Array:
+        """``[B, 3, h, w]`` in [-1, 1] -> the mode of the posterior, scaled, ``[B, C, H, W]`` float32."""
+        out = self.vae.encode(images.to(self.vae.dtype))
+        latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        config = self.vae.config
+        return (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, latents: Array) -> Array:
+        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float()
+
+
+def family_of_parts(
+    parts: Mapping[str, Any],
+    *,
+    device: str,
+    name: str,
+    velocity: Velocity,
+    text: TextEncoder,
+    latent: tuple[int, int, int],
+    shift: float,
+    steps: int,
+    guidance: float | None,
+    blocks: Sequence[Any],
+) -> Family:
+    """A family of diffusers components: what each family says of itself, and what follows from the parts.
+
+    Args:
+        parts: components by their diffusers names; the nets are moved, frozen and put into eval mode.
+        device: torch device.
+        name: and those below: see :class:`fewstep.types.Model`.
+        velocity: the adapter of ``parts["transformer"]``.
+        text: the adapter of the text encoders.
+        latent: default latent shape ``(C, H, W)``.
+        shift: time shift.
+        steps: default number of steps.
+        guidance: default guidance scale, or ``None``.
+        blocks: see :class:`fewstep.families.Family`.
+    """
+    import torch
+
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device).requires_grad_(False).eval()
+    vae = parts["vae"]
+    return Family(
+        name=name,
+        velocity=velocity,
+        text=text,
+        codec=LatentCodec(vae),
+        latent=latent,
+        downscale=2 ** (len(vae.config.block_out_channels) - 1),
+        shift=shift,
+        steps=steps,
+        guidance=guidance,
+        lift=lambda array: torch.from_numpy(array).to(device),
+        lower=lambda tensor: tensor.detach().float().cpu().numpy(),
+        net=parts["transformer"],
+        blocks=blocks,
+        parts=parts,
+    )

@@ -1,0 +1,237 @@
+"""FLUX.1 of Black Forest Labs, the dev and the schnell kind, through diffusers and transformers (floor 2).
+
+A T5 makes the context and a CLIP the pooled vector; a net of double- and then single-stream blocks speaks
+velocity on tokens of 2 x 2 latents; a KL autoencoder makes the pixels. The adapters below do the packing,
+the positions, the embedded guidance and the scaling of latents; nothing above sees them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.families import Family
+from fewstep.families.common import LatentCodec as LatentCodec
+from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.folder import (
+    check_device,
+    fetch,
+    read_facts,
+    read_index,
+    read_parts,
+    torch_dtype,
+    write_folder,
+)
+from fewstep.request import whole
+from fewstep.types import Array, Cond, UserError
+
+PIPELINE = "FluxPipeline"
+"""The pipeline class whose folders this family reads: the nets of Fill, Control and FLUX.2 are others."""
+
+REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+GUIDANCE = 3.5
+"""The scale that stock diffusers tells a net with embedded guidance."""
+
+SIDE = 128
+"""Latents along a side in stock diffusers: 1024 pixels."""
+
+MOST_SIDE = 1024
+
+PATCH = 2
+"""Latents along a side of a token."""
+
+
+@dataclass(frozen=True)
+class NetVelocity:
+    """``FluxTransformer2DModel`` as a velocity.
+
+    Attributes:
+        net: the torch module.
+        guidance: the scale of the guidance that was distilled into the net; a net without an embedding of
+            it (schnell) is not told.
+    """
+
+    net: Any
+    guidance: float = GUIDANCE
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` float32 in [0, 1] -> ``[B, C, H, W]`` float32; ``H``, ``W`` even.
+
+        The net itself multiplies time and guidance by 1000, but first rounds them to its own dtype: a net of
+        half precision hears .75 for .749, here as in the stock pipeline.
+        """
+        dtype = self.net.dtype
+        rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
+        v = self.net(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=t,
+            guidance=t.new_full(t.shape, self.guidance) if self.net.config.guidance_embeds else None,
+            encoder_hidden_states=cond.context.to(dtype),
+            pooled_projections=cond.pooled.to(dtype),
+            txt_ids=t.new_zeros(cond.context.shape[1], 3),
+            img_ids=positions(rows, columns).to(t),
+            return_dict=False,
+        )[0]
+        return unpack(v.float(), rows, columns)
+
+
+def pack(x: Array) -> Array:
+    """Latents ``[B, C, 2h, 2w]`` -> tokens ``[B, h w, 4C]``, row by row; in a token ``C`` varies slowest."""
+    import torch
+
+    return torch.nn.functional.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Array, rows: int, columns: int) -> Array:
+    """The inverse of :func:`pack`: ``[B, rows columns, 4C]`` -> ``[B, C, 2 rows, 2 columns]``."""
+    import torch
+
+    patches = tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return torch.nn.functional.pixel_shuffle(patches, PATCH)
+
+
+def positions(rows: int, columns: int) -> Array:
+    """Where each token lies, ``(0, row, column)``, for the net's rotary embedding (arXiv 2104.09864).
+
+    Words stand at (0, 0, 0).
+
+    Returns:
+        ``[rows columns, 3]`` float32, in the order of :func:`pack`.
+    """
+    import torch
+
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+
+
+@dataclass(frozen=True)
+class Text:
+    """T5's tokens as the context, and CLIP's vector at the end of the prompt.
+
+    Attributes:
+        parts: components by their diffusers names.
+        length: most tokens of T5; a tokenizer made for fewer has fewer.
+    """
+
+    parts: Mapping[str, Any]
+    length: int
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
+        import torch
+
+        clip, t5 = self.parts["text_encoder"], self.parts["text_encoder_2"]
+        with torch.no_grad():
+            words = self._ids("tokenizer", prompts, clip.config.max_position_embeddings)
+            pooled = clip(words.to(clip.device)).pooler_output
+            context = t5(self._ids("tokenizer_2", prompts, self.length).to(t5.device))[0]
+        return Cond(context.float(), pooled.float())
+
+    def _ids(self, name: str, prompts: Sequence[str], most: int) -> Array:
+        tokenizer = self.parts[name]
+        return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length))
+
+
+def time_shift(config: Any, tokens: int) -> float:
+    """The shift ``s`` of the sampling grid of pictures of so many tokens.
+
+    A scheduler with dynamic shifting lets ``mu`` grow in a straight line with the tokens, and takes
+    ``t = e^mu / (e^mu + 1 / u - 1)``: equation 23 of arXiv 2403.03206 (``flow.shift``) with ``s = e^mu``.
+
+    Args:
+        config: configuration of a ``FlowMatchEulerDiscreteScheduler``.
+        tokens: packed tokens of a picture.
+    """
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    along = (tokens - low) / (high - low)
+    mu = config.base_shift + along * (config.max_shift - config.base_shift)
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+
+def assemble(
+    parts: Mapping[str, Any],
+    *,
+    name: str,
+    steps: int | None = None,
+    guidance: float = GUIDANCE,
+    side: int = SIDE,
+    device: str = "cpu",
+) -> Family:
+    """Make a family of diffusers components.
+
+    The nets are moved to ``device``, frozen and put into eval mode. A student is
+    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4)``.
+
+    Args:
+        parts: components by their diffusers names.
+        name: what the user calls the model.
+        steps: default number of steps; by default 28 with embedded guidance (dev) and 4 without (schnell).
+        guidance: the scale that a net with embedded guidance is told. The family's own ``guidance`` is
+            ``None``: no second pass.
+        side: latents along a side of a picture, an even number.
+        device: torch device.
+
+    Raises:
+        UserError: ``side`` is no such number.
+    """
+    if whole("side", side, PATCH, MOST_SIDE) % PATCH:
+        raise UserError(f"side must be an even number, not {side}")
+    net = parts["transformer"]
+    dev = net.config.guidance_embeds
+    return family_of_parts(
+        parts,
+        device=device,
+        name=name,
+        velocity=NetVelocity(net, guidance),
+        text=Text(parts, 512 if dev else 256),
+        latent=(net.config.in_channels // PATCH**2, side, side),
+        shift=time_shift(parts["scheduler"].config, (side // PATCH) ** 2),
+        steps=steps or (28 if dev else 4),
+        guidance=None,
+        blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
+    )
+
+
+def load(
+    source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None
+) -> Family:
+    """Load a FLUX.1-type model.
+
+    Args:
+        source: a diffusers folder or a hub name (``owner/model``).
+        device: torch device, e.g. ``cpu`` or ``cuda``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        name: what to call the model; by default what the source calls itself.
+
+    Raises:
+        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
+            the device or dtype is unknown.
+    """
+    kind = torch_dtype(dtype)
+    check_device(device)
+    path = Path(source)
+    if path.is_file():
+        raise UserError(f"{path} is a file; FLUX is read from a diffusers folder or a hub name")
+    folder = path if path.is_dir() else fetch(str(source), PIPELINE)
+    parts = read_parts(folder, read_index(folder, PIPELINE, REQUIRED), REQUIRED, kind)
+    facts = read_facts(folder)
+    told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
+    return assemble(parts, name=name or facts.get("name") or path.stem, device=device, **told)
+
+
+def save(family: Family, folder: str | Path) -> None:
+    """Write a diffusers folder that stock ``FluxPipeline.from_pretrained`` loads.
+
+    It is written beside its place and renamed; an earlier save there is replaced.
+
+    Raises:
+        UserError: something else is in the way, or the disk refuses.
+    """
+    velocity = family.velocity
+    told = velocity.guidance if isinstance(velocity, NetVelocity) else GUIDANCE
+    facts = {"name": family.name, "steps": family.steps, "guidance": told, "side": family.latent[1]}
+    write_folder(family.parts, folder, PIPELINE, facts)
