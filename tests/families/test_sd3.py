@@ -169,7 +169,11 @@ def test_saved_folders_load_here_and_in_stock_diffusers(tmp_path: Path, with_t5:
     assert (again.name, again.steps, again.guidance, again.shift) == ("mine", 4, None, 3.0)
     noise = sample.noises([1, 2], family.latent)
     before = ours(family, noise)
-    assert torch.equal(ours(again, noise)[1], before[1])
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        kept, read = (f.parts[name].state_dict() for f in (family, again))
+        assert all(torch.equal(kept[key], read[key]) for key in kept)
+    # Not to the bit: on some processors a product rounds by where in memory its weights lie.
+    assert (ours(again, noise)[1] - before[1]).abs().max() < 1e-5
     without = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "sub" / "m", **without)
     assert (pipe.text_encoder_3 is not None) == with_t5
