@@ -149,7 +149,7 @@ def application() -> App:
 def _explain(error: CycloptsError) -> str:
     from difflib import get_close_matches
 
-    from cyclopts import UnknownCommandError
+    from cyclopts import UnknownCommandError, UnusedCliTokensError
 
     if isinstance(error, UnknownCommandError) and error.unused_tokens:
         # cyclopts' own text would import every command, and PyTorch with it, to name one.
@@ -158,6 +158,9 @@ def _explain(error: CycloptsError) -> str:
         near = get_close_matches(word, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(names)}"
         return f"there is no command {f'{group} {word}'.strip()}: {hint}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        command = " ".join(error.command_chain or ())
+        return f"{error.unused_tokens[0]} is one argument too many: see fewstep {command} --help"
     return str(error)
 
 

@@ -61,6 +61,7 @@ def test_help_comes_without_torch(command: str) -> None:
         (["distill", "trajectory", "--walks", "0"], "--walks must be at least 1, not 0"),
         (["data", "stickers", "--size", "100"], "--size must be 64, 128 or 256"),
         (["data", "folder", "nowhere", "-o", "x"], "nowhere: no such folder"),
+        (["show", "a.png", "b.png"], "b.png is one argument too many: see fewstep show --help"),
     ],
 )
 def test_a_bad_option_is_one_line(tmp_path: Path, arguments: list[str], told: str) -> None:
