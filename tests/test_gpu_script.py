@@ -28,6 +28,17 @@ TINY = {
     "DEVICE": "cpu",
 }
 
+NET = ("./transformer/diffusion_pytorch_model.safetensors",)
+LEARNT = {
+    "text": [
+        *(f"./{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        *(f"./{part}/tokenizer.json" for part in ("tokenizer", "tokenizer_2")),
+    ],
+    "teacher": NET,
+    "student": NET,
+}
+"""What each archive must hold."""
+
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "timeout", "split"))), reason="the script needs bash and GNU coreutils"
 )
@@ -61,7 +72,7 @@ def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
         whole = tmp_path / f"{name}.tar"
         whole.write_bytes(b"".join(p.read_bytes() for p in sorted(out.glob(f"{name}.tar.*"))))
         with tarfile.open(whole) as tar:
-            assert {"./log.jsonl", "./sheet.png", "./run.json"} <= set(tar.getnames())
+            assert {"./log.jsonl", "./sheet.png", "./run.json", *LEARNT[name]} <= set(tar.getnames())
             tar.extractall(tmp_path / "teacher", filter="data")  # over a complete Pocket
         assert sd3.load(tmp_path / "teacher").steps == steps
 

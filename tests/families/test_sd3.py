@@ -189,6 +189,15 @@ def _named(pipe: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("facts", ['{"steps": "x"}', '{"steps": 0}', '{"guidance": "x"}', "[]"])
+def test_facts_that_are_no_numbers_are_one_line(tmp_path: Path, facts: str) -> None:
+    sd3.save(small(with_t5=False), tmp_path / "m")
+    (tmp_path / "m" / "fewstep.json").write_text(facts)
+    with pytest.raises(UserError, match=r"fewstep\.json") as caught:
+        sd3.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
 def test_t5_can_be_left_out_or_demanded(tmp_path: Path) -> None:
     sd3.save(small(), tmp_path / "with")
     sd3.save(small(with_t5=False), tmp_path / "without")

@@ -137,8 +137,28 @@ def test_an_mmdit_that_reads_other_text_is_refused(made: Made, tmp_path: Path) -
     net = pocket.transformer()
     narrow = type(net).from_config({**net.config, "joint_attention_dim": 64})
     narrow.save_pretrained(tmp_path / "other/transformer")
-    with pytest.raises(UserError, match=r"reads text of width 64, but .* writes 384"):
+    with pytest.raises(UserError, match="reads text of width 64, but gets 384"):
         pocket_teacher(data=made.data, out=tmp_path, init=tmp_path / "other", steps=1, batch=2)
+
+
+def test_an_mmdit_of_other_latents_is_refused(made: Made, tmp_path: Path) -> None:
+    vae = pocket.autoencoder()
+    small = type(vae).from_config({**vae.config, "latent_channels": 4})
+    small.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="reads latents of width 16, but gets 4"):
+        pocket_teacher(
+            data=made.data, out=tmp_path, init=made.teacher, codec=tmp_path / "vae", steps=1, batch=2
+        )
+
+
+def test_encoders_of_another_vocabulary_do_not_go_on(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": made.data, "codec": made.codec, "batch": 8, "words": 20, "steps": 1}
+    train(pocket_text(out=tmp_path / "x", **options))
+    other = tmp_path / "other"
+    shutil.copytree(made.teacher, other)
+    pocket.byte_tokenizer().save_pretrained(other / "tokenizer")
+    with pytest.raises(UserError, match="another vocabulary"):
+        train(pocket_text(out=tmp_path / "x", init=other, **options))
 
 
 def test_the_decoder_alone_keeps_latents_valid(made: Made, tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def bench(
         raise UserError("--rounds and --steps must be at least 1")
     if not (against / "model_index.json").is_file():
         raise UserError(f"--against {against}: not a diffusers folder (no model_index.json)")
+    from fewstep.families import sd3
+    from fewstep.families.folder import read_index
+
+    read_index(against, sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work:
         result = paired(model, against, prompt, steps, rounds, cores, Path(work))

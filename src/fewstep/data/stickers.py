@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.data import captions, concepts, render, shards, sources
+from fewstep.data import captions, compose, concepts, render, shards, sources
 from fewstep.data.captions import Ground
 from fewstep.data.compose import Composer
 from fewstep.files import write
@@ -43,6 +43,7 @@ def build(
         "pictures": pictures,
         "scenes": scenes,
         "seed": seed,
+        "composer": compose.VERSION,
         "packages": {p.name: p.version for p in sources.PACKAGES.values()},
     }
     _claim(folder, options)

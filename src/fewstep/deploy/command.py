@@ -17,7 +17,7 @@ def export(
     *,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     to: Literal["bundle", "diffusers"] = "bundle",
-    bits: Literal[8, 16, 32] = 8,
+    bits: Literal[8, 16, 32] | None = None,
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
@@ -31,7 +31,7 @@ def export(
         source: A diffusers folder, a hub name, or a Stability .safetensors file.
         output: The folder to write.
         to: A bundle, or a diffusers folder that stock pipelines load.
-        bits: Bits a weight, in a bundle.
+        bits: Bits a weight, in a bundle. [default: 8]
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
@@ -39,6 +39,8 @@ def export(
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
+    if to == "diffusers" and bits not in (None, 32):
+        raise UserError("a diffusers folder is written at 32 bits: leave out --bits, or export a bundle")
     facts = _facts(about)
 
     from fewstep.families import sd3
@@ -53,6 +55,7 @@ def export(
         return
     from fewstep.deploy import onnx
 
+    bits = bits or 8
     text = Path(source) / "LICENSE"
     bundle = onnx.export(
         family,

@@ -20,7 +20,7 @@ Redraw = Callable[[Sequence[Reference]], Sequence[Reference]]
 def redraws(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
     """Two ceilings for retrieval and floors for KID, by the label that tables give them.
 
-    "real, placed anew" differs from the gallery in size and place by a few pixels, as training pictures do;
+    "real, placed anew" differs from the gallery in size and place by a pixel or two, as training pictures do;
     "real, coloured" stands on a background as well that no prompt of the evaluation asks for.
 
     Raises:

@@ -164,7 +164,8 @@ def assemble(
     """Make a family of diffusers components.
 
     The nets are moved to ``device``, frozen and put into eval mode. A student is
-    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4)``.
+    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4, side=teacher.latent[1],
+    guidance=teacher.velocity.guidance)``.
 
     Args:
         parts: components by their diffusers names.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.files import replacing_folder
+from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
 
 T5 = ("tokenizer_3", "text_encoder_3")
@@ -45,9 +46,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What :func:`write_folder` wrote beside the parts; nothing in a folder of another program.
 
     Raises:
-        UserError: the file is there, but not a JSON object.
+        UserError: the file is there, but not a JSON object, or its steps or its guidance are no numbers.
     """
-    return read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    try:
+        if facts.get("steps") is not None:
+            whole("steps", facts["steps"], 1, MANY)
+        if facts.get("guidance") is not None:
+            real("guidance", facts["guidance"], 0, 100)
+    except UserError as error:
+        raise UserError(f"{folder / FACTS}: {error}") from None
+    return facts
 
 
 def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -86,7 +95,8 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
     missing = [part for part in required if part not in parts]
     missing += [part for part in parts if part not in missing and not (folder / part).is_dir()]
     if missing:
-        raise UserError(f"{folder} is incomplete: {', '.join(missing)} is missing")
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{folder} is incomplete: {', '.join(missing)} {verb} missing")
     return parts
 
 

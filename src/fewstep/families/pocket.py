@@ -20,6 +20,9 @@ A CLIP reads from left to right, so what stands after the last word has read the
 CLIPs say where they expect what (:mod:`fewstep.nets.text`). Few prompts are so long as to reach them.
 """
 
+TOKENS = 64 + 2 * LENGTH
+"""What the MMDiT attends to at most: a picture of 128 px, and the words of the CLIPs and of T5."""
+
 VOCAB = 8192
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def distill_trajectory(
         "made_of": {"teacher": fingerprint(family.net)},
     }
     method = Trajectory(student.net, student.velocity)
+    patch = student.net.config.patch_size
+    words = encoded(family, [""], False).context.shape[1]
+    options = replace(options, tokens=family.latent[1] * family.latent[2] // patch**2 + words)
     return Run("trajectory", out, method, batches, options, about, sheet, finish)
 
 

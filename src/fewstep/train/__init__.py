@@ -32,6 +32,7 @@ class Options:
         precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 where the device
             multiplies it faster, a GPU or a CPU with AMX. Elsewhere it is slower than fp32.
         threads: torch threads on a CPU; 0 leaves torch's choice.
+        tokens: length of the longest sequence that a net attends to, where it is known, else 0.
 
     Raises:
         UserError: a value out of its range.
@@ -51,6 +52,7 @@ class Options:
     device: str = "auto"
     precision: str = "auto"
     threads: int = 0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.threads < 0:

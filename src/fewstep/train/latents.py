@@ -63,12 +63,14 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     """
     kept = folder / hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     kept.mkdir(parents=True, exist_ok=True)
+    place = model.lift(np.zeros(1, np.float32)).device.type
+    mark = "-bf16" if half("auto", place) else ""  # rounding differs: one set, one precision
     values: list[Any] = []
     prompts: list[str] = []
     for number, shard in enumerate(sources):
-        path = kept / f"{shard.stem}-{size}-{_told(shard)}.npz"
+        path = kept / f"{shard.stem}-{size}-{_told(shard)}{mark}.npz"
         if not path.exists():
-            _encode_one(model, shard, path, size)
+            _encode_one(model, shard, path, size, place)
             print(f"latents {number + 1}/{len(sources)}", file=sys.stderr)
         try:
             with np.load(path) as read:
@@ -85,7 +87,7 @@ def _told(shard: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:
+def _encode_one(model: Model, shard: Path, path: Path, size: int, place: str) -> None:
     import torch
 
     parts: list[Any] = []
@@ -93,7 +95,6 @@ def _encode_one(model: Model, shard: Path, path: Path, size: int) -> None:
     with torch.no_grad():
         for images, lines in _chunks(shard, size):
             pixels = model.lift(images.astype(np.float32) / 127.5 - 1)
-            place = pixels.device.type
             with torch.autocast(place, torch.bfloat16, enabled=half("auto", place)):
                 parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
             prompts += lines
