@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fewstep import sample, times
+from fewstep.families import Family
 from fewstep.families.pocket import byte_tokenizer
 
 LENGTH = 24
@@ -132,3 +134,13 @@ def parts(config: dict[str, Any] = SMALL, *, with_t5: bool = True, tiny: bool = 
         "text_encoder_2": texts[1],
         "text_encoder_3": third,
     }
+
+
+def assert_batch_does_not_matter(family: Family, prompts: list[str]) -> None:
+    """The second of two prompts gives the same latents and text alone as beside the first."""
+    noise, cond = sample.noises([1, 2], family.latent), family.text(prompts)
+    with torch.no_grad():
+        both = sample.walk(family.velocity, family.lift(noise), times.grid(4), cond)
+        second = sample.walk(family.velocity, family.lift(noise[1:]), times.grid(4), cond[1:])
+    assert (both[1:] - second).abs().max() < 1e-4
+    assert (family.text(prompts[1:]).context - cond.context[1:]).abs().max() < 1e-5

@@ -51,9 +51,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
     try:
         if facts.get("steps") is not None:
-            whole("steps", facts["steps"], 1, MANY)
+            facts["steps"] = whole("steps", facts["steps"], 1, MANY)
         if facts.get("guidance") is not None:
-            real("guidance", facts["guidance"], 0, 100)
+            facts["guidance"] = real("guidance", facts["guidance"], 0, 100)
     except UserError as error:
         raise UserError(f"{folder / FACTS}: {error}") from None
     return facts

@@ -30,7 +30,7 @@ class Options:
         log_every: steps between log lines.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
         precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 where the device
-            multiplies it faster, a GPU or a CPU with AMX. Elsewhere it is slower than fp32.
+            multiplies it faster, a GPU or a CPU with a unit for it. Elsewhere it is slower than fp32.
         threads: torch threads on a CPU; 0 leaves torch's choice.
         tokens: length of the longest sequence that a net attends to, where it is known, else 0.
 
