@@ -60,6 +60,29 @@ class Batch:
     prompts: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Part ``part`` of ``parts`` of every batch: a process's, or a micro-batch's."""
+
+    part: int = 0
+    parts: int = 1
+
+    def cut(self, batch: int) -> slice:
+        """The rows of this part in a batch of so many.
+
+        Raises:
+            ValueError: the batch cannot be cut into equal parts.
+        """
+        if batch % self.parts:
+            raise ValueError(f"a batch of {batch} cannot be cut into {self.parts} equal parts")
+        rows = batch // self.parts
+        return slice(self.part * rows, (self.part + 1) * rows)
+
+
+WHOLE = Share()
+"""The whole batch in one piece."""
+
+
 @runtime_checkable
 class Velocity(Protocol):
     """Teacher, student, proxy, guided pair, branch pair or exported graph: all are this."""

@@ -23,7 +23,7 @@ from fewstep.recipes.pocket_teacher import pocket_teacher
 from fewstep.recipes.pocket_text import pocket_text
 from fewstep.train.checkpoint import LAST
 from fewstep.train.trainer import train
-from fewstep.types import UserError
+from fewstep.types import WHOLE, UserError
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
     run = student(
         replace(made, student=tmp_path / "model"), student_steps=2, walks_folder=made.student.parent / "walks"
     )
-    batch = run.batches(0)
+    batch = run.batches(0, WHOLE)
     assert {(round(float(a), 4), round(float(b), 4)) for a, b in zip(batch.t, batch.t_next, strict=True)} <= {
         (1.0, 0.75),
         (0.75, 0.0),

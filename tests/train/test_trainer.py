@@ -107,7 +107,7 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_divergence_stops_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
     train(run_of(tmp_path, 3))
     broken = run_of(tmp_path, 6)
-    object.__setattr__(broken, "batches", lambda step: torch.full((8, 4), float("nan")))
+    object.__setattr__(broken, "batches", lambda step, share: torch.full((8, 4), float("nan")))
     with pytest.raises(UserError, match="not finite"):
         train(broken)
     train(run_of(tmp_path, 6))

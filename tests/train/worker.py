@@ -12,6 +12,7 @@ import torch
 
 from fewstep.methods import Draw, Losses, Turn
 from fewstep.train import Options, Run
+from fewstep.types import Share
 
 
 class Toy:
@@ -29,7 +30,7 @@ class Toy:
         ]
 
     def _losses(self, name: str, batch: Any, draw: Draw) -> Losses:
-        noise = torch.randn(batch.shape, generator=draw.torch) * float(draw.rng.random())
+        noise = draw.noise(batch) * float(draw.rng.random())
         return {"square": (self.nets[name](batch + noise) - batch).square().mean()}
 
 
@@ -38,9 +39,9 @@ def batch_of(step: int) -> torch.Tensor:
 
 
 def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
-    def batches(step: int) -> torch.Tensor:
+    def batches(step: int, share: Share) -> torch.Tensor:
         time.sleep(slow)
-        return batch_of(step)
+        return batch_of(step)[share.cut(8)]
 
     settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 0.0} | options
     return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"})

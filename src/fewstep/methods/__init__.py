@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fewstep.types import WHOLE, Share
+
 Losses = Mapping[str, Any]
 """Name -> scalar tensor. The trainer minimises their sum; what is only for the log is detached."""
 
@@ -14,21 +16,52 @@ Losses = Mapping[str, Any]
 class Draw:
     """The randomness of one turn, a function of (seed, step, turn) alone: resuming needs no saved state.
 
+    What belongs to a sample is drawn for the whole batch and cut to this share, so that any number of
+    processes and of micro-batches sees the same noise. What is one for the batch (a step of the grid) comes
+    from ``rng`` itself, and so is the same everywhere.
+
     Attributes:
-        rng: for what is drawn with numpy (times, which rows lose their caption).
-        torch: a ``torch.Generator`` on the CPU for noise, so that it is the same on every device.
+        rng: a ``numpy.random.Generator``.
+        torch: a ``torch.Generator`` on the CPU, so that noise is the same on every device.
+        share: which part of the batch this is.
     """
 
     rng: Any
     torch: Any
+    share: Share = WHOLE
+
+    def noise(self, like: Any) -> Any:
+        """Standard normal noise of the shape ``[B, ...]`` and on the device of ``like``, float32."""
+        import torch
+
+        shape = (len(like) * self.share.parts, *like.shape[1:])
+        return torch.randn(shape, generator=self.torch)[self.share.cut(shape[0])].to(like.device)
+
+    def times(self, density: Callable[[int, Any], Any], like: Any) -> Any:
+        """A time of ``density`` (:mod:`fewstep.times`) for every row of ``like``: ``[B]`` float32."""
+        import torch
+
+        drawn = density(len(like) * self.share.parts, self.rng)
+        return torch.from_numpy(drawn[self.share.cut(len(drawn))]).to(like.device)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One update: the net of this name learns from these losses."""
+    """One update: the net of this name, and no other, learns from these losses."""
 
     net: str
     losses: Callable[[Any, Draw], Losses]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the net of this name that no gradient makes: a head begun anew, a proxy that follows.
+
+    ``apply`` changes the net in place and returns the parameters whose optimizer shall forget what it knew.
+    """
+
+    net: str
+    apply: Callable[[Draw], Sequence[Any]]
 
 
 class Method(Protocol):
@@ -39,6 +72,6 @@ class Method(Protocol):
         """The nets that learn, by name."""
         ...
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def turns(self, step: int) -> Sequence[Turn | Change]:
         """Whose turn it is at this step, in order."""
         ...

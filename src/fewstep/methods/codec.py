@@ -43,8 +43,7 @@ class CodecMethod:
 
         with torch.set_grad_enabled(not self.decoder_only):
             posterior = self.vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=draw.torch).to(images.device)
-        error = self.vae.decode(posterior.mean + posterior.std * noise).sample - images
+        error = self.vae.decode(posterior.mean + posterior.std * draw.noise(posterior.mean)).sample - images
         across = (error[..., 1:] - error[..., :-1]).abs().mean()
         down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
         coarse = torch.nn.functional.avg_pool2d(error, 8)

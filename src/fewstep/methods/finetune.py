@@ -36,10 +36,7 @@ class Finetune:
 
     def losses(self, batch: Batch, draw: Draw) -> Losses:
         """``batch.latents`` ``[B, C, H, W]`` -> the loss."""
-        import torch
-
         x0 = batch.latents
-        t = torch.from_numpy(self.density(len(x0), draw.rng)).to(x0.device)
-        noise = torch.randn(x0.shape, generator=draw.torch).to(x0.device)
+        t, noise = draw.times(self.density, x0), draw.noise(x0)
         v = self.velocity(flow.mix(x0, noise, t), t, batch.cond)
         return {"flow": losses.flow_matching(v, noise, x0)}

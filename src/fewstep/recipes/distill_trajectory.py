@@ -12,7 +12,7 @@ import numpy as np
 
 from fewstep.recipes.parts import SHOWN, Out, at_least_one
 from fewstep.train import Options, Run
-from fewstep.types import UserError
+from fewstep.types import Share, UserError
 
 
 def distill_trajectory(
@@ -79,9 +79,10 @@ def distill_trajectory(
     stride = 4 // student_steps
     states, grid = made.states[:, ::stride], made.times[::stride]
 
-    def batches(step: int) -> Walks:
+    def batches(step: int, share: Share) -> Walks:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        rows, moves = rng.integers(0, len(states), batch), rng.integers(0, student_steps, batch)
+        rows = rng.integers(0, len(states), batch)[share.cut(batch)]
+        moves = rng.integers(0, student_steps, batch)[share.cut(batch)]
         t = torch.tensor(grid)
         return Walks(
             torch.from_numpy(states[rows, moves].astype(np.float32)),
@@ -113,7 +114,7 @@ def distill_trajectory(
     patch = student.net.config.patch_size
     words = encoded(family, [""], False).context.shape[1]
     options = replace(options, tokens=family.latent[1] * family.latent[2] // patch**2 + words)
-    return Run("trajectory", out, method, batches, options, about, sheet, finish)
+    return Run("trajectory", out, method, batches, options, about, sheet=sheet, finish=finish)
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fewstep.recipes.parts import Out, at_least_one
 from fewstep.train import Options, Run
+from fewstep.types import Share
 
 CROP = 64
 """Side of the training crops, pixels: small crops show a convolutional net more pictures a second."""
@@ -62,14 +63,14 @@ def pocket_codec(
         torch.manual_seed(seed)
         vae = autoencoder_of(init) if init else pocket.autoencoder()
 
-    def batches(step: int) -> Any:
+    def batches(step: int, share: Share) -> Any:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         room = seen.shape[-1] - CROP + 1
         places = zip(rng.integers(0, len(seen), batch), *rng.integers(0, room, (2, batch)), strict=True)
         crops = np.stack([seen[i, :, y : y + CROP, x : x + CROP] for i, y, x in places])
         if rng.random() < 0.5:
             crops = np.ascontiguousarray(crops[..., ::-1])
-        return torch.from_numpy(crops).float().div(127.5).sub(1)
+        return torch.from_numpy(crops[share.cut(batch)]).float().div(127.5).sub(1)
 
     def sheet(nets: dict[str, Any]) -> Any:
         from fewstep.evaluate.sheet import sheet as draw
@@ -98,7 +99,7 @@ def pocket_codec(
 
     about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}
     method = CodecMethod(vae, decoder_only)
-    return Run("pocket-codec", out, method, batches, options, about, sheet, finish)
+    return Run("pocket-codec", out, method, batches, options, about, sheet=sheet, finish=finish)
 
 
 def _pixels(paths: list[Path], many: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

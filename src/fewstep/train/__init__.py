@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from fewstep.methods import Method
-from fewstep.types import UserError
+from fewstep.types import Share, UserError
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Options:
     Attributes:
         steps: updates in all.
         lr: learning rate of AdamW after the warm-up.
+        rates: learning rates of nets that have one of their own, by name.
         warmup: steps in which the rate rises from zero.
         decay: share of the steps, the last ones, in which it falls to zero.
         weight_decay: of matrices; vectors have none.
@@ -40,6 +41,7 @@ class Options:
 
     steps: int
     lr: float
+    rates: Mapping[str, float] = field(default_factory=dict[str, float])
     warmup: int = 100
     decay: float = 0.3
     weight_decay: float = 0.01
@@ -57,8 +59,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.threads < 0:
             raise UserError("--steps must be at least 1, and --threads at least 0")
-        if not (isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"--lr must be a positive number, not {self.lr}")
+        for rate in (self.lr, *self.rates.values()):
+            if not (isfinite(rate) and rate > 0):
+                raise UserError(f"--lr must be a positive number, not {rate}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must lie between 0 and {2**31 - 1}, not {self.seed}")
 
@@ -71,9 +74,11 @@ class Run:
         name: the recipe's name.
         folder: where checkpoints, log and sheets go.
         method: what is learnt.
-        batches: step -> batch, a pure function: the data position is the step.
+        batches: (step, share) -> that part of the step's batch; a pure function, so the step is all it needs.
         options: how.
         about: resolved options and sources, written into the folder.
+        averaged: the nets whose averages are kept, by name; all where it is ``None``. What is not averaged is
+            handed on as it is.
         sheet: averaged nets -> a contact sheet (a Pillow image).
         finish: averaged nets -> writes what the run is for (a diffusers folder, say).
     """
@@ -81,8 +86,9 @@ class Run:
     name: str
     folder: Path
     method: Method
-    batches: Callable[[int], Any]
+    batches: Callable[[int, Share], Any]
     options: Options
     about: dict[str, Any]
+    averaged: Sequence[str] | None = None
     sheet: Callable[[dict[str, Any]], Any] | None = None
     finish: Callable[[dict[str, Any]], None] | None = None

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Change, Draw, Losses, Turn
 from fewstep.train import Options, Run
 from fewstep.train.checkpoint import restore, save
 from fewstep.train.device import attention, half, moved, pick
 from fewstep.train.log import Log
-from fewstep.types import UserError
+from fewstep.types import WHOLE, Share, UserError
 
 
 def train(run: Run) -> None:
@@ -77,9 +77,10 @@ class State:
             net.to(self.device).train().requires_grad_(True)
         self.optimizers = {name: _optimizer(net, run.options) for name, net in self.nets.items()}
         # The average warms up, so that it forgets the random start: decay min(ema, (1 + n) / (10 + n)).
+        kept = self.nets if run.averaged is None else run.averaged
         self.averages = {
-            name: AveragedModel(net, multi_avg_fn=_averaging(run.options.ema), use_buffers=False)
-            for name, net in self.nets.items()
+            name: AveragedModel(self.nets[name], multi_avg_fn=_averaging(run.options.ema), use_buffers=False)
+            for name in kept
         }
         self.step = restore(run.folder, self.all(), run.about)
 
@@ -88,16 +89,21 @@ class State:
         return {"owner": self, "nets": self.nets, "optimizers": self.optimizers, "averages": self.averages}
 
     def averaged(self) -> dict[str, Any]:
-        """The averaged nets, in eval mode."""
-        return {name: average.module.eval() for name, average in self.averages.items()}
+        """The nets, in eval mode: their averages where those are kept."""
+        kept = {name: average.module.eval() for name, average in self.averages.items()}
+        return {**self.nets, **kept}
 
     def advance(self) -> dict[str, float]:
         """One step: every turn of the method on the batch of this step."""
         rate = _schedule(self.step, self.run.options)
-        batch = moved(self.run.batches(self.step), self.device)
+        batch = moved(self.run.batches(self.step, WHOLE), self.device)
         figures: dict[str, float] = {"lr": rate * self.run.options.lr}
         for number, turn in enumerate(self.run.method.turns(self.step)):
-            figures |= self._take(turn, batch, draw(self.run.options.seed, self.step, number), rate)
+            randomness = draw(self.run.options.seed, self.step, number)
+            if isinstance(turn, Change):
+                self._change(turn, randomness)
+            else:
+                figures |= self._take(turn, batch, randomness, rate)
         self.step += 1
         return figures
 
@@ -106,7 +112,9 @@ class State:
 
         net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
         for group in optimizer.param_groups:
-            group["lr"] = rate * self.run.options.lr
+            group["lr"] = rate * self.run.options.rates.get(turn.net, self.run.options.lr)
+        for name, other in self.nets.items():  # a loss may pass through other nets, but leaves nothing there
+            other.requires_grad_(name == turn.net)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half), attention(
             self.device, self.run.options.tokens
         ):
@@ -121,17 +129,25 @@ class State:
                 f"Lower --lr; the last checkpoint in {self.run.folder} still resumes"
             )
         optimizer.step()
-        self.averages[turn.net].update_parameters(net)
+        if turn.net in self.averages:
+            self.averages[turn.net].update_parameters(net)
         return {name: float(value.detach()) for name, value in losses.items()} | {f"norm/{turn.net}": norm}
 
+    def _change(self, change: Change, randomness: Draw) -> None:
+        import torch
 
-def draw(seed: int, step: int, turn: int) -> Draw:
-    """The randomness of one turn."""
+        with torch.no_grad():
+            for parameter in change.apply(randomness):
+                self.optimizers[change.net].state.pop(parameter, None)
+
+
+def draw(seed: int, step: int, turn: int, share: Share = WHOLE) -> Draw:
+    """The randomness of one turn, for one share of its batch."""
     import torch
 
     key = np.random.SeedSequence([seed, step, turn])
     generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    return Draw(np.random.Generator(np.random.Philox(key)), generator)
+    return Draw(np.random.Generator(np.random.Philox(key)), generator, share)
 
 
 def _total(losses: Losses) -> Any:
