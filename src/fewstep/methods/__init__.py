@@ -44,6 +44,14 @@ class Draw:
         drawn = density(len(like) * self.share.parts, self.rng)
         return torch.from_numpy(drawn[self.share.cut(len(drawn))]).to(like.device)
 
+    def choices(self, options: Sequence[int], like: Any) -> Any:
+        """One of ``options`` for every row of ``like``: ``[B]`` int64."""
+        import torch
+
+        whole = len(like) * self.share.parts
+        places = self.rng.integers(0, len(options), whole)[self.share.cut(whole)]
+        return torch.tensor(options)[torch.from_numpy(places)].to(like.device)
+
 
 @dataclass(frozen=True)
 class Turn:

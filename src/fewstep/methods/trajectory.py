@@ -13,26 +13,28 @@ from typing import Any
 
 from fewstep import losses
 from fewstep.methods import Draw, Losses, Turn
-from fewstep.types import Cond, Velocity
+from fewstep.types import Batch, Velocity
 
 
-@dataclass(frozen=True)
-class Walks:
-    """Some moves of the teacher.
+def guided(
+    velocity: Velocity, grid: Sequence[float], steps: Sequence[int], batch: Batch, draw: Draw
+) -> Losses:
+    """The loss of ``velocity`` on a move of each of the teacher's walks, drawn among ``steps`` of the grid.
 
-    Attributes:
-        start: states at the start times, ``[B, C, H, W]``.
-        end: states at the end times.
-        t: start times, ``[B]``.
-        t_next: end times, ``[B]``.
-        cond: conditions of the ``B`` moves.
+    ``batch.states`` ``[B, S + 1, C, H, W]`` are the walks at the times of ``grid``.
+
+    Raises:
+        ValueError: the batch carries no walks on this grid.
     """
+    import torch
 
-    start: Any
-    end: Any
-    t: Any
-    t_next: Any
-    cond: Cond
+    states = batch.states
+    if states is None or states.shape[1] != len(grid):
+        raise ValueError(f"trajectory guidance needs the teacher's walks at {len(grid)} times")
+    rows, moves = torch.arange(len(states)), draw.choices(steps, batch.latents).cpu()
+    start, end, t = states[rows, moves], states[rows, moves + 1], torch.tensor(list(grid)).to(states.device)
+    v = velocity(start, t[moves], batch.cond)
+    return {"trajectory": losses.trajectory(v, start, end, t[moves], t[moves + 1])}
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,21 @@ class Trajectory:
     """The student regresses the teacher's moves.
 
     Attributes:
-        net: the student's torch module.
-        velocity: the same net as a velocity.
+        student: the module that learns, a few-step net.
+        velocity: the same as a velocity.
+        grid: its times, descending from 1 to 0.
     """
 
-    net: Any
+    student: Any
     velocity: Velocity
+    grid: Sequence[float]
 
     @property
     def nets(self) -> dict[str, Any]:
-        return {"net": self.net}
+        return {"student": self.student}
 
     def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("net", self.losses)]
+        return [Turn("student", self.losses)]
 
-    def losses(self, batch: Walks, draw: Draw) -> Losses:
-        v = self.velocity(batch.start, batch.t, batch.cond)
-        return {"trajectory": losses.trajectory(v, batch.start, batch.end, batch.t, batch.t_next)}
+    def losses(self, batch: Batch, draw: Draw) -> Losses:
+        return guided(self.velocity, self.grid, range(len(self.grid) - 1), batch, draw)

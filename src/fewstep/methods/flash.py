@@ -1,0 +1,79 @@
+"""The third stage of SD3.5-Flash (arXiv 2509.21318): distribution matching and the adversarial loss at once.
+
+The chain around it, warm start, split and merge, is :mod:`fewstep.recipes.distill` (floor 3). Ours keeps the
+warm start's own loss beside the two, as an anchor: what matching loses without it, docs/method.md shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fewstep.methods import Change, Draw, Losses, Turn
+from fewstep.methods.adversarial import Critic
+from fewstep.methods.dmd import Matching, followed
+from fewstep.methods.rollout import Rollout
+from fewstep.methods.trajectory import guided
+from fewstep.types import Batch, Velocity
+
+
+@dataclass(frozen=True)
+class Flash:
+    """The proxy learns, the heads learn, the student learns from both.
+
+    Attributes:
+        student: the module that learns, a few-step net.
+        velocity: the same as a velocity.
+        proxy: the module of ``matching.proxy``.
+        matching: distribution matching.
+        critic: the adversarial loss; its taps are the proxy's or the teacher's.
+        grid: the student's times.
+        updates: turns of the proxy before each of the student's.
+        follow: how much of itself the proxy keeps when it follows the student after a step; 1: all.
+        anchor: weight of trajectory guidance; above 0 the batch must carry the teacher's walks.
+    """
+
+    student: Any
+    velocity: Velocity
+    proxy: Any
+    matching: Matching
+    critic: Critic
+    grid: Sequence[float]
+    updates: int = 5
+    follow: float = 1.0
+    anchor: float = 1.0
+
+    @property
+    def nets(self) -> dict[str, Any]:
+        return {"student": self.student, **self.rivals}
+
+    @property
+    def rivals(self) -> dict[str, Any]:
+        """The nets that learn beside the student."""
+        return {"proxy": self.proxy, "heads": self.critic.heads}
+
+    def turns(self, step: int) -> Sequence[Turn | Change]:
+        rollout = Rollout(self.velocity, self.grid)
+        turns: list[Turn | Change] = [*self.before(rollout), Turn("student", partial(self.losses, rollout))]
+        if self.follow < 1:
+            turns.append(Change("proxy", partial(followed, self.proxy, self.student, self.follow)))
+        return turns
+
+    def before(self, rollout: Rollout) -> Sequence[Turn | Change]:
+        """The turns of proxy and heads that come before the student's."""
+        return [
+            *[Turn("proxy", partial(self.matching.learn, rollout))] * self.updates,
+            Change("heads", self.critic.renew),
+            Turn("heads", partial(self.critic.learn, rollout)),
+        ]
+
+    def losses(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+        """The student's losses, at the steps of ``rollout`` that learn."""
+        told = {**self.matching.match(rollout, batch, draw), **self.critic.fool(rollout, batch, draw)}
+        if self.anchor:
+            steps = rollout.learns or range(rollout.steps)
+            kept = guided(self.velocity, self.grid, steps, batch, draw)["trajectory"]
+            told["trajectory"] = self.anchor * kept
+        return told

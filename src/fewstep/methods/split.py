@@ -1,0 +1,58 @@
+"""Split-timestep fine-tuning: two branches of the student, each on its half of the times (floor 3).
+
+SD3.5-Flash (arXiv 2509.21318): one branch learns at t in (0, 0.5], one at t in (0.5, 1], with the losses of
+the stage before; then their weights are merged (:func:`fewstep.nets.branches.merge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from fewstep.methods import Change, Turn
+from fewstep.methods.flash import Flash
+from fewstep.methods.rollout import Rollout
+from fewstep.nets.branches import Branches
+from fewstep.types import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both branches learn in turn, on walks that they make together.
+
+    Attributes:
+        early: the module that learns at t in (0, border].
+        late: the module that learns at t in (border, 1].
+        flash: the losses; its velocity is the :class:`~fewstep.nets.branches.Branches` of the two.
+
+    Raises:
+        UserError: the grid has all its times on one side: there is nothing to split.
+    """
+
+    early: Any
+    late: Any
+    flash: Flash
+
+    def __post_init__(self) -> None:
+        if not all(self._steps(late) for late in (False, True)):
+            raise UserError(
+                f"a grid of {len(self.flash.grid) - 1} steps has no time on one side of the border: "
+                "there is nothing to split"
+            )
+
+    @property
+    def nets(self) -> dict[str, Any]:
+        return {"early": self.early, "late": self.late, **self.flash.rivals}
+
+    def turns(self, step: int) -> Sequence[Turn | Change]:
+        rollout = Rollout(self.flash.velocity, self.flash.grid)
+        halves = [replace(rollout, learns=self._steps(late)) for late in (False, True)]
+        early, late = (partial(self.flash.losses, half) for half in halves)
+        return [*self.flash.before(rollout), Turn("early", early), Turn("late", late)]
+
+    def _steps(self, late: bool) -> Sequence[int]:
+        velocity = self.flash.velocity
+        border = velocity.border if isinstance(velocity, Branches) else 0.5
+        return [i for i, t in enumerate(self.flash.grid[:-1]) if (t > border) == late]

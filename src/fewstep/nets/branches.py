@@ -1,0 +1,46 @@
+"""Two nets, one for early and one for late times, and how they become one again (floor 2, torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.types import Array, Cond, Velocity
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A velocity that asks ``late`` above ``border`` and ``early`` at it and below. A batch has one time.
+
+    Attributes:
+        early: the velocity for t in (0, border], near data.
+        late: the velocity for t in (border, 1], near noise.
+        border: SD3.5-Flash splits at 0.5 (arXiv 2509.21318).
+    """
+
+    early: Velocity
+    late: Velocity
+    border: float = 0.5
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        late = t > self.border
+        if bool(late.any()) != bool(late.all()):
+            raise ValueError("a batch of times on both sides of the border has no branch")
+        return (self.late if bool(late.all()) else self.early)(x_t, t, cond)
+
+
+def merge(early: Mapping[str, Any], late: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """Interpolate two state dicts: ``ratio`` of ``late`` and the rest of ``early``, in float32.
+
+    Raises:
+        ValueError: they are not of the same net.
+    """
+    if early.keys() != late.keys():
+        raise ValueError("only two branches of one net can be merged")
+    return {
+        name: (early[name].float().lerp(late[name].float(), ratio)).to(early[name].dtype)
+        if early[name].is_floating_point()
+        else early[name]
+        for name in early
+    }
