@@ -6,12 +6,13 @@ import re
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.request import whole
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from fewstep.families import Family
     from fewstep.pipeline import Pipeline
 
 
@@ -81,6 +82,30 @@ def locate(name: str) -> Path:
         return _fetch(name)
     have = ", ".join(names) or "none are installed"
     raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
+
+
+def load_family(source: str, *, device: str = "cpu", dtype: str = "float32", **own: Any) -> Family:
+    """Load a PyTorch model with its parts open, whichever family's it is.
+
+    Args:
+        source: a folder with a diffusers pipeline, a single-file checkpoint, or a hub name.
+        device: torch device.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        own: options that not every family's ``load`` has (``t5``, ``guidance``); ``None`` is none.
+
+    Raises:
+        UserError: there is no such model, it is a bundle, it is damaged, or its family lacks an option.
+    """
+    from inspect import signature
+
+    place = locate(source)
+    if (place / "bundle.json").is_file():
+        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
+    module = _family(source, place)
+    given = {name: value for name, value in own.items() if value is not None}
+    for name in given.keys() - signature(module.load).parameters.keys():
+        raise UserError(f"model {source} has no option {name}: leave it out")
+    return module.load(place if place.exists() else source, device=device, dtype=dtype, **given)
 
 
 def missing_extra(error: ImportError) -> UserError | None:

@@ -53,11 +53,14 @@ class Batch:
         latents: clean latents ``x_0``, ``[B, C, H, W]``.
         cond: the captions, encoded.
         prompts: the captions themselves, for logs and metrics.
+        states: the teacher's walks to ``latents`` at the times of the student's grid, noise first and
+            ``latents`` last, ``[B, S + 1, C, H, W]``; ``None`` where nobody kept them.
     """
 
     latents: Array
     cond: Cond
     prompts: Sequence[str] = ()
+    states: Array | None = None
 
 
 @runtime_checkable

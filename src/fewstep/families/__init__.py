@@ -22,11 +22,16 @@ class Family(Model):
         blocks: its transformer blocks: where to shard, compile, checkpoint and tap.
         parts: the components by their diffusers names (``transformer``, ``vae``, ``text_encoder``, ...),
             ``None`` for one that is absent.
+        clip_length: how many rows of a context come first and are the CLIPs'; what follows them is T5's and
+            may be left out. ``None`` where nothing may.
+        told: the scale that a net with embedded guidance is told; ``None`` for a net without.
     """
 
     net: Any
     blocks: Sequence[Any]
     parts: Mapping[str, Any]
+    clip_length: int | None = None
+    told: float | None = None
 
 
 def family_of(folder: Path) -> ModuleType:

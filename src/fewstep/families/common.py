@@ -49,6 +49,8 @@ def family_of_parts(
     steps: int,
     guidance: float | None,
     blocks: Sequence[Any],
+    clip_length: int | None = None,
+    told: float | None = None,
 ) -> Family:
     """A family of diffusers components: what each family says of itself, and what follows from the parts.
 
@@ -62,7 +64,7 @@ def family_of_parts(
         shift: time shift.
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
-        blocks: see :class:`fewstep.families.Family`.
+        blocks: and those below: see :class:`fewstep.families.Family`.
     """
     import torch
 
@@ -85,4 +87,6 @@ def family_of_parts(
         net=parts["transformer"],
         blocks=blocks,
         parts=parts,
+        clip_length=clip_length,
+        told=told,
     )
