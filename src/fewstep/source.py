@@ -84,17 +84,19 @@ def locate(name: str) -> Path:
     raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
 
 
-def load_family(source: str, *, device: str = "cpu", dtype: str = "float32", **own: Any) -> Family:
+def load_family(
+    source: str, *, device: str = "cpu", dtype: str = "float32", t5: bool | None = None
+) -> Family:
     """Load a PyTorch model with its parts open, whichever family's it is.
 
     Args:
         source: a folder with a diffusers pipeline, a single-file checkpoint, or a hub name.
         device: torch device.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        own: options that not every family's ``load`` has (``t5``, ``guidance``); ``None`` is none.
+        t5: of a family that can do without T5: whether to load it; ``None`` loads it where it is there.
 
     Raises:
-        UserError: there is no such model, it is a bundle, it is damaged, or its family lacks an option.
+        UserError: there is no such model, it is a bundle, it is damaged, or its family needs T5.
     """
     from inspect import signature
 
@@ -102,10 +104,10 @@ def load_family(source: str, *, device: str = "cpu", dtype: str = "float32", **o
     if (place / "bundle.json").is_file():
         raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
     module = _family(source, place)
-    given = {name: value for name, value in own.items() if value is not None}
-    for name in given.keys() - signature(module.load).parameters.keys():
-        raise UserError(f"model {source} has no option {name}: leave it out")
-    return module.load(place if place.exists() else source, device=device, dtype=dtype, **given)
+    choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
+    if not choice.keys() <= signature(module.load).parameters.keys():
+        raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
+    return module.load(place if place.exists() else source, device=device, dtype=dtype, **choice)
 
 
 def missing_extra(error: ImportError) -> UserError | None:

@@ -25,7 +25,7 @@ from fewstep.families.folder import (
     torch_dtype,
     write_folder,
 )
-from fewstep.request import real, whole
+from fewstep.request import whole
 from fewstep.types import Array, Cond, UserError
 
 PIPELINE = "FluxPipeline"
@@ -199,12 +199,7 @@ def assemble(
 
 
 def load(
-    source: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    name: str | None = None,
-    guidance: float | None = None,
+    source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None
 ) -> Family:
     """Load a FLUX.1-type model.
 
@@ -213,11 +208,10 @@ def load(
         device: torch device, e.g. ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         name: what to call the model; by default what the source calls itself.
-        guidance: the scale that a net with embedded guidance is told; by default the source's own.
 
     Raises:
-        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached,
-            the device or dtype is unknown, or the net cannot be told a guidance scale.
+        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
+            the device or dtype is unknown.
     """
     kind = torch_dtype(dtype)
     check_device(device)
@@ -228,10 +222,6 @@ def load(
     parts = read_parts(folder, read_index(folder, PIPELINE, REQUIRED), REQUIRED, kind)
     facts = read_facts(folder)
     told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
-    if guidance is not None:
-        if not parts["transformer"].config.guidance_embeds:
-            raise UserError(f"{source} cannot be told a guidance scale; leave it out")
-        told["guidance"] = real("guidance", guidance, 0, 100)
     return assemble(parts, name=name or facts.get("name") or path.stem, device=device, **told)
 
 

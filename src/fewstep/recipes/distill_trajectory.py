@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.recipes.parts import SHOWN, Out, at_least_one
 from fewstep.train import Options, Run
 from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.families import Family
 
 
 def distill_trajectory(
@@ -24,7 +27,7 @@ def distill_trajectory(
     guidance: float = 4.0,
     substeps: int = 4,
     walks: int = 2000,
-    walks_folder: Path | None = None,
+    synthetic: Path | None = None,
     init: Path | None = None,
     steps: int = 600,
     batch: int = 64,
@@ -42,8 +45,9 @@ def distill_trajectory(
         student_steps: Steps that the student shall need: 4, 2 or 1.
         guidance: The teacher's guidance scale; the student then needs none.
         substeps: Steps of the teacher for each of four moves.
-        walks: How many walks of the teacher to learn from; they are made first, and kept.
-        walks_folder: Where the walks are kept; by default in the run folder.
+        walks: How many walks of the teacher to learn from; they are made first, and kept in the run folder.
+        synthetic: Learn from the walks in this folder (of `fewstep synthesize --student-steps`) instead;
+            --data, --guidance, --substeps and --walks then say nothing.
         init: Start the student from this model instead of from the teacher.
         steps: Updates in all.
         batch: Moves an update.
@@ -61,34 +65,34 @@ def distill_trajectory(
 
     import torch
 
-    from fewstep.data import synthesis
-    from fewstep.data.texts import prompts_of
     from fewstep.families import sd3
     from fewstep.methods.trajectory import Trajectory, Walks
-    from fewstep.recipes.parts import contact_sheet, encoded, fingerprint, training_shards
+    from fewstep.recipes.parts import contact_sheet, encoded
     from fewstep.train.device import pick
 
     if threads:
         torch.set_num_threads(threads)
-    sources, place = training_shards(data), pick(device)
+    lines = None if synthetic else _prompts(data, walks, seed)
+    place = pick(device)
     family = sd3.load(teacher, t5=False, device=place)
     student = sd3.load(init or teacher, t5=False, device=place)
-    lines = prompts_of(sources, walks, seed)
-    plan = synthesis.Plan(4, substeps, guidance, 1_000_000 * (seed + 1), fingerprint(family.net))
-    made = synthesis.walks(family, lines, plan, walks_folder or out / "walks", 32, _progress())
-    stride = 4 // student_steps
-    states, grid = made.states[:, ::stride], made.times[::stride]
+    if lines is not None:
+        _walk(family, lines, out / "walks", guidance=guidance, substeps=substeps, seed=seed)
+    made = _made(synthetic or out / "walks", family, student_steps)
+    grid = torch.tensor(made.times[:: made.plan.student_steps // student_steps])
 
     def batches(step: int) -> Walks:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        rows, moves = rng.integers(0, len(states), batch), rng.integers(0, student_steps, batch)
-        t = torch.tensor(grid)
+        moves = rng.integers(0, student_steps, batch)
+        read = made.read(made.rows(step, batch, seed))
+        states: Any = read.states
+        states, rows = states[:, :: made.plan.student_steps // student_steps], range(batch)
         return Walks(
-            torch.from_numpy(states[rows, moves].astype(np.float32)),
-            torch.from_numpy(states[rows, moves + 1].astype(np.float32)),
-            t[moves],
-            t[moves + 1],
-            encoded(family, [lines[r] for r in rows], False),
+            states[rows, moves],
+            states[rows, moves + 1],
+            grid[moves],
+            grid[moves + 1],
+            made.without_t5(read.cond),
         )
 
     def sheet(nets: dict[str, Any]) -> Any:
@@ -101,13 +105,13 @@ def distill_trajectory(
     about = {
         "recipe": "distill-trajectory",
         "teacher": str(teacher),
-        "guidance": guidance,
-        "walks": walks,
-        "substeps": substeps,
+        "guidance": made.plan.guidance,
+        "walks": len(made),
+        "substeps": made.plan.steps // made.plan.student_steps,
         "student_steps": student_steps,
         "batch": batch,
         "init": str(init),
-        "made_of": {"teacher": fingerprint(family.net)},
+        "made_of": {"teacher": made.plan.weights},
     }
     method = Trajectory(student.net, student.velocity)
     patch = student.net.config.patch_size
@@ -116,5 +120,57 @@ def distill_trajectory(
     return Run("trajectory", out, method, batches, options, about, sheet, finish)
 
 
-def _progress() -> Callable[[int, int], None]:
-    return lambda done, total: print(f"walks of the teacher {done}/{total}", file=sys.stderr)
+def _prompts(data: Path, walks: int, seed: int) -> list[str]:
+    from fewstep.data.texts import prompts_of
+    from fewstep.recipes.parts import training_shards
+
+    return prompts_of(training_shards(data), walks, seed)
+
+
+def _walk(
+    family: Family, prompts: list[str], folder: Path, *, guidance: float, substeps: int, seed: int
+) -> None:
+    """Make the walks of the run's own folder; those that are there already are kept."""
+    from fewstep.data.synthesis import plan as plans
+    from fewstep.data.synthesis.write import synthesize
+    from fewstep.recipes.parts import fingerprint
+
+    plan = plans.make(
+        family,
+        prompts,
+        guidance=guidance,
+        steps=4 * substeps,
+        student_steps=4,
+        seed=1_000_000 * (seed + 1),
+        weights=fingerprint(family.net),
+        clip_length=family.clip_length,
+    )
+
+    def progress(done: int, total: int) -> None:
+        print(f"walks of the teacher {done}/{total}", file=sys.stderr)
+
+    synthesize(family, prompts, plan, folder, progress=progress)
+
+
+def _made(folder: Path, family: Family, student_steps: int) -> Synthetic:
+    """The walks of a folder.
+
+    Raises:
+        UserError: they are of another teacher, or their times are not the student's.
+    """
+    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.recipes.parts import fingerprint
+
+    made = Synthetic.open(folder)
+    plan = made.plan
+    # In half precision the fingerprint is of the rounded weights, and nothing can be said.
+    other = plan.dtype == "float32" and plan.weights != fingerprint(family.net)
+    if other or plan.latent != family.latent:
+        raise UserError(f"{folder} holds walks of another teacher, {plan.teacher}: give it as --teacher")
+    if plan.student_steps == 0 or plan.student_steps % student_steps:
+        kept = f"walks at {plan.student_steps} steps" if plan.student_steps else "no walks, latents alone"
+        raise UserError(
+            f"{folder} holds {kept}, of no use to a student of {student_steps}: synthesize again with "
+            f"--student-steps {student_steps}"
+        )
+    return made
