@@ -22,7 +22,9 @@ HELP = {
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
     "data stickers": ("--pictures", "How many training pictures."),
     "data folder": ("--output", "Folder for the shards."),
+    "synthesize": ("--student-steps", "How many samples."),
 }
+SYNTHESIZE = ["synthesize", "--teacher", "nosuch", "--out", "x"]
 SAY = """
 import sys
 from fewstep.cli import run
@@ -62,6 +64,11 @@ def test_help_comes_without_torch(command: str) -> None:
         (["train", "pocket-teacher", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["train", "pocket-text", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["export", "x", "-o", "y", "--to", "diffusers", "--bits", "8"], "leave out --bits"),
+        ([*SYNTHESIZE, "--number", "0"], "--number must be at least 1, not 0"),
+        ([*SYNTHESIZE, "--number", "1", "--gidance", "3"], "Did you mean --guidance?"),
+        ([*SYNTHESIZE, "--number", "1", "--steps", "0"], "--steps must be at least 1, not 0"),
+        ([*SYNTHESIZE, "--number", "1", "--prompts", "none.txt"], "cannot read the prompts in none.txt"),
+        ([*SYNTHESIZE, "--number", "1"], "no .tar shards there"),
         (["data", "stickers", "--size", "100"], "--size must be 64, 128 or 256"),
         (["data", "folder", "nowhere", "-o", "x"], "nowhere: no such folder"),
         (["show", "a.png", "b.png"], "b.png is one argument too many: see fewstep show --help"),
@@ -99,6 +106,11 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "pocket-codec", "--data", data, "--init", none], "no such folder"),
         (["distill", "trajectory", "--data", none], "no .tar shards there"),
         (["distill", "trajectory", "--data", data, "--teacher", none], "neither a folder"),
+        (["distill", "trajectory", "--synthetic", none, "--teacher", none], "neither a folder"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", none], "there is no model"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", "pocket"], "is a bundle"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", data], "neither bundle.json nor"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", none, "--guidance", "x"], "--guidance"),
         (["distill", "trajectory", "--data", data, "--teacher", data], "model_index.json is missing"),
     ):
         assert run([*arguments, *out]) == 2

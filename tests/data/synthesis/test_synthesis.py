@@ -1,4 +1,4 @@
-"""Samples of a teacher: the same however they are made, true to the teacher, read from anywhere, or refused."""
+"""Samples of a teacher: the same however they are made, true to it, read from anywhere, or refused."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fewstep.data.synthesis.plan import NULL, PLAN, Plan
 from fewstep.data.synthesis.read import Synthetic
 from fewstep.data.synthesis.write import synthesize
 from fewstep.families import Family, flux, sd3
+from fewstep.source import load_family
 from fewstep.types import Cond, Model, UserError
 from mixture import Mixture, images
 
@@ -185,7 +186,7 @@ def test_another_batch_gives_the_same_within_rounding(teacher: Family, made: Pat
     assert torch.allclose(one.cond.context, other.cond.context, atol=4e-3)
 
 
-def test_two_ranks_make_what_one_makes(teacher: Family, made: Path, tmp_path: Path) -> None:
+def test_two_processes_of_the_command_make_what_one_function_makes(teacher: Family, tmp_path: Path) -> None:
     sd3.save(teacher, tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
     command = [sys.executable, "-m", "fewstep", "synthesize", "--prompts", "prompts.txt", "--number", "5"]
@@ -198,10 +199,12 @@ def test_two_ranks_make_what_one_makes(teacher: Family, made: Path, tmp_path: Pa
             env=os.environ | {"PYTHONPATH": source, "RANK": rank, "WORLD_SIZE": world},
             stderr=subprocess.PIPE,
         )
-        for out, rank, world in (("two", "0", "2"), ("two", "1", "2"), ("one", "0", "1"))
+        for out, rank, world in (("two", "0", "2"), ("two", "1", "2"))
     ]
     ends = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0, 0], ends
+    assert [process.returncode for process in both] == [0, 0], ends
+    plan = plans.read(tmp_path / "two")
+    synthesize(teacher.at(2.0), [*PROMPTS[:3], *PROMPTS[:2]], plan, tmp_path / "one")
     assert arrays(tmp_path / "one") == arrays(tmp_path / "two")
     one = Synthetic.open(tmp_path / "two")
     assert one.prompts == [*PROMPTS[:3], *PROMPTS[:2]]
@@ -334,6 +337,13 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
     with torch.no_grad():
         end = sample.walk(model.velocity, x, times.grid(4, model.shift), model.text([PROMPTS[1]]))
     assert torch.allclose(read.read([1]).latents, end, atol=4e-3)
+
+
+def test_a_family_that_needs_t5_cannot_leave_it_out(tmp_path: Path) -> None:
+    flux.save(flux.assemble(tiny_flux.parts("dev"), name="dev", side=4), tmp_path / "dev")
+    assert load_family(str(tmp_path / "dev")).told == flux.GUIDANCE
+    with pytest.raises(UserError, match="always reads with T5"):
+        load_family(str(tmp_path / "dev"), t5=False)
 
 
 def test_on_the_mixture_the_states_are_those_of_a_finer_walk_and_guidance_sharpens(tmp_path: Path) -> None:
