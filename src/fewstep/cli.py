@@ -31,6 +31,7 @@ COMMANDS = {
     "show": ("fewstep.show:show", "Print how a picture was made."),
     "models": ("fewstep.show:models", "List the models that are installed."),
     "data": ("fewstep.data.command:app", "Make training data."),
+    "synthesize": ("fewstep.data.synthesis.command:synthesize", "Write a teacher's samples as shards."),
     "train": ("fewstep.recipes.command:train", "Train codec, text encoders and teacher."),
     "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
     "export": ("fewstep.deploy.command:export", "Make a bundle for generation from a trained model."),

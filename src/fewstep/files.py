@@ -14,9 +14,10 @@ from fewstep.types import UserError
 def replacing_file(target: Path) -> Generator[Path]:
     """A name beside ``target`` that takes its place if the block ends well; else nothing changes.
 
-    The name ends as ``target`` does, for writers that look at it.
+    The name ends as ``target`` does, for writers that look at it. It is nobody else's: processes of several
+    machines may write the same file of a shared folder.
     """
-    fresh = target.with_name(f".{target.stem[:30]}.{os.getpid()}.part{target.suffix}")
+    fresh = target.with_name(f".{target.stem[:30]}.{os.getpid()}-{os.urandom(4).hex()}.part{target.suffix}")
     try:
         yield fresh
         os.replace(fresh, target)

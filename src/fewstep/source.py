@@ -6,12 +6,13 @@ import re
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.request import whole
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from fewstep.families import Family
     from fewstep.pipeline import Pipeline
 
 
@@ -81,6 +82,32 @@ def locate(name: str) -> Path:
         return _fetch(name)
     have = ", ".join(names) or "none are installed"
     raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
+
+
+def load_family(
+    source: str, *, device: str = "cpu", dtype: str = "float32", t5: bool | None = None
+) -> Family:
+    """Load a PyTorch model with its parts open, whichever family's it is.
+
+    Args:
+        source: a folder with a diffusers pipeline, a single-file checkpoint, or a hub name.
+        device: torch device.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        t5: of a family that can do without T5: whether to load it; ``None`` loads it where it is there.
+
+    Raises:
+        UserError: there is no such model, it is a bundle, it is damaged, or its family needs T5.
+    """
+    from inspect import signature
+
+    place = locate(source)
+    if (place / "bundle.json").is_file():
+        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
+    module = _family(source, place)
+    choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
+    if not choice.keys() <= signature(module.load).parameters.keys():
+        raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
+    return module.load(place if place.exists() else source, device=device, dtype=dtype, **choice)
 
 
 def missing_extra(error: ImportError) -> UserError | None:

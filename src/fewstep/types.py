@@ -55,12 +55,20 @@ class Batch:
         prompts: the captions themselves, for logs and metrics.
         states: the teacher's walks to ``latents`` at the times of the student's grid, noise first and
             ``latents`` last, ``[B, S + 1, C, H, W]``; ``None`` where nobody kept them.
+        short: the captions as the student reads them, without the encoder that it learns to do without;
+            ``None`` where it reads what the teacher reads.
     """
 
     latents: Array
     cond: Cond
     prompts: Sequence[str] = ()
     states: Array | None = None
+    short: Cond | None = None
+
+    @property
+    def heard(self) -> Cond:
+        """The condition of the student."""
+        return self.cond if self.short is None else self.short
 
 
 @dataclass(frozen=True)

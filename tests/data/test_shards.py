@@ -143,6 +143,12 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_what_a_killed_writer_left_is_no_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    (tmp_path / ".b.123.part.tar").touch()
+    assert shards.find(tmp_path) == shards.find(tmp_path / "*.tar") == [tmp_path / "a.tar"]
+
+
 def test_a_shard_without_captions_is_refused(tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(picture)

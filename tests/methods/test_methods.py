@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from fewstep import sample, times
-from fewstep.data import synthesis
+from fewstep.data.synthesis import plan as plans
+from fewstep.data.synthesis.read import Synthetic
+from fewstep.data.synthesis.write import synthesize
 from fewstep.families import pocket
 from fewstep.methods import Method
 from fewstep.methods.codec import CodecMethod
@@ -131,6 +134,14 @@ def teacher() -> Model:
     )
 
 
+def walks_of(model: Model, many: int, steps: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """States ``[N, 5, 2]`` of the model's walks, and their times."""
+    plan = plans.make(model, [""] * many, guidance=None, steps=steps, student_steps=4, per_shard=4096)
+    synthesize(model, [""] * many, plan, folder, batch=4096)
+    made = Synthetic.open(folder)
+    return made.read(range(many)).states, torch.tensor(made.times)
+
+
 def distance(velocity: Any, steps: int, n: int = 4000) -> float:
     """Energy distance of ``steps`` Euler steps to the truth."""
     start = torch.from_numpy(sample.noises(range(10_000, 10_000 + n), (2,)))
@@ -140,10 +151,8 @@ def distance(velocity: Any, steps: int, n: int = 4000) -> float:
 
 
 def test_a_student_of_four_steps_is_far_better_than_its_teachers_four(tmp_path: Any) -> None:
-    plan = synthesis.Plan(grid=4, substeps=8, guidance=1.0)
-    made = synthesis.walks(teacher(), [""] * 8192, plan, tmp_path, batch=4096)
-    assert made.times == pytest.approx(GRID)
-    states, grid = torch.from_numpy(made.states.astype(np.float32)), torch.tensor(made.times)
+    states, grid = walks_of(teacher(), 8192, 32, tmp_path)
+    assert grid.tolist() == pytest.approx(GRID)
     student = net()
 
     def batches(step: int) -> Walks:
@@ -161,8 +170,7 @@ def test_a_student_of_four_steps_is_far_better_than_its_teachers_four(tmp_path: 
 def test_no_gradient_reaches_the_teacher(tmp_path: Any) -> None:
     first, student = net(1), net(2)
     model = Model(**{**vars(teacher()), "velocity": first, "lower": lambda x: x.detach().numpy()})
-    made = synthesis.walks(model, [""] * 8, synthesis.Plan(4, 2, 1.0), tmp_path)
-    states, t = torch.from_numpy(made.states.astype(np.float32)), torch.tensor(made.times)
+    states, t = walks_of(model, 8, 8, tmp_path)
     walks = Walks(states[:, 0], states[:, 1], t[:1].repeat(8), t[1:2].repeat(8), none(8))
     assert not states.requires_grad
     Trajectory(student, student).losses(walks, draw(0, 0, 0))["trajectory"].backward()

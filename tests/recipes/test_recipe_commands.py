@@ -20,9 +20,12 @@ HELP = {
     "train pocket-text": ("--words", "Captions an update;"),
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
+    "distill flash": ("--anchor", "Whose features the heads read."),
     "data stickers": ("--pictures", "How many training pictures."),
     "data folder": ("--output", "Folder for the shards."),
+    "synthesize": ("--student-steps", "How many samples."),
 }
+SYNTHESIZE = ["synthesize", "--teacher", "nosuch", "--out", "x"]
 SAY = """
 import sys
 from fewstep.cli import run
@@ -59,9 +62,16 @@ def test_help_comes_without_torch(command: str) -> None:
         (["train", "pocket-codec", "--batch", "0"], "--batch must be at least 1, not 0"),
         (["train", "pocket-text", "--seed", "-1"], "--seed must lie between 0 and"),
         (["distill", "trajectory", "--walks", "0"], "--walks must be at least 1, not 0"),
+        (["distill", "dmd", "--where", "there"], "--where"),
+        (["distill", "flash", "--warm", "0"], "--warm 0 needs an --init"),
         (["train", "pocket-teacher", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["train", "pocket-text", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["export", "x", "-o", "y", "--to", "diffusers", "--bits", "8"], "leave out --bits"),
+        ([*SYNTHESIZE, "--number", "0"], "--number must be at least 1, not 0"),
+        ([*SYNTHESIZE, "--number", "1", "--gidance", "3"], "Did you mean --guidance?"),
+        ([*SYNTHESIZE, "--number", "1", "--steps", "0"], "--steps must be at least 1, not 0"),
+        ([*SYNTHESIZE, "--number", "1", "--prompts", "none.txt"], "cannot read the prompts in none.txt"),
+        ([*SYNTHESIZE, "--number", "1"], "no .tar shards there"),
         (["data", "stickers", "--size", "100"], "--size must be 64, 128 or 256"),
         (["data", "folder", "nowhere", "-o", "x"], "nowhere: no such folder"),
         (["show", "a.png", "b.png"], "b.png is one argument too many: see fewstep show --help"),
@@ -98,8 +108,13 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ),
         (["train", "pocket-codec", "--data", data, "--init", none], "no such folder"),
         (["distill", "trajectory", "--data", none], "no .tar shards there"),
-        (["distill", "trajectory", "--data", data, "--teacher", none], "neither a folder"),
-        (["distill", "trajectory", "--data", data, "--teacher", data], "model_index.json is missing"),
+        (["distill", "trajectory", "--data", data, "--teacher", none], "there is no model"),
+        (["distill", "trajectory", "--synthetic", none, "--teacher", none], "holds no plan.json"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", none], "there is no model"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", "pocket"], "is a bundle"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", data], "neither bundle.json nor"),
+        (["synthesize", "--number", "1", "--data", data, "--teacher", none, "--guidance", "x"], "--guidance"),
+        (["distill", "trajectory", "--data", data, "--teacher", data], "neither bundle.json nor"),
     ):
         assert run([*arguments, *out]) == 2
         error = capsys.readouterr().err

@@ -14,13 +14,16 @@ import torch
 from tests.recipes import tiny_stickers
 
 from fewstep import sample, times
+from fewstep.data.synthesis import plan as plans
+from fewstep.data.synthesis.write import synthesize
 from fewstep.families import pocket, sd3
 from fewstep.files import replacing_folder
 from fewstep.recipes import parts
-from fewstep.recipes.distill_trajectory import distill_trajectory
+from fewstep.recipes.distill import trajectory
 from fewstep.recipes.pocket_codec import pocket_codec
 from fewstep.recipes.pocket_teacher import pocket_teacher
 from fewstep.recipes.pocket_text import pocket_text
+from fewstep.recipes.student import Setting
 from fewstep.train.checkpoint import LAST
 from fewstep.train.trainer import train
 from fewstep.types import WHOLE, UserError
@@ -56,15 +59,16 @@ def teacher(made: Made, steps: int) -> Any:
 
 
 def student(made: Made, **options: Any) -> Any:
-    return distill_trajectory(
-        teacher=made.teacher, data=made.data, out=made.student.parent, walks=4, substeps=2, batch=4, **options
+    options = {"walks": 4, "batch": 4, "guidance": 2.0} | options
+    return trajectory(
+        setting=Setting(teacher=str(made.teacher), data=made.data, out=made.student.parent, **options)
     )
 
 
 def test_the_student_draws_as_stock_diffusers_does(made: Made) -> None:
     from diffusers import StableDiffusion3Pipeline
 
-    family = sd3.load(made.student)
+    family = sd3.load(made.student, t5=False)
     assert (family.name, family.steps, family.guidance) == ("pocket", 4, None)
     noise = sample.noises([5], family.latent)
     with torch.no_grad():
@@ -179,21 +183,35 @@ def test_walks_of_an_earlier_teacher_are_refused(made: Made, tmp_path: Path) -> 
     with torch.no_grad():
         other.net.proj_out.bias.add_(0.1)
     sd3.save(other, tmp_path / "model")
-    with pytest.raises(UserError, match="walks of another plan or teacher"):
+    with pytest.raises(UserError, match=r"made by another plan \(weights \w+ there, \w+ now\)"):
         student(replace(made, teacher=tmp_path / "model"), steps=2)
 
 
 def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None:
     run = student(
-        replace(made, student=tmp_path / "model"), student_steps=2, walks_folder=made.student.parent / "walks"
+        replace(made, student=tmp_path / "model"), student_steps=2, synthetic=made.student.parent / "walks"
     )
     batch = run.batches(0, WHOLE)
-    assert {(round(float(a), 4), round(float(b), 4)) for a, b in zip(batch.t, batch.t_next, strict=True)} <= {
-        (1.0, 0.75),
-        (0.75, 0.0),
-    }
-    assert not batch.start.requires_grad
-    assert not batch.end.requires_grad
+    assert batch.states.shape == (4, 3, *sd3.load(made.teacher).latent)
+    four = student(made).batches(0, WHOLE).states
+    assert torch.equal(batch.states, four[:, [0, 2, 4]])
+    assert not batch.states.requires_grad
+
+
+@pytest.mark.parametrize(("steps", "told"), [(0, "no walks, latents alone"), (3, "walks at 3 steps")])
+def test_walks_that_are_of_no_use_are_refused(made: Made, tmp_path: Path, steps: int, told: str) -> None:
+    family = sd3.load(made.teacher, t5=False)
+    weights = parts.fingerprint(family.net)
+    plan = plans.make(family, ["a"], guidance=2.0, steps=3, student_steps=steps, weights=weights)
+    synthesize(family, ["a"], plan, tmp_path / "shards")
+    with pytest.raises(UserError, match=told):
+        student(replace(made, student=tmp_path / "model"), synthetic=tmp_path / "shards")
+    with pytest.raises(UserError, match="samples of another teacher, pocket-teacher"):
+        made_of_noise = sd3.load(made.teacher)
+        with torch.no_grad():
+            made_of_noise.net.proj_out.bias.add_(0.1)
+        sd3.save(made_of_noise, tmp_path / "other")
+        student(replace(made, teacher=tmp_path / "other"), synthetic=tmp_path / "shards")
 
 
 def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:

@@ -90,12 +90,13 @@ def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, dict
         for key, image, prompt, truth in examples:
             picture = io.BytesIO()
             image.save(picture, "PNG")
-            _add(tar, f"{key}.png", picture.getvalue())
-            _add(tar, f"{key}.txt", prompt.encode())
-            _add(tar, f"{key}.json", json.dumps(truth).encode())
+            add(tar, f"{key}.png", picture.getvalue())
+            add(tar, f"{key}.txt", prompt.encode())
+            add(tar, f"{key}.json", json.dumps(truth).encode())
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, data: bytes | memoryview) -> None:
+    """Append a file with no time stamp and no owner."""
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
     tar.addfile(entry, io.BytesIO(data))
@@ -110,7 +111,8 @@ def find(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    paths = sorted(path.glob("*.tar")) if path.is_dir() else sorted(path.parent.glob(path.name))
+    found = path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name)
+    paths = sorted(p for p in found if not p.name.startswith("."))  # what a killed writer left
     if not paths:
         raise UserError(
             f"{source}: no .tar shards there; write some with: fewstep data stickers (or: data folder)"

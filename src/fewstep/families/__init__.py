@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +22,42 @@ class Family(Model):
         blocks: its transformer blocks: where to shard, compile, checkpoint and tap.
         parts: the components by their diffusers names (``transformer``, ``vae``, ``text_encoder``, ...),
             ``None`` for one that is absent.
+        clip_length: how many rows of a context come first and are the CLIPs'; what follows them is T5's and
+            may be left out. ``None`` where nothing may.
+        kind: name of its family's module here.
+        told: the scale that a net with embedded guidance is told (``velocity.guidance``); ``None`` for a net
+            without.
     """
 
     net: Any
     blocks: Sequence[Any]
     parts: Mapping[str, Any]
+    kind: str
+    clip_length: int | None = None
+    told: float | None = None
+
+    def student(self, net: Any, name: str, steps: int) -> Family:
+        """The same model with another net of the same kind, one that needs ``steps`` steps and no
+        guidance."""
+        return self.module.student(self, net, name, steps)
+
+    @property
+    def module(self) -> ModuleType:
+        """The family's module: it has ``load``, ``save`` and ``student``."""
+        return importlib.import_module(f"{__name__}.{self.kind}")
+
+    def at(self, guidance: float) -> Family:
+        """The same model at another guidance scale: that of its second pass, or what its net is told.
+
+        Raises:
+            UserError: guidance is distilled into the net, and it cannot be told any.
+        """
+        if self.guidance is not None:
+            return replace(self, guidance=guidance)
+        if self.told is None:
+            raise UserError(f"model {self.name} takes no guidance: guidance is distilled into it")
+        velocity: Any = self.velocity
+        return replace(self, velocity=replace(velocity, guidance=guidance), told=guidance)
 
 
 def family_of(folder: Path) -> ModuleType:

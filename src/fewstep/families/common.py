@@ -40,6 +40,7 @@ class LatentCodec:
 def family_of_parts(
     parts: Mapping[str, Any],
     *,
+    kind: str,
     device: str,
     name: str,
     velocity: Velocity,
@@ -49,11 +50,14 @@ def family_of_parts(
     steps: int,
     guidance: float | None,
     blocks: Sequence[Any],
+    clip_length: int | None = None,
+    told: float | None = None,
 ) -> Family:
     """A family of diffusers components: what each family says of itself, and what follows from the parts.
 
     Args:
         parts: components by their diffusers names; the nets are moved, frozen and put into eval mode.
+        kind: name of the family's module.
         device: torch device.
         name: and those below: see :class:`fewstep.types.Model`.
         velocity: the adapter of ``parts["transformer"]``.
@@ -62,7 +66,7 @@ def family_of_parts(
         shift: time shift.
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
-        blocks: see :class:`fewstep.families.Family`.
+        blocks: and those below: see :class:`fewstep.families.Family`.
     """
     import torch
 
@@ -85,4 +89,7 @@ def family_of_parts(
         net=parts["transformer"],
         blocks=blocks,
         parts=parts,
+        kind=kind,
+        clip_length=clip_length,
+        told=told,
     )

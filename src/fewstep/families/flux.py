@@ -163,9 +163,7 @@ def assemble(
 ) -> Family:
     """Make a family of diffusers components.
 
-    The nets are moved to ``device``, frozen and put into eval mode. A student is
-    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4, side=teacher.latent[1],
-    guidance=teacher.velocity.guidance)``.
+    The nets are moved to ``device``, frozen and put into eval mode.
 
     Args:
         parts: components by their diffusers names.
@@ -185,6 +183,7 @@ def assemble(
     dev = net.config.guidance_embeds
     return family_of_parts(
         parts,
+        kind="flux",
         device=device,
         name=name,
         velocity=NetVelocity(net, guidance),
@@ -194,6 +193,20 @@ def assemble(
         steps=steps or (28 if dev else 4),
         guidance=None,
         blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
+        told=guidance if dev else None,
+    )
+
+
+def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
+    """The teacher with another net, which needs ``steps`` steps; it is told the guidance that the teacher
+    is."""
+    return assemble(
+        {**teacher.parts, "transformer": net},
+        name=name,
+        steps=steps,
+        guidance=GUIDANCE if teacher.told is None else teacher.told,
+        side=teacher.latent[1],
+        device=str(teacher.net.device),
     )
 
 

@@ -79,10 +79,18 @@ class Text:
             pooled = torch.cat([pooled for _, pooled in clips], dim=-1)
         return Cond(context.float(), pooled.float())
 
+    @property
+    def clip_length(self) -> int:
+        """Rows of a context before T5's."""
+        return min(self._clip_length(which) for which in CLIPS)
+
+    def _clip_length(self, which: str) -> int:
+        most = self.parts[f"text_encoder{which}"].config.max_position_embeddings
+        return min(self.parts["tokenizer"].model_max_length, most)
+
     def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
         encoder = self.parts[f"text_encoder{which}"]
-        length = min(self.parts["tokenizer"].model_max_length, encoder.config.max_position_embeddings)
-        ids = tokenize(self.parts[f"tokenizer{which}"], prompts, length)
+        ids = tokenize(self.parts[f"tokenizer{which}"], prompts, self._clip_length(which))
         out = encoder(ids.to(encoder.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
@@ -102,8 +110,7 @@ def assemble(
 ) -> Family:
     """Make a family of diffusers components.
 
-    The nets are moved to ``device``, frozen and put into eval mode. A student is
-    ``assemble({**teacher.parts, "transformer": net}, name=..., steps=4, guidance=None)``.
+    The nets are moved to ``device``, frozen and put into eval mode.
 
     Args:
         parts: components by their diffusers names; ``tokenizer_3`` and ``text_encoder_3`` may be
@@ -115,19 +122,27 @@ def assemble(
     """
     parts = {**dict.fromkeys(T5), **parts}
     net = parts["transformer"]
-    side = net.config.sample_size
+    side, text = net.config.sample_size, Text(parts)
     return family_of_parts(
         parts,
+        kind="sd3",
         device=device,
         name=name,
         velocity=NetVelocity(net),
-        text=Text(parts),
+        text=text,
         latent=(net.config.in_channels, side, side),
         shift=float(parts["scheduler"].config.shift),
         steps=steps,
         guidance=guidance,
         blocks=list(net.transformer_blocks),
+        clip_length=text.clip_length,
     )
+
+
+def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
+    """The teacher with another MMDiT, which needs ``steps`` steps and no guidance."""
+    parts = {**teacher.parts, "transformer": net}
+    return assemble(parts, name=name, steps=steps, guidance=None, device=str(teacher.net.device))
 
 
 def load(

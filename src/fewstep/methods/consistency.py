@@ -50,8 +50,8 @@ class Consistency:
         with torch.no_grad():
             step = flow.expand(t_next - t, x)
             nearer = x + step * self.teacher(x, t, batch.cond)
-            target = flow.to_x0(nearer, self.velocity(nearer, t_next, batch.cond), t_next)
-        error = flow.to_x0(x, self.velocity(x, t, batch.cond), t) - target
+            target = flow.to_x0(nearer, self.velocity(nearer, t_next, batch.heard), t_next)
+        error = flow.to_x0(x, self.velocity(x, t, batch.heard), t) - target
         # Pseudo-Huber (Song and Dhariwal, arXiv 2310.14189, section 3.3): squares would follow outliers.
         c = 0.00054 * error[0].numel() ** 0.5
         size = (error * error).flatten(1).sum(1)

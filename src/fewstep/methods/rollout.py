@@ -84,7 +84,7 @@ class Rollout:
             with torch.no_grad():
                 for i in range(self.steps):
                     step = self.grid[i : i + 2]
-                    states.append(sample.walk(self.velocity, states[-1], step, batch.cond))
+                    states.append(sample.walk(self.velocity, states[-1], step, batch.heard))
             self._kept[part] = states
         return self._kept[part]
 
@@ -95,8 +95,8 @@ class Rollout:
     def move(self, batch: Batch, draw: Draw, index: int) -> Move:
         """Step ``index`` of the walk, with its gradient."""
         x, t = self.states(batch, draw)[index], self.grid[index]
-        return Move(x, self.velocity(x, flow.fill(t, x), batch.cond), t, self.grid[index + 1])
+        return Move(x, self.velocity(x, flow.fill(t, x), batch.heard), t, self.grid[index + 1])
 
     def whole(self, batch: Batch, draw: Draw) -> Any:
         """The end of the walk, with the gradient of every step, ``[B, C, H, W]``."""
-        return sample.walk(self.velocity, self.states(batch, draw)[0], self.grid, batch.cond)
+        return sample.walk(self.velocity, self.states(batch, draw)[0], self.grid, batch.heard)

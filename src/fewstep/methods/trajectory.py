@@ -33,7 +33,7 @@ def guided(
         raise ValueError(f"trajectory guidance needs the teacher's walks at {len(grid)} times")
     rows, moves = torch.arange(len(states)), draw.choices(steps, batch.latents).cpu()
     start, end, t = states[rows, moves], states[rows, moves + 1], torch.tensor(list(grid)).to(states.device)
-    v = velocity(start, t[moves], batch.cond)
+    v = velocity(start, t[moves], batch.heard)
     return {"trajectory": losses.trajectory(v, start, end, t[moves], t[moves + 1])}
 
 

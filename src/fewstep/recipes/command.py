@@ -13,21 +13,28 @@ train = App(name="train", help="Train Pocket's parts: codec, text encoders, teac
 distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
 
 
-def _offer(app: App, name: str, recipe: str) -> None:
-    """Offer ``fewstep.recipes.RECIPE.RECIPE`` as the command ``name``: make the run, then carry it out."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.recipes.{recipe}"), recipe)
+METHODS = ("flash", "trajectory", "dmd", "tdm", "adversarial", "consistency")
+
+
+def _offer(app: App, name: str, module: str, recipe: str) -> None:
+    """Offer a recipe of ``fewstep.recipes`` as the command ``name``: make its run, or one after the other
+    those of a chain, and carry them out."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.recipes.{module}"), recipe)
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
+        from fewstep.train import Run
         from fewstep.train.trainer import train as carry_out
 
-        run = function(*args, **options)
-        carry_out(run)
-        print(run.folder)
+        made = function(*args, **options)
+        for run in [made] if isinstance(made, Run) else made:
+            carry_out(run)
+            print(run.folder)
 
     app.command(command, name=name)
 
 
 for _name in ("pocket-codec", "pocket-text", "pocket-teacher"):
-    _offer(train, _name, _name.replace("-", "_"))
-_offer(distill, "trajectory", "distill_trajectory")
+    _offer(train, _name, _name.replace("-", "_"), _name.replace("-", "_"))
+for _name in METHODS:
+    _offer(distill, _name, "distill", _name)

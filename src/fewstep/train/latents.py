@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fewstep.data import shards
+from fewstep.data import epochs, shards
 from fewstep.files import replacing_file
 from fewstep.train.device import half
 from fewstep.types import Model, UserError
@@ -32,20 +32,7 @@ class Latents:
 
     def rows(self, step: int, batch: int, seed: int) -> list[int]:
         """Which rows step ``step`` sees: every row once an epoch, in a new order each time."""
-        wanted = range(step * batch, (step + 1) * batch)
-        return [int(_order(seed, i // len(self), len(self))[i % len(self)]) for i in wanted]
-
-
-_orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
-
-
-def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, Any]:
-    if (seed, epoch, length) not in _orders:
-        while len(_orders) > 1:
-            _orders.pop(next(iter(_orders)))
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        _orders[seed, epoch, length] = rng.permutation(length)
-    return _orders[seed, epoch, length]
+        return epochs.rows(len(self), step, batch, seed)
 
 
 def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, size: int) -> Latents:

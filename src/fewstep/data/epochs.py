@@ -1,0 +1,32 @@
+"""In which order training sees a data set: a function of seed and step alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def rows(length: int, step: int, batch: int, seed: int) -> list[int]:
+    """Which of ``length`` rows step ``step`` sees: every row once an epoch, in a new order each time.
+
+    Args:
+        length: rows of the data set, at least 1.
+        step: from 0.
+        batch: rows a step; it need not divide ``length``, and may be larger.
+        seed: of the orders.
+    """
+    wanted = range(step * batch, (step + 1) * batch)
+    return [int(_order(seed, i // length, length)[i % length]) for i in wanted]
+
+
+_orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}  # the last two: a batch may span two epochs
+
+
+def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, Any]:
+    if (seed, epoch, length) not in _orders:
+        while len(_orders) > 1:
+            _orders.pop(next(iter(_orders)))
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        _orders[seed, epoch, length] = rng.permutation(length)
+    return _orders[seed, epoch, length]

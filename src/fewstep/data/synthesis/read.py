@@ -1,0 +1,192 @@
+"""Samples of a teacher, any row at any time, from the disk: only captions and places are held in memory."""
+
+from __future__ import annotations
+
+import io
+import math
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
+
+import numpy as np
+
+from fewstep.data import epochs
+from fewstep.data.synthesis import plan as plans
+from fewstep.data.synthesis.plan import NULL, Plan
+from fewstep.types import Batch, Cond, UserError
+
+KINDS = ("states", "context", "pooled")
+LONGEST_HEAD = 256
+"""Bytes before the numbers of a ``.npy`` file: 128 at any rank that occurs here."""
+
+Numpy = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """The finished shards of one plan; :meth:`open` reads them.
+
+    Attributes:
+        folder: where they lie.
+        plan: by which they were made.
+        prompts: captions, ``N``.
+        null: the empty prompt's condition, one row, torch float32: what guidance goes away from.
+        places: where each row's arrays begin in its shard, in bytes, int64 ``[N, 3]`` (:data:`KINDS`).
+    """
+
+    folder: Path
+    plan: Plan
+    prompts: list[str]
+    null: Cond
+    places: Numpy
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Synthetic:
+        """Index a folder of ``fewstep synthesize``, some 0.1 ms a sample; no array is read.
+
+        Raises:
+            UserError: it is no such folder or an unfinished one, or a shard is cut short, empty, of another
+                plan or without a caption.
+        """
+        folder = Path(folder)
+        plan = plans.read(folder)
+        there = sum(plan.path(folder, shard).is_file() for shard in range(plan.shards))
+        if there < plan.shards:
+            raise UserError(
+                f"{folder}: {there} of {plan.shards} shards are there; run the same fewstep synthesize again"
+            )
+        prompts: list[str] = []
+        places: list[list[int]] = []
+        for shard in range(plan.shards):
+            _index(plan, folder, shard, prompts, places)
+        return cls(folder, plan, prompts, _null(folder, plan), np.array(places, np.int64))
+
+    def __len__(self) -> int:
+        return self.plan.number
+
+    @property
+    def times(self) -> list[float]:
+        """Of the states, descending to 0; 0 alone where no walks were kept."""
+        return self.plan.times
+
+    @property
+    def latent(self) -> tuple[int, ...]:
+        """Shape of the latents, ``(C, H, W)``."""
+        return self.plan.latent
+
+    @property
+    def clip_length(self) -> int | None:
+        """The first rows of a context that make the condition without T5; ``None`` where T5 must stay."""
+        return self.plan.clip_length
+
+    def rows(self, step: int, batch: int, seed: int) -> list[int]:
+        """Which rows step ``step`` sees: every row once an epoch, in a new order each time."""
+        return epochs.rows(len(self), step, batch, seed)
+
+    def read(self, rows: Sequence[int]) -> Batch:
+        """Rows from the disk, torch float32.
+
+        Args:
+            rows: ``B`` of them from 0 to ``len - 1``, in any order.
+
+        Returns:
+            latents ``[B, C, H, W]``, context ``[B, L, D]``, pooled ``[B, P]``, the captions, and where walks
+            were kept the states ``[B, S + 1, C, H, W]``.
+
+        Raises:
+            UserError: a shard was taken away or changed since it was indexed.
+        """
+        import torch
+
+        arrays = [np.empty((len(rows), *self.plan.shape(kind)), "<f2") for kind in KINDS]
+        for place, row in enumerate(rows):
+            self._read(range(len(self))[row], [array[place] for array in arrays])
+        states, context, pooled = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
+        return Batch(
+            states[:, -1],
+            Cond(context, pooled),
+            [self.prompts[row] for row in rows],
+            states if self.plan.student_steps else None,
+        )
+
+    def without_t5(self, cond: Cond) -> Cond:
+        """A condition of these shards as the text encoders but T5 make it; the same where T5 must stay."""
+        return Cond(cond.context[:, : self.clip_length], cond.pooled)
+
+    def _read(self, row: int, outs: Sequence[Numpy]) -> None:
+        path = self.plan.path(self.folder, row // self.plan.per_shard)
+        try:
+            with path.open("rb", buffering=0) as file:
+                for start, out in zip(self.places[row], outs, strict=True):
+                    file.seek(int(start))
+                    if file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
+                        raise UserError(f"{path} was cut short while it was in use; start again")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; start again") from error
+
+
+def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: list[list[int]]) -> None:
+    """Append the captions and the places of one shard's rows.
+
+    Raises:
+        UserError: it is not what the plan says.
+    """
+    path = plan.path(folder, shard)
+    again = "delete it and run the same fewstep synthesize again"
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            members = {member.name: member for member in tar}
+            if not members:
+                raise UserError(f"{path} is empty; {again}")
+            for row in plan.rows(shard):
+                key = f"{row:08d}"
+                if (caption := members.get(f"{key}.txt")) is None:
+                    raise UserError(f"{path}: {key} has no caption (.txt); {again}")
+                prompts.append(_bytes(file, caption).decode())
+                places.append([_place(members, f"{key}.{kind}.npy", plan.shape(kind)) for kind in KINDS])
+            for kind in KINDS:  # of the first row; the others are as long
+                array = np.load(io.BytesIO(_bytes(file, members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"])))
+                if (array.shape, array.dtype) != (plan.shape(kind), np.float16):
+                    raise ValueError(
+                        f"{kind} are {array.dtype} {array.shape}, not float16 {plan.shape(kind)}"
+                    )
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is cut short or not of this plan ({error}); {again}") from error
+
+
+def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def _place(members: Mapping[str, tarfile.TarInfo], name: str, shape: Sequence[int]) -> int:
+    """Where the numbers of a float16 array of ``shape`` begin: they are the end of its file.
+
+    Raises:
+        ValueError: it is missing, or its size is another's.
+    """
+    if (member := members.get(name)) is None:
+        raise ValueError(f"{name} is missing")
+    head = member.size - 2 * math.prod(shape)
+    if not 0 < head <= LONGEST_HEAD:
+        raise ValueError(f"{name} is not of shape {tuple(shape)}")
+    return member.offset_data + head
+
+
+def _null(folder: Path, plan: Plan) -> Cond:
+    import torch
+
+    path = folder / NULL
+    try:
+        with np.load(path) as read:
+            context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
+        if context.shape != (1, *plan.context) or pooled.shape != (1, plan.pooled):
+            raise ValueError("it is of other text encoders")
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(
+            f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
+        ) from error
+    return Cond(torch.from_numpy(context), torch.from_numpy(pooled))

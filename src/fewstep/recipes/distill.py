@@ -1,0 +1,221 @@
+"""The distillations: one function a method, ``flash`` the whole chain of SD3.5-Flash (arXiv 2509.21318)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fewstep.recipes.student import Lesson, Setting, lesson
+from fewstep.train import Run
+from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.methods.adversarial import Critic
+    from fewstep.methods.flash import Flash
+
+ONE = Setting()
+"""The settings that nobody changed."""
+
+TAPPED = 3
+"""Blocks that heads read: evenly spaced, the last one among them."""
+
+
+def trajectory(*, setting: Setting = ONE) -> Run:
+    """Warm start: each step of the student makes a move of the teacher's guided walk.
+
+    Args:
+        setting: Shared.
+    """
+    from fewstep.methods.trajectory import Trajectory
+
+    one = lesson(setting, "trajectory", walks=True)
+    return one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
+
+
+def dmd(
+    *,
+    setting: Setting = ONE,
+    where: Literal["shared", "shared-free", "renoise"] = "renoise",
+    proxied: Literal["finals", "estimates", "path"] = "estimates",
+    updates: int = 5,
+    follow: float = 1.0,
+    proxy_lr: float | None = None,
+) -> Run:
+    """Distribution matching alone; as it stands, DMD2 without its adversarial loss.
+
+    Args:
+        setting: Shared.
+        where: Where the scores are taken: the freshly noised estimate, or the student's own path.
+        proxied: What the proxy models: the student's samples, its estimates of a random step, its path.
+        updates: Updates of the proxy for each of the student's.
+        follow: How much of itself the proxy keeps when it follows the student (SenseFlow: 0.98); 1 is all.
+        proxy_lr: Learning rate of the proxy. [default: --lr]
+    """
+    from fewstep.methods.dmd import Dmd, Matching
+
+    one = lesson(setting, "dmd")
+    proxy = one.copied(one.teacher, "proxy")
+    matching = Matching(one.guided, proxy.velocity, where, proxied)
+    student = one.student
+    method = Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates, follow)
+    return one.run(method, rates={"proxy": proxy_lr or setting.lr})
+
+
+def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = None) -> Run:
+    """Trajectory distribution matching: each step of the student on its own stretch of time.
+
+    Args:
+        setting: Shared.
+        updates: Updates of the proxy for each of the student's.
+        proxy_lr: Learning rate of the proxy. [default: --lr]
+    """
+    from fewstep.methods.tdm import Tdm
+
+    one = lesson(setting, "tdm")
+    proxy, student = one.copied(one.teacher, "proxy"), one.student
+    method = Tdm(student.net, student.velocity, proxy.net, proxy.velocity, one.guided, one.grid, updates)
+    return one.run(method, rates={"proxy": proxy_lr or setting.lr})
+
+
+def adversarial(
+    *,
+    setting: Setting = ONE,
+    judged: Literal["finals", "last", "estimates"] = "estimates",
+    kind: Literal["softplus", "hinge"] = "hinge",
+    heads_lr: float = 1e-3,
+) -> Run:
+    """The adversarial loss alone, on features of the frozen teacher; as it stands, like LADD.
+
+    Args:
+        setting: Shared.
+        judged: What of the student is judged: the end of its walk, its last step alone, or an estimate.
+        kind: The loss.
+        heads_lr: Learning rate of the heads.
+    """
+    from fewstep.methods.adversarial import Adversarial
+
+    one = lesson(setting, "adversarial")
+    method = Adversarial(
+        one.student.net, one.student.velocity, critic(one, one.teacher, judged=judged, kind=kind), one.grid
+    )
+    return one.run(method, rates={"heads": heads_lr})
+
+
+def consistency(*, setting: Setting = ONE, fine: int = 32) -> Run:
+    """Consistency distillation, like LCM: neighbours on the guided teacher's path have one clean estimate.
+
+    Args:
+        setting: Shared.
+        fine: Steps of the teacher's grid.
+    """
+    from fewstep import times
+    from fewstep.methods.consistency import Consistency
+
+    one = lesson(setting, "consistency")
+    grid = times.grid(fine, one.teacher.shift)
+    return one.run(Consistency(one.student.net, one.student.velocity, one.guided, grid))
+
+
+def flash(
+    *,
+    setting: Setting = ONE,
+    warm: int = 600,
+    split: int = 200,
+    where: Literal["shared", "shared-free", "renoise"] = "renoise",
+    proxied: Literal["finals", "estimates", "path"] = "finals",
+    tapped: Literal["proxy", "teacher"] = "proxy",
+    judged: Literal["finals", "last", "estimates"] = "finals",
+    weight: float = 0.1,
+    anchor: float = 10.0,
+    updates: int = 2,
+    follow: float = 1.0,
+    proxy_lr: float | None = None,
+    heads_lr: float = 1e-3,
+) -> Iterator[Run]:
+    """The whole chain: warm start, matching with the adversarial loss, split by times, merge.
+
+    --steps are those of the second stage. A student of fewer than three steps has no early times: its chain
+    ends before the split.
+
+    Args:
+        setting: Shared.
+        warm: Updates of the warm start; 0 takes --init as it is.
+        split: Updates of the split fine-tuning; 0 leaves it out.
+        where: Where the scores are taken: the freshly noised estimate, or the student's own path.
+        proxied: What the proxy models: the student's samples, its estimates of a random step, its path.
+        tapped: Whose features the heads read.
+        judged: What of the student is judged: the end of its walk, its last step alone, or an estimate.
+        weight: Of the adversarial loss.
+        anchor: Weight of trajectory guidance beside the two.
+        updates: Updates of the proxy for each of the student's.
+        follow: How much of itself the proxy keeps when it follows the student (SenseFlow: 0.98); 1 is all.
+        proxy_lr: Learning rate of the proxy. [default: --lr]
+        heads_lr: Learning rate of the heads.
+    """
+    from fewstep.methods.dmd import Matching
+    from fewstep.methods.flash import Flash
+    from fewstep.methods.split import Split
+    from fewstep.nets.branches import Branches
+    from fewstep.recipes.merged import finish_merged
+
+    out = setting.out or Path("runs/flash")
+    if warm == 0 and setting.init is None:
+        raise UserError("--warm 0 needs an --init that is warm already")
+    setting = replace(setting, out=out)
+
+    def stage(name: str, init: str | None, steps: int) -> Lesson:
+        own = replace(setting, init=init, steps=steps)
+        return lesson(own, "flash", walks=True, folder=out / name)
+
+    def method(one: Lesson, velocity: Any) -> Flash:
+        proxy = one.copied(one.teacher, "proxy")
+        matching = Matching(one.guided, proxy.velocity, where, proxied)
+        judge = critic(one, proxy if tapped == "proxy" else one.teacher, judged=judged, weight=weight)
+        return Flash(one.student.net, velocity, proxy.net, matching, judge, one.grid, updates, follow, anchor)
+
+    rates = {"proxy": proxy_lr or setting.lr, "heads": heads_lr}
+    begin = setting.init
+    if warm:
+        from fewstep.methods.trajectory import Trajectory
+
+        one = stage("1-warm", begin, warm)
+        yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
+        begin = str(out / "1-warm/model")
+    one = stage("2-flash", begin, setting.steps)
+    last = not split or setting.student_steps < 3
+    ended = replace(one, folder=out) if last else one
+    run = one.run(method(one, one.student.velocity), rates=rates)
+    yield replace(run, finish=ended.finish)
+    if last:
+        return
+    one = stage("3-split", str(out / "2-flash/model"), split)
+    late = one.student.student(copy.deepcopy(one.student.net), "late", setting.student_steps)
+    both = Branches(one.student.velocity, late.velocity)
+    divided = Split(one.student.net, late.net, method(one, both))
+    run = one.run(divided, rates=rates)
+    yield replace(run, averaged=["early", "late"], sheet=None, finish=finish_merged(replace(one, folder=out)))
+
+
+def critic(one: Lesson, family: Any, **options: Any) -> Critic:
+    """Heads on some blocks of a model, and the losses between them and the student."""
+    import torch
+
+    from fewstep.methods.adversarial import Critic
+    from fewstep.nets.heads import Heads, Taps
+
+    taps = Taps(family.velocity, spaced(family.blocks, TAPPED))
+    row = one.made.read([0])
+    device = family.net.device
+    with torch.no_grad():
+        t = torch.full((1,), 0.5, device=device)
+        features = taps(row.latents.to(device), t, row.cond.map(lambda array: array.to(device)))
+    heads = Heads([feature.shape[-1] for feature in features], seed=one.setting.seed).to(device)
+    return Critic(taps, heads, **options)
+
+
+def spaced(blocks: Sequence[Any], many: int) -> list[Any]:
+    """``many`` of the blocks, evenly spaced, the last one among them."""
+    return [blocks[round((i + 1) * len(blocks) / many) - 1] for i in range(min(many, len(blocks)))]

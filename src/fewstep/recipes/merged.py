@@ -1,0 +1,36 @@
+"""The end of split fine-tuning: two branches become one net, at the ratio that scores best."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fewstep import files
+from fewstep.nets.branches import merge
+from fewstep.recipes.score import KidToTeacher
+from fewstep.recipes.student import Lesson
+
+RATIOS = tuple(i / 10 for i in range(11))
+"""Shares of the late branch that are tried. The paper's is 3 : 7."""
+
+
+def finish_merged(one: Lesson) -> Callable[[Mapping[str, Any]], None]:
+    """What writes the merged student into the run's folder, and ``merge.json`` with the score of every
+    ratio."""
+
+    def finish(nets: Mapping[str, Any]) -> None:
+        early, late = (nets[name].state_dict() for name in ("early", "late"))
+        score, net = KidToTeacher(one), copy.deepcopy(nets["early"])
+        curve: dict[float, float] = {}
+        for ratio in RATIOS:
+            net.load_state_dict(merge(early, late, ratio))
+            curve[ratio] = score(one.taught(net))
+        best = min(curve, key=lambda ratio: curve[ratio])
+        net.load_state_dict(merge(early, late, best))
+        one.finish({"student": net})
+        told = {"metric": score.metric, "late": best, "curve": [[r, s] for r, s in curve.items()]}
+        files.write(one.folder / "merge.json", (json.dumps(told, indent=1) + "\n").encode())
+
+    return finish

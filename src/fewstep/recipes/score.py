@@ -1,0 +1,73 @@
+"""In training: how far a student's pictures are from its teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fewstep.recipes.student import Lesson, drawings
+
+PICTURES = 64
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class KidToTeacher:
+    """KID x 1000 between a student's pictures and the teacher's samples of the same prompts; lower is better.
+
+    Attributes:
+        lesson: whose teacher's samples are compared.
+        pictures: how many prompts.
+    """
+
+    lesson: Lesson
+    pictures: int = PICTURES
+
+    metric = "kid-t"
+
+    def __call__(self, family: Any) -> float:
+        """The score of a student."""
+        from fewstep.evaluate.kid import kid
+
+        prompts, seeds = self._prompts, range(2**31, 2**31 + self.pictures)
+        made: list[Any] = []
+        for at in range(0, len(prompts), CHUNK):
+            some = slice(at, at + CHUNK)
+            latents = drawings(
+                family, prompts[some], seeds[some], self.lesson.grid, self.lesson.setting.drop_t5 > 0
+            )
+            made.append(self._features(latents))
+        groups = list(prompts)
+        return 1000 * kid(np.concatenate(made), self._teacher, groups, groups).value
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """The first rows of different captions: KID compares no two pictures of one prompt."""
+        first = {prompt: row for row, prompt in reversed(list(enumerate(self.lesson.made.prompts)))}
+        return sorted(first.values())[: self.pictures]
+
+    @cached_property
+    def _prompts(self) -> list[str]:
+        return [self.lesson.made.prompts[row] for row in self._rows]
+
+    @cached_property
+    def _teacher(self) -> Any:
+        parts = [self._rows[at : at + CHUNK] for at in range(0, len(self._rows), CHUNK)]
+        device = self.lesson.teacher.net.device
+        return np.concatenate([self._features(self.lesson.made.read(p).latents.to(device)) for p in parts])
+
+    def _features(self, latents: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            images = self.lesson.teacher.codec.decode(latents).clamp(-1, 1)
+        return self._extractor(images.add(1).mul(127.5).round().byte().cpu().numpy())
+
+    @cached_property
+    def _extractor(self) -> Any:
+        from fewstep.evaluate.features import OpenNsfwPool
+
+        return OpenNsfwPool()

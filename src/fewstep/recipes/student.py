@@ -1,0 +1,290 @@
+"""What all distillations share: the teacher, what it made, the student, its batches, its score and its
+end."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from cyclopts import Parameter
+
+from fewstep.recipes.parts import SHOWN, at_least_one, shares
+from fewstep.train import Options, Run
+from fewstep.types import Batch, Share, UserError
+
+if TYPE_CHECKING:
+    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.families import Family
+    from fewstep.methods import Method
+
+SUBSTEPS = 4
+"""Steps of the teacher for each of the student's, where walks are made for the run."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Setting:
+    """How any student is taught.
+
+    Attributes:
+        teacher: The teacher, a diffusers folder or a hub name.
+        out: Run folder; the student is written to its subfolder `model` as a diffusers folder.
+        synthetic: The teacher's samples, of `fewstep synthesize`. [default: made in the run folder]
+        data: The data set whose captions are the prompts, where samples are made.
+        walks: How many samples are made.
+        guidance: The teacher's guidance scale, where samples are made. [default: the teacher's own]
+        init: Start the student from this model. [default: from the teacher]
+        student_steps: Steps that the student shall need.
+        steps: Updates in all.
+        batch: Samples an update.
+        accumulate: Micro-batches an update, one after the other in memory.
+        lr: Learning rate.
+        drop_t5: Share of the batches in which the student does not hear T5; 1 learns to do without.
+        score_every: Updates between scores by KID to the teacher's samples; 0 scores never.
+        seed: Of the data order and of all noise.
+        device: auto, cpu or cuda.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+
+    teacher: str = "models/pocket-teacher"
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None
+    synthetic: Path | None = None
+    data: Path = Path("data/stickers")
+    walks: int = 2000
+    guidance: float | None = None
+    init: str | None = None
+    student_steps: int = 4
+    steps: int = 600
+    batch: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    drop_t5: float = 1.0
+    score_every: int = 0
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one(batch=self.batch, walks=self.walks, student_steps=self.student_steps)
+        shares(drop_t5=self.drop_t5)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One distillation's parts, loaded.
+
+    Attributes:
+        setting: what was asked for.
+        name: of the method.
+        folder: of the run.
+        teacher: nothing in it learns.
+        made: its samples.
+        student: the model that learns.
+    """
+
+    setting: Setting
+    name: str
+    folder: Path
+    teacher: Family
+    made: Synthetic
+    student: Family
+
+    @property
+    def grid(self) -> list[float]:
+        """The student's times."""
+        from fewstep import times
+
+        return times.grid(self.setting.student_steps, self.teacher.shift)
+
+    @cached_property
+    def guided(self) -> Any:
+        """The teacher at the guidance of its samples, as a velocity."""
+        from fewstep.guide import Guided
+
+        scale = self.made.plan.guidance
+        if self.teacher.guidance is None:
+            return self.teacher.velocity if scale is None else self.teacher.at(scale).velocity
+        null = self.made.null.map(lambda array: array.to(self.teacher.net.device))
+        return Guided(self.teacher.velocity, null, 1.0 if scale is None else scale)
+
+    def copied(self, family: Family, name: str) -> Family:
+        """A model of its own with the same weights: another net that learns."""
+        return family.student(copy.deepcopy(family.net), name, self.setting.student_steps)
+
+    def batches(self, step: int, share: Share) -> Batch:
+        """The teacher's samples of a step; walks at the student's times, where they were kept."""
+        setting = self.setting
+        rows = self.made.rows(step, setting.batch, setting.seed)[share.cut(setting.batch)]
+        batch = self.made.read(rows)
+        states = batch.states
+        if states is not None and (stride := self.made.plan.student_steps // setting.student_steps) > 1:
+            states = states[:, ::stride]
+        rng = np.random.Generator(np.random.Philox(key=[setting.seed, step]))
+        without = self.made.without_t5(batch.cond) if rng.random() < setting.drop_t5 else None
+        return replace(batch, states=states, short=without)
+
+    def run(self, method: Method, **options: Any) -> Run:
+        """The run of a method whose student is the net ``student``."""
+        setting = self.setting
+        usual: dict[str, Any] = {"warmup": 20, "decay": 0.5, "ema": 0.99, "sheet_every": 200}
+        told: dict[str, Any] = {
+            "seed": setting.seed,
+            "device": setting.device,
+            "threads": setting.threads,
+            "tokens": self._tokens(),
+        }
+        resolved = Options(setting.steps, setting.lr, **usual | told | options)
+        about = {
+            "recipe": f"distill-{self.name}",
+            **{name: str(value) for name, value in vars(setting).items()},
+            "guidance": self.made.plan.guidance,
+            "made_of": {"teacher": self.made.plan.weights},
+        }
+        return Run(
+            self.name,
+            self.folder,
+            method,
+            self.batches,
+            resolved,
+            about,
+            averaged=["student"],
+            sheet=self.sheet,
+            finish=self.finish,
+        )
+
+    def taught(self, net: Any) -> Family:
+        """The student with this net."""
+        return self.teacher.student(net, "pocket", self.setting.student_steps)
+
+    def sheet(self, nets: Mapping[str, Any]) -> Any:
+        """Pictures of fixed prompts and seeds."""
+        from fewstep.recipes.parts import decoded
+
+        family = self.taught(nets["student"])
+        drawn = drawings(family, SHOWN, range(len(SHOWN)), self.grid, self.setting.drop_t5 > 0)
+        return decoded(family, drawn, SHOWN)
+
+    def finish(self, nets: Mapping[str, Any]) -> None:
+        """Write the student as a diffusers folder."""
+        family = self.taught(nets["student"])
+        family.module.save(family, self.folder / "model")
+
+    def _tokens(self) -> int:
+        _, height, width = self.teacher.latent
+        return height * width // 4 + self.made.plan.context[0]
+
+
+def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | None = None) -> Lesson:
+    """Load what a distillation needs, and make the teacher's samples where there are none.
+
+    Args:
+        setting: what was asked for.
+        name: of the method.
+        walks: whether the method needs the teacher's walks, not its samples alone.
+        folder: of the run, where it is not the setting's.
+
+    Raises:
+        UserError: a model is missing or of another family, or the samples are another teacher's.
+    """
+    import torch
+
+    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.source import load_family
+    from fewstep.train.device import pick
+
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    place = pick(setting.device)
+    out = setting.out or Path("runs") / name
+    # What is cheap to refuse comes before gigabytes are loaded.
+    prompts = [] if setting.synthetic else _prompts(setting)
+    if setting.synthetic:
+        Synthetic.open(setting.synthetic)
+    teacher = load_family(setting.teacher, device=place)
+    begin = load_family(setting.init, device=place) if setting.init else teacher
+    if begin.kind != teacher.kind or begin.latent != teacher.latent:
+        raise UserError(f"--init {setting.init} is no model of the teacher's kind")
+    source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
+    made = _made(source, teacher, setting.student_steps if walks else 0)
+    student = teacher.student(copy.deepcopy(begin.net), "pocket", setting.student_steps)
+    return Lesson(setting, name, folder or out, teacher, made, student)
+
+
+def drawings(
+    family: Family, prompts: Sequence[str], seeds: Sequence[int], grid: Sequence[float], without_t5: bool
+) -> Any:
+    """What a student draws, latents ``[B, C, H, W]``, one seed a prompt."""
+    import torch
+
+    from fewstep import sample
+    from fewstep.types import Cond
+
+    with torch.no_grad():
+        cond = family.text(prompts)
+        if without_t5 and family.clip_length is not None:
+            cond = Cond(cond.context[:, : family.clip_length], cond.pooled)
+        return sample.walk(family.velocity, family.lift(sample.noises(seeds, family.latent)), grid, cond)
+
+
+def _prompts(setting: Setting) -> list[str]:
+    from fewstep.data.texts import prompts_of
+    from fewstep.recipes.parts import training_shards
+
+    return prompts_of(training_shards(setting.data), setting.walks, setting.seed)
+
+
+def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: Path) -> Path:
+    """The samples of the run's own folder; those that are there already are kept."""
+    from fewstep.data.synthesis import plan as plans
+    from fewstep.data.synthesis.write import synthesize
+    from fewstep.recipes.parts import fingerprint
+
+    scale = setting.guidance
+    if scale is not None:
+        teacher = teacher.at(scale)
+    plan = plans.make(
+        teacher,
+        prompts,
+        guidance=teacher.guidance if scale is None else scale,
+        steps=setting.student_steps * SUBSTEPS * max(1, 4 // setting.student_steps),
+        student_steps=setting.student_steps,
+        seed=1_000_000 * (setting.seed + 1),
+        weights=fingerprint(teacher.net),
+        clip_length=teacher.clip_length,
+    )
+
+    def progress(done: int, total: int) -> None:
+        print(f"walks of the teacher {done}/{total}", file=sys.stderr)
+
+    synthesize(teacher, prompts, plan, folder, progress=progress)
+    return folder
+
+
+def _made(folder: Path, family: Family, student_steps: int) -> Synthetic:
+    """The samples of a folder.
+
+    Raises:
+        UserError: they are of another teacher, or their times are not the student's.
+    """
+    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.recipes.parts import fingerprint
+
+    made = Synthetic.open(folder)
+    plan = made.plan
+    # In half precision the fingerprint is of the rounded weights, and nothing can be said.
+    other = plan.dtype == "float32" and plan.weights != fingerprint(family.net)
+    if other or plan.latent != family.latent:
+        raise UserError(f"{folder} holds samples of another teacher, {plan.teacher}: give it as --teacher")
+    if student_steps and (plan.student_steps == 0 or plan.student_steps % student_steps):
+        kept = f"walks at {plan.student_steps} steps" if plan.student_steps else "no walks, latents alone"
+        raise UserError(
+            f"{folder} holds {kept}, of no use to a student of {student_steps}: synthesize again with "
+            f"--student-steps {student_steps}"
+        )
+    return made
