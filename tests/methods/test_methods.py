@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +19,11 @@ from fewstep.families import pocket
 from fewstep.methods import Method
 from fewstep.methods.codec import CodecMethod
 from fewstep.methods.finetune import Finetune
-from fewstep.methods.trajectory import Trajectory, Walks
+from fewstep.methods.trajectory import Trajectory
 from fewstep.train.trainer import draw
 from fewstep.types import Batch, Cond, Model
 from mixture import energy_distance, ring
-
-GRID = times.grid(4)
-
-
-def none(n: int) -> Cond:
-    """No condition, as torch tensors."""
-    return ring().cond(n).map(torch.from_numpy)
-
-
-class Net(torch.nn.Module):
-    """A small MLP as a velocity of points ``[B, 2]``."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(2 + 8, width),
-            torch.nn.SiLU(),
-            torch.nn.Linear(width, width),
-            torch.nn.SiLU(),
-            torch.nn.Linear(width, width),
-            torch.nn.SiLU(),
-            torch.nn.Linear(width, 2),
-        )
-
-    def forward(self, x: Any, t: Any, cond: Cond) -> Any:
-        waves = t[:, None] * torch.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
-        return self.layers(torch.cat([x, waves.sin(), waves.cos()], 1))
-
-
-def net(seed: int = 0) -> Net:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Net()
+from points import GRID, net, none
 
 
 def learn(method: Method, batches: Callable[[int], Any], steps: int, lr: float) -> float:
@@ -155,35 +124,32 @@ def test_a_student_of_four_steps_is_far_better_than_its_teachers_four(tmp_path: 
     assert grid.tolist() == pytest.approx(GRID)
     student = net()
 
-    def batches(step: int) -> Walks:
-        rng = np.random.default_rng(step)
-        rows, moves = torch.from_numpy(rng.integers(0, [[len(states)], [4]], (2, 512)))
-        return Walks(states[rows, moves], states[rows, moves + 1], grid[moves], grid[moves + 1], none(512))
+    def batches(step: int) -> Batch:
+        rows = torch.from_numpy(np.random.default_rng(step).integers(0, len(states), 512))
+        return Batch(states[rows, -1], none(512), (), states[rows])
 
-    learn(Trajectory(student, student), batches, 1500, 4e-3)
+    learn(Trajectory(student, student, GRID), batches, 1500, 4e-3)
     teachers, students = distance(ring(), 4), distance(student, 4)
     assert 0.05 < teachers < 0.12  # 0.086 in a larger sample
     assert students < 0.01
     assert students < 0.15 * teachers
 
 
-def test_no_gradient_reaches_the_teacher(tmp_path: Any) -> None:
-    first, student = net(1), net(2)
-    model = Model(**{**vars(teacher()), "velocity": first, "lower": lambda x: x.detach().numpy()})
-    states, t = walks_of(model, 8, 8, tmp_path)
-    walks = Walks(states[:, 0], states[:, 1], t[:1].repeat(8), t[1:2].repeat(8), none(8))
-    assert not states.requires_grad
-    Trajectory(student, student).losses(walks, draw(0, 0, 0))["trajectory"].backward()
-    assert all(p.grad is None for p in first.parameters())
-    assert all(p.grad is not None for p in student.parameters())
+def test_the_trajectory_loss_is_nought_for_the_teachers_own_moves() -> None:
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    states = [x]
+    for t, t_next in pairwise(GRID):
+        states.append(sample.walk(ring(), states[-1], [t, t_next], none(64)))
+    batch = Batch(states[-1], none(64), (), torch.stack(states, 1))
+    told = Trajectory(torch.nn.Identity(), ring(), GRID).losses(batch, draw(0, 0, 0))
+    assert float(told["trajectory"]) < 1e-10
 
 
-def test_the_trajectory_loss_is_nought_for_the_teachers_own_move() -> None:
-    start = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
-    t, t_next = torch.full((16,), 0.9), torch.full((16,), 0.75)
-    v = ring()(start, t, none(16))
-    walks = Walks(start, start + (t_next - t)[:, None] * v, t, t_next, none(16))
-    assert float(Trajectory(torch.nn.Identity(), ring()).losses(walks, draw(0, 0, 0))["trajectory"]) < 1e-10
+def test_trajectory_guidance_needs_walks_at_its_times() -> None:
+    states = torch.zeros(4, 3, 2)
+    for batch in (Batch(states[:, -1], none(4)), Batch(states[:, -1], none(4), (), states)):
+        with pytest.raises(ValueError, match="walks at 5 times"):
+            Trajectory(net(), net(), GRID).losses(batch, draw(0, 0, 0))
 
 
 def test_the_codecs_losses_are_nought_for_a_perfect_copy_but_for_the_divergence() -> None:
@@ -231,17 +197,3 @@ def test_the_decoder_alone_has_gradients_when_the_encoder_shall_stay(decoder_onl
     sum(value for value in told.values() if value.requires_grad).backward()
     assert all(p.grad is not None for p in vae.decoder.parameters())
     assert all((p.grad is None) == decoder_only for p in vae.encoder.parameters())
-
-
-@pytest.mark.parametrize("kind", [Finetune, Trajectory])
-def test_a_turn_moves_only_its_net(kind: Any) -> None:
-    student, bystander = net(3), net(4)
-    before = [[p.clone() for p in n.parameters()] for n in (student, bystander)]
-    x, t = torch.zeros(4, 2), torch.full((4,), 0.5)
-    batch: Any = Batch(x, none(4)) if kind is Finetune else Walks(x, x + 1, t, t - 0.25, none(4))
-    method = kind(student, student)
-    assert list(method.nets) == [turn.net for turn in method.turns(0)]
-    learn(method, lambda step: batch, 2, 1e-2)
-    moved = [any(not torch.equal(p, q) for p, q in zip(b, n.parameters(), strict=True))
-             for b, n in zip(before, (student, bystander), strict=True)]  # fmt: skip
-    assert moved == [True, False]
