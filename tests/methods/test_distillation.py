@@ -204,7 +204,6 @@ def test_the_chain_of_flash_draws_the_ring_in_four_steps(tmp_path: Path) -> None
     assert after.distance <= before.distance + 0.0005
     assert after.weight <= before.weight + 3 * (7 / 16_000) ** 0.5
     assert after.off <= before.off + 2 * (before.off / 16_000) ** 0.5
-    print(teachers, before, after)
 
 
 def test_renoised_estimates_are_where_they_are_said_to_be() -> None:

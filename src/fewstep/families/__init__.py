@@ -41,6 +41,10 @@ class Family(Model):
         guidance."""
         return self.module.student(self, net, name, steps)
 
+    def without_t5(self) -> Family:
+        """The same model without its T5; the very same where it has none, or cannot do without."""
+        return self.module.without_t5(self) if self.clip_length is not None else self
+
     @property
     def module(self) -> ModuleType:
         """The family's module: it has ``load``, ``save`` and ``student``."""

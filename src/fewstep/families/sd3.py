@@ -145,6 +145,14 @@ def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
     return assemble(parts, name=name, steps=steps, guidance=None, device=str(teacher.net.device))
 
 
+def without_t5(family: Family) -> Family:
+    """The same model, its context the CLIPs' alone."""
+    parts = {**family.parts, **dict.fromkeys(T5)}
+    return assemble(
+        parts, name=family.name, steps=family.steps, guidance=family.guidance, device=str(family.net.device)
+    )
+
+
 def load(
     source: str | Path,
     *,

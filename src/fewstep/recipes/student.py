@@ -173,6 +173,8 @@ class Lesson:
     def finish(self, nets: Mapping[str, Any]) -> None:
         """Write the student as a diffusers folder."""
         family = self.taught(nets["student"])
+        if self.setting.drop_t5 == 1:
+            family = family.without_t5()
         family.module.save(family, self.folder / "model")
 
     def _tokens(self) -> int:

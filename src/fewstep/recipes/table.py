@@ -1,0 +1,98 @@
+"""The document that ``fewstep ablate`` writes: figures of every cell, means over seeds, and what merging
+brings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+COLUMNS = (
+    ("KID-T × 1000", "kid_teacher", 1000),
+    ("seen top-5, %", "seen_top5", 100),
+    ("held-out top-5, %", "held_out_top5", 100),
+    ("scenes, %", "scene", 100),
+    ("diversity, % of teacher", "diversity_ratio", 100),
+)
+CATEGORIES = ("single", "two", "counting", "colours", "position", "binding")
+
+Run = tuple[str, int, Path]
+"""Name of a row, steps of its student, folder of the run."""
+
+
+def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """Markdown of all cells, from the results of one ``fewstep evaluate``."""
+    by_label = {row["label"]: row["figures"] for row in results["rows"]}
+    teacher = results["teacher"]
+    counts = (
+        f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures each, "
+        f"{results.get('scenes', 0)} scenes; features {results['extractor']}."
+    )
+    parts = [
+        "# Results",
+        f"Written by `fewstep ablate`. One teacher ({teacher}), one warm start for all students of as many "
+        f"steps, the same data, noise and compute: {facts['compute']}.",
+        f"{counts} A figure is the mean over the training's seeds ± their standard deviation; where there is "
+        "one, the 95 % interval over prompts stands in brackets.",
+    ]
+    for steps in sorted({steps for _, steps, _ in runs}, reverse=True):
+        parts += [f"## {steps} steps", _table(runs, steps, by_label, teacher, COLUMNS, costs=True)]
+        scenes = tuple((name, f"scene_{name}", 100) for name in CATEGORIES)
+        if any("scene" in figures for figures in by_label.values()):
+            parts += ["Scenes by category, %:", _table(runs, steps, by_label, teacher, scenes, costs=False)]
+    curves = [(name, steps, folder) for name, steps, folder in runs if (folder / "merge.json").is_file()]
+    if curves:
+        parts += ["## The merge's ratio", _curves(curves)]
+    parts += ["## The same again", f"```sh\n{results['command']}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(
+    runs: Sequence[Run],
+    steps: int,
+    by_label: Mapping[str, Any],
+    teacher: str,
+    columns: Sequence[tuple[str, str, float]],
+    *,
+    costs: bool,
+) -> str:
+    names = list(dict.fromkeys(name for name, its, _ in runs if its == steps))
+    titles = ["", *(title for title, _, _ in columns), *(("minutes", "peak, MB") if costs else ())]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    own = by_label[teacher]
+    cells = [_cell([own], key, scale) for _, key, scale in columns]
+    lines.append(["teacher", *cells, *(("", "") if costs else ())])
+    for name in names:
+        folders = [folder for n, s, folder in runs if (n, s) == (name, steps)]
+        figures = [by_label[f"{folder / 'model'}@{steps}"] for folder in folders]
+        row = [name, *(_cell(figures, key, scale) for _, key, scale in columns)]
+        if costs:
+            notes = [json.loads((folder / "cost.json").read_text()) for folder in folders]
+            row.append(f"{mean(note['seconds'] for note in notes) / 60:.1f}")
+            row.append(f"{max(note['bytes'] for note in notes) / 1e6:.0f}")
+        lines.append(row)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:
+    told = [each[key] for each in figures if key in each]
+    if not told:
+        return ""
+    values = [scale * each["value"] for each in told]
+    if len(values) > 1:
+        return f"{mean(values):.3g} ± {stdev(values):.2g}"
+    ends = [each for each in (told[0]["low"], told[0]["high"]) if each is not None]
+    return f"{values[0]:.3g}" + (f" [{', '.join(f'{scale * end:.3g}' for end in ends)}]" if ends else "")
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    """Scores of every ratio, a row a run."""
+    told = [(name, folder, json.loads((folder / "merge.json").read_text())) for name, _, folder in runs]
+    ratios = [f"{ratio:g}" for ratio, _ in told[0][2]["curve"]]
+    lines = [["late branch's share", *ratios], ["---", *["---:"] * len(ratios)]]
+    for name, folder, note in told:
+        scores = [f"{score:.2f}" for _, score in note["curve"]]
+        lines.append([f"{name}, seed {folder.name.rpartition('.')[2]}: {note['metric']}", *scores])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
