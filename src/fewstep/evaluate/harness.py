@@ -14,7 +14,7 @@ from fewstep.evaluate.cache import Cache
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
 from fewstep.evaluate.measure import against, measure
 from fewstep.evaluate.plan import Candidate, Plan, choose
-from fewstep.evaluate.produce import Pictures, Producer, Progress, slug
+from fewstep.evaluate.produce import Pictures, Producer, Progress, silent, slug
 from fewstep.evaluate.renderings import Redraw
 from fewstep.evaluate.report import Results, Row, versions, write
 from fewstep.evaluate.sheet import sheet
@@ -22,10 +22,6 @@ from fewstep.types import UserError
 
 SHEET_PROMPTS = 12
 SHEET_SEEDS = 4
-
-
-def _silent(_label: str, _done: int, _total: int) -> None:
-    return None
 
 
 def evaluate(
@@ -41,7 +37,7 @@ def evaluate(
     extractor: Extractor | None = None,
     shared: Path | None = None,
     command: str = "",
-    on_progress: Progress = _silent,
+    on_progress: Progress = silent,
 ) -> Results:
     """Measure candidates against real renderings and, where there is a teacher, against its pictures.
 

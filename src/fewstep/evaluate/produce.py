@@ -22,6 +22,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many pictures are done, and of how many."""
 
 
+def silent(_label: str, _done: int, _total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Pictures uint8 ``[N, 3, h, w]`` and their features ``[N, d]``."""

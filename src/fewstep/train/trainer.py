@@ -107,8 +107,9 @@ class State:
         net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
         for group in optimizer.param_groups:
             group["lr"] = rate * self.run.options.lr
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.half), attention(
-            self.device, self.run.options.tokens
+        with (
+            torch.autocast(self.device, torch.bfloat16, enabled=self.half),
+            attention(self.device, self.run.options.tokens),
         ):
             losses = turn.losses(batch, randomness)
         total = _total(losses)
