@@ -93,7 +93,7 @@ def prompts(renderings: Renderings, many: int, seed: int = 0) -> list[Scene]:
     """
     if many < 1 or many % CELLS:
         raise UserError(
-            f"scenes come in {CELLS}s ({len(CATEGORIES)} categories, seen and held out), so not {many} of them"
+            f"scenes come in {CELLS}s ({len(CATEGORIES)} categories, seen and held out), not {many} of them"
         )
     maker = _Maker(renderings, seed)
     return [
@@ -160,7 +160,7 @@ class _Maker:
         )
 
     def _try(self, category: str, held: bool, rng: Rng) -> Scene | None:
-        """One draw; none if it lies on the other side of the split, or its prompt leaves part of it unsaid."""
+        """One draw; none if it is on the other side of the split, or its prompt leaves part of it unsaid."""
         names = self._names(category, rng)
         style = tuple(STYLE_WORDS)[int(rng.integers(len(STYLE_WORDS)))]
         if any(style not in self._styles[name] for name in names):

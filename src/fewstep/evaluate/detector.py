@@ -1,8 +1,8 @@
 """What is in a picture: where things are, what they look like, and the colour of the background.
 
-A small net (``models/scene-detector``, made by ``fewstep train scene-detector``) finds where things are and how
-large; what each is, the features of what is cut out there say, against those of all renderings. Neither has
-learnt from a picture that a model of this project made.
+A small net (``models/scene-detector``, made by ``fewstep train scene-detector``) finds where things are and
+how large; what each is, the features of what is cut out there say, against those of all renderings. Neither
+has learnt from a picture that a model of this project made.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _resized(images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
 
 
 def _boxes(heat: NDArray[Any], box: NDArray[Any]) -> list[Box]:
-    """Maps of one picture, ``[H, W]`` and ``[3, H, W]``, to its boxes: peaks that are no part of a surer one."""
+    """Maps of one picture, ``[H, W]`` and ``[3, H, W]``, to its boxes, peaks that repeat no surer one."""
     side = heat.shape[0]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(heat, 1, constant_values=-1.0), (3, 3))
     rows, columns = np.nonzero((heat >= PEAK) & (heat >= windows.max((2, 3))))

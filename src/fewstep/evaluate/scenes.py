@@ -23,7 +23,6 @@ from fewstep.evaluate.detector import Box, Detector, Finder, Thing, ground
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
 from fewstep.evaluate.measure import Figures, Measured
 from fewstep.evaluate.produce import Producer, Progress, silent
-from fewstep.types import UserError
 
 FIRST_SEED = 1_000_000
 """Scenes' seeds start so much higher than those of the other prompts, so that no two prompts share one."""

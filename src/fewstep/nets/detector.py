@@ -27,8 +27,11 @@ class Detector(nn.Module):
         nn.init.constant_(self.heat.bias, -4.0)  # few cells are centres
 
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B, 3, h, w]`` in 0..255 -> logits of the heat ``[B, 1, H, W]`` and boxes ``[B, 3, H, W]``: offset
-        of the centre from the cell's (x, y; in cells), and the log of the side in units of the picture's."""
+        """``[B, 3, h, w]`` in 0..255 -> logits of the heat ``[B, 1, H, W]`` and boxes ``[B, 3, H, W]``.
+
+        A box is the offset of its centre from the cell's (x, y; in cells), and the log of its side in units
+        of the picture's.
+        """
         fine = self.fine(images / 64 - 2)
         wide = nn.functional.interpolate(self.up(self.coarse(fine)), scale_factor=2.0, mode="bilinear")
         joined = self.joined(torch.relu(self.across(fine) + wide))
