@@ -95,7 +95,7 @@ def evaluate(
     candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
     references, ceilings = stickers.references(data), redraws(data)
     with _shown() as progress:
-        test = load_scenes(data, detector, scenes, on_progress=progress) if scenes else None
+        test = load_scenes(data, detector, scenes) if scenes else None
         results = run(
             candidates,
             references,

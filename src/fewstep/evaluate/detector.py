@@ -1,15 +1,14 @@
 """What is in a picture: where things are, what they look like, and the colour of the background.
 
 A small net (``models/scene-detector``, made by ``fewstep train scene-detector``) finds where things are and
-how large; what each is, the features of what is cut out there say, against those of all renderings. Neither
-has learnt from a picture that a model of this project made.
+how large; what each is, a comparison with all renderings says (`likeness`). Neither has learnt from a picture
+that a model of this project made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.data.captions import COLOURS
-from fewstep.evaluate.features import Extractor
-from fewstep.evaluate.retrieval import best, unit
+from fewstep.evaluate.likeness import Box, Gallery
 from fewstep.runtime.graph import Graph, cores
 from fewstep.types import UserError
 
@@ -34,36 +32,19 @@ PEAK = 0.3
 OVERLAP = 0.4
 """Intersection over union of two boxes from which the weaker one is the same thing again."""
 
-CUT = 128
-"""Side of what is cut out, pixels; FILLED of it is the thing, as in the renderings it is compared with."""
-
-FILLED = 0.855
-
 RING = 0.04
 """Width of the border that shows the background, in units of the picture's side."""
 
 
 @dataclass(frozen=True)
-class Box:
-    """A square around a thing: its centre from the left and the top and its side, in units of the picture's;
-    ``heat`` is how sure it is that there is a thing, 0..1."""
-
-    x: float
-    y: float
-    side: float
-    heat: float
-
-
-@dataclass(frozen=True)
 class Thing:
-    """What was found in a box; ``likeness [K]`` is how near it is to the nearest rendering of each concept, a
-    cosine."""
+    """What was found in a box; ``likeness [K]`` is how like it is to each concept, at most 1."""
 
     box: Box
     likeness: NDArray[np.float64]
 
     def rank(self, place: int) -> int:
-        """How many concepts are nearer than the one at ``place``."""
+        """How many concepts it is more like than the one at ``place``."""
         return int((self.likeness > self.likeness[place]).sum())
 
 
@@ -103,66 +84,40 @@ class Finder:
 class Detector:
     """Finds the things in pictures and compares each with all renderings.
 
-    Args:
-        finder: pictures to boxes.
-        extractor: pictures to features.
-        gallery: features of the renderings, ``[M, d]``.
-        labels: the concept of each rendering, ``[M]``.
-
     Attributes:
-        name: of what finds and what compares.
+        name: of what finds.
         concepts: name -> place in a likeness.
     """
 
-    def __init__(
-        self, finder: Finder, extractor: Extractor, gallery: NDArray[np.float32], labels: Sequence[str]
-    ) -> None:
-        self.name = f"{finder.name} and {extractor.name}"
-        self.concepts = {name: place for place, name in enumerate(dict.fromkeys(labels))}
-        self._finder, self._extractor = finder, extractor
-        # What all renderings have in common tells none from another.
-        self._mean = gallery.mean(0)
-        self._gallery = unit(gallery - self._mean)
-        self._at = np.array([self.concepts[name] for name in labels])
+    def __init__(self, finder: Finder, gallery: Gallery) -> None:
+        self.name, self.concepts = finder.name, gallery.concepts
+        self._finder, self._gallery = finder, gallery
 
     def __call__(self, images: NDArray[np.uint8]) -> list[list[Thing]]:
         """What is in each picture, the surest first; uint8 ``[N, 3, h, w]`` RGB."""
-        boxes = self._finder(images)
-        cuts = [cut(image, box) for image, own in zip(images, boxes, strict=True) for box in own]
-        if not cuts:
-            return [[] for _ in images]
-        features = unit(self._extractor(np.stack(cuts)) - self._mean)
-        likeness = iter(best(features @ self._gallery.T, self._at, len(self.concepts)))
-        return [[Thing(box, next(likeness)) for box in own] for own in boxes]
+        return [
+            [Thing(box, self._gallery.likeness(image, box, border(image))) for box in boxes]
+            for image, boxes in zip(images, self._finder(images), strict=True)
+        ]
 
 
-def cut(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """What a box holds, placed as renderings are: uint8 ``[3, h, w]`` -> ``[3, CUT, CUT]``."""
-    height, width = image.shape[1:]
-    half = box.side / FILLED / 2
-    ends = [(box.x - half) * width, (box.y - half) * height, (box.x + half) * width, (box.y + half) * height]
-    # The border goes on beyond the picture, where a box reaches over it.
-    rim = int(np.ceil(max(0, -min(ends), ends[2] - width, ends[3] - height))) + 1
-    wide = np.pad(image, ((0, 0), (rim, rim), (rim, rim)), mode="edge").transpose(1, 2, 0)
-    left, top, right, bottom = (end + rim for end in ends)
-    picture = Image.fromarray(np.ascontiguousarray(wide))
-    fitted = picture.resize((CUT, CUT), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    return np.asarray(fitted).transpose(2, 0, 1)
+def border(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The background's colour, 0..255 ``[3]``: the median of the border of uint8 ``[3, h, w]``, which things
+    hardly reach."""
+    width = max(1, round(RING * min(image.shape[1:])))
+    ring = np.ones(image.shape[1:], bool)
+    ring[width:-width, width:-width] = False
+    return np.median(image[:, ring], axis=1)
 
 
 def ground(image: NDArray[np.uint8]) -> str:
     """The name in ``COLOURS`` that is nearest to the background of uint8 ``[3, h, w]``.
 
-    The background is the median of the border, which things hardly reach; near is by Euclidean distance in
-    CIE L*a*b* (1976), where equal distances look about equally large.
+    Near is by Euclidean distance in CIE L*a*b* (1976), where equal distances look about equally large.
     """
-    width = max(1, round(RING * min(image.shape[1:])))
-    border = np.ones(image.shape[1:], bool)
-    border[width:-width, width:-width] = False
-    colour = np.median(image[:, border], axis=1)
     names = list(COLOURS)
-    distance = np.linalg.norm(lab(np.array([COLOURS[name] for name in names])) - lab(colour[None]), axis=1)
-    return names[int(distance.argmin())]
+    known = lab(np.array([COLOURS[name] for name in names]))
+    return names[int(np.linalg.norm(known - lab(border(image)[None]), axis=1).argmin())]
 
 
 def lab(colours: NDArray[Any]) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ def hits(
     missing = [label for label in wanted if label not in index]
     if missing:
         raise ValueError(f"no reference rendering of {missing[0]!r}")
-    scores = best(unit(features) @ unit(gallery).T, np.array([index[label] for label in labels]), len(index))
+    scores = _best(unit(features) @ unit(gallery).T, np.array([index[label] for label in labels]), len(index))
     own = scores[np.arange(len(wanted)), [index[label] for label in wanted]][:, None]
     nearer = (scores > own).sum(1)
     level = (scores == own).sum(1)
@@ -50,9 +50,8 @@ def unit(features: NDArray[np.floating]) -> NDArray[np.float64]:
     return features / np.where(length > 0, length, 1.0)
 
 
-def best(similarity: NDArray[np.float64], at: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """The nearest rendering of each label: similarities ``[N, M]`` and the label of each rendering ``[M]``, a
-    whole number below ``count`` -> ``[N, count]``."""
+def _best(similarity: NDArray[np.float64], at: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Nearest rendering of each label: ``[N, M]`` -> ``[N, count]``."""
     order = np.argsort(at, kind="stable")
     starts = np.searchsorted(at[order], np.arange(count))
     return np.maximum.reduceat(similarity[:, order], starts, axis=1)

@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.data import render, stickers
+from fewstep.data import render
 from fewstep.data.scenes import CATEGORIES, Scene, pictures, prompts
 from fewstep.evaluate import estimate
-from fewstep.evaluate.cache import Cache
-from fewstep.evaluate.detector import Box, Detector, Finder, Thing, ground
-from fewstep.evaluate.features import Extractor, OpenNsfwPool
+from fewstep.evaluate.detector import Detector, Finder, Thing, ground
+from fewstep.evaluate.likeness import Box, Gallery
 from fewstep.evaluate.measure import Figures, Measured
-from fewstep.evaluate.produce import Producer, Progress, silent
 
 FIRST_SEED = 1_000_000
 """Scenes' seeds start so much higher than those of the other prompts, so that no two prompts share one."""
@@ -74,23 +72,14 @@ class SceneTest:
         return [first_seed + FIRST_SEED + row for row in range(len(self.scenes))]
 
 
-def load(
-    data: Path, detector: Path, many: int, extractor: Extractor | None = None, on_progress: Progress = silent
-) -> SceneTest:
+def load(data: Path, detector: Path, many: int) -> SceneTest:
     """A test of ``many`` prompts on the renderings in ``data`` with the net in ``detector``.
-
-    Features of the renderings are kept in ``data/features``, as in every evaluation.
 
     Raises:
         UserError: no renderings, no detector, or ``many`` is no multiple of 12.
     """
-    renderings = render.load(data, 128)
-    scenes, finder = prompts(renderings, many), Finder(detector)
-    references = stickers.references(data)
-    kept = Cache(data / "features")
-    producer = Producer(extractor or OpenNsfwPool(), kept, kept, on_progress)
-    gallery = producer.real(references, "references")
-    found = Detector(finder, producer.extractor, gallery, [reference.concept for reference in references])
+    renderings, finder = render.load(data, 128), Finder(detector)
+    scenes, found = prompts(renderings, many), Detector(finder, Gallery(renderings))
     return SceneTest(tuple(scenes), found, found.concepts, found.name, pictures(renderings, scenes))
 
 
