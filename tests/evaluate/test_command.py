@@ -21,7 +21,6 @@ from fewstep.pipeline import Pipeline
 from fewstep.source import load
 from fewstep.types import Cond, Model, UserError
 
-
 DETECTOR = Path(__file__).parents[2] / "models/scene-detector"
 
 

@@ -114,4 +114,4 @@ def _cells(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     rim = round(side * (1 / FILLED - 1) / 2)
     framed = np.pad(np.asarray(picture), ((rim, rim), (rim, rim), (0, 0)))
     small = Image.fromarray(framed).convert("RGBa").resize((GRID, GRID), Image.Resampling.BOX)
-    return np.asarray(small, np.float32) / 255
+    return np.asarray(small, np.float32) / np.float32(255)

@@ -54,7 +54,8 @@ def scene_detector(
     crowds = Crowds(render.load(data, SIZE), SIZE, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Detector().to(memory_format=torch.channels_last)
+        net: Any = Detector()
+        net = net.to(memory_format=torch.channels_last)
 
     def batches(step: int) -> Any:
         return collate([crowds(step * batch + i) for i in range(batch)])
