@@ -31,9 +31,9 @@ CONCEPTS = {name: place for place, name in enumerate(("cat", "dog", "cup", "key"
 PLAIN = np.full((3, 64, 64), 255, np.uint8)
 
 
-def thing(name: str, x: float = 0.5, y: float = 0.5, side: float = 0.4) -> Thing:
+def thing(name: str, x: float = 0.5, y: float = 0.5, side: float = 0.4, alike: float = 0.9) -> Thing:
     likeness = np.linspace(0.1, 0.2, len(CONCEPTS))
-    likeness[CONCEPTS[name]] = 0.9
+    likeness[CONCEPTS[name]] = alike
     return Thing(Box(x, y, side, 0.9), likeness)
 
 
@@ -68,6 +68,7 @@ def told(asked: Scene, things: Sequence[Thing], image: NDArray[np.uint8] = PLAIN
         (scene("single", "cat"), [thing("cat", 0.2), thing("sun", 0.8)], True, ""),
         (scene("single", "cat"), [thing("dog")], False, "0 of 1 cat"),
         (scene("single", "cat"), [], False, "0 of 1 cat"),
+        (scene("single", "cat"), [thing("cat", alike=0.7)], False, "0 of 1 cat"),
         (scene("two", "cat", "dog"), [LEFT, RIGHT], True, ""),
         (scene("two", "cat", "dog"), [LEFT, thing("cat", 0.74)], False, "0 of 1 dog"),
         (scene("counting", "cup", "cup"), [thing("cup", 0.2), thing("cup", 0.8)], True, ""),
