@@ -21,6 +21,8 @@ from fewstep.pipeline import Pipeline
 from fewstep.source import load
 from fewstep.types import Cond, Model, UserError
 
+DETECTOR = Path(__file__).parents[2] / "models/scene-detector"
+
 
 class Blobs:
     """A whole model in a few lines: a picture depends on the prompt, the noise and the steps."""
@@ -115,7 +117,7 @@ def test_identity_follows_files_and_setting(models: Path) -> None:
 def test_command_line(models: Path, stickers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = [
         "evaluate", "student", "--steps", "4", "--steps", "2", "--teacher", "teacher@8x2",
-        "--prompts", "8", "--seeds", "2", "--data", str(stickers), "-o", "out",
+        "--prompts", "8", "--seeds", "2", "--scenes", "0", "--data", str(stickers), "-o", "out",
     ]  # fmt: skip
     assert run(typed) == 0
     shown = capsys.readouterr()
@@ -139,6 +141,24 @@ def test_command_line(models: Path, stickers: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ([], "models/scene-detector holds no detector of scenes"),
+        (["--scenes", "13"], "holds no detector"),
+        (["--scenes", "12", "--detector", str(DETECTOR)], "too few of the things that scene prompts ask for"),
+    ],
+)
+def test_scenes_that_cannot_be_scored_are_one_line(
+    models: Path, stickers: Path, more: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", "student", "--data", str(stickers), "-o", "out", *more]) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert len(error.strip().splitlines()) == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["evaluate", "-o", "out"], "name at least one model"),
@@ -146,6 +166,7 @@ def test_command_line(models: Path, stickers: Path, capsys: pytest.CaptureFixtur
         (["evaluate", "student@0", "-o", "out"], "steps must be a whole number"),
         (["evaluate", "student", "-o", "out", "--prompts", "2.5"], "--prompts"),
         (["evaluate", "student", "-o", "out", "--steps", "four"], "--steps"),
+        (["evaluate", "student", "-o", "out", "--scenes", "many"], "--scenes"),
         (["evaluate", "student@4x3", "-o", "out"], "takes no guidance"),
         (["evaluate", "student", "-o", "out", "--data", "empty"], "fewstep data stickers"),
     ],

@@ -13,12 +13,13 @@ from tests.recipes import tiny_stickers
 import fewstep
 
 HELP = {
-    "train": ("pocket-codec", "Train Pocket's MMDiT."),
+    "train": ("pocket-codec", "Train Pocket's MMDiT.", "scene-detector"),
     "distill": ("trajectory",),
     "data": ("stickers", "folder"),
     "train pocket-codec": ("--decoder-only", "Crops an update."),
     "train pocket-text": ("--words", "Captions an update;"),
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
+    "train scene-detector": ("--batch", "Pictures an update."),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
     "distill flash": ("--anchor", "Whose features the heads read."),
     "data stickers": ("--pictures", "How many training pictures."),
@@ -96,6 +97,7 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     for arguments, told in (
         (["train", "pocket-codec", "--data", none], "no .tar shards there"),
         (["train", "pocket-text", "--data", none], "holds no renderings"),
+        (["train", "scene-detector", "--data", none], "holds no renderings"),
         (["train", "pocket-teacher", "--data", none], "no .tar shards there"),
         (["train", "pocket-teacher", "--data", data, "--codec", none], "fewstep train pocket-codec"),
         (

@@ -104,11 +104,15 @@ class Composer:
         return self._several(rng) if rng.random() < 0.6 else self._counted(rng)
 
     def _several(self, rng: Rng) -> Sample:
-        """Two things side by side or one above the other, or three in a row."""
         many = 3 if rng.random() < 0.2 else 2
         rows = self._choose(many, rng)
         ground = Ground() if rng.random() < 0.5 else _ground(rng)
         relation = RELATIONS[int(rng.integers(4))] if many == 2 and rng.random() < 0.7 else None
+        return self.several(rows, relation, ground, rng)
+
+    def several(self, rows: list[int], relation: str | None, ground: Ground, rng: Rng) -> Sample:
+        """Two things side by side or one above the other, or three in a row."""
+        many = len(rows)
         side = float(rng.uniform(0.42, 0.5)) if many == 2 else float(rng.uniform(0.28, 0.33))
         spots = _spots(relation, many, rng)
         pairs = [self._pair(row) for row in rows]
@@ -126,10 +130,13 @@ class Composer:
         )
 
     def _counted(self, rng: Rng) -> Sample:
-        """Two to four of one thing."""
         count = int(rng.integers(2, 5))
         row = self._choose(1, rng, count)[0]
         ground = Ground() if rng.random() < 0.5 else _ground(rng)
+        return self.counted(row, count, ground, rng)
+
+    def counted(self, row: int, count: int, ground: Ground, rng: Rng) -> Sample:
+        """Two to four of one thing."""
         side = {2: 0.45, 3: 0.38, 4: 0.38}[count] * float(rng.uniform(0.95, 1.05))
         layouts = {
             2: [(0.27, 0.5), (0.73, 0.5)],

@@ -24,6 +24,7 @@ from fewstep.evaluate.plan import Candidate
 from fewstep.evaluate.produce import Progress
 from fewstep.evaluate.renderings import redraws
 from fewstep.evaluate.report import markdown
+from fewstep.evaluate.scenes import load as load_scenes
 from fewstep.pipeline import Pipeline
 from fewstep.source import locate
 from fewstep.types import UserError
@@ -61,9 +62,11 @@ def evaluate(
     prompts: Whole = 200,
     seeds: Whole = 4,
     first_seed: Whole = 0,
+    scenes: Whole = 120,
+    detector: Path = Path("models/scene-detector"),
     data: Path = Path("data/stickers"),
 ) -> None:
-    """Measure models on the same prompts and seeds: KID, retrieval, diversity, and each against a teacher.
+    """Measure models on the same prompts and seeds: KID, retrieval, diversity, scenes, and against a teacher.
 
     A model is NAME[@STEPS[xGUIDANCE]], for example pocket@4 or models/pocket-teacher@28x4.5; NAME is what
     `fewstep generate --model` takes. An interrupted evaluation goes on where it stopped.
@@ -76,6 +79,8 @@ def evaluate(
         prompts: How many prompts, half of them from pairs that were never trained on.
         seeds: Pictures a prompt.
         first_seed: Seed of the first picture; the others count up from it.
+        scenes: How many prompts of scenes to score besides, a picture each: a multiple of 12, or 0 for none.
+        detector: Folder of what finds things in scenes, from `fewstep train scene-detector`.
         data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """
     if not models:
@@ -84,11 +89,13 @@ def evaluate(
     typed += [word for number in steps or [] for word in ("--steps", str(number))]
     typed += ["--teacher", teacher] if teacher else []
     typed += ["--prompts", str(prompts), "--seeds", str(seeds), "--first-seed", str(first_seed)]
+    typed += ["--scenes", str(scenes), *(["--detector", str(detector)] if scenes else [])]
     typed += ["--data", str(data), "-o", str(output)]
     specs = expand(models, steps)
     candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
     references, ceilings = stickers.references(data), redraws(data)
     with _shown() as progress:
+        test = load_scenes(data, detector, scenes) if scenes else None
         results = run(
             candidates,
             references,
@@ -98,6 +105,7 @@ def evaluate(
             seeds=seeds,
             first_seed=first_seed,
             ceilings=ceilings,
+            scenes=test,
             shared=data / "features",
             command=shlex.join(typed),
             on_progress=progress,

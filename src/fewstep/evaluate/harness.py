@@ -14,18 +14,16 @@ from fewstep.evaluate.cache import Cache
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
 from fewstep.evaluate.measure import against, measure
 from fewstep.evaluate.plan import Candidate, Plan, choose
-from fewstep.evaluate.produce import Pictures, Producer, Progress, slug
+from fewstep.evaluate.produce import Pictures, Producer, Progress, silent, slug
 from fewstep.evaluate.renderings import Redraw
 from fewstep.evaluate.report import Results, Row, versions, write
+from fewstep.evaluate.scenes import SceneTest
+from fewstep.evaluate.score import joined, score
 from fewstep.evaluate.sheet import sheet
 from fewstep.types import UserError
 
 SHEET_PROMPTS = 12
 SHEET_SEEDS = 4
-
-
-def _silent(_label: str, _done: int, _total: int) -> None:
-    return None
 
 
 def evaluate(
@@ -38,22 +36,25 @@ def evaluate(
     seeds: int = 4,
     first_seed: int = 0,
     ceilings: Mapping[str, Redraw] | None = None,
+    scenes: SceneTest | None = None,
     extractor: Extractor | None = None,
     shared: Path | None = None,
     command: str = "",
-    on_progress: Progress = _silent,
+    on_progress: Progress = silent,
 ) -> Results:
     """Measure candidates against real renderings and, where there is a teacher, against its pictures.
 
     Args:
         candidates: the models, labels unique.
         references: the renderings to retrieve among, all of one size; the prompts are drawn from them.
-        folder: receives ``results.json``, ``results.md``, a ``sheet-LABEL.png`` each, and ``cache/``.
+        folder: receives ``results.json``, ``results.md``, a ``sheet-LABEL.png`` each (with scenes, a
+            ``scenes-LABEL.png`` too), and ``cache/``.
         teacher: label of the candidate that the others are compared with.
         prompts: how many prompts, half from seen and half from held-out pairs.
         seeds: pictures a prompt.
         first_seed: seed of the first picture; the others count up from it.
         ceilings: by label, what draws real renderings of the same pairs; measured as if they were generated.
+        scenes: prompts of scenes to score besides, from :func:`fewstep.evaluate.scenes.load`.
         extractor: features; the open_nsfw pool when absent.
         shared: where the features of renderings are kept, for several runs; ``folder/cache`` when absent.
         command: what was typed, for the record.
@@ -72,6 +73,11 @@ def evaluate(
     made = {candidate.label: producer.generated(candidate, plan) for candidate in candidates}
     rows = _ceilings(ceilings or {}, plan, gallery, references, producer)
     rows += _rows(made, plan, gallery, references, teacher)
+    sheets = {f"sheet-{slug(label)}": _sheet(pictures, plan) for label, pictures in made.items()}
+    if scenes is not None:
+        scored = score(candidates, scenes, producer, teacher, first_seed)
+        rows, pages = joined(rows, scored.rows), scored.sheets
+        sheets |= {f"scenes-{slug(label)}": page for label, page in pages.items()}
     results = Results(
         extractor=producer.extractor.name,
         teacher=teacher,
@@ -79,13 +85,15 @@ def evaluate(
         held_out=sum(reference.held_out for reference in plan.chosen),
         seeds=seeds,
         first_seed=first_seed,
+        scenes=0 if scenes is None else len(scenes.scenes),
+        detector=None if scenes is None else scenes.detector,
         references=len(references),
         concepts=len({reference.concept for reference in references}),
         rows=tuple(rows),
         command=command,
         versions=versions(),
     )
-    write(results, folder, {slug(label): _sheet(pictures, plan) for label, pictures in made.items()})
+    write(results, folder, sheets)
     return results
 
 

@@ -22,6 +22,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many pictures are done, and of how many."""
 
 
+def silent(_label: str, _done: int, _total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Pictures uint8 ``[N, 3, h, w]`` and their features ``[N, d]``."""
@@ -52,14 +56,25 @@ class Producer:
             return self.cache.get(slug(candidate.label), origin, lambda: make(at, to))
 
         def make(at: int, to: int) -> Arrays:
-            images = candidate.draw(prompts[at:to], seeds[at:to])
-            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (to - at, 3):
-                got = f"{images.dtype} {list(images.shape)}"
-                raise ValueError(f"{candidate.label} drew {got} for {to - at} prompts")
+            images = _checked(candidate, prompts[at:to], seeds[at:to])
             return {"images": images, "features": self.extractor(images)}
 
         parts = self._chunks(candidate.label, len(prompts), part)
         return Pictures(*(np.concatenate([part[key] for part in parts]) for key in ("images", "features")))
+
+    def drawn(
+        self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str
+    ) -> NDArray[np.uint8]:
+        """Pictures of a candidate that need no features, uint8 ``[N, 3, h, w]``; ``name`` is shown."""
+
+        def part(at: int, to: int) -> Arrays:
+            origin = [candidate.identity, prompts[at:to], seeds[at:to]]
+            return self.cache.get(slug(candidate.label), origin, lambda: make(at, to))
+
+        def make(at: int, to: int) -> Arrays:
+            return {"images": _checked(candidate, prompts[at:to], seeds[at:to])}
+
+        return np.concatenate([part["images"] for part in self._chunks(name, len(prompts), part)])
 
     def real(self, references: Sequence[Reference], name: str) -> NDArray[np.float32]:
         """Features of renderings, ``[M, d]``."""
@@ -78,6 +93,14 @@ class Producer:
             parts.append(part(at, min(at + CHUNK, total)))
         self.progress(label, total, total)
         return parts
+
+
+def _checked(candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+    images = candidate.draw(prompts, seeds)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
+        got = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"{candidate.label} drew {got} for {len(prompts)} prompts")
+    return images
 
 
 def slug(label: str) -> str:

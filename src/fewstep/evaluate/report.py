@@ -14,6 +14,7 @@ from typing import Any
 from PIL.Image import Image
 
 from fewstep import files
+from fewstep.data.scenes import CATEGORIES
 from fewstep.evaluate.estimate import LEVEL, Estimate
 
 FORMAT = 1
@@ -39,6 +40,13 @@ TEACHER = (
     ("held-out top-1, % of teacher", "held_out_top1_ratio", 100),
     ("diversity, % of teacher", "diversity_ratio", 100),
 )
+SCENES = (
+    ("all, %", "scene", 100),
+    *((f"{name}, %", f"scene_{name}", 100) for name in CATEGORIES),
+    ("seen, %", "scene_seen", 100),
+    ("held out, %", "scene_held_out", 100),
+    ("all, % of teacher", "scene_ratio", 100),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Results:
         held_out: prompts from held-out pairs.
         seeds: pictures a prompt.
         first_seed: seed of the first picture.
+        scenes: prompts of scenes, a picture each; 0 where none were scored.
+        detector: name of what judged the scenes.
         references: renderings in the gallery.
         concepts: concepts among them.
         rows: the candidates, real renderings first where they were measured.
@@ -74,6 +84,8 @@ class Results:
     held_out: int
     seeds: int
     first_seed: int
+    scenes: int
+    detector: str | None
     references: int
     concepts: int
     rows: tuple[Row, ...]
@@ -93,7 +105,7 @@ def versions() -> dict[str, str]:
 
 
 def write(results: Results, folder: Path, sheets: Mapping[str, Image]) -> None:
-    """Write ``results.json``, ``results.md`` and a ``sheet-NAME.png`` each into ``folder``, each at once.
+    """Write ``results.json``, ``results.md`` and a ``NAME.png`` of each sheet into ``folder``, each at once.
 
     Raises:
         UserError: the folder cannot be written.
@@ -101,7 +113,7 @@ def write(results: Results, folder: Path, sheets: Mapping[str, Image]) -> None:
     for name, picture in sheets.items():
         buffer = BytesIO()
         picture.save(buffer, "PNG")
-        files.write(folder / f"sheet-{name}.png", buffer.getvalue())
+        files.write(folder / f"{name}.png", buffer.getvalue())
     files.write(folder / "results.md", markdown(results).encode())
     files.write(folder / "results.json", (json.dumps(_plain(results), indent=2) + "\n").encode())
 
@@ -119,17 +131,23 @@ def markdown(results: Results) -> str:
     ]
     if results.teacher is not None:
         parts += [f"Against the teacher, {results.teacher}:", _table(results, TEACHER)]
+    if results.scenes:
+        parts += [
+            f"Scene score, {results.scenes} prompts with a picture each, half of them held out, judged by "
+            f"{results.detector}:",
+            _table(results, SCENES, results.scenes),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(results: Results, columns: tuple[tuple[str, str, float], ...]) -> str:
-    """Rows and columns that have no figure at all are left out."""
+def _table(results: Results, columns: tuple[tuple[str, str, float], ...], pictures: int | None = None) -> str:
+    """Rows and columns without any figure are left out; ``pictures`` is their count, if not the row's own."""
     shown = [column for column in columns if any(column[1] in row.figures for row in results.rows)]
     rows = [row for row in results.rows if any(name in row.figures for _, name, _ in shown)]
     lines = [["model", "pictures", *(title for title, _, _ in shown)], ["---", *["---:"] * (len(shown) + 1)]]
     for row in rows:
         cells = [_cell(row.figures.get(name), scale) for _, name, scale in shown]
-        lines.append([row.label, str(row.pictures), *cells])
+        lines.append([row.label, str(row.pictures if pictures is None else pictures), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from cyclopts import App
 
-train = App(name="train", help="Train Pocket's parts: codec, text encoders, teacher.")
+train = App(
+    name="train", help="Train Pocket's parts (codec, text encoders, teacher) and the judge of scenes."
+)
 distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
 
 
@@ -34,7 +36,7 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
     app.command(command, name=name)
 
 
-for _name in ("pocket-codec", "pocket-text", "pocket-teacher"):
+for _name in ("pocket-codec", "pocket-text", "pocket-teacher", "scene-detector"):
     _offer(train, _name, _name.replace("-", "_"), _name.replace("-", "_"))
 for _name in METHODS:
     _offer(distill, _name, "distill", _name)

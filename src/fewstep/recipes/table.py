@@ -27,8 +27,8 @@ def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str
     by_label = {row["label"]: row["figures"] for row in results["rows"]}
     teacher = results["teacher"]
     counts = (
-        f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures each, "
-        f"{results.get('scenes', 0)} scenes; features {results['extractor']}."
+        f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures "
+        f"each, {results.get('scenes', 0)} scenes; features {results['extractor']}."
     )
     parts = [
         "# Results",

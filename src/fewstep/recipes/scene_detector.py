@@ -1,0 +1,120 @@
+"""The judge of the scene score: a detector trained on renderings, as one small graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.recipes.parts import Out, at_least_one
+from fewstep.train import Options, Run
+from fewstep.types import Share
+
+SIZE = 128
+"""Side of the pictures that it looks at, pixels."""
+
+ABOUT = "The judge of fewstep's scene score, trained on renderings alone: see docs/evaluation.md."
+
+
+def scene_detector(
+    *,
+    data: Path = Path("data/stickers"),
+    out: Out = Path("runs/scene-detector"),
+    steps: int = 1_500,
+    batch: int = 24,
+    lr: float = 2e-3,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int = 0,
+) -> Run:
+    """Train the detector that judges scenes, on renderings alone.
+
+    Args:
+        data: The stickers data set, made by `fewstep data stickers`; only its renderings are used.
+        out: Run folder; the detector is written to its subfolder `model`.
+        steps: Updates in all.
+        batch: Pictures an update.
+        lr: Learning rate.
+        seed: Of the weights and the data order.
+        device: auto, cpu or cuda.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+    options = Options(steps, lr, decay=0.6, seed=seed, device=device, threads=threads, ema=0.99, clip=5.0)
+    at_least_one(batch=batch)
+
+    import torch
+
+    from fewstep.data import render
+    from fewstep.data.detection import Crowds
+    from fewstep.files import replacing_folder
+    from fewstep.methods.detector import Detect
+    from fewstep.nets.detector import Detector
+
+    crowds = Crowds(render.load(data, SIZE), SIZE, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: Any = Detector()
+        net = net.to(memory_format=torch.channels_last)
+
+    def batches(step: int, share: Share) -> Any:
+        return collate([crowds(step * batch + i) for i in range(batch)[share.cut(batch)]])
+
+    def finish(nets: dict[str, Any]) -> None:
+        with replacing_folder(out / "model") as folder:
+            _write(nets["net"], folder / "detector.onnx")
+            told = {"about": ABOUT, "license": "Apache-2.0", "size": SIZE}
+            (folder / "detector.json").write_text(json.dumps(told, indent=1) + "\n")
+
+    about = {"recipe": "scene-detector", "data": str(data), "batch": batch}
+    return Run("scene-detector", out, Detect(net), batches, options, about, finish=finish)
+
+
+def collate(drawn: list[Any]) -> Any:
+    """Pictures of :class:`fewstep.data.detection.Crowds` and their things, as one batch.
+
+    Args:
+        drawn: (uint8 ``[h, w, 3]``, things) each.
+    """
+    import torch
+
+    from fewstep.methods.detector import Pictures
+    from fewstep.nets.detector import STRIDE
+
+    images = np.stack([picture for picture, _ in drawn]).transpose(0, 3, 1, 2)
+    side = images.shape[-1] // STRIDE
+    heat = np.zeros((len(drawn), side, side), np.float32)
+    across = np.arange(side) + 0.5
+    cells: list[int] = []
+    boxes: list[tuple[float, float, float]] = []
+    for index, (_, found) in enumerate(drawn):
+        for thing in found:
+            x, y = thing.x * side, thing.y * side
+            column, row = (min(max(int(v), 0), side - 1) for v in (x, y))
+            spread = max(0.6, thing.side * side / 9)
+            hill = np.exp(
+                -((across - row - 0.5)[:, None] ** 2 + (across - column - 0.5) ** 2) / 2 / spread**2
+            )
+            heat[index] = np.maximum(heat[index], hill)
+            heat[index, row, column] = 1
+            cells.append((index * side + row) * side + column)
+            boxes.append((x - column - 0.5, y - row - 0.5, float(np.log(thing.side))))
+    return Pictures(
+        torch.from_numpy(np.ascontiguousarray(images)).float(),
+        torch.from_numpy(heat)[:, None],
+        torch.tensor(cells),
+        torch.tensor(boxes),
+    )
+
+
+def _write(net: Any, path: Path) -> None:
+    """The net as an ONNX graph with weights of 16 bits."""
+    import torch
+
+    from fewstep.deploy.onnx import Part, trace, write_graph
+    from fewstep.deploy.quantize import shrink
+
+    net = net.float().eval().to(memory_format=torch.contiguous_format)
+    part = Part(net, {"images": torch.zeros(2, 3, SIZE, SIZE)}, ("heat", "box"))
+    write_graph(shrink(trace(part), 16), path)
