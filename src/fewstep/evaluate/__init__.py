@@ -2,6 +2,7 @@
 
 See ``docs/evaluation.md`` for what each figure means. The metrics are pure functions of features:
 `kid.kid`, `frechet.frechet`, `retrieval.hits`, `diversity.spread`; `harness.evaluate` puts them together.
+The scene score looks at the pictures: `scenes.load`, `scenes.judge`, `scenes.measure`.
 """
 
 from __future__ import annotations
