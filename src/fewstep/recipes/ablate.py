@@ -22,6 +22,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fewstep import files
+from fewstep.data.synthesis import plan as plans
 from fewstep.recipes.parts import at_least_one
 from fewstep.recipes.table import document
 from fewstep.types import UserError
@@ -97,8 +98,10 @@ def ablate(
     seeds: int = 3,
     passes: int = 4000,
     warm: int = 400,
+    warm_lr: float = 3e-4,
     batch: int = 16,
     lr: float = 1e-4,
+    teacher_steps: int = 28,
     rows: tuple[str, ...] = (),
     prompts: int = 100,
     pictures: int = 2,
@@ -111,16 +114,26 @@ def ablate(
     """Compare all methods: train every cell from one warm start, measure, and write the table.
 
     Args:
-        teacher: The teacher, a diffusers folder or a hub name. synthetic: Its samples and walks, of
-        `fewstep synthesize --student-steps`. out: Folder of all runs; stopped, the same command goes on.
-        report: The document that is written. student_steps: Numbers of steps of the students. seeds:
-        Trainings of each cell. passes: Compute of a training: passes of the net for each sample of a batch,
-        a pass back counts as two. warm: Updates of the warm start, which all students of as many steps
-        share. batch: Samples an update. lr: Learning rate of students and proxies. rows: Names of rows of
-        the table. [default: all] prompts: Prompts of single stickers that are measured. pictures: Pictures
-        a prompt. scenes: Prompts of scenes, a picture each; a multiple of 12, or 0 for none. data: Folder
-        that `fewstep data stickers` filled. jobs: Trainings at once. threads: Torch threads of each; 0
-        leaves torch's choice. device: auto, cpu or cuda.
+        teacher: The teacher, a diffusers folder or a hub name.
+        synthetic: Its samples and walks, of `fewstep synthesize --student-steps`.
+        out: Folder of all runs; stopped, the same command goes on.
+        report: The document that is written.
+        student_steps: Numbers of steps of the students.
+        seeds: Trainings of each cell.
+        passes: Compute of a training: passes of the net for each sample of a batch; a pass back counts as two.
+        warm: Updates of the warm start, which all students of as many steps share.
+        warm_lr: Learning rate of the warm start.
+        batch: Samples an update.
+        lr: Learning rate of students and proxies.
+        teacher_steps: Steps of the teacher that is measured; its guidance is that of the samples.
+        rows: Names of rows of the table. [default: all]
+        prompts: Prompts of single stickers that are measured.
+        pictures: Pictures a prompt.
+        scenes: Prompts of scenes, a picture each; a multiple of 12, or 0 for none.
+        data: Folder that `fewstep data stickers` filled.
+        jobs: Trainings at once.
+        threads: Torch threads of each; 0 leaves torch's choice.
+        device: auto, cpu or cuda.
     """
     at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs)
     unknown = [name for name in rows if name not in [row.name for row in ROWS]]
@@ -130,7 +143,7 @@ def ablate(
     shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
     shared += ["--device", device, "--threads", str(threads)]
     for steps in student_steps:
-        begin = ["--student-steps", str(steps), "--steps", str(warm), "--lr", str(3 * lr)]
+        begin = ["--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
         _trained(out / f"warm.{steps}", ["trajectory", *begin, *shared], threads)
     cells = [
         Cell(row, steps, seed)
@@ -151,11 +164,11 @@ def ablate(
     models = [_model(out / f"warm.{steps}", steps) for steps in student_steps]
     models += [_model(out / cell.name, cell.steps) for cell in cells]
     counts = ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
-    _fewstep(["evaluate", *models, "--teacher", teacher, *counts, "--data", str(data), "-o", str(measured)])
+    guided = f"{teacher}@{teacher_steps}x{plans.read(synthetic).guidance or 1:g}"
+    _fewstep(["evaluate", *models, "--teacher", guided, *counts, "--data", str(data), "-o", str(measured)])
     results = json.loads((measured / "results.json").read_text())
     facts = {
         "compute": f"{passes} passes a sample, batches of {batch}, rate {lr:g}, warm start of {warm} updates",
-        "teacher": teacher,
     }
     table = [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
     table = [("warm start", steps, out / f"warm.{steps}") for steps in student_steps] + table
