@@ -120,7 +120,7 @@ def ablate(
         report: The document that is written.
         student_steps: Numbers of steps of the students.
         seeds: Trainings of each cell.
-        passes: Compute of a training: passes of the net for each sample of a batch; a pass back counts as two.
+        passes: Compute of a training: passes of the net for a sample of each batch; one back counts as two.
         warm: Updates of the warm start, which all students of as many steps share.
         warm_lr: Learning rate of the warm start.
         batch: Samples an update.
