@@ -1,7 +1,7 @@
 """LoRA roles (floor 2, torch): one frozen base is teacher, student and proxy.
 
 ``y = W x + (alpha / rank) B A x`` (Hu et al., arXiv 2106.09685) with an ``A`` and a ``B`` for each role, and
-``W`` held once. Which role acts is said around each call of the net, so all of them are velocities side by side.
+``W`` held once. Which role acts is said around each call of the net: all of them are velocities side by side.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class RoleVelocity:
 
 
 class Roles:
-    """Roles of a net, each a LoRA in its linear layers. The net is changed in place and its own weights frozen.
+    """Roles of a net, each a LoRA in its linear layers. The net is changed in place, its own weights frozen.
 
     Args:
         net: any torch module; its weights keep their precision.
@@ -144,7 +144,7 @@ class Roles:
         return RoleVelocity(velocity, name)
 
     def net(self, name: str) -> RoleNet:
-        """The weights of one role, and no others, as a net: what a method calls its net and a trainer trains."""
+        """The weights of one role, and no others, as a net: what a method names and a trainer trains."""
         return RoleNet(self._lows(name))
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
@@ -153,7 +153,9 @@ class Roles:
         plain = {key: v for key, v in self.body.state_dict().items() if f".{HELD}." not in key}
         for path, low in lows.items():
             key = f"{path}.weight"
-            plain[key] = (plain[key].float() + self.scale * low.b.detach() @ low.a.detach()).to(plain[key].dtype)
+            plain[key] = (plain[key].float() + self.scale * low.b.detach() @ low.a.detach()).to(
+                plain[key].dtype
+            )
         return plain
 
     def fold(self, name: str) -> Any:

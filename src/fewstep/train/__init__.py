@@ -105,8 +105,8 @@ class Run:
         sheet: averaged nets -> a contact sheet (a Pillow image).
         finish: averaged nets -> writes what the run is for (a diffusers folder, say). Called last, by one
             process, when the nets are whole again and need not learn any more.
-        bodies: the modules that run, frozen ones too: those that hold the nets' weights and those of a teacher.
-            A net in none of them is neither sharded nor compiled nor recomputed.
+        bodies: the modules that run, frozen ones too: those that hold the nets' weights, and a teacher. A net
+            in none of them is neither sharded nor compiled nor recomputed.
         score: averaged nets -> how good they are; the best ones are kept (:mod:`fewstep.train.best`).
         metric: what the score is called.
         higher: whether the higher score is the better.

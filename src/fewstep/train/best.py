@@ -88,4 +88,6 @@ def _write(run: Run, held: dict[str, dict[str, Any]], note: dict[str, Any]) -> N
                 save_file({key: t.clone() for key, t in tensors.items()}, fresh / f"{name}.safetensors")
             (fresh / NOTE).write_text(json.dumps(note) + "\n")
     except Exception as error:  # safetensors has an error of its own for a full disk
-        raise UserError(f"{run.folder / FOLDER} could not be written ({error}); the best before is kept") from error
+        raise UserError(
+            f"{run.folder / FOLDER} could not be written ({error}); the best before is kept"
+        ) from error

@@ -51,7 +51,9 @@ def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
         by_first(lambda: _settle(part, target, step))
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{target} could not be written ({_said(error)}); the earlier checkpoint is kept") from error
+        raise UserError(
+            f"{target} could not be written ({_said(error)}); the earlier checkpoint is kept"
+        ) from error
 
 
 def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -124,14 +126,16 @@ def _load(path: Path, held: Mapping[str, Any]) -> str | None:
 
     try:
         reader = dcp.FileSystemReader(path)
-        shapes = {key: getattr(m, "size", None) for key, m in reader.read_metadata().state_dict_metadata.items()}
+        shapes = {
+            key: getattr(m, "size", None) for key, m in reader.read_metadata().state_dict_metadata.items()
+        }
         _expect(held, shapes)
         flat = _flat(held, 0)
         mine = {key: getattr(value, "shape", None) for key, value in flat.items()}
         if mine == shapes:
             with _alone():
                 dcp.load(flat, storage_reader=reader, no_dist=world().size == 1)
-    except Exception as error:  # a damaged pickle can raise anything
+    except (Exception, dcp.CheckpointException) as error:  # a damaged pickle can raise anything
         return _said(error)
     if mine != shapes:
         odd = sorted(set(mine.items()) ^ set(shapes.items()))[0][0]
@@ -142,7 +146,7 @@ def _load(path: Path, held: Mapping[str, Any]) -> str | None:
 
 
 def _expect(held: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
-    """Give each optimizer empty states for the parameters that have some in the checkpoint, and for no others."""
+    """Give each optimizer empty states for just those parameters that have some in the checkpoint."""
     import torch
 
     of: dict[str, list[str]] = {}
@@ -154,7 +158,11 @@ def _expect(held: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
         optimizer.state.clear()
         for key, parameter in net.named_parameters():
             for what in of.get(f"optimizers/{name}/{key}", ()):
-                like = torch.zeros((), device=parameter.device) if what == "step" else torch.zeros_like(parameter)
+                like = (
+                    torch.zeros((), device=parameter.device)
+                    if what == "step"
+                    else torch.zeros_like(parameter)
+                )
                 optimizer.state[parameter][what] = like.requires_grad_(False)
 
 
@@ -178,7 +186,9 @@ def _make_room(part: Path) -> None:
             shutil.rmtree(left)
         part.mkdir()
     except OSError as error:
-        raise UserError(f"{part.parent} cannot be written ({error.strerror}); earlier checkpoints are kept") from error
+        raise UserError(
+            f"{part.parent} cannot be written ({error.strerror}); earlier checkpoints are kept"
+        ) from error
 
 
 def _settle(part: Path, target: Path, step: int) -> None:

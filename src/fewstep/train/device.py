@@ -17,7 +17,7 @@ SHORT = 256
 
 
 def pick(name: str) -> str:
-    """``auto`` -> ``cuda`` where there is one, else ``cpu``. Under torchrun, ``cuda`` is then this process's own.
+    """``auto`` -> ``cuda`` where there is one, else ``cpu``. Of several processes each has its own GPU.
 
     Raises:
         UserError: the device is unknown, or not there.

@@ -25,7 +25,9 @@ def restore(folder: Path, held: Mapping[str, Any]) -> int:
     if not path.exists():
         return 0
     if world().size > 1:
-        raise UserError(f"{path} is of an earlier version: resume once with one process, which writes it anew")
+        raise UserError(
+            f"{path} is of an earlier version: resume once with one process, which writes it anew"
+        )
     try:
         read = torch.load(path, map_location="cpu", weights_only=True)
         for name, net in held["nets"].items():

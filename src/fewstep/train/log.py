@@ -69,7 +69,9 @@ class Log:
 
     def score(self, step: int, figures: Mapping[str, float]) -> None:
         """A line of its own for what was measured at this step, unless it is there from an earlier run."""
-        if figures and not any(line["step"] == step and figures.keys() <= line.keys() for line in self.earlier):
+        if figures and not any(
+            line["step"] == step and figures.keys() <= line.keys() for line in self.earlier
+        ):
             self._put(step, figures)
             if world().first:
                 told = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
@@ -130,7 +132,9 @@ def circumstances(device: str) -> dict[str, Any]:
         | {name: _version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "commit": _commit(),
         "processes": world().size,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine(),
     }
 
 

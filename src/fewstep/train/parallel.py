@@ -1,8 +1,8 @@
 """Several processes: torchrun's environment, sharded nets, and what all of them must agree on.
 
-A net with blocks is sharded (FSDP2): each process holds an equal part of every weight, gathers a block's when
-the block runs and lets them go after. What names no blocks (heads, a codec) is held whole by each process, and
-its gradients are averaged. One process does neither.
+A run's bodies are sharded (FSDP2): each process holds an equal part of every weight, gathers a block's when the
+block runs and lets them go after. What is in no body (heads, a codec) is held whole by each process, and its
+gradients are averaged. One process does neither.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def whole(tensor: Any) -> Any:
 
 
 def weights(net: Any) -> dict[str, Any]:
-    """The state dict of a net that may be sharded, whole and on the CPU in the first process, empty elsewhere."""
+    """A state dict, whole and on the CPU in the first process, empty elsewhere; every process must ask."""
     told: dict[str, Any] = {}
     for name, tensor in net.state_dict().items():
         full = whole(tensor.detach())
@@ -185,7 +185,7 @@ def average_gradients(parameters: Iterable[Any]) -> None:
 
 
 def unshard(bodies: Iterable[Body]) -> None:
-    """Make nets plain torch modules again, for good: whole and on the CPU in the first process, empty elsewhere."""
+    """Make nets plain torch modules again, for good: whole and on the CPU in the first process alone."""
     if world().size == 1:
         return
     import torch

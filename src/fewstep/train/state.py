@@ -46,7 +46,7 @@ class State:
 
     @contextmanager
     def averaged(self) -> Generator[dict[str, Any]]:
-        """Within the block the nets, in eval mode and without gradients, are their averages where those are kept."""
+        """Within the block the nets, in eval mode and without gradients, are their averages."""
         import torch
 
         shown = list(self.averages.values())

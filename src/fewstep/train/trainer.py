@@ -79,7 +79,7 @@ def _loop(run: Run, state: State, log: Log) -> None:
 
 
 def _look(run: Run, state: State, log: Log, sheets: int, scores: int, last: bool = False) -> None:
-    """A contact sheet and a score, where this step has one; the last has both. All processes draw and measure."""
+    """A contact sheet and a score, where this step has one; the last has both. Every process takes part."""
 
     def due(every: int) -> bool:
         return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
@@ -101,7 +101,9 @@ def _asked_to_stop() -> Generator[list[int]]:
         if signal.SIGINT in asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not asked:
-            print("fewstep: stopping after this step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
+            print(
+                "fewstep: stopping after this step, then saving (Ctrl-C again stops at once)", file=sys.stderr
+            )
         asked.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -54,8 +54,9 @@ BOUNDS = (
     Bound("latent/std", least=0.5, most=2.0, means="the student's latents collapse or blow up; lower --lr"),
     Bound("proxy", most=3.0, means="the proxy has lost the student; let it learn oftener, or lower --lr"),
 )
-"""Latents have about unit variance, so half a standard deviation is a shift of every picture's colour. A proxy's
-loss rises a little while the student sharpens; three times its first value is worse than foretelling nought."""
+"""Latents have about unit variance: half a standard deviation is a shift of every picture's colour. A proxy's
+loss rises a little while the student sharpens; three times its first value is worse than foretelling
+nought."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Watch:
     _out: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def recall(self, lines: Iterable[Mapping[str, float]]) -> None:
-        """Take in earlier lines. They stop nothing: a run that was stopped has as many lines to recover in."""
+        """Take in earlier lines. They stop nothing: a run that was stopped has room to recover."""
         for line in lines:
             self._read(line)
         self._out.clear()
