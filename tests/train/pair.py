@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from fewstep.families import sd3
 from fewstep.methods import Change, Draw, Losses, Turn
 from fewstep.methods.finetune import Finetune
 from fewstep.nets.roles import Roles
-from fewstep.train import Options, Run
+from fewstep.train import Options, Run, parallel
 from fewstep.types import Batch, Cond, Share
 
 STEPS = 20
@@ -34,7 +35,9 @@ class Parts:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.net: Any = SD3Transformer2DModel(**tiny.SMALL)
+            self.net: Any = SD3Transformer2DModel(
+                **tiny.SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
+            )
         self.blocks = list(self.net.transformer_blocks)
         self.velocity = sd3.NetVelocity(self.net)
 
@@ -175,12 +178,15 @@ def main(folder: Path, stage: str) -> None:
         ],
         "second": lambda: [("cut", run_of(folder / "cut", "roles")), ("whole", run_of(folder / "whole", "roles"))],
     }
+    leave, parallel.leave = parallel.leave, lambda: None  # one meeting for all runs of a stage
     for name, run in stages[stage]():
         told = losses(run)
         if os.environ["RANK"] == "0":
             (folder / f"{name}.json").write_text(json.dumps(told))
+    leave()
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(200)
     warnings.simplefilter("error")
     main(Path(sys.argv[1]), sys.argv[2])

@@ -46,7 +46,7 @@ def two(folder: Path, stage: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two; the last is killed at a random step and goes on."""
-    folder = tmp_path_factory.mktemp("pair") / f"killed-{random.randrange(10)}"
+    folder = tmp_path_factory.mktemp("pair") / f"killed-{random.randrange(6)}"
     folder.mkdir()
     for name in ("full", "roles"):
         told = pair.losses(pair.run_of(folder / f"{name}1", name))
