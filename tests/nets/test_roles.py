@@ -178,8 +178,8 @@ def gradients(family: Any, again: bool, backend: str | None = None) -> tuple[flo
     for name in roles.names:
         stir(roles, name)
     keys = list(net.state_dict())
-    for block in blocks_of(net):
-        if backend:
+    for number, block in enumerate(blocks_of(net)):
+        if backend and number == 1:  # one block's compilation is long enough
             compiled(block, backend)
         if again:
             recomputed(block)
@@ -207,7 +207,7 @@ def test_what_is_recomputed_is_the_role_that_acted(family: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at its inputs' .grad
 def test_compiled_and_recomputed_blocks_learn_the_same() -> None:
-    (loss, kept), (same_loss, again) = gradients(sd3, False), gradients(sd3, True, backend="aot_eager")
+    (loss, kept), (same_loss, again) = gradients(sd3, False), gradients(sd3, True, backend="eager")
     assert loss == pytest.approx(same_loss, abs=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kept, again, strict=True))
 

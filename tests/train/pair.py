@@ -23,7 +23,7 @@ from fewstep.nets.roles import Roles
 from fewstep.train import Options, Run, parallel
 from fewstep.types import Batch, Cond, Share
 
-STEPS = 20
+STEPS = {"full": 20, "roles": 12}
 BATCH = 4
 
 
@@ -98,7 +98,7 @@ class Trio:
         return {"gap": gap, "fooled": fooled, "latent/mean": x0.mean().detach()}
 
 
-def run_of(folder: Path, kind: str, steps: int = STEPS, **options: Any) -> Run:
+def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
     """``kind``: ``full`` fine-tunes the whole net, ``roles`` trains LoRAs of a frozen base in bf16."""
     parts = Parts()
     settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 60.0, "precision": "fp32"} | options
@@ -116,7 +116,7 @@ def run_of(folder: Path, kind: str, steps: int = STEPS, **options: Any) -> Run:
         torch.save(told, folder / "finished.pt")
 
     return Run(
-        kind, folder, method, batches, Options(steps, 3e-3, **settings), {"recipe": kind}, finish=finish,
+        kind, folder, method, batches, Options(steps or STEPS[kind], 3e-3, **settings), {"recipe": kind}, finish=finish,
         bodies=[parts], sheet=lambda nets: Sheet(parts), score=lambda nets: float(Sheet(parts).value.std()),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from fewstep.train.best import read
 from fewstep.train.checkpoint import done
 
 ROOT = Path(__file__).parents[2]
+HALF = pair.STEPS["full"] // 2
 
 
 def two(folder: Path, stage: str) -> tuple[int, str]:
@@ -51,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("full", "roles"):
         told = pair.losses(pair.run_of(folder / f"{name}1", name))
         (folder / f"{name}1.json").write_text(json.dumps(told))
-    pair.losses(pair.run_of(folder / "one", "full", pair.STEPS // 2))
+    pair.losses(pair.run_of(folder / "one", "full", HALF))
     status, words = two(folder, "first")
     assert status == -9, words
     assert (folder / "half.json").exists(), words
@@ -73,7 +74,7 @@ def same(one: dict[str, Any], other: dict[str, Any], atol: float = 0.0) -> bool:
 @pytest.mark.parametrize("kind", ["full", "roles"])
 def test_two_processes_have_the_losses_of_one(made: Path, kind: str) -> None:
     one, two = figures(made / f"{kind}1.json"), figures(made / f"{kind}.json")
-    assert len(one) == len(two) == pair.STEPS
+    assert len(one) == len(two) == pair.STEPS[kind]
     for mine, theirs in zip(one, two, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
     assert one[-1] != pytest.approx(one[0], abs=1e-3)
@@ -89,10 +90,10 @@ def test_the_first_process_finishes_with_whole_nets(made: Path, kind: str) -> No
 
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(made: Path) -> None:
     there = figures(made / "resharded.json")  # by two, after ten steps by one
-    for mine, theirs in zip(figures(made / "full1.json")[pair.STEPS // 2 :], there, strict=True):
+    for mine, theirs in zip(figures(made / "full1.json")[HALF:], there, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-    back = pair.losses(pair.run_of(made / "full2", "full", pair.STEPS + 5))
-    straight = pair.losses(pair.run_of(made / "full1", "full", pair.STEPS + 5))
+    back = pair.losses(pair.run_of(made / "full2", "full", 2 * HALF + 5))
+    straight = pair.losses(pair.run_of(made / "full1", "full", 2 * HALF + 5))
     assert len(back) == len(straight) == 5
     for mine, theirs in zip(back, straight, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
@@ -100,9 +101,9 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(made: Path)
 
 def test_two_killed_processes_go_on_bit_for_bit(made: Path) -> None:
     whole, cut = figures(made / "whole.json"), figures(made / "cut.json")
-    assert 4 <= len(whole) - len(cut) < pair.STEPS
+    assert 4 <= len(whole) - len(cut) < 10
     assert whole[-len(cut) :] == cut
-    assert done(made / "cut") == done(made / "whole") == pair.STEPS
+    assert done(made / "cut") == done(made / "whole") == pair.STEPS["roles"]
     one, other = held(made / "cut"), held(made / "whole")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -114,7 +115,7 @@ def test_half_precision_learns(made: Path) -> None:
 
 
 def test_sheets_scores_and_notes_are_of_the_run_and_not_of_a_process(made: Path) -> None:
-    assert [path.name for path in (made / "full2" / "sheets").iterdir()] == ["0000020.png"]
+    assert (made / "full2" / "sheets" / "0000020.png").exists()
     best, alone = read(made / "full2"), read(made / "full1")
     assert best and alone and best["metric"] == "score" and best["step"] in (10, 20)
     assert json.loads((made / "cut" / "run.json").read_text())["processes"] == 2
