@@ -39,7 +39,11 @@ def inputs(family: ModuleType, rows: int = 2) -> tuple[Any, Any, Cond]:
     pooled = 56 if family is sd3 else 24
     x = torch.randn(rows, 4, 8, 8, generator=generator)
     context = torch.randn(rows, 5, 64, generator=generator)
-    return x, torch.rand(rows, generator=generator), Cond(context, torch.randn(rows, pooled, generator=generator))
+    return (
+        x,
+        torch.rand(rows, generator=generator),
+        Cond(context, torch.randn(rows, pooled, generator=generator)),
+    )
 
 
 def roles_of(family: ModuleType, net: Any, **options: Any) -> Roles:
@@ -71,7 +75,9 @@ def test_every_role_begins_as_the_base_to_the_bit(family: Any, dtype: Any) -> No
 def test_attention_and_mlp_of_every_block_are_adapted_and_nothing_else(family: Any) -> None:
     net = net_of(family)
     roles = roles_of(family, net)
-    adapted = {key.removesuffix(".weight") for key, v in roles.merged("student").items() if key.endswith("weight")}
+    adapted = {
+        key.removesuffix(".weight") for key, v in roles.merged("student").items() if key.endswith("weight")
+    }
     adapted = {path for path in adapted if hasattr(net.get_submodule(path), "roles")}
     linears = {
         path

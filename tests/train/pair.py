@@ -101,7 +101,12 @@ class Trio:
 def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
     """``kind``: ``full`` fine-tunes the whole net, ``roles`` trains LoRAs of a frozen base in bf16."""
     parts = Parts()
-    settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 60.0, "precision": "fp32"} | options
+    settings: dict[str, Any] = {
+        "warmup": 2,
+        "decay": 0.0,
+        "save_minutes": 60.0,
+        "precision": "fp32",
+    } | options
     if kind == "full":
         method: Any = Finetune(parts.net, parts.velocity)
     else:
@@ -174,9 +179,15 @@ def main(folder: Path, stage: str) -> None:
             ("roles", run_of(folder / "roles2", "roles", recompute=True, accumulate=2)),
             ("resharded", run_of(folder / "one", "full")),
             ("half", run_of(folder / "half", "full", 3, precision="bf16")),
-            ("killed", until_killed(run_of(folder / "cut", "roles", save_minutes=0.0), int(folder.name[-1]) + 4)),
+            (
+                "killed",
+                until_killed(run_of(folder / "cut", "roles", save_minutes=0.0), int(folder.name[-1]) + 4),
+            ),
         ],
-        "second": lambda: [("cut", run_of(folder / "cut", "roles")), ("whole", run_of(folder / "whole", "roles"))],
+        "second": lambda: [
+            ("cut", run_of(folder / "cut", "roles")),
+            ("whole", run_of(folder / "whole", "roles")),
+        ],
     }
     leave, parallel.leave = parallel.leave, lambda: None  # one meeting for all runs of a stage
     for name, run in stages[stage]():

@@ -28,8 +28,15 @@ def two(folder: Path, stage: str) -> tuple[int, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *(str(ROOT / p) for p in ("tests", "tests/families"))])
+    told = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    paths = os.pathsep.join(
+        [os.environ.get("PYTHONPATH", ""), *(str(ROOT / p) for p in ("tests", "tests/families"))]
+    )
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.train.pair", str(folder), stage],

@@ -32,10 +32,10 @@ def train(run: Run) -> None:
     """
     try:
         _train(run)
-    except UserError:
+    except UserError as error:
         if parallel.world().first:
             raise
-        raise SystemExit(2) from None  # the first process says it
+        raise UserError(f"process {parallel.world().rank}: {error}") from error
     finally:
         parallel.leave()
 
