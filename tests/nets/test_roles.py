@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
-import tiny_flux
 import torch
 
+import tiny
+import tiny_flux
 from fewstep.families import flux, sd3
 from fewstep.nets.blocks import compiled, recomputed
 from fewstep.nets.roles import FILE, Roles, acting, actor

@@ -1,4 +1,4 @@
-"""Runs of a tiny SD3 for one process or two: ``python -m tests.train.pair FOLDER STAGE``, by torchrun's environment."""
+"""A tiny SD3 in one process or two: ``python -m tests.train.pair FOLDER STAGE`` as torchrun starts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 
+import tiny
 from fewstep import flow
 from fewstep.families import sd3
 from fewstep.methods import Change, Draw, Losses, Turn
@@ -121,9 +121,17 @@ def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
         torch.save(told, folder / "finished.pt")
 
     return Run(
-        kind, folder, method, batches, Options(steps or STEPS[kind], 3e-3, **settings), {"recipe": kind}, finish=finish,
-        bodies=[parts], sheet=lambda nets: Sheet(parts), score=lambda nets: float(Sheet(parts).value.std()),
-    )  # fmt: skip
+        kind,
+        folder,
+        method,
+        batches,
+        Options(steps or STEPS[kind], 3e-3, **settings),
+        {"recipe": kind},
+        finish=finish,
+        bodies=[parts],
+        sheet=lambda nets: Sheet(parts),
+        score=lambda nets: float(Sheet(parts).value.std()),
+    )
 
 
 class Sheet:

@@ -24,7 +24,7 @@ HALF = pair.STEPS["full"] // 2
 
 
 def two(folder: Path, stage: str) -> tuple[int, str]:
-    """Two processes of :mod:`tests.train.pair` in torchrun's environment; the first one's status and words."""
+    """Two processes of :mod:`tests.train.pair` as torchrun starts it: a status, and both's words."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,7 +124,7 @@ def test_half_precision_learns(made: Path) -> None:
 def test_sheets_scores_and_notes_are_of_the_run_and_not_of_a_process(made: Path) -> None:
     assert (made / "full2" / "sheets" / "0000020.png").exists()
     best, alone = read(made / "full2"), read(made / "full1")
-    assert best and alone and best["metric"] == "score" and best["step"] in (10, 20)
+    assert best and alone and best["metric"] == "score" and best["step"] in (10, 20, 25)
     assert json.loads((made / "cut" / "run.json").read_text())["processes"] == 2
     lines = [json.loads(line)["step"] for line in (made / "full2" / "log.jsonl").read_text().splitlines()]
     assert lines[:3] == [10, 20, 20]

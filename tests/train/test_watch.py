@@ -99,5 +99,5 @@ def test_a_run_stops_in_words_and_a_checkpoint_resumes(tmp_path: Path, watch: bo
     )
     if not watch:
         return train(make())
-    with pytest.raises(UserError, match="step 15: latent/mean is .* drift"):
+    with pytest.raises(UserError, match=r"step 15: latent/mean is .* drift"):
         train(make())

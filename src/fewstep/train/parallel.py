@@ -1,8 +1,8 @@
 """Several processes: torchrun's environment, sharded nets, and what all of them must agree on.
 
 A run's bodies are sharded (FSDP2): each process holds an equal part of every weight, gathers a block's when
-the block runs and lets them go after. What is in no body (heads, a codec) is held whole by each process, and its
-gradients are averaged. One process does neither.
+the block runs and lets them go after. What is in no body (heads, a codec) is held whole by each process, and
+its gradients are averaged. One process does neither.
 """
 
 from __future__ import annotations
