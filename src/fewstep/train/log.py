@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import fewstep
+from fewstep import __version__
 from fewstep.files import write
 from fewstep.train import Options
 from fewstep.train.parallel import world
@@ -128,7 +128,7 @@ def circumstances(device: str) -> dict[str, Any]:
     import torch
 
     return {
-        "versions": {"python": platform.python_version(), "fewstep": fewstep.__version__}
+        "versions": {"python": platform.python_version(), "fewstep": __version__}
         | {name: _version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "commit": _commit(),
         "processes": world().size,
@@ -147,7 +147,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the source, where it lies in its own clone."""
-    root = Path(fewstep.__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:
