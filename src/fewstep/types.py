@@ -82,10 +82,11 @@ class Share:
         """The rows of this part in a batch of so many.
 
         Raises:
-            ValueError: the batch cannot be cut into equal parts.
+            UserError: the batch cannot be cut into equal parts.
         """
         if batch % self.parts:
-            raise ValueError(f"a batch of {batch} cannot be cut into {self.parts} equal parts")
+            many = f"{self.parts} equal parts, one a process and micro-batch"
+            raise UserError(f"a batch of {batch} cannot be cut into {many}")
         rows = batch // self.parts
         return slice(self.part * rows, (self.part + 1) * rows)
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.train.held import held
 from tests.train.worker import run_of
 
-from fewstep.train.checkpoint import LAST
+from fewstep.train.checkpoint import FOLDER, done
+from fewstep.train.legacy import LAST
 from fewstep.train.trainer import State, train
-from fewstep.types import UserError
+from fewstep.types import Share, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
-
-
-def checkpoint(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / LAST, weights_only=True)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -41,8 +42,8 @@ def interrupted(folder: Path, number: signal.Signals, steps: int) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.train.worker", str(folder), str(steps), "0.02"], cwd=root
     )
-    until = time.monotonic() + 60
-    while not (folder / LAST).exists() and time.monotonic() < until:
+    until = time.monotonic() + 120
+    while not done(folder) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(number)
     return process.wait(60)
@@ -51,24 +52,137 @@ def interrupted(folder: Path, number: signal.Signals, steps: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, number: signal.Signals) -> None:
     assert interrupted(tmp_path / "cut", number, 400) != 0
-    reached = checkpoint(tmp_path / "cut")["step"]
+    reached = done(tmp_path / "cut")
     assert 0 < reached < 400
     train(run_of(tmp_path / "cut", reached + 7))
     train(run_of(tmp_path / "whole", reached + 7, save_minutes=60.0))
-    assert same(checkpoint(tmp_path / "cut"), checkpoint(tmp_path / "whole"))
+    assert same(held(tmp_path / "cut"), held(tmp_path / "whole"))
 
 
-def test_a_checkpoint_cut_short_is_said_and_kept(tmp_path: Path) -> None:
-    train(run_of(tmp_path, 3))
-    whole = (tmp_path / LAST).read_bytes()
-    (tmp_path / LAST).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be resumed"):
+def test_a_cluster_that_asks_twice_to_stop_is_a_clean_stop(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 9, save_minutes=60.0)
+
+    def batches(step: int, share: Share) -> torch.Tensor:
+        for _ in range(2 * (step == 4)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run.batches(step, share)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(run, batches=batches))
+    assert done(tmp_path) == 5
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_checkpoint_before_a_broken_one_is_taken_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run_of(tmp_path / "cut", 4))
+    capsys.readouterr()
+    last = tmp_path / "cut" / FOLDER / "00000004"
+    for name, words in (
+        ("__0_0.distcp", "is cut short"),
+        (".metadata", "is missing"),
+        ("whole.json", "is missing"),
+    ):
+        path = last / name
+        whole = path.read_bytes()
+        if words == "is missing":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2])
+        assert State(run_of(tmp_path / "cut", 6)).step == 3
+        said = capsys.readouterr().err
+        assert f"{name} {words}" in said and said.count("\n") == 1
+        path.write_bytes(whole)
+    last.joinpath("__0_0.distcp").write_bytes(b"")
+    train(run_of(tmp_path / "cut", 6))
+    train(run_of(tmp_path / "whole", 6))
+    assert same(held(tmp_path / "cut"), held(tmp_path / "whole"))
+
+
+def test_a_checkpoint_with_other_bytes_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run_of(tmp_path, 4))
+    for path in (tmp_path / FOLDER / "00000004").glob("*.distcp"):
+        path.write_bytes(b"x" * path.stat().st_size)
+    assert State(run_of(tmp_path, 6)).step == 3
+    assert "going on from the one before" in capsys.readouterr().err
+
+
+def test_two_are_kept_and_none_readable_is_one_line(tmp_path: Path) -> None:
+    train(run_of(tmp_path, 4))
+    there = sorted((tmp_path / FOLDER).iterdir())
+    assert [path.name for path in there] == ["00000003", "00000004"]
+    for path in there:
+        path.joinpath(".metadata").write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be resumed") as caught:
         train(run_of(tmp_path, 5))
-    assert (tmp_path / LAST).stat().st_size == len(whole) // 2
+    assert "\n" not in str(caught.value)
+    assert sorted((tmp_path / FOLDER).iterdir()) == there
+
+
+def test_a_full_disk_costs_the_new_checkpoint_alone(tmp_path: Path) -> None:
+    state = State(run_of(tmp_path, 6))
+    state.advance()
+    from fewstep.train.checkpoint import save
+
+    save(tmp_path, state.all(), state.step)
+    state.advance()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond this
+    try:
+        with pytest.raises(UserError, match="the earlier checkpoint is kept") as caught:
+            save(tmp_path, state.all(), state.step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["00000001"]
+    assert State(run_of(tmp_path, 6)).step == 1
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    left = tmp_path / FOLDER / ".00000009.part"
+    left.mkdir(parents=True)
+    train(run_of(tmp_path, 2))
+    assert not left.exists()
+
+
+def test_other_nets_are_refused_and_nothing_is_dropped(tmp_path: Path) -> None:
+    train(run_of(tmp_path, 2))
+    other = run_of(tmp_path, 4)
+    other.method.nets["first"] = torch.nn.Linear(4, 5)  # type: ignore[index]
+    with pytest.raises(UserError, match="of other nets"):
+        train(other)
+    assert State(run_of(tmp_path, 4)).step == 2
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(tmp_path: Path) -> None:
+    state = State(run_of(tmp_path / "new", 9))
+    for _ in range(3):
+        state.advance()
+    averages: dict[str, Any] = {
+        name: {"n_averaged": torch.tensor(a.count)}
+        | {f"module.{key}": v.clone() for key, v in a.values.items()}
+        for name, a in state.averages.items()
+    }
+    (tmp_path / "old").mkdir()
+    torch.save(
+        {
+            "step": 3,
+            "nets": {name: net.state_dict() for name, net in state.nets.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
+            "averages": averages,
+        },
+        tmp_path / "old" / LAST,
+    )
+    train(run_of(tmp_path / "old", 9))
+    train(run_of(tmp_path / "whole", 9))
+    assert same(held(tmp_path / "old"), held(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04"])
-def test_a_broken_checkpoint_is_one_line(tmp_path: Path, data: bytes) -> None:
+def test_a_broken_checkpoint_of_the_first_version_is_one_line(tmp_path: Path, data: bytes) -> None:
     tmp_path.joinpath(LAST).write_bytes(data)
     with pytest.raises(UserError, match="cannot be resumed") as caught:
         train(run_of(tmp_path, 2))
@@ -94,7 +208,10 @@ def test_other_frozen_parts_are_refused(tmp_path: Path) -> None:
 
 def test_the_folder_says_how_it_was_trained(tmp_path: Path) -> None:
     train(run_of(tmp_path, 2))
-    assert json.loads((tmp_path / "run.json").read_text())["options"]["steps"] == 2
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert told["options"]["steps"] == 2 and told["processes"] == 1
+    assert told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"]
+    assert {"python", "fewstep", "diffusers", "numpy"} <= told["versions"].keys() and told["device"]
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -111,7 +228,7 @@ def test_divergence_stops_and_the_last_checkpoint_resumes(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not finite"):
         train(broken)
     train(run_of(tmp_path, 6))
-    assert checkpoint(tmp_path)["step"] == 6
+    assert done(tmp_path) == 6
 
 
 def test_a_turn_moves_only_its_net(tmp_path: Path) -> None:
@@ -131,10 +248,51 @@ def test_the_log_is_readable_and_goes_on(tmp_path: Path) -> None:
     assert lines[-1]["square"] < lines[0]["square"]
 
 
-def test_the_average_trails_the_net(tmp_path: Path) -> None:
+def test_a_killed_runs_unsaved_lines_leave_the_log(tmp_path: Path) -> None:
+    train(run_of(tmp_path, 4, log_every=1))
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "square": 9}\n{"step": 6, "squ')
+    train(run_of(tmp_path, 6, log_every=1))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[4]["square"] != 9
+
+
+def test_the_average_trails_the_net_and_looking_at_it_changes_nothing(tmp_path: Path) -> None:
     state = State(run_of(tmp_path, 50, ema=0.9))
     for _ in range(30):
         state.advance()
-    net, average = state.nets["first"].weight, state.averaged()["first"].weight
-    assert not torch.equal(net, average)
-    assert (net - average).abs().max() < 0.1
+    before = {key: value.clone() for key, value in state.nets["first"].state_dict().items()}
+    with state.averaged() as nets:
+        average = nets["first"].weight.clone()
+        assert not nets["first"].training and not nets["first"](torch.zeros(1, 4)).requires_grad
+    assert state.nets["first"].training and same(before, dict(state.nets["first"].state_dict()))
+    assert torch.equal(state.averages["first"].values["weight"], average)
+    assert not torch.equal(before["weight"], average)
+    assert (before["weight"] - average).abs().max() < 0.1
+
+
+def test_sheets_and_scores_do_not_change_what_is_learnt(tmp_path: Path) -> None:
+    train(run_of(tmp_path / "plain", 6))
+    scored = run_of(
+        tmp_path / "scored", 6, score=lambda nets: float(nets["first"].weight.norm()), score_every=2
+    )
+    train(scored)
+    assert same(held(tmp_path / "plain"), held(tmp_path / "scored"))
+
+
+def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
+    whole, pieces = (
+        State(run_of(tmp_path / str(many), 9, accumulate=many, precision="fp32")) for many in (1, 4)
+    )
+    for state in (whole, pieces):  # dropout alone is drawn for each piece on its own
+        state.nets["second"][1].p = 0.0
+    for _ in range(8):
+        one, other = whole.advance(), pieces.advance()
+        assert one == pytest.approx(other, abs=1e-5)
+    assert torch.allclose(whole.nets["first"].weight, pieces.nets["first"].weight, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="8 cannot be cut into 3"):
+        train(run_of(tmp_path, 2, accumulate=3))

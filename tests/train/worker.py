@@ -10,24 +10,33 @@ from typing import Any
 
 import torch
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Change, Draw, Losses, Turn
 from fewstep.train import Options, Run
 from fewstep.types import Share
 
 
 class Toy:
-    """Two nets that take turns; the losses use both kinds of randomness."""
+    """Two nets that take turns; now and then the second begins anew.
+
+    The losses use both kinds of randomness, and the second net has some of its own.
+    """
 
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.nets: dict[str, Any] = {"first": torch.nn.Linear(4, 4), "second": torch.nn.Linear(4, 4)}
+            second = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.2))
+            self.nets: dict[str, Any] = {"first": torch.nn.Linear(4, 4), "second": second}
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def turns(self, step: int) -> Sequence[Turn | Change]:
         first = Turn("first", lambda batch, draw: self._losses("first", batch, draw))
-        return [first, Turn("second", lambda batch, draw: self._losses("second", batch, draw))][
-            : 1 + step % 2
-        ]
+        second = Turn("second", lambda batch, draw: self._losses("second", batch, draw))
+        anew = [Change("second", self._anew)] if step % 5 == 4 else []
+        return [*anew, first, second][: 1 + len(anew) + step % 2]
+
+    def _anew(self, draw: Draw) -> Sequence[Any]:
+        weight = self.nets["second"][0].weight
+        weight.copy_(torch.randn(4, 4, generator=draw.torch) / 2)
+        return [weight]
 
     def _losses(self, name: str, batch: Any, draw: Draw) -> Losses:
         noise = draw.noise(batch) * float(draw.rng.random())
@@ -44,7 +53,8 @@ def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
         return batch_of(step)[share.cut(8)]
 
     settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 0.0} | options
-    return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"})
+    of_run = {name: settings.pop(name) for name in ("score", "metric", "higher", "sheet") if name in settings}
+    return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"}, **of_run)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text
 GUIDANCE = 3.5
 """The scale that stock diffusers tells a net with embedded guidance."""
 
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2", "proj_mlp", "proj_out"),
+)
+"""Ends of the names of the linear layers that a LoRA adapts: attention and MLP of both kinds of block."""
+
 SIDE = 128
 """Latents along a side in stock diffusers: 1024 pixels."""
 

@@ -33,6 +33,12 @@ PIPELINE = "StableDiffusion3"
 
 CLIPS = ("", "_2")
 REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2"),
+)
+"""Ends of the names of the linear layers that a LoRA adapts: attention and MLP of both streams."""
+
 T5_LENGTH = 256
 """Tokens of T5 in stock diffusers; a tokenizer made for fewer has fewer."""
 

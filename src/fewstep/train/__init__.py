@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fewstep.methods import Method
 from fewstep.types import Share, UserError
@@ -34,6 +34,12 @@ class Options:
             multiplies it faster, a GPU or a CPU with a unit for it. Elsewhere it is slower than fp32.
         threads: torch threads on a CPU; 0 leaves torch's choice.
         tokens: length of the longest sequence that a net attends to, where it is known, else 0.
+        accumulate: micro-batches a batch: each process holds the activations of one at a time.
+        recompute: compute inner values of the bodies' blocks anew in the backward pass instead of keeping
+            them: less memory, a third more time.
+        compile: compile the bodies' blocks.
+        score_every: steps between scores (see :class:`Run`); 0 scores at the end alone.
+        watch: whether figures that leave their bounds (:mod:`fewstep.train.watch`) stop the run.
 
     Raises:
         UserError: a value out of its range.
@@ -55,8 +61,15 @@ class Options:
     precision: str = "auto"
     threads: int = 0
     tokens: int = 0
+    accumulate: int = 1
+    recompute: bool = False
+    compile: bool = False
+    score_every: int = 0
+    watch: bool = True
 
     def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UserError(f"--accumulate must be at least 1, not {self.accumulate}")
         if self.steps < 1 or self.threads < 0:
             raise UserError("--steps must be at least 1, and --threads at least 0")
         for rate in (self.lr, *self.rates.values()):
@@ -64,6 +77,16 @@ class Options:
                 raise UserError(f"--lr must be a positive number, not {rate}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must lie between 0 and {2**31 - 1}, not {self.seed}")
+
+
+class Body(Protocol):
+    """A torch module that runs, and its blocks: where to shard, compile and recompute. A family is one."""
+
+    @property
+    def net(self) -> Any: ...
+
+    @property
+    def blocks(self) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,13 @@ class Run:
         averaged: the nets whose averages are kept, by name; all where it is ``None``. What is not averaged is
             handed on as it is.
         sheet: averaged nets -> a contact sheet (a Pillow image).
-        finish: averaged nets -> writes what the run is for (a diffusers folder, say).
+        finish: averaged nets -> writes what the run is for (a diffusers folder, say). Called last, by one
+            process, when the nets are whole again and need not learn any more.
+        bodies: the modules that run, frozen ones too: those that hold the nets' weights, and a teacher. A net
+            in none of them is neither sharded nor compiled nor recomputed.
+        score: averaged nets -> how good they are; the best ones are kept (:mod:`fewstep.train.best`).
+        metric: what the score is called.
+        higher: whether the higher score is the better.
     """
 
     name: str
@@ -92,3 +121,7 @@ class Run:
     averaged: Sequence[str] | None = None
     sheet: Callable[[dict[str, Any]], Any] | None = None
     finish: Callable[[dict[str, Any]], None] | None = None
+    bodies: Sequence[Body] = ()
+    score: Callable[[dict[str, Any]], float] | None = None
+    metric: str = "score"
+    higher: bool = False

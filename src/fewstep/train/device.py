@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from fewstep.train.parallel import world
 from fewstep.types import UserError
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
@@ -16,7 +17,7 @@ SHORT = 256
 
 
 def pick(name: str) -> str:
-    """``auto`` -> ``cuda`` where there is one, else ``cpu``.
+    """``auto`` -> ``cuda`` where there is one, else ``cpu``. Of several processes each has its own GPU.
 
     Raises:
         UserError: the device is unknown, or not there.
@@ -27,7 +28,11 @@ def pick(name: str) -> str:
         raise UserError(f"--device must be auto, cpu or cuda, not {name}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    if world().size > 1:
+        torch.cuda.set_device(world().local)
+    return "cuda"
 
 
 def half(precision: str, device: str) -> bool:

@@ -1,202 +1,114 @@
-"""The loop: it alone zeroes, backwards, clips and steps."""
+"""A run from its first step, or its last checkpoint, to its end."""
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
-import numpy as np
-
-from fewstep.methods import Change, Draw, Losses, Turn
-from fewstep.train import Options, Run
-from fewstep.train.checkpoint import restore, save
-from fewstep.train.device import attention, half, moved, pick
-from fewstep.train.log import Log
-from fewstep.types import WHOLE, Share, UserError
+from fewstep.train import Run, parallel
+from fewstep.train.best import judge
+from fewstep.train.checkpoint import save
+from fewstep.train.log import Log, circumstances
+from fewstep.train.state import State as State
+from fewstep.train.state import draw as draw
+from fewstep.train.watch import Watch
+from fewstep.types import UserError
 
 
 def train(run: Run) -> None:
     """Carry out a run, from its last checkpoint where there is one, and finish it.
 
-    Ctrl-C saves after the step in progress; the same command then goes on as if nothing had been.
+    Ctrl-C or SIGTERM saves after the step in progress; the same command then goes on as if nothing had been.
+    Under torchrun every process calls it.
 
     Raises:
         UserError: the run diverged, or its folder belongs to another recipe.
         KeyboardInterrupt: after a clean stop.
     """
+    try:
+        _train(run)
+    except UserError as error:
+        if parallel.world().first:
+            raise
+        raise UserError(f"process {parallel.world().rank}: {error}") from error
+    finally:
+        parallel.leave()
+
+
+def _train(run: Run) -> None:
     import torch
 
     options = run.options
     if options.threads:
         torch.set_num_threads(options.threads)
     state = State(run)
-    about = run.about | {"options": asdict(options)}
+    about = run.about | {"options": asdict(options)} | circumstances(state.device)
     with closing(Log(run.folder, run.name, about, state.step)) as log:
         _loop(run, state, log)
-        if run.sheet is not None:
-            log.sheet(state.step, run.sheet(state.averaged()))
-    if run.finish is not None:
-        run.finish(state.averaged())
+        _look(run, state, log, options.sheet_every, options.score_every, last=True)
+    nets = state.finished()
+    if run.finish is not None and state.world.first:
+        run.finish(nets)
 
 
 def _loop(run: Run, state: State, log: Log) -> None:
     """Step until the run's steps are done, saving now and then and at the end."""
-    options, saved = run.options, time.monotonic()
+    options, saved, saved_at, watch = run.options, time.monotonic(), state.step, Watch()
+    watch.recall(log.earlier)
     with _asked_to_stop() as stop:
         while state.step < options.steps:
             figures = state.advance()
-            log.write(state.step, figures, options)
-            if options.sheet_every and state.step % options.sheet_every == 0 and run.sheet is not None:
-                log.sheet(state.step, run.sheet(state.averaged()))
-            if stop or time.monotonic() - saved > 60 * options.save_minutes:
-                save(run.folder, state.all())
-                saved = time.monotonic()
-            if stop:
+            line = log.write(state.step, figures, options)
+            if line is not None and options.watch:
+                parallel.by_first(lambda line=line: watch.see(state.step, line))
+            _look(run, state, log, options.sheet_every, options.score_every)
+            due = time.monotonic() - saved > 60 * options.save_minutes
+            stopping, due = parallel.any_of([bool(stop), due])
+            if stopping or due:
+                save(run.folder, state.all(), state.step)
+                saved, saved_at = time.monotonic(), state.step
+            if stopping:
                 raise KeyboardInterrupt
-        save(run.folder, state.all())
+        if saved_at < state.step:
+            save(run.folder, state.all(), state.step)
 
 
-class State:
-    """Nets, their averages, their optimizers and the step: all that a checkpoint holds."""
+def _look(run: Run, state: State, log: Log, sheets: int, scores: int, last: bool = False) -> None:
+    """A contact sheet and a score, where this step has one; the last has both. Every process takes part."""
 
-    def __init__(self, run: Run) -> None:
-        from torch.optim.swa_utils import AveragedModel
+    def due(every: int) -> bool:
+        return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
 
-        self.run = run
-        self.device = pick(run.options.device)
-        self.half = half(run.options.precision, self.device)
-        self.nets = dict(run.method.nets)
-        for net in self.nets.values():
-            net.to(self.device).train().requires_grad_(True)
-        self.optimizers = {name: _optimizer(net, run.options) for name, net in self.nets.items()}
-        # The average warms up, so that it forgets the random start: decay min(ema, (1 + n) / (10 + n)).
-        kept = self.nets if run.averaged is None else run.averaged
-        self.averages = {
-            name: AveragedModel(self.nets[name], multi_avg_fn=_averaging(run.options.ema), use_buffers=False)
-            for name in kept
-        }
-        self.step = restore(run.folder, self.all(), run.about)
-
-    def all(self) -> dict[str, Any]:
-        """What is saved and restored, by name."""
-        return {"owner": self, "nets": self.nets, "optimizers": self.optimizers, "averages": self.averages}
-
-    def averaged(self) -> dict[str, Any]:
-        """The nets, in eval mode: their averages where those are kept."""
-        kept = {name: average.module.eval() for name, average in self.averages.items()}
-        return {**self.nets, **kept}
-
-    def advance(self) -> dict[str, float]:
-        """One step: every turn of the method on the batch of this step."""
-        rate = _schedule(self.step, self.run.options)
-        batch = moved(self.run.batches(self.step, WHOLE), self.device)
-        figures: dict[str, float] = {"lr": rate * self.run.options.lr}
-        for number, turn in enumerate(self.run.method.turns(self.step)):
-            randomness = draw(self.run.options.seed, self.step, number)
-            if isinstance(turn, Change):
-                self._change(turn, randomness)
-            else:
-                figures |= self._take(turn, batch, randomness, rate)
-        self.step += 1
-        return figures
-
-    def _take(self, turn: Turn, batch: Any, randomness: Draw, rate: float) -> dict[str, float]:
-        import torch
-
-        net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
-        for group in optimizer.param_groups:
-            group["lr"] = rate * self.run.options.rates.get(turn.net, self.run.options.lr)
-        for name, other in self.nets.items():  # a loss may pass through other nets, but leaves nothing there
-            other.requires_grad_(name == turn.net)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.half), attention(
-            self.device, self.run.options.tokens
-        ):
-            losses = turn.losses(batch, randomness)
-        total = _total(losses)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.run.options.clip))
-        if not math.isfinite(norm):
-            raise UserError(
-                f"step {self.step}: the gradient of {turn.net} is not finite; the run diverged. "
-                f"Lower --lr; the last checkpoint in {self.run.folder} still resumes"
-            )
-        optimizer.step()
-        if turn.net in self.averages:
-            self.averages[turn.net].update_parameters(net)
-        return {name: float(value.detach()) for name, value in losses.items()} | {f"norm/{turn.net}": norm}
-
-    def _change(self, change: Change, randomness: Draw) -> None:
-        import torch
-
-        with torch.no_grad():
-            for parameter in change.apply(randomness):
-                self.optimizers[change.net].state.pop(parameter, None)
-
-
-def draw(seed: int, step: int, turn: int, share: Share = WHOLE) -> Draw:
-    """The randomness of one turn, for one share of its batch."""
-    import torch
-
-    key = np.random.SeedSequence([seed, step, turn])
-    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    return Draw(np.random.Generator(np.random.Philox(key)), generator, share)
-
-
-def _total(losses: Losses) -> Any:
-    learnt = [value for value in losses.values() if value.requires_grad]
-    return sum(learnt[1:], start=learnt[0])
-
-
-def _optimizer(net: Any, options: Options) -> Any:
-    import torch
-
-    matrices = [p for p in net.parameters() if p.ndim >= 2]
-    vectors = [p for p in net.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
-
-
-def _averaging(decay: float) -> Any:
-    import torch
-
-    def average(averaged: Sequence[Any], current: Sequence[Any], count: Any) -> None:
-        keep = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(list(averaged), list(current), 1 - keep)  # pyright: ignore[reportPrivateUsage]
-
-    return average
-
-
-def _schedule(step: int, options: Options) -> float:
-    """Share of the rate: up, level, down in a straight line to zero."""
-    up = (step + 1) / max(1, options.warmup)
-    down = (options.steps - step) / max(1.0, options.decay * options.steps)
-    return min(1.0, up, down)
+    if run.sheet is not None and due(sheets):
+        with state.averaged() as nets:
+            log.sheet(state.step, run.sheet(nets))
+    if run.score is not None and due(scores):
+        with state.averaged() as nets:
+            log.score(state.step, judge(run, nets, state.step))
 
 
 @contextmanager
 def _asked_to_stop() -> Generator[list[int]]:
-    """Ctrl-C fills the list; a second one stops at once."""
+    """Ctrl-C or SIGTERM fills the list; a second Ctrl-C stops at once."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if signal.SIGINT in asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not asked:
+            print(
+                "fewstep: stopping after this step, then saving (Ctrl-C again stops at once)", file=sys.stderr
+            )
         asked.append(number)
-        print("fewstep: stopping after this step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,93 @@
+"""The best averaged nets of a run so far, by its score: ``best/NAME.safetensors`` and ``best/best.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fewstep.files import replacing_folder
+from fewstep.train import Run
+from fewstep.train.parallel import by_first, weights
+from fewstep.types import UserError
+
+FOLDER = "best"
+NOTE = "best.json"
+
+
+def judge(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
+    """Score the averaged nets, and keep them where none before was better. All processes call it.
+
+    Every process computes the score (a sharded net needs all of them to run); the first one's counts.
+
+    Returns:
+        metric -> score, for the log.
+
+    Raises:
+        UserError: the disk refuses; the best before is kept.
+    """
+    if run.score is None:
+        return {}
+    mine = float(run.score(nets))
+    score: float = by_first(lambda: mine)
+    before = by_first(lambda: read(run.folder))
+    if math.isfinite(score) and (before is None or _better(run, score, before)):
+        kept = nets if run.averaged is None else run.averaged
+        held = {name: weights(nets[name]) for name in kept}
+        by_first(lambda: _write(run, held, {"step": step, "metric": run.metric, "value": score}))
+    return {run.metric: score}
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """``{"step", "metric", "value"}`` of the best nets of a run's folder; ``None`` where there are none."""
+    note = folder / FOLDER / NOTE
+    try:
+        told = json.loads(note.read_text())
+        return {"step": int(told["step"]), "metric": str(told["metric"]), "value": float(told["value"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{note} is damaged; move {note.parent} away") from error
+
+
+def best(run: Run) -> dict[str, Any]:
+    """The run's nets with their best weights, for a ``finish`` that wants those instead of the last.
+
+    It is for nets that are whole, as they are in ``finish``.
+
+    Raises:
+        UserError: there are none, or they are broken.
+    """
+    from safetensors.torch import load_file
+
+    if read(run.folder) is None:
+        raise UserError(f"{run.folder / FOLDER} holds no best nets; was the run scored?")
+    for name in run.method.nets if run.averaged is None else run.averaged:
+        path = run.folder / FOLDER / f"{name}.safetensors"
+        try:
+            run.method.nets[name].load_state_dict(load_file(path))
+        except Exception as error:  # safetensors' own error among them
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0][:120]})") from error
+    return {name: net.eval() for name, net in run.method.nets.items()}
+
+
+def _better(run: Run, score: float, before: dict[str, Any]) -> bool:
+    if before["metric"] != run.metric:
+        return True  # measured otherwise since: no comparison
+    return score > before["value"] if run.higher else score < before["value"]
+
+
+def _write(run: Run, held: dict[str, dict[str, Any]], note: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        with replacing_folder(run.folder / FOLDER) as fresh:
+            for name, tensors in held.items():
+                # Each on its own: weights that two modules share are no longer shared in a file.
+                save_file({key: t.clone() for key, t in tensors.items()}, fresh / f"{name}.safetensors")
+            (fresh / NOTE).write_text(json.dumps(note) + "\n")
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise UserError(
+            f"{run.folder / FOLDER} could not be written ({error}); the best before is kept"
+        ) from error
