@@ -79,7 +79,8 @@ class Critic:
             x0 = rollout.move(batch, draw, index).x0
         t, noise = draw.times(self.density, x0), draw.noise(x0)
         features = self.taps(flow.mix(x0, noise, t), t, batch.cond)
-        return {"adversarial": self.weight * losses.generator(self.heads(features), self.kind)}
+        fooled = self.weight * losses.generator(self.heads(features), self.kind)
+        return {"adversarial": fooled, **rollout.figures(batch, draw)}
 
     def renew(self, draw: Draw) -> Sequence[Any]:
         """Begin heads anew by chance; their parameters."""

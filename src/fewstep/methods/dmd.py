@@ -63,7 +63,7 @@ class Matching:
         """The student's loss, at one step of its walk."""
         move = rollout.move(batch, draw, rollout.pick(draw))
         x, x_t, t = self._compared(move, rollout, draw)
-        return {"matching": self.gap(x, x_t, t, move.x0, batch)}
+        return {"matching": self.gap(x, x_t, t, move.x0, batch), **rollout.figures(batch, draw)}
 
     def gap(self, x: Any, x_t: Any, t: Any, x0: Any, batch: Batch) -> Any:
         """The loss of ``x``, whose scores are compared at ``x_t`` and ``t [B]``; the student meant ``x0``."""

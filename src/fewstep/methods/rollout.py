@@ -92,6 +92,11 @@ class Rollout:
         """What the student draws, ``[B, C, H, W]``, without gradient."""
         return self.states(batch, draw)[-1]
 
+    def figures(self, batch: Batch, draw: Draw) -> dict[str, Any]:
+        """Mean and spread of what the student draws: what the log shows and a watch for collapse reads."""
+        finals = self.finals(batch, draw)
+        return {"latent/mean": finals.mean(), "latent/std": finals.std()}
+
     def move(self, batch: Batch, draw: Draw, index: int) -> Move:
         """Step ``index`` of the walk, with its gradient."""
         x, t = self.states(batch, draw)[index], self.grid[index]

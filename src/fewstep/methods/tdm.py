@@ -85,7 +85,8 @@ class Tdm:
             x_t, _ = carry(move.end, draw.noise(move.x), move.t_next, t)
             proxy = flow.to_x0(x_t, self.proxy_velocity(x_t, t, batch.cond), t)
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
-        return {"matching": losses.distribution_matching(move.end, proxy, teacher, move.x0)}
+        matching = losses.distribution_matching(move.end, proxy, teacher, move.x0)
+        return {"matching": matching, **rollout.figures(batch, draw)}
 
     def _times(self, index: int, like: Any, draw: Draw) -> Any:
         t, t_next = min(self.grid[index], MOST), self.grid[index + 1]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.recipes.student import Lesson, Setting, lesson
+from fewstep.recipes.student import LORA, Learner, Lesson, Setting, lesson
 from fewstep.train import Run
 from fewstep.types import UserError
 
@@ -57,11 +56,10 @@ def dmd(
     from fewstep.methods.dmd import Dmd, Matching
 
     one = lesson(setting, "dmd")
-    proxy = one.copied(one.teacher, "proxy")
+    proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, where, proxied)
-    student = one.student
     method = Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates, follow)
-    return one.run(method, rates={"proxy": proxy_lr or setting.lr})
+    return one.run(method, proxy, rates={"proxy": proxy_lr or setting.lr})
 
 
 def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = None) -> Run:
@@ -75,9 +73,9 @@ def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = No
     from fewstep.methods.tdm import Tdm
 
     one = lesson(setting, "tdm")
-    proxy, student = one.copied(one.teacher, "proxy"), one.student
+    proxy, student = one.learner("proxy"), one.student
     method = Tdm(student.net, student.velocity, proxy.net, proxy.velocity, one.guided, one.grid, updates)
-    return one.run(method, rates={"proxy": proxy_lr or setting.lr})
+    return one.run(method, proxy, rates={"proxy": proxy_lr or setting.lr})
 
 
 def adversarial(
@@ -98,10 +96,10 @@ def adversarial(
     from fewstep.methods.adversarial import Adversarial
 
     one = lesson(setting, "adversarial")
-    method = Adversarial(
-        one.student.net, one.student.velocity, critic(one, one.teacher, judged=judged, kind=kind), one.grid
+    judge = critic(one, one.plain_teacher, one.teacher.blocks, judged=judged, kind=kind)
+    return one.run(
+        Adversarial(one.student.net, one.student.velocity, judge, one.grid), rates={"heads": heads_lr}
     )
-    return one.run(method, rates={"heads": heads_lr})
 
 
 def consistency(*, setting: Setting = ONE, fine: int = 32) -> Run:
@@ -170,45 +168,53 @@ def flash(
         own = replace(setting, init=init, steps=steps)
         return lesson(own, "flash", walks=True, folder=out / name)
 
-    def method(one: Lesson, velocity: Any) -> Flash:
-        proxy = one.copied(one.teacher, "proxy")
+    def method(one: Lesson, student: Learner, velocity: Any, proxy: Learner) -> Flash:
         matching = Matching(one.guided, proxy.velocity, where, proxied)
-        judge = critic(one, proxy if tapped == "proxy" else one.teacher, judged=judged, weight=weight)
-        return Flash(one.student.net, velocity, proxy.net, matching, judge, one.grid, updates, follow, anchor)
+        seen = proxy.velocity if tapped == "proxy" else one.plain_teacher
+        judge = critic(
+            one, seen, proxy.blocks if tapped == "proxy" else one.teacher.blocks, judged=judged, weight=weight
+        )
+        return Flash(student.net, velocity, proxy.net, matching, judge, one.grid, updates, follow, anchor)
 
     rates = {"proxy": proxy_lr or setting.lr, "heads": heads_lr}
+    part = LORA if setting.lora else "model"
     begin = setting.init
     if warm:
         from fewstep.methods.trajectory import Trajectory
 
         one = stage("1-warm", begin, warm)
         yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
-        begin = str(out / "1-warm/model")
+        begin = str(out / "1-warm" / part)
     one = stage("2-flash", begin, setting.steps)
     last = not split or setting.student_steps < 3
-    ended = replace(one, folder=out) if last else one
-    run = one.run(method(one, one.student.velocity), rates=rates)
-    yield replace(run, finish=ended.finish)
+    proxy = one.learner("proxy")
+    run = one.run(method(one, one.student, one.student.velocity, proxy), proxy, rates=rates)
+    yield replace(run, finish=replace(one, folder=out).finish) if last else run
     if last:
         return
-    one = stage("3-split", str(out / "2-flash/model"), split)
-    late = one.student.student(copy.deepcopy(one.student.net), "late", setting.student_steps)
-    both = Branches(one.student.velocity, late.velocity)
-    divided = Split(one.student.net, late.net, method(one, both))
-    run = one.run(divided, rates=rates)
-    yield replace(run, averaged=["early", "late"], sheet=None, finish=finish_merged(replace(one, folder=out)))
+    one = stage("3-split", str(out / "2-flash" / part), split)
+    early, late, proxy = one.learner("early", one.begin), one.learner("late", one.begin), one.learner("proxy")
+    divided = Split(early.net, late.net, method(one, early, Branches(early.velocity, late.velocity), proxy))
+    run = one.run(divided, early, late, proxy, rates=rates)
+    yield replace(
+        run,
+        averaged=["early", "late"],
+        sheet=None,
+        score=None,
+        finish=finish_merged(replace(one, folder=out)),
+    )
 
 
-def critic(one: Lesson, family: Any, **options: Any) -> Critic:
-    """Heads on some blocks of a model, and the losses between them and the student."""
+def critic(one: Lesson, velocity: Any, blocks: Sequence[Any], **options: Any) -> Critic:
+    """Heads on some blocks of a net, and the losses between them and the student."""
     import torch
 
     from fewstep.methods.adversarial import Critic
     from fewstep.nets.heads import Heads, Taps
 
-    taps = Taps(family.velocity, spaced(family.blocks, TAPPED))
+    taps = Taps(velocity, spaced(blocks, TAPPED))
     row = one.made.read([0])
-    device = family.net.device
+    device = one.teacher.net.device
     with torch.no_grad():
         t = torch.full((1,), 0.5, device=device)
         features = taps(row.latents.to(device), t, row.cond.map(lambda array: array.to(device)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fewstep import files
@@ -17,19 +17,18 @@ RATIOS = tuple(i / 10 for i in range(11))
 
 
 def finish_merged(one: Lesson) -> Callable[[Mapping[str, Any]], None]:
-    """What writes the merged student into the run's folder, and ``merge.json`` with the score of every
-    ratio."""
+    """What writes the merged student into the run's folder, and ``merge.json``: the score of every ratio."""
 
     def finish(nets: Mapping[str, Any]) -> None:
-        early, late = (nets[name].state_dict() for name in ("early", "late"))
-        score, net = KidToTeacher(one), copy.deepcopy(nets["early"])
+        early, late = (one.weights(name, nets) for name in ("early", "late"))
+        score, net = KidToTeacher(one), one.plain()
+        adapter: Any = one.teacher.velocity
         curve: dict[float, float] = {}
         for ratio in RATIOS:
             net.load_state_dict(merge(early, late, ratio))
-            curve[ratio] = score(one.taught(net))
+            curve[ratio] = score(replace(adapter, net=net.eval()))
         best = min(curve, key=lambda ratio: curve[ratio])
-        net.load_state_dict(merge(early, late, best))
-        one.finish({"student": net})
+        one.write(merge(early, late, best))
         told = {"metric": score.metric, "late": best, "curve": [[r, s] for r, s in curve.items()]}
         files.write(one.folder / "merge.json", (json.dumps(told, indent=1) + "\n").encode())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.student import Lesson, drawings
+from fewstep.recipes.student import Lesson
 
 PICTURES = 64
 CHUNK = 16
@@ -28,18 +28,16 @@ class KidToTeacher:
 
     metric = "kid-t"
 
-    def __call__(self, family: Any) -> float:
-        """The score of a student."""
+    def __call__(self, velocity: Any) -> float:
+        """The score of a student, given as a velocity."""
         from fewstep.evaluate.kid import kid
 
-        prompts, seeds = self._prompts, range(2**31, 2**31 + self.pictures)
+        prompts = self._prompts
+        seeds = range(2**31, 2**31 + len(prompts))
         made: list[Any] = []
         for at in range(0, len(prompts), CHUNK):
             some = slice(at, at + CHUNK)
-            latents = drawings(
-                family, prompts[some], seeds[some], self.lesson.grid, self.lesson.setting.drop_t5 > 0
-            )
-            made.append(self._features(latents))
+            made.append(self._features(self.lesson.draw(velocity, prompts[some], seeds[some])))
         groups = list(prompts)
         return 1000 * kid(np.concatenate(made), self._teacher, groups, groups).value
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from fewstep.data.synthesis.read import Synthetic
     from fewstep.families import Family
     from fewstep.methods import Method
+    from fewstep.nets.roles import Roles
+
+LORA = "lora"
+"""Beside a run's `model`: the student as a LoRA, where it is one."""
 
 SUBSTEPS = 4
 """Steps of the teacher for each of the student's, where walks are made for the run."""
@@ -39,13 +43,18 @@ class Setting:
         data: The data set whose captions are the prompts, where samples are made.
         walks: How many samples are made.
         guidance: The teacher's guidance scale, where samples are made. [default: the teacher's own]
-        init: Start the student from this model. [default: from the teacher]
+        init: Start the student from this model; with --lora, from the `lora` folder of an earlier run.
+            [default: from the teacher]
         student_steps: Steps that the student shall need.
         steps: Updates in all.
         batch: Samples an update.
         accumulate: Micro-batches an update, one after the other in memory.
         lr: Learning rate.
         drop_t5: Share of the batches in which the student does not hear T5; 1 learns to do without.
+        lora: Rank of LoRA roles: teacher, student and proxy share one frozen net; 0 trains whole nets.
+        dtype: Of the frozen weights: float32 or bfloat16; what learns is float32.
+        recompute: Compute the blocks anew in the backward pass: less memory, a third more time.
+        compile: Compile the blocks.
         score_every: Updates between scores by KID to the teacher's samples; 0 scores never.
         seed: Of the data order and of all noise.
         device: auto, cpu or cuda.
@@ -65,6 +74,10 @@ class Setting:
     accumulate: int = 1
     lr: float = 1e-4
     drop_t5: float = 1.0
+    lora: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    compile: bool = False
     score_every: int = 0
     seed: int = 0
     device: str = "auto"
@@ -73,6 +86,25 @@ class Setting:
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, walks=self.walks, student_steps=self.student_steps)
         shares(drop_t5=self.drop_t5)
+        if self.dtype != "float32" and not self.lora:
+            raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A net that learns, and how it is called.
+
+    Attributes:
+        net: what an optimizer trains: a whole net, or a role's LoRA.
+        velocity: the net, or the shared net in that role.
+        blocks: of the net that runs.
+        body: the net that runs and its blocks, for who shards, compiles and recomputes.
+    """
+
+    net: Any
+    velocity: Any
+    blocks: Sequence[Any]
+    body: Any
 
 
 @dataclass(frozen=True)
@@ -85,7 +117,8 @@ class Lesson:
         folder: of the run.
         teacher: nothing in it learns.
         made: its samples.
-        student: the model that learns.
+        begin: the model that the student starts from; the teacher itself where no other is named.
+        roles: of the teacher's net, where one net is all of them.
     """
 
     setting: Setting
@@ -93,7 +126,8 @@ class Lesson:
     folder: Path
     teacher: Family
     made: Synthetic
-    student: Family
+    begin: Family
+    roles: Roles | None = None
 
     @property
     def grid(self) -> list[float]:
@@ -109,13 +143,35 @@ class Lesson:
 
         scale = self.made.plan.guidance
         if self.teacher.guidance is None:
-            return self.teacher.velocity if scale is None else self.teacher.at(scale).velocity
+            return self.plain_teacher
         null = self.made.null.map(lambda array: array.to(self.teacher.net.device))
-        return Guided(self.teacher.velocity, null, 1.0 if scale is None else scale)
+        return Guided(self.plain_teacher, null, 1.0 if scale is None else scale)
 
-    def copied(self, family: Family, name: str) -> Family:
-        """A model of its own with the same weights: another net that learns."""
-        return family.student(copy.deepcopy(family.net), name, self.setting.student_steps)
+    @property
+    def plain_teacher(self) -> Any:
+        """The teacher in one pass: told its guidance, where it is told any."""
+        scale = self.made.plan.guidance
+        told = self.teacher.guidance is None and scale is not None
+        velocity = (self.teacher.at(scale) if told and scale else self.teacher).velocity
+        return self.roles.velocity(None, velocity) if self.roles is not None else velocity
+
+    @cached_property
+    def student(self) -> Learner:
+        """The net of the method that is the student."""
+        return self.learner("student", self.begin)
+
+    def learner(self, name: str, start: Family | None = None) -> Learner:
+        """A net that starts from a model's weights, by default the teacher's: its own copy, or a role."""
+        if self.roles is not None:
+            velocity = self.roles.velocity(name, self.teacher.velocity)
+            return Learner(self.roles.net(name), velocity, self.teacher.blocks, self.teacher)
+        start = start or self.teacher
+        own = start.student(copy.deepcopy(start.net), name, self.setting.student_steps)
+        return Learner(own.net, own.velocity, own.blocks, own)
+
+    def weights(self, name: str, nets: Mapping[str, Any]) -> dict[str, Any]:
+        """The state dict of a learnt net, as a whole and plain one."""
+        return self.roles.merged(name) if self.roles is not None else nets[name].state_dict()
 
     def batches(self, step: int, share: Share) -> Batch:
         """The teacher's samples of a step; walks at the student's times, where they were kept."""
@@ -129,8 +185,10 @@ class Lesson:
         without = self.made.without_t5(batch.cond) if rng.random() < setting.drop_t5 else None
         return replace(batch, states=states, short=without)
 
-    def run(self, method: Method, **options: Any) -> Run:
-        """The run of a method whose student is the net ``student``."""
+    def run(self, method: Method, *learners: Learner, **options: Any) -> Run:
+        """The run of a method whose student is the net ``student``, and of the others that learn."""
+        from fewstep.recipes.score import KidToTeacher
+
         setting = self.setting
         usual: dict[str, Any] = {"warmup": 20, "decay": 0.5, "ema": 0.99, "sheet_every": 200}
         told: dict[str, Any] = {
@@ -138,6 +196,10 @@ class Lesson:
             "device": setting.device,
             "threads": setting.threads,
             "tokens": self._tokens(),
+            "accumulate": setting.accumulate,
+            "recompute": setting.recompute,
+            "compile": setting.compile,
+            "score_every": setting.score_every,
         }
         resolved = Options(setting.steps, setting.lr, **usual | told | options)
         about = {
@@ -146,6 +208,7 @@ class Lesson:
             "guidance": self.made.plan.guidance,
             "made_of": {"teacher": self.made.plan.weights},
         }
+        score = KidToTeacher(self) if setting.score_every else None
         return Run(
             self.name,
             self.folder,
@@ -156,23 +219,49 @@ class Lesson:
             averaged=["student"],
             sheet=self.sheet,
             finish=self.finish,
+            bodies=[self.student.body, *(learner.body for learner in learners), self.teacher],
+            score=(lambda nets: score(self.student.velocity)) if score else None,
+            metric=KidToTeacher.metric,
         )
 
-    def taught(self, net: Any) -> Family:
-        """The student with this net."""
-        return self.teacher.student(net, "pocket", self.setting.student_steps)
+    def draw(self, velocity: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        """What a student draws, latents ``[B, C, H, W]``, one seed a prompt."""
+        import torch
+
+        from fewstep import sample
+        from fewstep.types import Cond
+
+        family = self.teacher
+        with torch.no_grad():
+            cond = family.text(prompts)
+            if self.setting.drop_t5 > 0 and family.clip_length is not None:
+                cond = Cond(cond.context[:, : family.clip_length], cond.pooled)
+            noise = family.lift(sample.noises(seeds, family.latent))
+            return sample.walk(velocity, noise, self.grid, cond)
 
     def sheet(self, nets: Mapping[str, Any]) -> Any:
         """Pictures of fixed prompts and seeds."""
         from fewstep.recipes.parts import decoded
 
-        family = self.taught(nets["student"])
-        drawn = drawings(family, SHOWN, range(len(SHOWN)), self.grid, self.setting.drop_t5 > 0)
-        return decoded(family, drawn, SHOWN)
+        return decoded(self.teacher, self.draw(self.student.velocity, SHOWN, range(len(SHOWN))), SHOWN)
 
     def finish(self, nets: Mapping[str, Any]) -> None:
-        """Write the student as a diffusers folder."""
-        family = self.taught(nets["student"])
+        """Write the student as a diffusers folder; a role as a LoRA beside it, in ``lora``."""
+        if self.roles is not None:
+            self.roles.save("student", self.folder / LORA)
+        self.write(self.weights("student", nets))
+
+    def plain(self) -> Any:
+        """A net of the teacher's kind without roles, to be given weights; roles end here."""
+        if self.roles is not None and self.roles.held:
+            return self.roles.fold("student")
+        return copy.deepcopy(self.teacher.net)
+
+    def write(self, weights: Mapping[str, Any]) -> None:
+        """Write a student of these weights as a diffusers folder."""
+        net = self.plain()
+        net.load_state_dict(weights)
+        family = self.teacher.student(net, "pocket", self.setting.student_steps)
         if self.setting.drop_t5 == 1:
             family = family.without_t5()
         family.module.save(family, self.folder / "model")
@@ -208,30 +297,32 @@ def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | N
     prompts = [] if setting.synthetic else _prompts(setting)
     if setting.synthetic:
         Synthetic.open(setting.synthetic)
-    teacher = load_family(setting.teacher, device=place)
-    begin = load_family(setting.init, device=place) if setting.init else teacher
-    if begin.kind != teacher.kind or begin.latent != teacher.latent:
-        raise UserError(f"--init {setting.init} is no model of the teacher's kind")
+    teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
+    begin = teacher
+    if setting.init and not setting.lora:
+        begin = load_family(setting.init, device=place)
+        if _shapes(begin) != _shapes(teacher):
+            raise UserError(f"--init {setting.init} is no model of the teacher's kind")
     source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
     made = _made(source, teacher, setting.student_steps if walks else 0)
-    student = teacher.student(copy.deepcopy(begin.net), "pocket", setting.student_steps)
-    return Lesson(setting, name, folder or out, teacher, made, student)
+    roles = _roles(setting, teacher) if setting.lora else None
+    return Lesson(setting, name, folder or out, teacher, made, begin, roles)
 
 
-def drawings(
-    family: Family, prompts: Sequence[str], seeds: Sequence[int], grid: Sequence[float], without_t5: bool
-) -> Any:
-    """What a student draws, latents ``[B, C, H, W]``, one seed a prompt."""
-    import torch
+def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in family.net.state_dict().items()}
 
-    from fewstep import sample
-    from fewstep.types import Cond
 
-    with torch.no_grad():
-        cond = family.text(prompts)
-        if without_t5 and family.clip_length is not None:
-            cond = Cond(cond.context[:, : family.clip_length], cond.pooled)
-        return sample.walk(family.velocity, family.lift(sample.noises(seeds, family.latent)), grid, cond)
+def _roles(setting: Setting, teacher: Family) -> Roles:
+    """Roles of the teacher's net; the student's begins as ``--init``, a LoRA of an earlier run."""
+    from fewstep.nets.roles import Roles
+
+    names = ("student", "proxy", "early", "late")
+    roles = Roles(teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed)
+    if setting.init:
+        for name in ("student", "early", "late"):
+            roles.load(name, Path(setting.init))
+    return roles
 
 
 def _prompts(setting: Setting) -> list[str]:

@@ -1,0 +1,189 @@
+"""Every distillation as a recipe, on small random pipelines of both families: the same code for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+import tiny_flux
+from fewstep import sample, times
+from fewstep.data.synthesis import plan as plans
+from fewstep.data.synthesis.write import synthesize
+from fewstep.families import flux, sd3
+from fewstep.recipes import distill, merged, score
+from fewstep.recipes.parts import fingerprint
+from fewstep.recipes.student import Setting
+from fewstep.source import load_family
+from fewstep.train import Run
+from fewstep.train.trainer import train
+from fewstep.types import WHOLE, UserError
+
+PROMPTS = ["a cat", "a dog", "a red apple", "two pears", "the sun", "a boat"]
+RECIPES: dict[str, dict[str, Any]] = {
+    "trajectory": {},
+    "dmd": {"where": "shared", "proxied": "finals", "follow": 0.98},
+    "tdm": {},
+    "adversarial": {},
+    "consistency": {"fine": 4},
+    "flash": {"warm": 1, "split": 1},
+}
+
+
+# Said once a process by torch of FLUX under autocast on a CPU: a norm of mixed precision is not the fused one.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A teacher's folder and its samples."""
+
+    teacher: Path
+    shards: Path
+
+    def setting(self, out: Path, **options: Any) -> Setting:
+        usual: dict[str, Any] = {"steps": 1, "batch": 2, "device": "cpu"}
+        told: dict[str, Any] = {"teacher": str(self.teacher), "synthetic": self.shards, "out": out}
+        return Setting(**usual | told | options)
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "sd3":
+        family = sd3.assemble(tiny.parts(), name="teacher", guidance=3.0)
+    else:
+        family = flux.assemble(tiny_flux.parts("dev"), name="teacher", side=8)
+    family.module.save(family, root / "teacher")
+    loaded = load_family(str(root / "teacher"))
+    plan = plans.make(
+        loaded, PROMPTS, guidance=3.0, steps=4, student_steps=4, weights=fingerprint(loaded.net),
+        clip_length=loaded.clip_length,
+    )  # fmt: skip
+    synthesize(loaded.at(3.0), PROMPTS, plan, root / "shards")
+    return Made(root / "teacher", root / "shards")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ratios and four pictures: what is tested is not how good they are."""
+    monkeypatch.setattr(merged, "RATIOS", (0.3, 0.7))
+    monkeypatch.setattr(score, "PICTURES", 4)
+
+
+def carried(recipe: str, setting: Setting, **options: Any) -> list[Run]:
+    made = getattr(distill, recipe)(setting=setting, **RECIPES[recipe] | options)
+    runs: list[Run] = []
+    for run in made if isinstance(made, Iterator) else [made]:
+        train(run)
+        runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_ends_with_a_student_that_draws(made: Made, recipe: str, tmp_path: Path) -> None:
+    carried(recipe, made.setting(tmp_path, accumulate=2))
+    student, teacher = load_family(str(tmp_path / "model")), load_family(str(made.teacher))
+    assert (student.steps, student.guidance) == (4, None)
+    moved = [
+        not torch.equal(p, q) for p, q in zip(student.net.parameters(), teacher.net.parameters(), strict=True)
+    ]
+    assert any(moved)
+    with torch.no_grad():
+        noise, cond = student.lift(sample.noises([3], student.latent)), student.text(["a cat"])
+        assert sample.walk(student.velocity, noise, times.grid(4, student.shift), cond).isfinite().all()
+    if student.kind == "sd3":
+        assert student.parts["text_encoder_3"] is None  # it learnt to do without
+
+
+@pytest.mark.parametrize("recipe", ["dmd", "flash"])
+def test_roles_share_one_net_and_end_as_a_lora_and_a_whole_student(
+    made: Made, recipe: str, tmp_path: Path
+) -> None:
+    runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2))
+    bodies = {id(body.net) for body in runs[-1].bodies}
+    assert len(bodies) == 1
+    teacher, student = load_family(str(made.teacher)), load_family(str(tmp_path / "model"))
+    assert fingerprint(teacher.net) != fingerprint(student.net)
+    assert teacher.net.state_dict().keys() == student.net.state_dict().keys()
+    folder = tmp_path if recipe == "dmd" else tmp_path / "2-flash"
+    assert (folder / "lora/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_chain_says_what_merging_brought_and_is_done_once(made: Made, tmp_path: Path) -> None:
+    runs = carried("flash", made.setting(tmp_path))
+    assert [run.folder.name for run in runs] == ["1-warm", "2-flash", "3-split"]
+    told = json.loads((tmp_path / "merge.json").read_text())
+    assert [ratio for ratio, _ in told["curve"]] == [0.3, 0.7]
+    assert told["late"] == min(told["curve"], key=lambda pair: pair[1])[0]
+    before = fingerprint(load_family(str(tmp_path / "model")).net)
+    carried("flash", made.setting(tmp_path))  # all is done: nothing is learnt any more
+    assert fingerprint(load_family(str(tmp_path / "model")).net) == before
+
+
+def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"split": 0, "warm": 1}
+    for run in distill.flash(setting=made.setting(tmp_path / "cut", steps=3), **options):
+        if run.folder.name == "2-flash":
+            train(replace(run, options=replace(run.options, steps=2, decay=1e-9), finish=None))
+        else:
+            train(run)
+    whole, cut = (made.setting(tmp_path / name, steps=3) for name in ("whole", "cut"))
+    for setting in (cut, whole):
+        carried("flash", setting, **options)
+    nets = [load_family(str(tmp_path / name / "model")).net for name in ("cut", "whole")]
+    pairs = zip(*(net.parameters() for net in nets), strict=True)
+    apart = max(float((p - q).abs().max()) for p, q in pairs)
+    assert apart < 1e-3  # the rate's last steps differ, the draws do not
+
+
+def test_without_dropout_the_student_hears_t5_and_with_it_sometimes(made: Made, tmp_path: Path) -> None:
+    if load_family(str(made.teacher)).clip_length is None:
+        pytest.skip("FLUX cannot do without its T5")
+    runs = {
+        share: distill.trajectory(setting=made.setting(tmp_path, drop_t5=share)) for share in (0.0, 0.5, 1.0)
+    }
+    heard = {
+        share: {run.batches(step, WHOLE).heard.context.shape[1] for step in range(12)}
+        for share, run in runs.items()
+    }
+    assert heard[0.0] == {2 * tiny.LENGTH} and heard[1.0] == {tiny.LENGTH}
+    assert heard[0.5] == heard[0.0] | heard[1.0]
+    train(runs[0.0])
+    assert load_family(str(tmp_path / "model")).parts["text_encoder_3"] is not None
+
+
+def test_the_best_by_kid_to_the_teacher_is_kept(made: Made, tmp_path: Path) -> None:
+    carried("trajectory", made.setting(tmp_path, score_every=1))
+    told = json.loads((tmp_path / "best/best.json").read_text())
+    assert told["metric"] == "kid-t" and told["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"student_steps": 3}, "of no use to a student of 3"),
+        ({"dtype": "bfloat16"}, "give a rank with --lora"),
+        ({"init": "nosuch"}, "there is no model"),
+        ({"lora": 2, "init": "nosuch"}, "cannot be read as a LoRA"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    made: Made, tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        distill.trajectory(setting=made.setting(tmp_path, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_of_another_family_are_refused(made: Made, tmp_path: Path) -> None:
+    other = sd3.assemble(tiny.parts(tiny.SMALL | {"num_layers": 2}), name="other")
+    sd3.save(other, tmp_path / "other")
+    with pytest.raises(UserError, match="samples of another teacher"):
+        distill.dmd(setting=made.setting(tmp_path, teacher=str(tmp_path / "other")))
