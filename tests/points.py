@@ -118,12 +118,18 @@ def walked(many: int, substeps: int = 8) -> Walked:
 
 
 def taught(
-    folder: Path, method: Any, batches: Any, steps: int, lr: float, rates: dict[str, float] | None = None
+    folder: Path,
+    method: Any,
+    batches: Any,
+    steps: int,
+    lr: float,
+    rates: dict[str, float] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Carry out a run by the real trainer; the nets, averaged where they are students."""
     options = Options(
-        steps, lr, rates=rates or {}, warmup=10, decay=0.7, ema=0.99, weight_decay=0.0, precision="fp32",
-        device="cpu", log_every=10**6, save_minutes=60.0,
+        steps, lr, seed=seed, rates=rates or {}, warmup=10, decay=0.7, ema=0.99, weight_decay=0.0,
+        precision="fp32", device="cpu", log_every=10**6, save_minutes=60.0,
     )  # fmt: skip
     kept: dict[str, Any] = {}
     students = [name for name in method.nets if name not in ("proxy", "heads")]

@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# Said once a process by torch of FLUX under autocast on a CPU: a norm of mixed precision is not the fused one.
+# Said by torch, once a process, of FLUX under autocast on a CPU: a mixed norm is not the fused one.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 
 
