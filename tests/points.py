@@ -64,7 +64,7 @@ def critic(tapped: Net, **options: Any) -> Critic:
 
 
 def flash(student: Any, velocity: Any, proxy: Net, **options: Any) -> Flash:
-    matching = Matching(ring(), proxy, where="renoise")
+    matching = Matching(ring(), proxy)
     return Flash(student, velocity, proxy, matching, critic(proxy, weight=0.1), GRID, **options)
 
 

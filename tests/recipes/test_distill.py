@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +182,31 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(UserError, match=told) as caught:
         distill.trajectory(setting=made.setting(tmp_path, **options))
     assert "\n" not in str(caught.value)
+
+
+def test_two_processes_carry_out_the_chain(made: Made, tmp_path: Path) -> None:
+    """Sharded nets, features tapped from one that is frozen, three runs one after the other."""
+    words = [
+        "--steps",
+        "1",
+        "--warm",
+        "1",
+        "--split",
+        "1",
+        "--updates",
+        "1",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    where = ["--teacher", str(made.teacher), "--synthetic", str(made.shards), "--out", str(tmp_path / "run")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "fewstep", "distill", "flash", *words, *where], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    load_family(str(tmp_path / "run/model"))
 
 
 def test_samples_of_another_family_are_refused(made: Made, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fewstep.families import sd3
 from fewstep.methods import Change, Draw, Losses, Turn
 from fewstep.methods.finetune import Finetune
 from fewstep.nets.roles import Roles
-from fewstep.train import Options, Run, parallel
+from fewstep.train import Options, Run
 from fewstep.types import Batch, Cond, Share
 
 STEPS = {"full": 20, "roles": 12}
@@ -197,12 +197,10 @@ def main(folder: Path, stage: str) -> None:
             ("whole", run_of(folder / "whole", "roles")),
         ],
     }
-    leave, parallel.leave = parallel.leave, lambda: None  # one meeting for all runs of a stage
     for name, run in stages[stage]():
         told = losses(run)
         if os.environ["RANK"] == "0":
             (folder / f"{name}.json").write_text(json.dumps(told))
-    leave()
 
 
 if __name__ == "__main__":

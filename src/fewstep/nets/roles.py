@@ -158,11 +158,6 @@ class Roles:
             )
         return plain
 
-    @property
-    def held(self) -> bool:
-        """Whether the net still has them: :meth:`fold` ends it."""
-        return all(hasattr(layer, HELD) for layer in self._linears.values())
-
     def fold(self, name: str) -> Any:
         """Make the net this role, plain again and without any roles; it cannot act another afterwards."""
         merged = self.merged(name)

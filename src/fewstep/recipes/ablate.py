@@ -55,6 +55,8 @@ class Row:
 MATCH = (1, 15 + 6)
 """Five updates of the proxy; the student's step there and back, the guided teacher, the proxy."""
 
+RENOISED = ("--where", "renoise", "--anchor", "10", "--updates", "2")
+
 FLASH = (4, 6 + 3 + 6 + 6 + 3)
 """Two updates of the proxy; the heads' features; matching; the walk there and back and its features; the
 anchor."""
@@ -69,8 +71,10 @@ ROWS = (
     Row("TDM", "tdm", (), MATCH),
     Row("LADD", "adversarial", (), (1, 10)),
     Row("LCM", "consistency", (), (0, 6)),
-    Row("flash", "flash", ("--split", "0"), FLASH),
-    Row("flash, split and merged", "flash", (), FLASH, split=0.3),
+    Row("flash, renoised", "flash", ("--split", "0", *RENOISED), FLASH),
+    Row("flash, renoised, split and merged", "flash", RENOISED, FLASH, split=0.3),
+    Row("flash", "flash", ("--split", "0", "--updates", "2"), FLASH),
+    Row("flash, split and merged", "flash", ("--updates", "2"), FLASH, split=0.3),
 )
 
 

@@ -122,13 +122,13 @@ def flash(
     setting: Setting = ONE,
     warm: int = 600,
     split: int = 200,
-    where: Literal["shared", "shared-free", "renoise"] = "renoise",
+    where: Literal["shared", "shared-free", "renoise"] = "shared",
     proxied: Literal["finals", "estimates", "path"] = "finals",
     tapped: Literal["proxy", "teacher"] = "proxy",
     judged: Literal["finals", "last", "estimates"] = "finals",
     weight: float = 0.1,
-    anchor: float = 10.0,
-    updates: int = 2,
+    anchor: float = 1.0,
+    updates: int = 5,
     follow: float = 1.0,
     proxy_lr: float | None = None,
     heads_lr: float = 1e-3,
@@ -162,6 +162,7 @@ def flash(
     out = setting.out or Path("runs/flash")
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
+    last = not split or setting.student_steps < 3
     setting = replace(setting, out=out)
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
@@ -186,7 +187,6 @@ def flash(
         yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
         begin = str(out / "1-warm" / part)
     one = stage("2-flash", begin, setting.steps)
-    last = not split or setting.student_steps < 3
     proxy = one.learner("proxy")
     run = one.run(method(one, one.student, one.student.velocity, proxy), proxy, rates=rates)
     yield replace(run, finish=replace(one, folder=out).finish) if last else run

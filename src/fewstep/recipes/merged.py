@@ -21,12 +21,12 @@ def finish_merged(one: Lesson) -> Callable[[Mapping[str, Any]], None]:
 
     def finish(nets: Mapping[str, Any]) -> None:
         early, late = (one.weights(name, nets) for name in ("early", "late"))
-        score, net = KidToTeacher(one), one.plain()
+        score, net = KidToTeacher(one), one.plain().to(one.teacher.net.device)
         adapter: Any = one.teacher.velocity
         curve: dict[float, float] = {}
         for ratio in RATIOS:
             net.load_state_dict(merge(early, late, ratio))
-            curve[ratio] = score(replace(adapter, net=net.eval()))
+            curve[ratio] = score(replace(adapter, net=net))
         best = min(curve, key=lambda ratio: curve[ratio])
         one.write(merge(early, late, best))
         told = {"metric": score.metric, "late": best, "curve": [[r, s] for r, s in curve.items()]}

@@ -118,6 +118,7 @@ class Lesson:
         teacher: nothing in it learns.
         made: its samples.
         begin: the model that the student starts from; the teacher itself where no other is named.
+        kind: class of the teacher's net; sharding gives it another.
         roles: of the teacher's net, where one net is all of them.
     """
 
@@ -127,6 +128,7 @@ class Lesson:
     teacher: Family
     made: Synthetic
     begin: Family
+    kind: Any
     roles: Roles | None = None
 
     @property
@@ -252,10 +254,9 @@ class Lesson:
         self.write(self.weights("student", nets))
 
     def plain(self) -> Any:
-        """A net of the teacher's kind without roles, to be given weights; roles end here."""
-        if self.roles is not None and self.roles.held:
-            return self.roles.fold("student")
-        return copy.deepcopy(self.teacher.net)
+        """A net of the teacher's kind, on the CPU, to be given weights."""
+        # Not a copy: a net that was sharded holds processes, which cannot be copied.
+        return self.kind.from_config(self.teacher.net.config).to(self.teacher.net.dtype).eval()
 
     def write(self, weights: Mapping[str, Any]) -> None:
         """Write a student of these weights as a diffusers folder."""
@@ -288,12 +289,15 @@ def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | N
     from fewstep.data.synthesis.read import Synthetic
     from fewstep.source import load_family
     from fewstep.train.device import pick
+    from fewstep.train.parallel import world
 
     if setting.threads:
         torch.set_num_threads(setting.threads)
     place = pick(setting.device)
     out = setting.out or Path("runs") / name
     # What is cheap to refuse comes before gigabytes are loaded.
+    if not setting.synthetic and world().size > 1:
+        raise UserError("several processes need --synthetic: make the samples first, with fewstep synthesize")
     prompts = [] if setting.synthetic else _prompts(setting)
     if setting.synthetic:
         Synthetic.open(setting.synthetic)
@@ -306,7 +310,7 @@ def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | N
     source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
     made = _made(source, teacher, setting.student_steps if walks else 0)
     roles = _roles(setting, teacher) if setting.lora else None
-    return Lesson(setting, name, folder or out, teacher, made, begin, roles)
+    return Lesson(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
 
 
 def _shapes(family: Family) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
     total, squares = [torch.zeros_like(p) for p in parameters], 0.0
     for number in range(draws):
         loss: Any = sum(value for value in losses(number).values() if value.requires_grad)
-        gradient: Sequence[Any] = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradient: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
         for kept, new in zip(total, gradient, strict=True):
             if new is not None:
                 kept += new

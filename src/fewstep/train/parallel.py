@@ -7,6 +7,7 @@ its gradients are averaged. One process does neither.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def join(device: str) -> World:
     here = world()
     if here.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        atexit.register(leave)  # not after a run: the next one of a chain meets the same processes
     return here
 
 
@@ -134,6 +136,9 @@ def shard(bodies: Iterable[Body], device: str, half: bool) -> None:
             # Always let go after the forward pass, the root too: weights are frozen and thawed between turns,
             # and what is frozen must be the shards.
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # At its first call a net settles in which precision its gradients come, and for a net that is frozen
+        # just then it settles none: let it be now, while it may learn.
+        body.net._get_fsdp_state()._lazy_init()
 
 
 def hold_back(bodies: Iterable[Body], held: bool) -> None:

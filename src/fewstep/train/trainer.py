@@ -36,8 +36,6 @@ def train(run: Run) -> None:
         if parallel.world().first:
             raise
         raise UserError(f"process {parallel.world().rank}: {error}") from error
-    finally:
-        parallel.leave()
 
 
 def _train(run: Run) -> None:
@@ -52,8 +50,9 @@ def _train(run: Run) -> None:
         _loop(run, state, log)
         _look(run, state, log, options.sheet_every, options.score_every, last=True)
     nets = state.finished()
-    if run.finish is not None and state.world.first:
-        run.finish(nets)
+    finish = run.finish
+    if finish is not None:
+        parallel.by_first(lambda: finish(nets))  # others wait: the next run of a chain reads what it wrote
 
 
 def _loop(run: Run, state: State, log: Log) -> None:
