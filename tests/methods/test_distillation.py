@@ -186,11 +186,11 @@ def test_the_chain_of_flash_draws_the_ring_in_four_steps(tmp_path: Path) -> None
     rates = {"proxy": 1e-3, "heads": 1e-3}
 
     student = copy.deepcopy(warm)
-    one = flash(student, student, copy.deepcopy(proxy), updates=2, anchor=1.0)
+    one = flash(student, student, copy.deepcopy(proxy), updates=2, anchor=3.0)
     matched = taught(tmp_path / "2", one, data(512), 200, 2e-4, rates)["student"]
 
     early, late = copy.deepcopy(matched), copy.deepcopy(matched)
-    part = flash(early, Branches(early, late), copy.deepcopy(proxy), updates=2, anchor=1.0)
+    part = flash(early, Branches(early, late), copy.deepcopy(proxy), updates=2, anchor=3.0)
     halves = taught(tmp_path / "3", Split(early, late, part), data(512), 60, 1e-4, rates)
     student = net()
     student.load_state_dict(merge(halves["early"].state_dict(), halves["late"].state_dict(), 0.7))

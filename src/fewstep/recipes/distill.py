@@ -127,7 +127,7 @@ def flash(
     tapped: Literal["proxy", "teacher"] = "proxy",
     judged: Literal["finals", "last", "estimates"] = "finals",
     weight: float = 0.1,
-    anchor: float = 1.0,
+    anchor: float = 3.0,
     updates: int = 5,
     follow: float = 1.0,
     proxy_lr: float | None = None,
