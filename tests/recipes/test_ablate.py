@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def test_an_update_costs_what_the_row_says(
     """Passes are counted as they are made: a net that is called with gradients has a pass back too."""
     monkeypatch.setattr(merged, "RATIOS", (0.5,))
     monkeypatch.setattr(score, "PICTURES", 4)
-    plain, counts = trainer.train, []
+    counts: list[float] = []
 
     def counted(run: Run) -> None:
         rows = 0
@@ -137,22 +136,18 @@ def test_an_update_costs_what_the_row_says(
         def note(net: torch.nn.Module, told: tuple[Any, ...], named: dict[str, Any]) -> None:
             nonlocal rows
             x = named["hidden_states"] if "hidden_states" in named else told[0]
-            learns = torch.is_grad_enabled() and (
-                x.requires_grad or any(p.requires_grad for p in net.parameters())
-            )
-            rows += len(x) * (3 if learns else 1)
+            learns = x.requires_grad or any(p.requires_grad for p in net.parameters())
+            rows += len(x) * (3 if learns and torch.is_grad_enabled() else 1)
 
+        state = trainer.State(run)
         nets = {id(body.net): body.net for body in run.bodies}
         hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in nets.values()]
-
-        def finish(averaged: Any) -> None:
-            for hook in hooks:
-                hook.remove()
-            assert run.finish is not None
-            run.finish(averaged)
-
-        plain(replace(run, sheet=None, score=None, finish=finish))
+        state.advance()
+        for hook in hooks:
+            hook.remove()
         counts.append(rows / 2)
+        assert run.finish is not None
+        run.finish(state.finished())
 
     monkeypatch.setattr(trainer, "train", counted)
     cell = Cell(row, 4, 0)

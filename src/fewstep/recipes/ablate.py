@@ -18,10 +18,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep import files
+from fewstep import files, times
 from fewstep.data import render
 from fewstep.data.scenes import CELLS
 from fewstep.data.synthesis import plan as plans
+from fewstep.nets.branches import Branches
 from fewstep.recipes.parts import at_least_one
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import ROWS, Cell, Row
@@ -82,7 +83,7 @@ def ablate(
     """
     at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
     chosen = _chosen(rows)
-    guidance = plans.read(synthetic).guidance
+    plan = plans.read(synthetic)
     _measurable(data, detector, prompts, scenes)
     warms = {steps: out / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
     cells = [
@@ -90,10 +91,10 @@ def ablate(
         for seed in range(seeds)
         for steps in warms
         for row in chosen
-        if not (row.split and steps < 3)
+        if row.split is None or times.grid(steps, plan.shift)[-2] <= Branches.border
     ]
     if not cells:
-        raise UserError("nothing is left to compare: students of less than three steps have nothing to split")
+        raise UserError("nothing is left to compare: students of so few steps have no times to split")
     shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
     place = ["--device", device, "--threads", str(threads)]
     processes = Processes()
@@ -110,7 +111,10 @@ def ablate(
     table = [("warm start", steps, folder) for steps, folder in warms.items()]
     table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
     asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
-    asked += ["--teacher", f"{teacher}@{teacher_steps}" + ("" if guidance is None else f"x{guidance:g}")]
+    asked += [
+        "--teacher",
+        f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
+    ]
     asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
     asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
     processes.all([partial(_measured, processes, asked, threads)], 1)
