@@ -1,4 +1,4 @@
-"""``fewstep ablate``: from two rows in processes of their own to the document, and what an equal compute is."""
+"""``fewstep ablate``: two rows in processes of their own up to the document, and what equal compute is."""
 
 from __future__ import annotations
 

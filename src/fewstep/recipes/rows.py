@@ -21,8 +21,8 @@ FLASH: Cost = (1 + 3, 6 + 3 + 6 + 3 + 3)
 heads; matching; the judged one's features; the anchor."""
 
 SPLIT: Cost = (1 + 2 * 3 - 2, 2 + 6 + 3 + 2 * (6 + 3 + 3))
-"""The same, but the student's turn is twice, for either branch. Of a walk that is judged for the early branch,
-whose step is the last one, the steps before have no way back."""
+"""The same, but the student's turn is twice, for either branch. Of the walk that is judged for the early
+branch, whose step is the last one, the steps before have no way back."""
 
 
 @dataclass(frozen=True)
