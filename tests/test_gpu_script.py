@@ -1,5 +1,7 @@
-"""``gpu/pocket.sh`` on a CPU with tiny sizes. Left out for their time: its stages ``data`` and ``export``; the
-command of ``ablate`` is stood in for, tests/recipes/test_ablate.py runs it."""
+"""``gpu/pocket.sh`` on a CPU with tiny sizes. Left out for their time: its stages ``data`` and ``export``.
+
+In its stage ``ablate`` the command is stood in for: tests/recipes/test_ablate.py runs it.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +91,9 @@ def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
 STAND_IN = """#!/usr/bin/env bash
 [ "$3" = ablate ] || exec "$REAL" "$@"
 printf '%s\\n' "${@:3}" > "$RUNS/typed"
-mkdir -p "$RUNS/ablate/measured" "$RUNS/ablate/tdm.4.0"
-for file in results.md measured/results.json measured/sheet-a.png tdm.4.0/cost.json; do touch "$RUNS/ablate/$file"; done
+cd "$RUNS"
+mkdir -p ablate/measured ablate/tdm.4.0
+touch ablate/results.md ablate/measured/results.json ablate/measured/sheet-a.png ablate/tdm.4.0/cost.json
 """
 
 
@@ -116,4 +119,7 @@ def test_it_says_when_the_time_is_up(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_said(tmp_path: Path) -> None:
     done = script(tmp_path, "techer")
     assert done.returncode == 2
-    assert done.stderr == "gpu/pocket.sh: there is no stage techer: data, text, teacher, walks, student, ablate, export\n"
+    assert (
+        done.stderr
+        == "gpu/pocket.sh: there is no stage techer: data, text, teacher, walks, student, ablate, export\n"
+    )

@@ -201,7 +201,8 @@ def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
         _same(folder, cost.command, arguments)
         cost.command = command
         if cost.since is not None:  # it was killed: its last file tells until when it went on
-            traces = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+            left = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+            traces = [path.stat().st_mtime for path in left]
             cost.seconds, cost.cut = cost.seconds + max(0.0, max(traces) - cost.since), True
     cost.begun, cost.since = cost.begun + 1, time.time()
     _write(note, cost)
@@ -235,7 +236,7 @@ def _held(folder: Path) -> Generator[int]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
