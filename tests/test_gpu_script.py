@@ -1,4 +1,7 @@
-"""``gpu/pocket.sh`` on a CPU with tiny sizes. Left out for their time: its stages ``data`` and ``export``."""
+"""``gpu/pocket.sh`` on a CPU with tiny sizes. Left out for their time: its stages ``data`` and ``export``.
+
+In its stage ``ablate`` the command is stood in for: tests/recipes/test_ablate.py runs it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.recipes import tiny_stickers
 
+from fewstep.cli import application
 from fewstep.families import pocket, sd3
 
 ROOT = Path(__file__).parents[1]
@@ -23,19 +27,24 @@ TINY = {
     "STEPS": "2",
     "BATCH": "4",
     "WALKS": "4",
-    "STUDENT_STEPS": "2",
-    "STUDENT_BATCH": "4",
+    "WALK_STEPS": "4",
+    "WARM": "1",
+    "STUDENT_STEPS": "1",
+    "SPLIT": "1",
+    "STUDENT_BATCH": "2",
     "DEVICE": "cpu",
 }
 
 NET = ("./transformer/diffusion_pytorch_model.safetensors",)
+LOGS = ("./log.jsonl", "./run.json")
 LEARNT = {
     "text": [
+        *LOGS,
         *(f"./{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
         *(f"./{part}/tokenizer.json" for part in ("tokenizer", "tokenizer_2")),
     ],
-    "teacher": NET,
-    "student": NET,
+    "teacher": [*LOGS, *NET],
+    "student": [*NET, "./merge.json", *(f"./{part}/log.jsonl" for part in ("1-warm", "2-flash", "3-split"))],
 }
 """What each archive must hold."""
 
@@ -64,7 +73,7 @@ def test_it_is_valid_bash() -> None:
 def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
     tiny_stickers.make(tmp_path / "data")
     sd3.save(pocket.build(), tmp_path / "teacher")
-    done = script(tmp_path, "data", "text", "teacher", "student")
+    done = script(tmp_path, "data", "text", "teacher", "walks", "student")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "out"
     assert all(path.stat().st_size < 16 * 2**20 for path in out.iterdir())
@@ -72,9 +81,32 @@ def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
         whole = tmp_path / f"{name}.tar"
         whole.write_bytes(b"".join(p.read_bytes() for p in sorted(out.glob(f"{name}.tar.*"))))
         with tarfile.open(whole) as tar:
-            assert {"./log.jsonl", "./sheet.png", "./run.json", *LEARNT[name]} <= set(tar.getnames())
+            assert {"./sheet.png", *LEARNT[name]} <= set(tar.getnames())
             tar.extractall(tmp_path / "teacher", filter="data")  # over a complete Pocket
-        assert sd3.load(tmp_path / "teacher").steps == steps
+        family = sd3.load(tmp_path / "teacher")
+        assert family.steps == steps
+        assert (family.parts["text_encoder_3"] is None) == (name == "student")  # it learnt to do without T5
+
+
+STAND_IN = """#!/usr/bin/env bash
+[ "$3" = ablate ] || exec "$REAL" "$@"
+printf '%s\\n' "${@:3}" > "$RUNS/typed"
+cd "$RUNS"
+mkdir -p ablate/measured ablate/tdm.4.0
+touch ablate/results.md ablate/measured/results.json ablate/measured/sheet-a.png ablate/tdm.4.0/cost.json
+"""
+
+
+def test_all_methods_are_compared_and_the_table_comes_home(tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    done = script(tmp_path, "ablate", PYTHON=str(stand_in), REAL=sys.executable)
+    assert done.returncode == 0, done.stderr
+    application().parse_args((tmp_path / "runs/typed").read_text().splitlines())
+    with tarfile.open(tmp_path / "runs/out/ablate.tar.aa") as tar:
+        names = {"./results.md", "./results.json", "./sheet-a.png", "./tdm.4.0/cost.json"}
+        assert names <= set(tar.getnames())
 
 
 def test_it_says_when_the_time_is_up(tmp_path: Path) -> None:
@@ -87,4 +119,7 @@ def test_it_says_when_the_time_is_up(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_said(tmp_path: Path) -> None:
     done = script(tmp_path, "techer")
     assert done.returncode == 2
-    assert done.stderr == "gpu/pocket.sh: there is no stage techer: data, text, teacher, student, export\n"
+    assert (
+        done.stderr
+        == "gpu/pocket.sh: there is no stage techer: data, text, teacher, walks, student, ablate, export\n"
+    )

@@ -3,93 +3,33 @@ table.
 
 Each cell is an ordinary ``fewstep distill`` in a process of its own, so that its memory is its own and
 anybody can run it alone; all are measured by one ``fewstep evaluate``. What is done already is not done
-again.
+again, and what was begun goes on.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep import files
+from fewstep import files, times
+from fewstep.data import render
+from fewstep.data.scenes import CELLS
 from fewstep.data.synthesis import plan as plans
+from fewstep.nets.branches import Branches
 from fewstep.recipes.parts import at_least_one
+from fewstep.recipes.processes import Processes, trained
+from fewstep.recipes.rows import ROWS, Cell, Row
 from fewstep.recipes.table import document
 from fewstep.types import UserError
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: what the table calls it.
-        method: of ``fewstep distill``.
-        options: of the method, as typed.
-        cost: passes of a net that one update takes for a sample: (a step of the student's, besides). A pass
-            back counts as two, a guided teacher as two.
-        split: share of the compute that goes into split fine-tuning.
-    """
-
-    name: str
-    method: str
-    options: tuple[str, ...] = ()
-    cost: tuple[int, int] = (0, 3)
-    split: float = 0.0
-
-    def updates(self, passes: int, steps: int) -> int:
-        """How many updates ``passes`` allow a student of so many steps."""
-        return max(1, round(passes / (self.cost[0] * steps + self.cost[1])))
-
-
-MATCH = (1, 15 + 6)
-"""Five updates of the proxy; the student's step there and back, the guided teacher, the proxy."""
-
-RENOISED = ("--where", "renoise", "--anchor", "10", "--updates", "2")
-
-FLASH = (4, 6 + 3 + 6 + 6 + 3)
-"""Two updates of the proxy; the heads' features; matching; the walk there and back and its features; the
-anchor."""
-
-ROWS = (
-    Row("trajectory", "trajectory"),
-    Row("DMD2", "dmd", ("--where", "renoise", "--proxied", "estimates"), MATCH),
-    Row("DMD, renoised, proxy on finals", "dmd", ("--where", "renoise", "--proxied", "finals"), MATCH),
-    Row("DMD, shared times", "dmd", ("--where", "shared", "--proxied", "finals"), MATCH),
-    Row("DMD, times shared freely", "dmd", ("--where", "shared-free", "--proxied", "finals"), MATCH),
-    Row("DMD2 + SenseFlow's IDA", "dmd", ("--proxied", "estimates", "--follow", "0.98"), MATCH),
-    Row("TDM", "tdm", (), MATCH),
-    Row("LADD", "adversarial", (), (1, 10)),
-    Row("LCM", "consistency", (), (0, 6)),
-    Row("flash, renoised", "flash", ("--split", "0", *RENOISED), FLASH),
-    Row("flash, renoised, split and merged", "flash", RENOISED, FLASH, split=0.3),
-    Row("flash", "flash", ("--split", "0", "--updates", "2"), FLASH),
-    Row("flash, split and merged", "flash", ("--updates", "2"), FLASH, split=0.3),
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training: a row at a number of steps with a seed."""
-
-    row: Row
-    steps: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        words = "".join(c if c.isalnum() else "-" for c in self.row.name.lower())
-        return f"{'-'.join(filter(None, words.split('-')))}.{self.steps}.{self.seed}"
+Task = Callable[[], None]
 
 
 def ablate(
@@ -110,6 +50,7 @@ def ablate(
     prompts: int = 100,
     pictures: int = 2,
     scenes: int = 60,
+    detector: Path = Path("models/scene-detector"),
     data: Path = Path("data/stickers"),
     jobs: int = 1,
     threads: int = 0,
@@ -134,101 +75,98 @@ def ablate(
         prompts: Prompts of single stickers that are measured.
         pictures: Pictures a prompt.
         scenes: Prompts of scenes, a picture each; a multiple of 12, or 0 for none.
+        detector: Folder of what finds things in scenes.
         data: Folder that `fewstep data stickers` filled.
-        jobs: Trainings at once.
+        jobs: Trainings at once; more than one slow each other down, and the minutes in the table say so.
         threads: Torch threads of each; 0 leaves torch's choice.
         device: auto, cpu or cuda.
     """
-    at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs)
-    unknown = [name for name in rows if name not in [row.name for row in ROWS]]
-    if unknown:
-        raise UserError(f"--rows {unknown[0]}: there is none; rows are {', '.join(row.name for row in ROWS)}")
-    chosen = [row for row in ROWS if not rows or row.name in rows]
-    shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
-    shared += ["--device", device, "--threads", str(threads)]
-    for steps in student_steps:
-        begin = ["--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
-        _trained(out / f"warm.{steps}", ["trajectory", *begin, *shared], threads)
+    at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
+    chosen = _chosen(rows)
+    plan = plans.read(synthetic)
+    _measurable(data, detector, prompts, scenes)
+    warms = {steps: out / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
     cells = [
         Cell(row, steps, seed)
         for seed in range(seeds)
-        for steps in student_steps
+        for steps in warms
         for row in chosen
-        if not (row.split and steps < 3)
+        if row.split is None or times.grid(steps, plan.shift)[-2] <= Branches.border
     ]
+    if not cells:
+        raise UserError("nothing is left to compare: students of so few steps have no times to split")
+    shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
+    place = ["--device", device, "--threads", str(threads)]
+    processes = Processes()
 
-    def train(cell: Cell) -> None:
-        begin = str(out / f"warm.{cell.steps}" / "model")
-        own = ["--init", begin, "--student-steps", str(cell.steps), "--seed", str(cell.seed), "--lr", str(lr)]
-        _trained(out / cell.name, [cell.row.method, *_updates(cell, passes), *own, *shared], threads)
+    def training(folder: Path, own: Sequence[str]) -> Task:
+        return partial(trained, processes, folder, [*own, *shared], place, threads)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, cells))
-    measured = out / "measured"
-    models = [_model(out / f"warm.{steps}", steps) for steps in student_steps]
-    models += [_model(out / cell.name, cell.steps) for cell in cells]
-    counts = ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
-    guided = f"{teacher}@{teacher_steps}x{plans.read(synthetic).guidance or 1:g}"
-    _fewstep(["evaluate", *models, "--teacher", guided, *counts, "--data", str(data), "-o", str(measured)])
-    results = json.loads((measured / "results.json").read_text())
+    def warming(steps: int) -> list[str]:
+        return ["trajectory", "--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
+
+    processes.all([training(folder, warming(steps)) for steps, folder in warms.items()], jobs)
+    begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
+    processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
+    table = [("warm start", steps, folder) for steps, folder in warms.items()]
+    table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
+    asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
+    asked += [
+        "--teacher",
+        f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
+    ]
+    asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
+    asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
+    processes.all([partial(_measured, processes, asked, threads)], 1)
+    results = json.loads((out / "measured" / "results.json").read_text())
+    typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
+    typed += ["--report", str(report)]
+    typed += [word for steps in warms for word in ("--student-steps", str(steps))]
+    typed += ["--seeds", str(seeds), "--passes", str(passes), "--warm", str(warm), "--warm-lr", str(warm_lr)]
+    typed += ["--batch", str(batch), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
+    typed += [word for name in rows for word in ("--rows", name)]
+    typed += ["--prompts", str(prompts), "--pictures", str(pictures), "--scenes", str(scenes)]
+    typed += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *place]
     facts = {
         "compute": f"{passes} passes a sample, batches of {batch}, rate {lr:g}, warm start of {warm} updates",
+        "machine": _machine(out / f"warm.{cells[0].steps}"),
+        "jobs": str(jobs),
+        "command": shlex.join(typed),
     }
-    table = [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
-    table = [("warm start", steps, out / f"warm.{steps}") for steps in student_steps] + table
     files.write(report, document(table, results, facts).encode())
     print(report)
 
 
-def _updates(cell: Cell, passes: int) -> Iterator[str]:
-    """Options that spend a cell's compute."""
-    row = cell.row
-    if row.method == "flash":
-        yield from ("--warm", "0")
-    if row.split:
-        # Of the updates of split fine-tuning each has a turn of either branch.
-        both = Row("", "", cost=(row.cost[0] * 2, row.cost[1] * 2 - 9))
-        yield from ("--split", str(both.updates(round(passes * row.split), cell.steps)))
-    yield from ("--steps", str(row.updates(round(passes * (1 - row.split)), cell.steps)))
-    yield from row.options
+def _measured(processes: Processes, asked: Sequence[str], threads: int) -> None:
+    print("fewstep: measuring", file=sys.stderr)
+    processes.run("fewstep evaluate", asked, threads=threads)
 
 
-def _model(folder: Path, steps: int) -> str:
-    return f"{folder / 'model'}@{steps}"
-
-
-def _trained(folder: Path, arguments: Sequence[str], threads: int) -> None:
-    """Carry out a training whose ``cost.json`` is not there yet, and write it: seconds and bytes."""
-    note = folder / "cost.json"
-    if note.exists():
-        return
-    print(f"fewstep: {folder.name}", file=sys.stderr)
-    began = time.monotonic()
-    memory = _fewstep(["distill", *arguments, "--out", str(folder)], threads)
-    told = {"seconds": time.monotonic() - began, "bytes": memory, "command": list(arguments)}
-    files.write(note, json.dumps(told, indent=1).encode())
-
-
-def _fewstep(arguments: Sequence[str], threads: int = 0) -> int:
-    """Run ``fewstep`` in a process of its own; the most memory that it held, bytes.
+def _chosen(names: Sequence[str]) -> list[Row]:
+    """The rows of these names; all where there are none.
 
     Raises:
-        UserError: it failed; its own last line is told.
+        UserError: there is no such row.
     """
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stderr is not None
-    last = ""
-    for line in process.stderr:
-        last = line.strip() or last
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"fewstep {arguments[0]} {arguments[1]} failed: {last.removeprefix('fewstep: ')}")
-    return usage.ru_maxrss * 1024
+    known = [row.name for row in ROWS]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rows {name}: there is none; rows are {'; '.join(known)}")
+    return [row for row in ROWS if not names or row.name in names]
+
+
+def _measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
+    """Refuse before hours of training what `fewstep evaluate` would refuse after them."""
+    render.load(data, 128)
+    if prompts < 2:
+        raise UserError(f"--prompts must be at least 2, not {prompts}")
+    if scenes % CELLS or scenes < 0:
+        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")
+    if scenes and not detector.is_dir():
+        raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")
+
+
+def _machine(folder: Path) -> str:
+    """What a run was trained on, as far as it says."""
+    about = json.loads((folder / "run.json").read_text())
+    return f"{about.get('device')}, torch {about.get('versions', {}).get('torch')}"

@@ -135,8 +135,8 @@ def flash(
 ) -> Iterator[Run]:
     """The whole chain: warm start, matching with the adversarial loss, split by times, merge.
 
-    --steps are those of the second stage. A student of fewer than three steps has no early times: its chain
-    ends before the split.
+    --steps are those of the second stage. A student of few steps has no early times (at shift 3, of fewer
+    than four): its chain ends before the split.
 
     Args:
         setting: Shared.
@@ -162,7 +162,6 @@ def flash(
     out = setting.out or Path("runs/flash")
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
-    last = not split or setting.student_steps < 3
     setting = replace(setting, out=out)
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
@@ -187,6 +186,7 @@ def flash(
         yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
         begin = str(out / "1-warm" / part)
     one = stage("2-flash", begin, setting.steps)
+    last = not split or one.grid[-2] > Branches.border
     proxy = one.learner("proxy")
     run = one.run(method(one, one.student, one.student.velocity, proxy), proxy, rates=rates)
     yield replace(run, finish=replace(one, folder=out).finish) if last else run

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fewstep.data.scenes import CATEGORIES
+
 COLUMNS = (
     ("KID-T × 1000", "kid_teacher", 1000),
     ("seen top-5, %", "seen_top5", 100),
@@ -16,8 +18,6 @@ COLUMNS = (
     ("scenes, %", "scene", 100),
     ("diversity, % of teacher", "diversity_ratio", 100),
 )
-CATEGORIES = ("single", "two", "counting", "colours", "position", "binding")
-
 Run = tuple[str, int, Path]
 """Name of a row, steps of its student, folder of the run."""
 
@@ -36,6 +36,9 @@ def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str
         f"steps, the same data, noise and compute: {facts['compute']}.",
         f"{counts} A figure is the mean over the training's seeds ± their standard deviation; where there is "
         "one, the 95 % interval over prompts stands in brackets.",
+        f"Minutes are a training's whole time, its processes' start included, over all the times that it was "
+        f"begun, on {facts['machine']}, {facts['jobs']} at once; ≥ where one was killed and part of its time "
+        "is not known. Peak is the most memory of its process on the host.",
     ]
     for steps in sorted({steps for _, steps, _ in runs}, reverse=True):
         parts += [f"## {steps} steps", _table(runs, steps, by_label, teacher, COLUMNS, costs=True)]
@@ -45,7 +48,7 @@ def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str
     curves = [(name, steps, folder) for name, steps, folder in runs if (folder / "merge.json").is_file()]
     if curves:
         parts += ["## The merge's ratio", _curves(curves)]
-    parts += ["## The same again", f"```sh\n{results['command']}\n```"]
+    parts += ["## The same again", f"```sh\n{facts['command']}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -59,7 +62,7 @@ def _table(
     costs: bool,
 ) -> str:
     names = list(dict.fromkeys(name for name, its, _ in runs if its == steps))
-    titles = ["", *(title for title, _, _ in columns), *(("minutes", "peak, MB") if costs else ())]
+    titles = ["", *(title for title, _, _ in columns), *(("minutes", "peak RSS, MB") if costs else ())]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     own = by_label[teacher]
     cells = [_cell([own], key, scale) for _, key, scale in columns]
@@ -70,7 +73,8 @@ def _table(
         row = [name, *(_cell(figures, key, scale) for _, key, scale in columns)]
         if costs:
             notes = [json.loads((folder / "cost.json").read_text()) for folder in folders]
-            row.append(f"{mean(note['seconds'] for note in notes) / 60:.1f}")
+            least = "≥ " if any(note.get("cut") for note in notes) else ""
+            row.append(f"{least}{mean(note['seconds'] for note in notes) / 60:.1f}")
             row.append(f"{max(note['bytes'] for note in notes) / 1e6:.0f}")
         lines.append(row)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -89,10 +93,11 @@ def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     """Scores of every ratio, a row a run."""
-    told = [(name, folder, json.loads((folder / "merge.json").read_text())) for name, _, folder in runs]
-    ratios = [f"{ratio:g}" for ratio, _ in told[0][2]["curve"]]
+    told = [(*run, json.loads((run[2] / "merge.json").read_text())) for run in runs]
+    ratios = [f"{ratio:g}" for ratio, _ in told[0][3]["curve"]]
     lines = [["late branch's share", *ratios], ["---", *["---:"] * len(ratios)]]
-    for name, folder, note in told:
+    for name, steps, folder, note in told:
         scores = [f"{score:.2f}" for _, score in note["curve"]]
-        lines.append([f"{name}, seed {folder.name.rpartition('.')[2]}: {note['metric']}", *scores])
+        seed = folder.name.rpartition(".")[2]
+        lines.append([f"{name}, {steps} steps, seed {seed}: {note['metric']}", *scores])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,50 @@
+"""The document of ``fewstep ablate``, from made-up results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fewstep.recipes.table import document
+
+FACTS = {"compute": "9 passes", "machine": "a lathe", "jobs": "1", "command": "fewstep ablate --seeds 2"}
+
+
+def figure(value: float, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high}
+
+
+def results(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    told = [{"label": label, "figures": figures} for label, figures in rows.items()]
+    return {
+        "rows": told,
+        "teacher": "T@28",
+        "seen": 4,
+        "held_out": 4,
+        "seeds": 2,
+        "scenes": 12,
+        "extractor": "x",
+    }
+
+
+def test_figures_are_means_and_standard_deviations_over_seeds(tmp_path: Path) -> None:
+    runs = [("A", 4, tmp_path / "a.4.0"), ("A", 4, tmp_path / "a.4.1"), ("B", 2, tmp_path / "b.2.0")]
+    for number, (_, _, folder) in enumerate(runs):
+        folder.mkdir()
+        note = {"seconds": 60.0 * (number + 1), "bytes": 1e8 * (number + 1), "cut": number == 2}
+        (folder / "cost.json").write_text(json.dumps(note))
+    for _, _, folder in runs[:2]:
+        note = {"metric": "kid-t", "late": 0.5, "curve": [[0.0, 3.0], [0.5, 1.25], [1.0, 2.0]]}
+        (folder / "merge.json").write_text(json.dumps(note))
+    rows = {"T@28": {"seen_top5": figure(0.5, 0.4, 0.6), "scene": figure(0.25), "scene_two": figure(0.1)}}
+    for value, (_, steps, folder) in zip((0.01, 0.03, 0.02), runs, strict=True):
+        rows[f"{folder / 'model'}@{steps}"] = {"kid_teacher": figure(value, value / 2, 2 * value)}
+    text = document(runs, results(rows), FACTS)
+    assert "| teacher |  | 50 [40, 60] |  | 25 |  |  |  |" in text
+    assert "| A | 20 ± 14 |  |  |  |  | 1.5 | 200 |" in text
+    assert "| B | 20 [10, 40] |  |  |  |  | ≥ 3.0 | 300 |" in text
+    assert "| teacher |  | 10 |  |  |  |  |" in text  # scenes by category
+    assert "| late branch's share | 0 | 0.5 | 1 |" in text
+    assert "| A, 4 steps, seed 1: kid-t | 3.00 | 1.25 | 2.00 |" in text
+    assert text.index("## 4 steps") < text.index("## 2 steps") < text.index("fewstep ablate --seeds 2")
