@@ -89,6 +89,10 @@ class Setting:
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
 
+    def lesson(self, name: str, *, walks: bool = False, folder: Path | None = None) -> Lesson:
+        """The parts of a method's distillation (:func:`lesson`)."""
+        return lesson(self, name, walks=walks, folder=folder)
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -305,7 +309,7 @@ def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | N
             raise UserError(f"--init {setting.init} is no model of the teacher's kind")
     source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
     made = _made(source, teacher, setting.student_steps if walks else 0)
-    roles = _roles(setting, teacher) if setting.lora else None
+    roles = roles_of(setting, teacher) if setting.lora else None
     return Lesson(setting, name, folder or out, teacher, made, begin, roles)
 
 
@@ -313,7 +317,7 @@ def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in family.net.state_dict().items()}
 
 
-def _roles(setting: Setting, teacher: Family) -> Roles:
+def roles_of(setting: Setting, teacher: Family) -> Roles:
     """Roles of the teacher's net; the student's begins as ``--init``, a LoRA of an earlier run."""
     from fewstep.nets.roles import Roles
 
