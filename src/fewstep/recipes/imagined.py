@@ -144,14 +144,15 @@ def _short(folder: Path, kind: str) -> bool:
     return path.is_file() and int(read_json(path).get("model_max_length", 512)) <= _clip_rows(folder)
 
 
-def net_of(shape: Shape, dtype: str) -> Any:
+def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
     """The transformer, its weights whatever they are, frozen."""
     import diffusers
     import torch
 
     classes = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
     try:
-        net = getattr(diffusers, classes[shape.kind])(**shape.net)
+        with torch.device(device):
+            net = getattr(diffusers, classes[shape.kind])(**shape.net)
     except (TypeError, ValueError) as error:
         raise UserError(f"{shape.name}: transformer/config.json makes no net ({error})") from error
     kind = getattr(torch, dtype)
@@ -222,7 +223,7 @@ class Imagined(Setting):
         import importlib
 
         module = importlib.import_module(f"fewstep.families.{self.shape.kind}")
-        net = net_of(self.shape, self.dtype).to(self.device)
+        net = net_of(self.shape, self.dtype, self.device)
         told = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
         side = self.side // self.shape.downscale
         nothing: Any = None

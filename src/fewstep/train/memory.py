@@ -9,7 +9,7 @@ operations take and give back inside themselves is not seen: see :data:`WORKSPAC
 
 from __future__ import annotations
 
-import math
+import gc
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +33,7 @@ WORKSPACE = 128 * 2**20
 """Bytes that matrix products hold beside tensors on a GPU: cuBLAS's and cuBLASLt's workspaces, 32 MiB each on
 Hopper for each of the two threads that multiply (forward and backward)."""
 
-KINDS = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
+KINDS: tuple[str, ...] = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
 """What memory is for. ``activations``: whatever is none of the others, the batch too."""
 
 
@@ -151,12 +151,13 @@ def rehearse(run: Run, ledger: Ledger, steps: int = 1) -> dict[str, Peak]:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    gc.collect()
     for body in state.bodies:
         _tag(ledger, [*body.net.parameters(), *body.net.buffers()], "frozen")
     for name, net in state.nets.items():
         _tag(ledger, net.parameters(), "learning")
         for p in net.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: ledger.see(p.grad, "gradients"))
+            p.register_post_accumulate_grad_hook(partial(_gradient, ledger))
         if name in state.averages:
             _tag(ledger, state.averages[name].values.values(), "averages")
     for _ in range(steps):
@@ -166,6 +167,15 @@ def rehearse(run: Run, ledger: Ledger, steps: int = 1) -> dict[str, Peak]:
         ledger.begin("")
         state.advance()
     return {turn: peak for turn, peak in ledger.peaks.items() if turn}
+
+
+def _gradient(ledger: Ledger, parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        ledger.see(parameter.grad, "gradients")
+
+
+def _stay(net: Any, *where: Any, **how: Any) -> Any:
+    return net
 
 
 def _tag(ledger: Ledger, tensors: Iterable[Any], kind: str) -> None:
@@ -185,7 +195,7 @@ def imagined(*, gpu: bool) -> Generator[Ledger]:
     ledger = Ledger(shapes=True, unit=ALLOCATED if gpu else 1)
     with ExitStack() as stack:
         # Modules of fake tensors cannot be moved where anything watches them; here there is one place to be.
-        stack.enter_context(patch.object(torch.nn.Module, "to", lambda net, *where, **how: net))
+        stack.enter_context(patch.object(torch.nn.Module, "to", _stay))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if gpu:
             stack.enter_context(as_on_a_gpu())
@@ -247,8 +257,16 @@ def _summed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     """By the kernels that a GPU takes: they keep a number a row, and no matrix."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
@@ -259,6 +277,14 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_
     return kernel(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
 
 
-def rounded(size: float) -> str:
-    """Bytes in GiB, to two places."""
-    return f"{size / 2**30:.2f}" if math.isfinite(size) else "-"
+def measured(run: Run) -> int:
+    """Take two real steps on the GPU: the bytes that torch's allocator had given out at most in the second.
+
+    Nothing else may have tensors there.
+    """
+    state = State(run)
+    state.advance()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    state.advance()
+    return torch.cuda.max_memory_allocated()
