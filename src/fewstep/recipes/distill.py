@@ -166,7 +166,7 @@ def flash(
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
         own = replace(setting, init=init, steps=steps)
-        return own.lesson("flash", walks=True, folder=out / name)
+        return own.lesson("flash", walks=True, split=name == "3-split", folder=out / name)
 
     def method(one: Lesson, student: Learner, velocity: Any, proxy: Learner) -> Flash:
         matching = Matching(one.guided, proxy.velocity, where, proxied)
@@ -185,6 +185,7 @@ def flash(
         one = stage("1-warm", begin, warm)
         yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
         begin = str(out / "1-warm" / part)
+        del one  # the device holds one stage's nets at a time
     one = stage("2-flash", begin, setting.steps)
     last = not split or setting.student_steps < 3
     proxy = one.learner("proxy")
@@ -192,6 +193,7 @@ def flash(
     yield replace(run, finish=replace(one, folder=out).finish) if last else run
     if last:
         return
+    del one, proxy, run
     one = stage("3-split", str(out / "2-flash" / part), split)
     early, late, proxy = one.learner("early", one.begin), one.learner("late", one.begin), one.learner("proxy")
     divided = Split(early.net, late.net, method(one, early, Branches(early.velocity, late.velocity), proxy))

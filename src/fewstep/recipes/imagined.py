@@ -202,7 +202,9 @@ class Imagined(Setting):
     shape: Shape = PRESETS["sd3.5-medium"]
     side: int = 1024
 
-    def lesson(self, name: str, *, walks: bool = False, folder: Path | None = None) -> Lesson:
+    def lesson(
+        self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
+    ) -> Lesson:
         shape = self.shape
         family = self._family()
         plan = Plan(
@@ -216,7 +218,7 @@ class Imagined(Setting):
 
         null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
         made = Blank(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
-        roles = roles_of(replace(self, init=None), family) if self.lora else None
+        roles = roles_of(replace(self, init=None), family, split) if self.lora else None
         return Lesson(self, name, folder or Path(name), family, made, family, roles)
 
     def _family(self) -> Family:
