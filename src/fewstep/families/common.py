@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +94,34 @@ def family_of_parts(
         clip_length=clip_length,
         told=told,
     )
+
+
+def aside(family: Family) -> None:
+    """Move text encoders and codec to the CPU: training from encoded samples needs neither."""
+    import torch
+
+    for part in family.parts.values():
+        if isinstance(part, torch.nn.Module) and part is not family.net:
+            part.to("cpu")
+
+
+@contextmanager
+def at_hand(family: Family, prefix: str = "text_encoder") -> Generator[None]:
+    """Within the block the components whose names begin like this are where the net is; afterwards they are
+    where they were."""
+    import torch
+
+    place = family.net.device
+    away = [
+        part
+        for name, part in family.parts.items()
+        if isinstance(part, torch.nn.Module) and part is not family.net and name.startswith(prefix)
+        and any(p.device != place for p in part.parameters())
+    ]  # fmt: skip
+    for part in away:
+        part.to(place)
+    try:
+        yield
+    finally:
+        for part in away:
+            part.to("cpu")

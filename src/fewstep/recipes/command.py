@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cyclopts import App
@@ -29,9 +30,12 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
         from fewstep.train.trainer import train as carry_out
 
         made = function(*args, **options)
-        for run in [made] if isinstance(made, Run) else made:
+        runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
+        while (run := next(runs, None)) is not None:
             carry_out(run)
             print(run.folder)
+            del run  # before the next one is made: the device holds one stage's nets at a time
+            gc.collect()
 
     app.command(command, name=name)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.recipes.student import LORA, Learner, Lesson, Setting, lesson
+from fewstep.recipes.student import LORA, Learner, Lesson, Setting
 from fewstep.train import Run
 from fewstep.types import UserError
 
@@ -30,7 +30,7 @@ def trajectory(*, setting: Setting = ONE) -> Run:
     """
     from fewstep.methods.trajectory import Trajectory
 
-    one = lesson(setting, "trajectory", walks=True)
+    one = setting.lesson("trajectory", walks=True)
     return one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
 
 
@@ -55,7 +55,7 @@ def dmd(
     """
     from fewstep.methods.dmd import Dmd, Matching
 
-    one = lesson(setting, "dmd")
+    one = setting.lesson("dmd")
     proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, where, proxied)
     method = Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates, follow)
@@ -72,7 +72,7 @@ def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = No
     """
     from fewstep.methods.tdm import Tdm
 
-    one = lesson(setting, "tdm")
+    one = setting.lesson("tdm")
     proxy, student = one.learner("proxy"), one.student
     method = Tdm(student.net, student.velocity, proxy.net, proxy.velocity, one.guided, one.grid, updates)
     return one.run(method, proxy, rates={"proxy": proxy_lr or setting.lr})
@@ -95,7 +95,7 @@ def adversarial(
     """
     from fewstep.methods.adversarial import Adversarial
 
-    one = lesson(setting, "adversarial")
+    one = setting.lesson("adversarial")
     judge = critic(one, one.plain_teacher, one.teacher.blocks, judged=judged, kind=kind)
     return one.run(
         Adversarial(one.student.net, one.student.velocity, judge, one.grid), rates={"heads": heads_lr}
@@ -112,7 +112,7 @@ def consistency(*, setting: Setting = ONE, fine: int = 32) -> Run:
     from fewstep import times
     from fewstep.methods.consistency import Consistency
 
-    one = lesson(setting, "consistency")
+    one = setting.lesson("consistency")
     grid = times.grid(fine, one.teacher.shift)
     return one.run(Consistency(one.student.net, one.student.velocity, one.guided, grid))
 
@@ -166,7 +166,7 @@ def flash(
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
         own = replace(setting, init=init, steps=steps)
-        return lesson(own, "flash", walks=True, folder=out / name)
+        return own.lesson("flash", walks=True, split=name == "3-split", folder=out / name)
 
     def method(one: Lesson, student: Learner, velocity: Any, proxy: Learner) -> Flash:
         matching = Matching(one.guided, proxy.velocity, where, proxied)
@@ -185,6 +185,7 @@ def flash(
         one = stage("1-warm", begin, warm)
         yield one.run(Trajectory(one.student.net, one.student.velocity, one.grid))
         begin = str(out / "1-warm" / part)
+        del one  # the device holds one stage's nets at a time
     one = stage("2-flash", begin, setting.steps)
     last = not split or one.grid[-2] > Branches.border
     proxy = one.learner("proxy")
@@ -192,6 +193,7 @@ def flash(
     yield replace(run, finish=replace(one, folder=out).finish) if last else run
     if last:
         return
+    del one, proxy, run
     one = stage("3-split", str(out / "2-flash" / part), split)
     early, late, proxy = one.learner("early", one.begin), one.learner("late", one.begin), one.learner("proxy")
     divided = Split(early.net, late.net, method(one, early, Branches(early.velocity, late.velocity), proxy))

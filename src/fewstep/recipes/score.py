@@ -60,7 +60,9 @@ class KidToTeacher:
     def _features(self, latents: Any) -> Any:
         import torch
 
-        with torch.no_grad():
+        from fewstep.families import common
+
+        with torch.no_grad(), common.at_hand(self.lesson.teacher, "vae"):
             images = self.lesson.teacher.codec.decode(latents).clamp(-1, 1)
         return self._extractor(images.add(1).mul(127.5).round().byte().cpu().numpy())
 

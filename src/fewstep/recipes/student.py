@@ -89,6 +89,12 @@ class Setting:
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
 
+    def lesson(
+        self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
+    ) -> Lesson:
+        """The parts of a method's distillation (:func:`lesson`)."""
+        return lesson(self, name, walks=walks, split=split, folder=folder)
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -188,7 +194,11 @@ class Lesson:
         return replace(batch, states=states, short=without)
 
     def run(self, method: Method, *learners: Learner, **options: Any) -> Run:
-        """The run of a method whose student is the net ``student``, and of the others that learn."""
+        """The run of a method, of its net ``student``, where it has one, and of the others that learn.
+
+        What no step needs, text encoders and codec, leaves the device.
+        """
+        from fewstep.families import common
         from fewstep.recipes.score import KidToTeacher
 
         setting = self.setting
@@ -211,6 +221,8 @@ class Lesson:
             "made_of": {"teacher": self.made.plan.weights},
         }
         score = KidToTeacher(self) if setting.score_every else None
+        own = [self.student] if "student" in method.nets else []
+        common.aside(self.teacher)
         return Run(
             self.name,
             self.folder,
@@ -221,7 +233,7 @@ class Lesson:
             averaged=["student"],
             sheet=self.sheet,
             finish=self.finish,
-            bodies=[self.student.body, *(learner.body for learner in learners), self.teacher],
+            bodies=[*(learner.body for learner in (*own, *learners)), self.teacher],
             score=(lambda nets: score(self.student.velocity)) if score else None,
             metric=KidToTeacher.metric,
         )
@@ -231,11 +243,13 @@ class Lesson:
         import torch
 
         from fewstep import sample
+        from fewstep.families import common
         from fewstep.types import Cond
 
         family = self.teacher
         with torch.no_grad():
-            cond = family.text(prompts)
+            with common.at_hand(family):
+                cond = family.text(prompts)
             if self.setting.drop_t5 > 0 and family.clip_length is not None:
                 cond = Cond(cond.context[:, : family.clip_length], cond.pooled)
             noise = family.lift(sample.noises(seeds, family.latent))
@@ -243,9 +257,12 @@ class Lesson:
 
     def sheet(self, nets: Mapping[str, Any]) -> Any:
         """Pictures of fixed prompts and seeds."""
+        from fewstep.families import common
         from fewstep.recipes.parts import decoded
 
-        return decoded(self.teacher, self.draw(self.student.velocity, SHOWN, range(len(SHOWN))), SHOWN)
+        drawn = self.draw(self.student.velocity, SHOWN, range(len(SHOWN)))
+        with common.at_hand(self.teacher, "vae"):
+            return decoded(self.teacher, drawn, SHOWN)
 
     def finish(self, nets: Mapping[str, Any]) -> None:
         """Write the student as a diffusers folder; a role as a LoRA beside it, in ``lora``."""
@@ -272,13 +289,16 @@ class Lesson:
         return height * width // 4 + self.made.plan.context[0]
 
 
-def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | None = None) -> Lesson:
+def lesson(
+    setting: Setting, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
+) -> Lesson:
     """Load what a distillation needs, and make the teacher's samples where there are none.
 
     Args:
         setting: what was asked for.
         name: of the method.
         walks: whether the method needs the teacher's walks, not its samples alone.
+        split: whether the student is two branches.
         folder: of the run, where it is not the setting's.
 
     Raises:
@@ -304,12 +324,12 @@ def lesson(setting: Setting, name: str, *, walks: bool = False, folder: Path | N
     teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
     begin = teacher
     if setting.init and not setting.lora:
-        begin = load_family(setting.init, device=place)
+        begin = load_family(setting.init)  # to be copied from, on the CPU: the device holds what learns
         if _shapes(begin) != _shapes(teacher):
             raise UserError(f"--init {setting.init} is no model of the teacher's kind")
     source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
     made = _made(source, teacher, setting.student_steps if walks else 0)
-    roles = _roles(setting, teacher) if setting.lora else None
+    roles = roles_of(setting, teacher, split) if setting.lora else None
     return Lesson(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
 
 
@@ -317,14 +337,16 @@ def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in family.net.state_dict().items()}
 
 
-def _roles(setting: Setting, teacher: Family) -> Roles:
-    """Roles of the teacher's net; the student's begins as ``--init``, a LoRA of an earlier run."""
+def roles_of(setting: Setting, teacher: Family, split: bool = False) -> Roles:
+    """Roles of the teacher's net, no more than learn; the student's and its branches' begin as ``--init``, a
+    LoRA of an earlier run."""
     from fewstep.nets.roles import Roles
 
-    names = ("student", "proxy", "early", "late")
+    students = ("early", "late") if split else ("student",)
+    names = (*students, "proxy")
     roles = Roles(teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed)
     if setting.init:
-        for name in ("student", "early", "late"):
+        for name in students:
             roles.load(name, Path(setting.init))
     return roles
 

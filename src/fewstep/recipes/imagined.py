@@ -1,0 +1,248 @@
+"""A distillation's parts by their shapes alone: a family from its configuration and samples without content,
+so that ``fewstep plan`` runs the very recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.data.synthesis.plan import Plan
+from fewstep.data.synthesis.read import Synthetic
+from fewstep.families import Family, family_of
+from fewstep.recipes.student import Lesson, Setting, roles_of
+from fewstep.types import Batch, Cond, UserError
+
+PATCH = 2
+"""Latents along a side of a token, in both families."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's memory depends on.
+
+    Attributes:
+        name: what the user calls it.
+        kind: name of its family's module.
+        net: the transformer's configuration.
+        clip: rows of a context before T5's; 0 where T5 must stay.
+        t5: rows of T5.
+        guidance: the teacher's scale.
+        side: pixels along a side, by default.
+        downscale: pixels per latent cell along a side.
+        beside: parameters of the parts that training with ``fewstep synthesize``'s samples needs for contact
+            sheets and scores alone, by name.
+    """
+
+    name: str
+    kind: str
+    net: Mapping[str, Any]
+    clip: int
+    t5: int
+    guidance: float
+    side: int = 1024
+    downscale: int = 8
+    beside: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def latents(self) -> int:
+        """Channels of a latent."""
+        channels = int(self.net["in_channels"])
+        return channels // PATCH**2 if self.kind == "flux" else channels
+
+
+PRESETS = {
+    "sd3.5-medium": Shape(
+        "sd3.5-medium",
+        "sd3",
+        # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
+        {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536,
+            "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+        },
+        clip=77,
+        t5=256,
+        guidance=4.5,
+        beside={"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5": 4_762_310_656, "codec": 83_819_683},
+    ),
+    "flux-dev": Shape(
+        "flux-dev",
+        "flux",
+        # black-forest-labs/FLUX.1-dev, transformer/config.json
+        {
+            "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
+            "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
+        },
+        clip=0,
+        t5=512,
+        guidance=3.5,
+        beside={"CLIP-L": 123_060_480, "T5": 4_762_310_656, "codec": 83_819_683},
+    ),
+}  # fmt: skip
+
+
+def shape_of(model: str) -> Shape:
+    """A preset's shape, or that of a diffusers folder, whose weights need not be there.
+
+    Raises:
+        UserError: it is neither, or the folder's configurations are missing or broken.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
+    from fewstep.families.folder import read_json
+
+    kind = family_of(folder).__name__.rpartition(".")[2]
+    net: dict[str, Any] = {
+        k: v for k, v in read_json(folder / "transformer/config.json").items() if not k.startswith("_")
+    }
+    named = read_json(folder / "model_index.json")
+
+    def there(part: str) -> bool:
+        return any(named.get(part) or [None])
+
+    try:
+        rows = _clip_rows(folder)
+        vae = read_json(folder / "vae/config.json")
+        width = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+        downscale = 2 ** (len(width) - 1)
+        if kind == "flux":
+            clip, t5, guidance, side = 0, 512 if net.get("guidance_embeds") else 256, 3.5, 128
+        else:
+            clip, t5, guidance = rows, 256 if there("text_encoder_3") else 0, 4.5
+            side = int(net["sample_size"])
+        beside = {
+            part: sum(file.stat().st_size // 2 for file in (folder / part).glob("*.safetensors"))
+            for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+            if there(part)
+        }
+        t5 = min(t5, rows) if t5 and _short(folder, kind) else t5
+        return Shape(folder.name, kind, net, clip, t5, guidance, side * downscale, downscale, beside)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from error
+
+
+def _clip_rows(folder: Path) -> int:
+    from fewstep.families.folder import read_json
+
+    return int(read_json(folder / "text_encoder/config.json").get("max_position_embeddings", 77))
+
+
+def _short(folder: Path, kind: str) -> bool:
+    """Whether T5's tokenizer was made for fewer tokens than stock diffusers asks for."""
+    from fewstep.families.folder import read_json
+
+    path = folder / ("tokenizer_2" if kind == "flux" else "tokenizer_3") / "tokenizer_config.json"
+    return path.is_file() and int(read_json(path).get("model_max_length", 512)) <= _clip_rows(folder)
+
+
+def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
+    """The transformer, its weights whatever they are, frozen."""
+    import diffusers
+    import torch
+
+    classes = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+    try:
+        with torch.device(device):
+            net = getattr(diffusers, classes[shape.kind])(**shape.net)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{shape.name}: transformer/config.json makes no net ({error})") from error
+    kind = getattr(torch, dtype)
+    for module in net.modules():  # one by one: fake weights refuse Module.to
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.detach().to(kind), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(kind) if buffer.is_floating_point() else buffer)
+    return net.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bare(Family):
+    """A family that is a net alone: no text encoders, no codec."""
+
+    def student(self, net: Any, name: str, steps: int) -> Family:
+        velocity: Any = self.velocity
+        return replace(self, net=net, velocity=replace(velocity, net=net), blocks=blocks_of(net))
+
+
+def blocks_of(net: Any) -> list[Any]:
+    """A transformer's blocks, in their order."""
+    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+
+
+class Blank(Synthetic):
+    """Samples that hold nothing but their shapes."""
+
+    def read(self, rows: Sequence[int]) -> Batch:
+        import torch
+
+        states, context, pooled = (
+            torch.zeros(len(rows), *self.plan.shape(kind)) for kind in ("states", "context", "pooled")
+        )
+        return Batch(states[:, -1], Cond(context, pooled), [""] * len(rows), states)
+
+
+@dataclass(frozen=True)
+class Imagined(Setting):
+    """A distillation of shapes: its recipe's lessons are made of them.
+
+    Attributes:
+        shape: of the teacher.
+        side: pixels along a side of a picture.
+    """
+
+    shape: Shape = PRESETS["sd3.5-medium"]
+    side: int = 1024
+
+    def lesson(
+        self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
+    ) -> Lesson:
+        shape = self.shape
+        family = self._family()
+        plan = Plan(
+            teacher=shape.name, weights="", text="", dtype=self.dtype, t5=shape.t5 > 0,
+            guidance=shape.guidance, steps=self.student_steps, student_steps=self.student_steps,
+            shift=family.shift, seed=0, number=max(self.batch, 2), captions="", per_shard=1, pictures=False,
+            latent=family.latent, context=(shape.clip + shape.t5, int(shape.net["joint_attention_dim"])),
+            pooled=int(shape.net["pooled_projection_dim"]), clip_length=shape.clip or None,
+        )  # fmt: skip
+        import torch
+
+        null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
+        made = Blank(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
+        roles = roles_of(replace(self, init=None), family, split) if self.lora else None
+        return Lesson(self, name, folder or Path(name), family, made, family, type(family.net), roles)
+
+    def _family(self) -> Family:
+        import importlib
+
+        module = importlib.import_module(f"fewstep.families.{self.shape.kind}")
+        net = net_of(self.shape, self.dtype, self.device)
+        told = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
+        side = self.side // self.shape.downscale
+        nothing: Any = None
+        return Bare(
+            name=self.shape.name,
+            velocity=module.NetVelocity(net),
+            text=nothing,
+            codec=nothing,
+            latent=(self.shape.latents, side, side),
+            downscale=self.shape.downscale,
+            shift=3.0,
+            steps=28,
+            guidance=None if self.shape.kind == "flux" else self.shape.guidance,
+            net=net,
+            blocks=blocks_of(net),
+            parts={},
+            kind=self.shape.kind,
+            clip_length=self.shape.clip or None,
+            told=told,
+        )

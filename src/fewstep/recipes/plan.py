@@ -1,0 +1,230 @@
+"""``fewstep plan``: the memory that a distillation's step needs, before anybody owns the GPU."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from fewstep.recipes.imagined import PATCH, Imagined, Shape, shape_of
+from fewstep.recipes.parts import at_least_one
+from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.train import Run
+
+Method = Literal["flash", "split", "trajectory", "dmd", "tdm", "adversarial", "consistency"]
+"""``split`` is the third stage of ``flash``: two branches."""
+
+GIB = 2**30
+RANK = 64
+"""Of LoRA roles, where none is told."""
+
+CONTEXT, FRAGMENTS = 0.5 * GIB, 0.03
+"""What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels,
+and the share of the allocator's memory that lies idle between blocks. Assumptions, not measurements."""
+
+COLUMNS = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one setting needs.
+
+    Attributes:
+        name: of the setting.
+        turn: the net in whose turn most is held.
+        held: bytes of every kind then.
+        workspace: bytes of matrix products beside them.
+        measured: ``torch.cuda.max_memory_allocated`` of the real step, where it was taken.
+    """
+
+    name: str
+    turn: str
+    held: dict[str, int]
+    workspace: int
+    measured: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes that torch's allocator gives out at most."""
+        return sum(self.held.values()) + self.workspace
+
+    @property
+    def card(self) -> float:
+        """Bytes that the card must have."""
+        return self.peak * (1 + FRAGMENTS) + CONTEXT
+
+
+def plan(
+    *,
+    model: str = "sd3.5-medium",
+    method: Method = "flash",
+    lora: int | None = None,
+    recompute: bool | None = None,
+    size: int | None = None,
+    batch: int = 1,
+    student_steps: int = 4,
+    memory: str = "24GiB",
+    measure: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Print the peak memory of one training step on a GPU that need not be there.
+
+    The very step of the recipe runs on tensors that have shapes and no bytes, and what they would hold is
+    counted; no weights are read. A setting of SD3.5 Medium takes a minute or two. Captions and samples are
+    taken to be encoded before (`fewstep synthesize`).
+
+    Args:
+        model: sd3.5-medium, flux-dev, or a diffusers folder, of which configurations alone are read.
+        method: The distillation; split is the last stage of flash.
+        lora: Rank of LoRA roles; 0 is whole nets. [default: 64 and 0, a line each]
+        recompute: Compute the blocks anew in the backward pass. [default: with and without]
+        size: Pixels along a side. [default: the model's own]
+        batch: Samples a micro-batch.
+        student_steps: Steps of the student.
+        memory: Of the card.
+        measure: Run the real step too, with random weights, on the GPU that is there.
+    """
+    at_least_one(batch=batch, student_steps=student_steps)
+    if lora is not None and lora < 0:
+        raise UserError(f"--lora must be at least 0, not {lora}")
+    if method == "split" and student_steps < 3:
+        raise UserError("--method split needs --student-steps of at least 3: fewer have no early times")
+    shape, limit = shape_of(model), memory_of(memory)
+    side = _side(shape, size)
+    if measure:
+        _gpu()
+    setting = Imagined(
+        shape=shape, side=side, batch=batch, student_steps=student_steps, device="cpu", init="imagined"
+    )
+    print(f"{shape.name}, {method}, {side} px, batch {batch}, a student of {student_steps} steps; GiB\n")
+    more = " measured |" if measure else ""
+    print("| roles, blocks | " + " | ".join(COLUMNS) + " | turn | peak |" + more)
+    print("|---|" + "--:|" * len(COLUMNS) + "---|--:|" + ("--:|" if measure else ""))
+    lines: list[Line] = []
+    for rank in (RANK, 0) if lora is None else (lora,):
+        for again in (True, False) if recompute is None else (recompute,):
+            line = predict(method, replace(
+                setting, lora=rank, recompute=again, dtype="bfloat16" if rank else "float32"
+            ), measure=measure)  # fmt: skip
+            lines.append(line)
+            print(row(line), flush=True)
+    print()
+    for sentence in verdict(lines, limit, shape, batch):
+        print(sentence)
+
+
+def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool = False) -> Line:
+    """The memory of one setting.
+
+    Args:
+        method: as :data:`Method`.
+        setting: of which model, how.
+        gpu: as a GPU would hold it; otherwise as this CPU would, in float32.
+        measure: run the real step too.
+    """
+    import warnings
+
+    from fewstep.train import memory
+
+    name = ("roles " + str(setting.lora) if setting.lora else "whole nets") + (
+        ", recomputed" if setting.recompute else ", kept"
+    )
+    if sys.stderr.isatty():
+        print(f"rehearsing: {name}", file=sys.stderr)
+    with warnings.catch_warnings(), memory.imagined(gpu=gpu) as ledger:
+        warnings.simplefilter("ignore")  # torch's, about fake tensors
+        peaks = memory.rehearse(run_of(method, setting, "bf16" if gpu else "fp32"), ledger)
+    turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
+    line = Line(name, turn, peak.held, memory.WORKSPACE if gpu else 0)
+    if not measure:
+        return line
+    gc.collect()
+    real = run_of(method, replace(setting, device="cuda"), "bf16")
+    return replace(line, measured=memory.measured(real))
+
+
+def run_of(method: str, setting: Imagined, precision: str) -> Run:
+    """The recipe's run, of shapes, in a folder that is not there. The proxy has one turn a step: a second one
+    needs no more memory."""
+    from fewstep.recipes import distill
+
+    if method in ("flash", "split"):
+        runs = distill.flash(setting=setting, warm=0, split=int(method == "split"), updates=1)
+        run = next(runs)
+        if method == "split":
+            del run
+            run = next(runs)
+    else:
+        options: dict[str, Any] = {"updates": 1} if method in ("dmd", "tdm") else {}
+        run = getattr(distill, method)(setting=setting, **options)
+    gc.collect()  # roles and the layers that they hook know each other
+    options = {"precision": precision, "tokens": 0}
+    return replace(run, folder=Path("imagined"), options=replace(run.options, **options))
+
+
+def row(line: Line) -> str:
+    """A line of the table."""
+    cells = [f"{line.held[kind] / GIB:.2f}" for kind in COLUMNS]
+    end = [] if line.measured is None else [f"{line.measured / GIB:.2f}"]
+    return "| " + " | ".join([line.name, *cells, line.turn, f"**{line.peak / GIB:.2f}**", *end]) + " |"
+
+
+def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> list[str]:
+    """What to say below the table."""
+    told = [
+        f"peak: what torch's allocator gives out, with {lines[0].workspace / GIB:.2f} for the workspaces of "
+        f"matrix products. A card needs {FRAGMENTS:.0%} more (room between blocks) and {CONTEXT / GIB:.1f} "
+        "for CUDA's context."
+    ]
+    fits = [line for line in lines if line.card <= limit]
+    size = f"{limit / GIB:g} GiB"
+    for line in lines:
+        verb = "fits" if line in fits else "does not fit"
+        told.append(f"{verb} {size}: {line.name}, {line.card / GIB:.2f} in all")
+    if not fits:
+        least = min(lines, key=lambda line: line.card)
+        ways = [
+            *(["--recompute"] if not least.name.endswith("recomputed") else []),
+            *([f"--lora {RANK}"] if least.name.startswith("whole") else []),
+            *([f"--batch 1 with --accumulate {batch}"] if batch > 1 else []),
+            *("a smaller --size", "fewer --student-steps"),
+        ]
+        told.append("what may help: " + ", ".join(ways))
+    if shape.beside:
+        bf16 = ", ".join(f"{name} {2 * many / GIB:.2f}" for name, many in shape.beside.items())
+        told.append(f"not counted, for they are on the device for sheets and scores alone, in bf16: {bf16}")
+    return told
+
+
+def memory_of(text: str) -> float:
+    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G|)\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise UserError(f"--memory must be a size such as 24GiB, not {text}")
+    return float(found[1]) * (10**9 if found[2].lower() == "gb" else GIB)
+
+
+def _side(shape: Shape, size: int | None) -> int:
+    side, unit = size or shape.side, shape.downscale * PATCH
+    most = int(shape.net.get("pos_embed_max_size", 512)) * unit
+    if side % unit or not 0 < side <= most or size == 0:
+        raise UserError(f"--size must be a multiple of {unit} up to {most}, not {size}")
+    return side
+
+
+def _gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--measure needs a GPU, and torch sees none here; leave it out for the prediction")
