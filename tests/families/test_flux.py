@@ -22,7 +22,7 @@ from fewstep import cli, families, flow, picture, sample, source, times
 from fewstep.families import Family, flux, sd3
 from fewstep.methods import Method
 from fewstep.methods.finetune import Finetune
-from fewstep.methods.trajectory import Trajectory, Walks
+from fewstep.methods.trajectory import Trajectory
 from fewstep.train.trainer import draw
 from fewstep.types import Batch, Codec, TextEncoder, UserError, Velocity
 
@@ -287,7 +287,8 @@ def following(family: Family, net: Any) -> tuple[Method, Any]:
     x, cond = family.lift(sample.noises([1, 2], family.latent)), family.text(PROMPTS)
     with torch.no_grad():
         end = sample.walk(family.velocity, x, [1.0, 0.9, 0.8], cond)
-    return Trajectory(net, flux.NetVelocity(net)), Walks(x, end, flow.fill(1.0, x), flow.fill(0.8, x), cond)
+    batch = Batch(end, cond, (), torch.stack([x, end], 1))
+    return Trajectory(net, flux.NetVelocity(net), [1.0, 0.8]), batch
 
 
 @kinds

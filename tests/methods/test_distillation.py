@@ -225,3 +225,12 @@ def test_renoised_estimates_are_where_they_are_said_to_be() -> None:
             Matching(look(kind), look(kind), kind).match(rollout, batch(), draw(0, 0, number))  # type: ignore[arg-type]
     points = {kind: {tuple(np.round(x.flatten().tolist(), 5)) for x in xs} for kind, xs in seen.items()}
     assert len(points["shared"]) <= 2 < 1 + len(points["renoise"])
+
+
+@pytest.mark.parametrize("where", ["shared", "shared-free", "renoise"])
+@pytest.mark.parametrize("index", range(4))
+def test_every_step_is_taught_wherever_the_scores_are_taken(where: Any, index: int) -> None:
+    student, proxy = net(1, 16, 2), net(2, 16, 2)
+    rollout = Rollout(student, GRID, learns=(index,))
+    Matching(ring(), proxy, where).match(rollout, batch(), draw(0, 0, 0))["matching"].backward()
+    assert sum(float(p.grad.abs().sum()) for p in student.parameters()) > 1e-3

@@ -23,7 +23,7 @@ Where = Literal["shared", "shared-free", "renoise"]
 """Where the scores are taken.
 
 ``shared``: at the student's own next state, at the grid's time, without fresh noise; the last step, which
-arrives where no score is, at the last time of the grid above 0. ``shared-free``: on the same path, at a
+arrives where no score is, half its way. ``shared-free``: on the same path, at a
 time drawn freely within the step. ``renoise``: the clean estimate, freshly noised to any time (DMD2).
 """
 
@@ -62,7 +62,7 @@ class Matching:
     def match(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
         """The student's loss, at one step of its walk."""
         move = rollout.move(batch, draw, rollout.pick(draw))
-        x, x_t, t = self._compared(move, rollout, draw)
+        x, x_t, t = self._compared(move, draw)
         return {"matching": self.gap(x, x_t, t, move.x0, batch), **rollout.figures(batch, draw)}
 
     def gap(self, x: Any, x_t: Any, t: Any, x0: Any, batch: Batch) -> Any:
@@ -87,9 +87,9 @@ class Matching:
             move = rollout.move(batch, draw, index)
         if self.proxied == "estimates":
             return move.x0, draw.noise(move.x0), draw.times(self.density, move.x0)
-        return move.x0, flow.to_noise(move.x, move.v, move.t), flow.fill(_arrival(move, rollout), move.x)
+        return move.x0, flow.to_noise(move.x, move.v, move.t), flow.fill(_arrival(move), move.x)
 
-    def _compared(self, move: Move, rollout: Rollout, draw: Draw) -> tuple[Any, Any, Any]:
+    def _compared(self, move: Move, draw: Draw) -> tuple[Any, Any, Any]:
         """What moves, the point where its scores are compared, and the time there ``[B]``."""
         if self.where == "renoise":
             t = draw.times(self.density, move.x).clamp(LEAST, MOST)
@@ -98,13 +98,16 @@ class Matching:
             t = draw.times(times.uniform, move.x)
             t = move.t_next + (move.t - move.t_next) * t.clamp(LEAST, MOST)
         else:
-            t = flow.fill(_arrival(move, rollout), move.x)
+            t = flow.fill(_arrival(move), move.x)
         return move.at(t), move.at(t), t
 
 
-def _arrival(move: Move, rollout: Rollout) -> float:
-    """Where a step arrives; the last one, at the last time of the grid at which there is a score."""
-    return move.t_next or (rollout.grid[-2] if rollout.steps > 1 else rollout.grid[0] / 2)
+def _arrival(move: Move) -> float:
+    """Where a step arrives; of the last one, which arrives where no score is, half its way.
+
+    Not the last time of the grid: there that step starts, and a point where it starts does not depend on it.
+    """
+    return move.t_next or move.t / 2
 
 
 def followed(proxy: Any, student: Any, decay: float, draw: Draw) -> Sequence[Any]:

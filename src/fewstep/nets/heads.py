@@ -78,8 +78,10 @@ class Heads(nn.Module):
 
     def forward(self, features: Sequence[Any]) -> Any:
         """A tensor ``[B, N, D]`` for every head -> logits ``[B, sum of N]``; larger is more real."""
-        judged = [head(x).squeeze(-1) for head, x in zip(self.heads, features, strict=True)]
-        return torch.cat(judged, 1)
+        # In half precision the judgements would be rounded by more than the regularisation is about.
+        with torch.autocast(features[0].device.type, enabled=False):
+            judged = [head(x.float()).squeeze(-1) for head, x in zip(self.heads, features, strict=True)]
+            return torch.cat(judged, 1)
 
     def renew(self, index: int, generator: Any) -> list[Any]:
         """Begin one head anew, in place, from a CPU generator; its parameters."""

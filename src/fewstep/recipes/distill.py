@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fewstep.recipes.parts import at_least_one, shares
 from fewstep.recipes.student import LORA, Learner, Lesson, Setting
 from fewstep.train import Run
 from fewstep.types import UserError
@@ -55,6 +57,7 @@ def dmd(
     """
     from fewstep.methods.dmd import Dmd, Matching
 
+    _checked(updates=updates, follow=follow, proxy_lr=proxy_lr)
     one = setting.lesson("dmd")
     proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, where, proxied)
@@ -72,6 +75,7 @@ def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = No
     """
     from fewstep.methods.tdm import Tdm
 
+    _checked(updates=updates, proxy_lr=proxy_lr)
     one = setting.lesson("tdm")
     proxy, student = one.learner("proxy"), one.student
     method = Tdm(student.net, student.velocity, proxy.net, proxy.velocity, one.guided, one.grid, updates)
@@ -160,6 +164,15 @@ def flash(
     from fewstep.recipes.merged import finish_merged
 
     out = setting.out or Path("runs/flash")
+    _checked(
+        updates=updates, follow=follow, proxy_lr=proxy_lr, heads_lr=heads_lr, weight=weight, anchor=anchor
+    )
+    if follow < 1 and setting.lora:
+        raise UserError(
+            "--follow is for whole nets: roles of one net have no weights to follow each other by"
+        )
+    if warm < 0 or split < 0:
+        raise UserError("--warm and --split must be at least 0")
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
     setting = replace(setting, out=out)
@@ -205,6 +218,30 @@ def flash(
         score=None,
         finish=finish_merged(replace(one, folder=out)),
     )
+
+
+def _checked(
+    *,
+    updates: int = 1,
+    follow: float = 1.0,
+    proxy_lr: float | None = None,
+    heads_lr: float = 1.0,
+    weight: float = 0.0,
+    anchor: float = 0.0,
+) -> None:
+    """Refuse options out of their ranges, before anything is loaded or trained.
+
+    Raises:
+        UserError: one is.
+    """
+    at_least_one(updates=updates)
+    shares(follow=follow)
+    for name, rate in (("proxy-lr", 1.0 if proxy_lr is None else proxy_lr), ("heads-lr", heads_lr)):
+        if not (isfinite(rate) and rate > 0):
+            raise UserError(f"--{name} must be a positive number, not {rate}")
+    for name, value in (("weight", weight), ("anchor", anchor)):
+        if not (isfinite(value) and value >= 0):
+            raise UserError(f"--{name} must be a number of at least 0, not {value}")
 
 
 def critic(one: Lesson, velocity: Any, blocks: Sequence[Any], **options: Any) -> Critic:

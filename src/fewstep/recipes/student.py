@@ -86,6 +86,9 @@ class Setting:
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, walks=self.walks, student_steps=self.student_steps)
         shares(drop_t5=self.drop_t5)
+        for name in ("lora", "threads", "score_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
 
@@ -160,8 +163,17 @@ class Lesson:
         """The teacher in one pass: told its guidance, where it is told any."""
         scale = self.made.plan.guidance
         told = self.teacher.guidance is None and scale is not None
-        velocity = (self.teacher.at(scale) if told and scale else self.teacher).velocity
+        velocity = (self.teacher.at(scale) if told and scale is not None else self.teacher).velocity
         return self.roles.velocity(None, velocity) if self.roles is not None else velocity
+
+    @cached_property
+    def start(self) -> str:
+        """What tells where the student starts from: weights, or the LoRA by its place."""
+        from fewstep.recipes.parts import fingerprint
+
+        if self.roles is not None:
+            return f"rank {self.setting.lora} {self.setting.init}"
+        return fingerprint(self.begin.net)
 
     @cached_property
     def student(self) -> Learner:
@@ -218,7 +230,12 @@ class Lesson:
             "recipe": f"distill-{self.name}",
             **{name: str(value) for name, value in vars(setting).items()},
             "guidance": self.made.plan.guidance,
-            "made_of": {"teacher": self.made.plan.weights},
+            "made_of": {
+                "teacher": self.made.plan.weights,
+                "number of steps": str(setting.student_steps),
+                "share of T5": str(setting.drop_t5),
+                "start": self.start,
+            },
         }
         score = KidToTeacher(self) if setting.score_every else None
         own = [self.student] if "student" in method.nets else []
@@ -328,7 +345,7 @@ def lesson(
         if _shapes(begin) != _shapes(teacher):
             raise UserError(f"--init {setting.init} is no model of the teacher's kind")
     source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
-    made = _made(source, teacher, setting.student_steps if walks else 0)
+    made = _made(source, teacher, setting.student_steps if walks else 0, setting.drop_t5)
     roles = roles_of(setting, teacher, split) if setting.lora else None
     return Lesson(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
 
@@ -385,7 +402,7 @@ def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: 
     return folder
 
 
-def _made(folder: Path, family: Family, student_steps: int) -> Synthetic:
+def _made(folder: Path, family: Family, student_steps: int, drop_t5: float) -> Synthetic:
     """The samples of a folder.
 
     Raises:
@@ -406,4 +423,7 @@ def _made(folder: Path, family: Family, student_steps: int) -> Synthetic:
             f"{folder} holds {kept}, of no use to a student of {student_steps}: synthesize again with "
             f"--student-steps {student_steps}"
         )
+    if not plan.t5 and family.clip_length is not None and family.parts["text_encoder_3"] is not None:
+        if drop_t5 < 1:
+            raise UserError(f"{folder} holds captions read without T5: give --drop-t5 1")
     return made
