@@ -155,13 +155,23 @@ def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
             net = getattr(diffusers, classes[shape.kind])(**shape.net)
     except (TypeError, ValueError) as error:
         raise UserError(f"{shape.name}: transformer/config.json makes no net ({error})") from error
-    kind = getattr(torch, dtype)
-    for module in net.modules():  # one by one: fake weights refuse Module.to
+    return _renewed(net, getattr(torch, dtype)).eval()
+
+
+def _renewed(net: Any, dtype: Any = None) -> Any:
+    """The net with its weights and buffers copied one by one.
+
+    Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
+    """
+    import torch
+
+    for module in net.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(p.detach().to(kind), requires_grad=False))
+            fresh = p.detach().to(dtype, copy=True)
+            setattr(module, name, torch.nn.Parameter(fresh, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(kind) if buffer.is_floating_point() else buffer)
-    return net.eval()
+            setattr(module, name, buffer.to(dtype if buffer.is_floating_point() else None, copy=True))
+    return net
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,7 @@ class Bare(Family):
 
     def student(self, net: Any, name: str, steps: int) -> Family:
         velocity: Any = self.velocity
+        net = _renewed(net)
         return replace(self, net=net, velocity=replace(velocity, net=net), blocks=blocks_of(net))
 
 

@@ -19,8 +19,8 @@ from fewstep.types import UserError
 if TYPE_CHECKING:
     from fewstep.train import Run
 
-Method = Literal["flash", "split", "trajectory", "dmd", "tdm", "adversarial", "consistency"]
-"""``split`` is the third stage of ``flash``: two branches."""
+Method = Literal["flash", "trajectory", "dmd", "tdm", "adversarial", "consistency"]
+"""``flash`` is its second stage; the third asks the value of a time which branch acts, and has none here."""
 
 GIB = 2**30
 RANK = 64
@@ -82,7 +82,7 @@ def plan(
 
     Args:
         model: sd3.5-medium, flux-dev, or a diffusers folder, of which configurations alone are read.
-        method: The distillation; split is the last stage of flash.
+        method: The distillation; of flash's stages the second.
         lora: Rank of LoRA roles; 0 is whole nets. [default: 64 and 0, a line each]
         recompute: Compute the blocks anew in the backward pass. [default: with and without]
         size: Pixels along a side. [default: the model's own]
@@ -94,8 +94,6 @@ def plan(
     at_least_one(batch=batch, student_steps=student_steps)
     if lora is not None and lora < 0:
         raise UserError(f"--lora must be at least 0, not {lora}")
-    if method == "split" and student_steps < 3:
-        raise UserError("--method split needs --student-steps of at least 3: fewer have no early times")
     shape, limit = shape_of(model), memory_of(memory)
     side = _side(shape, size)
     if measure:
@@ -155,14 +153,10 @@ def run_of(method: str, setting: Imagined, precision: str) -> Run:
     needs no more memory."""
     from fewstep.recipes import distill
 
-    if method in ("flash", "split"):
-        runs = distill.flash(setting=setting, warm=0, split=int(method == "split"), updates=1)
-        run = next(runs)
-        if method == "split":
-            del run
-            run = next(runs)
+    options: dict[str, Any] = {"updates": 1} if method in ("flash", "dmd", "tdm") else {}
+    if method == "flash":
+        run = next(distill.flash(setting=setting, warm=0, split=0, **options))
     else:
-        options: dict[str, Any] = {"updates": 1} if method in ("dmd", "tdm") else {}
         run = getattr(distill, method)(setting=setting, **options)
     gc.collect()  # roles and the layers that they hook know each other
     options = {"precision": precision, "tokens": 0}

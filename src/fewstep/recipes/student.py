@@ -173,7 +173,7 @@ class Lesson:
 
         if self.roles is not None:
             return f"rank {self.setting.lora} {self.setting.init}"
-        return fingerprint(self.begin.net)
+        return fingerprint(self.begin.net) if self.made.plan.weights else ""  # none of a net of shapes alone
 
     @cached_property
     def student(self) -> Learner:
