@@ -104,6 +104,11 @@ def test_a_recipe_ends_with_a_student_that_draws(made: Made, recipe: str, tmp_pa
         assert student.parts["text_encoder_3"] is None  # it learnt to do without
 
 
+def test_frozen_weights_of_half_precision_learn_from_samples_of_whole(made: Made, tmp_path: Path) -> None:
+    carried("trajectory", made.setting(tmp_path, lora=2, dtype="bfloat16"))
+    assert (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file()
+
+
 @pytest.mark.parametrize("recipe", ["dmd", "flash"])
 def test_roles_share_one_net_and_end_as_a_lora_and_a_whole_student(
     made: Made, recipe: str, tmp_path: Path

@@ -413,8 +413,9 @@ def _made(folder: Path, family: Family, student_steps: int, drop_t5: float) -> S
 
     made = Synthetic.open(folder)
     plan = made.plan
-    # In half precision the fingerprint is of the rounded weights, and nothing can be said.
-    other = plan.dtype == "float32" and plan.weights != fingerprint(family.net)
+    # In half precision a fingerprint is of rounded weights: two of one teacher differ, and say nothing.
+    same_kind = f"torch.{plan.dtype}" == str(family.net.dtype)
+    other = same_kind and plan.weights != fingerprint(family.net)
     if other or plan.latent != family.latent:
         raise UserError(f"{folder} holds samples of another teacher, {plan.teacher}: give it as --teacher")
     if student_steps and (plan.student_steps == 0 or plan.student_steps % student_steps):
