@@ -193,7 +193,7 @@ def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> li
         told.append("what may help: " + ", ".join(ways))
     if shape.beside:
         bf16 = ", ".join(f"{name} {2 * many / GIB:.2f}" for name, many in shape.beside.items())
-        told.append(f"not counted, for they are on the device for sheets and scores alone, in bf16: {bf16}")
+        told.append(f"not counted, for sheets and scores alone bring them to the device, in bf16: {bf16}")
     return told
 
 
