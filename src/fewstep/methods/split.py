@@ -14,7 +14,7 @@ from typing import Any
 from fewstep.methods import Change, Turn
 from fewstep.methods.flash import Flash
 from fewstep.methods.rollout import Rollout
-from fewstep.nets.branches import Branches
+from fewstep.nets.branches import halves
 from fewstep.types import UserError
 
 
@@ -23,8 +23,8 @@ class Split:
     """Both branches learn in turn, on walks that they make together.
 
     Attributes:
-        early: the module that learns at t in (0, border].
-        late: the module that learns at t in (border, 1].
+        early: the module that learns at t in (0, 0.5].
+        late: the module that learns at t in (0.5, 1].
         flash: the losses; its velocity is the :class:`~fewstep.nets.branches.Branches` of the two.
 
     Raises:
@@ -36,7 +36,7 @@ class Split:
     flash: Flash
 
     def __post_init__(self) -> None:
-        if not all(self._steps(late) for late in (False, True)):
+        if not all(halves(self.flash.grid)):
             raise UserError(
                 f"a grid of {len(self.flash.grid) - 1} steps has no time on one side of the border: "
                 "there is nothing to split"
@@ -48,11 +48,7 @@ class Split:
 
     def turns(self, step: int) -> Sequence[Turn | Change]:
         rollout = Rollout(self.flash.velocity, self.flash.grid)
-        halves = [replace(rollout, learns=self._steps(late)) for late in (False, True)]
-        early, late = (partial(self.flash.losses, half) for half in halves)
+        early, late = (
+            partial(self.flash.losses, replace(rollout, learns=steps)) for steps in halves(self.flash.grid)
+        )
         return [*self.flash.before(rollout), Turn("early", early), Turn("late", late)]
-
-    def _steps(self, late: bool) -> Sequence[int]:
-        velocity = self.flash.velocity
-        border = velocity.border if isinstance(velocity, Branches) else 0.5
-        return [i for i, t in enumerate(self.flash.grid[:-1]) if (t > border) == late]

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fewstep.types import Array, Cond, Velocity
 
+BORDER = 0.5
+"""Where SD3.5-Flash splits the times (arXiv 2509.21318): early at it and below, late above."""
+
 
 @dataclass(frozen=True)
 class Branches:
-    """A velocity that asks ``late`` above ``border`` and ``early`` at it and below. A batch has one time.
+    """A velocity that asks ``late`` above :data:`BORDER`, else ``early``. A batch has one time.
 
     Attributes:
         early: the velocity for t in (0, border], near data.
         late: the velocity for t in (border, 1], near noise.
-        border: SD3.5-Flash splits at 0.5 (arXiv 2509.21318).
     """
 
     early: Velocity
     late: Velocity
-    border: float = 0.5
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
-        late = t > self.border
+        late = t > BORDER
         if bool(late.any()) != bool(late.all()):
             raise ValueError("a batch of times on both sides of the border has no branch")
         return (self.late if bool(late.all()) else self.early)(x_t, t, cond)
+
+
+def halves(grid: Sequence[float]) -> tuple[list[int], list[int]]:
+    """The steps of a grid that start at early and at late times; one of them may be empty."""
+    starts = list(enumerate(grid[:-1]))
+    return [i for i, t in starts if t <= BORDER], [i for i, t in starts if t > BORDER]
 
 
 def merge(early: Mapping[str, Any], late: Mapping[str, Any], ratio: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fewstep import files, times
 from fewstep.data import render
 from fewstep.data.scenes import CELLS
 from fewstep.data.synthesis import plan as plans
-from fewstep.nets.branches import Branches
+from fewstep.nets.branches import halves
 from fewstep.recipes.parts import at_least_one
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import ROWS, Cell, Row
@@ -91,7 +91,7 @@ def ablate(
         for seed in range(seeds)
         for steps in warms
         for row in chosen
-        if row.split is None or times.grid(steps, plan.shift)[-2] <= Branches.border
+        if row.split is None or all(halves(times.grid(steps, plan.shift)))
     ]
     if not cells:
         raise UserError("nothing is left to compare: students of so few steps have no times to split")

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.recipes.parts import at_least_one, shares
+from fewstep.recipes.parts import at_least, at_least_one, shares
 from fewstep.recipes.student import LORA, Learner, Lesson, Setting
 from fewstep.train import Run
 from fewstep.types import UserError
@@ -160,7 +160,7 @@ def flash(
     from fewstep.methods.dmd import Matching
     from fewstep.methods.flash import Flash
     from fewstep.methods.split import Split
-    from fewstep.nets.branches import Branches
+    from fewstep.nets.branches import Branches, halves
     from fewstep.recipes.merged import finish_merged
 
     out = setting.out or Path("runs/flash")
@@ -171,8 +171,7 @@ def flash(
         raise UserError(
             "--follow is for whole nets: roles of one net have no weights to follow each other by"
         )
-    if warm < 0 or split < 0:
-        raise UserError("--warm and --split must be at least 0")
+    at_least(0, warm=warm, split=split)
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
     setting = replace(setting, out=out)
@@ -200,7 +199,7 @@ def flash(
         begin = str(out / "1-warm" / part)
         del one  # the device holds one stage's nets at a time
     one = stage("2-flash", begin, setting.steps)
-    last = not split or one.grid[-2] > Branches.border
+    last = not split or not all(halves(one.grid))
     proxy = one.learner("proxy")
     run = one.run(method(one, one.student, one.student.velocity, proxy), proxy, rates=rates)
     yield replace(run, finish=replace(one, folder=out).finish) if last else run

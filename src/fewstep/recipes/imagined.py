@@ -13,7 +13,8 @@ import numpy as np
 from fewstep.data.synthesis.plan import Plan
 from fewstep.data.synthesis.read import Synthetic
 from fewstep.families import Family, family_of
-from fewstep.recipes.student import Lesson, Setting, roles_of
+from fewstep.recipes.load import roles_of
+from fewstep.recipes.student import Lesson, Setting
 from fewstep.types import Batch, Cond, UserError
 
 PATCH = 2

@@ -142,9 +142,18 @@ def at_least_one(**counts: int) -> None:
     Raises:
         UserError: one is.
     """
+    at_least(1, **counts)
+
+
+def at_least(least: int, **counts: int) -> None:
+    """Refuse counts below ``least``, by the names of their options.
+
+    Raises:
+        UserError: one is.
+    """
     for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {count}")
+        if count < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {count}")
 
 
 def shares(**options: float) -> None:
@@ -191,7 +200,7 @@ def encoded(family: Family, prompts: Sequence[str], t5: bool) -> Cond:
 
 
 def contact_sheet(
-    family: Family, net: Any, prompts: Sequence[str], *, steps: int, guidance: float | None, grid: Any = None
+    family: Family, net: Any, prompts: Sequence[str], *, steps: int, guidance: float | None
 ) -> Any:
     """Pictures of fixed prompts and seeds by ``net``, without T5, as one Pillow image."""
     import torch
@@ -205,17 +214,22 @@ def contact_sheet(
         if guidance is not None:
             velocity = guide.Guided(velocity, encoded(family, [""], False), guidance)
         walked = sample.walk(
-            velocity, noise, grid or times.grid(steps, family.shift), encoded(family, prompts, False)
+            velocity, noise, times.grid(steps, family.shift), encoded(family, prompts, False)
         )
     return decoded(family, walked, prompts)
 
 
 def decoded(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
     """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
-    import torch
-
     from fewstep.evaluate.sheet import sheet
+
+    return sheet(pixels(family, latents), list(prompts), columns=4)
+
+
+def pixels(family: Family, latents: Any) -> Any:
+    """Latents ``[B, C, H, W]`` -> pictures, numpy uint8 ``[B, 3, h, w]``."""
+    import torch
 
     with torch.no_grad():
         images = family.codec.decode(latents).clamp(-1, 1)
-    return sheet(images.add(1).mul(127.5).round().byte().cpu().numpy(), list(prompts), columns=4)
+    return images.add(1).mul(127.5).round().byte().cpu().numpy()

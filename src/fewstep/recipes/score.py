@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.recipes.parts import pixels
 from fewstep.recipes.student import Lesson
 
 PICTURES = 64
@@ -58,13 +59,10 @@ class KidToTeacher:
         return np.concatenate([self._features(self.lesson.made.read(p).latents.to(device)) for p in parts])
 
     def _features(self, latents: Any) -> Any:
-        import torch
-
         from fewstep.families import common
 
-        with torch.no_grad(), common.at_hand(self.lesson.teacher, "vae"):
-            images = self.lesson.teacher.codec.decode(latents).clamp(-1, 1)
-        return self._extractor(images.add(1).mul(127.5).round().byte().cpu().numpy())
+        with common.at_hand(self.lesson.teacher, "vae"):
+            return self._extractor(pixels(self.lesson.teacher, latents))
 
     @cached_property
     def _extractor(self) -> Any:

@@ -1,10 +1,8 @@
-"""What all distillations share: the teacher, what it made, the student, its batches, its score and its
-end."""
+"""What all distillations share: how a student is taught, its parts, its batches, its score and its end."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from fewstep.recipes.parts import SHOWN, at_least_one, shares
+from fewstep.recipes.parts import SHOWN, at_least, at_least_one, shares
 from fewstep.train import Options, Run
 from fewstep.types import Batch, Share, UserError
 
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
 LORA = "lora"
 """Beside a run's `model`: the student as a LoRA, where it is one."""
-
-SUBSTEPS = 4
-"""Steps of the teacher for each of the student's, where walks are made for the run."""
 
 
 @Parameter(name="*")
@@ -86,16 +81,16 @@ class Setting:
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, walks=self.walks, student_steps=self.student_steps)
         shares(drop_t5=self.drop_t5)
-        for name in ("lora", "threads", "score_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        at_least(0, lora=self.lora, threads=self.threads, score_every=self.score_every)
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
 
     def lesson(
         self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
     ) -> Lesson:
-        """The parts of a method's distillation (:func:`lesson`)."""
+        """The parts of a method's distillation (:func:`fewstep.recipes.load.lesson`)."""
+        from fewstep.recipes.load import lesson
+
         return lesson(self, name, walks=walks, split=split, folder=folder)
 
 
@@ -173,7 +168,7 @@ class Lesson:
 
         if self.roles is not None:
             return f"rank {self.setting.lora} {self.setting.init}"
-        return fingerprint(self.begin.net) if self.made.plan.weights else ""  # none of a net of shapes alone
+        return "the teacher" if self.begin is self.teacher else fingerprint(self.begin.net)
 
     @cached_property
     def student(self) -> Learner:
@@ -261,14 +256,13 @@ class Lesson:
 
         from fewstep import sample
         from fewstep.families import common
-        from fewstep.types import Cond
 
         family = self.teacher
         with torch.no_grad():
             with common.at_hand(family):
                 cond = family.text(prompts)
-            if self.setting.drop_t5 > 0 and family.clip_length is not None:
-                cond = Cond(cond.context[:, : family.clip_length], cond.pooled)
+            if self.setting.drop_t5 > 0:
+                cond = self.made.without_t5(cond)
             noise = family.lift(sample.noises(seeds, family.latent))
             return sample.walk(velocity, noise, self.grid, cond)
 
@@ -304,127 +298,3 @@ class Lesson:
     def _tokens(self) -> int:
         _, height, width = self.teacher.latent
         return height * width // 4 + self.made.plan.context[0]
-
-
-def lesson(
-    setting: Setting, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
-) -> Lesson:
-    """Load what a distillation needs, and make the teacher's samples where there are none.
-
-    Args:
-        setting: what was asked for.
-        name: of the method.
-        walks: whether the method needs the teacher's walks, not its samples alone.
-        split: whether the student is two branches.
-        folder: of the run, where it is not the setting's.
-
-    Raises:
-        UserError: a model is missing or of another family, or the samples are another teacher's.
-    """
-    import torch
-
-    from fewstep.data.synthesis.read import Synthetic
-    from fewstep.source import load_family
-    from fewstep.train.device import pick
-    from fewstep.train.parallel import world
-
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
-    place = pick(setting.device)
-    out = setting.out or Path("runs") / name
-    # What is cheap to refuse comes before gigabytes are loaded.
-    if not setting.synthetic and world().size > 1:
-        raise UserError("several processes need --synthetic: make the samples first, with fewstep synthesize")
-    prompts = [] if setting.synthetic else _prompts(setting)
-    if setting.synthetic:
-        Synthetic.open(setting.synthetic)
-    teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
-    begin = teacher
-    if setting.init and not setting.lora:
-        begin = load_family(setting.init)  # to be copied from, on the CPU: the device holds what learns
-        if _shapes(begin) != _shapes(teacher):
-            raise UserError(f"--init {setting.init} is no model of the teacher's kind")
-    source = setting.synthetic or _synthesized(setting, teacher, prompts, out / "walks")
-    made = _made(source, teacher, setting.student_steps if walks else 0, setting.drop_t5)
-    roles = roles_of(setting, teacher, split) if setting.lora else None
-    return Lesson(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
-
-
-def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in family.net.state_dict().items()}
-
-
-def roles_of(setting: Setting, teacher: Family, split: bool = False) -> Roles:
-    """Roles of the teacher's net, no more than learn; the student's and its branches' begin as ``--init``, a
-    LoRA of an earlier run."""
-    from fewstep.nets.roles import Roles
-
-    students = ("early", "late") if split else ("student",)
-    names = (*students, "proxy")
-    roles = Roles(teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed)
-    if setting.init:
-        for name in students:
-            roles.load(name, Path(setting.init))
-    return roles
-
-
-def _prompts(setting: Setting) -> list[str]:
-    from fewstep.data.texts import prompts_of
-    from fewstep.recipes.parts import training_shards
-
-    return prompts_of(training_shards(setting.data), setting.walks, setting.seed)
-
-
-def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: Path) -> Path:
-    """The samples of the run's own folder; those that are there already are kept."""
-    from fewstep.data.synthesis import plan as plans
-    from fewstep.data.synthesis.write import synthesize
-    from fewstep.recipes.parts import fingerprint
-
-    scale = setting.guidance
-    if scale is not None:
-        teacher = teacher.at(scale)
-    plan = plans.make(
-        teacher,
-        prompts,
-        guidance=teacher.guidance if scale is None else scale,
-        steps=setting.student_steps * SUBSTEPS * max(1, 4 // setting.student_steps),
-        student_steps=setting.student_steps,
-        seed=1_000_000 * (setting.seed + 1),
-        weights=fingerprint(teacher.net),
-        clip_length=teacher.clip_length,
-    )
-
-    def progress(done: int, total: int) -> None:
-        print(f"walks of the teacher {done}/{total}", file=sys.stderr)
-
-    synthesize(teacher, prompts, plan, folder, progress=progress)
-    return folder
-
-
-def _made(folder: Path, family: Family, student_steps: int, drop_t5: float) -> Synthetic:
-    """The samples of a folder.
-
-    Raises:
-        UserError: they are of another teacher, or their times are not the student's.
-    """
-    from fewstep.data.synthesis.read import Synthetic
-    from fewstep.recipes.parts import fingerprint
-
-    made = Synthetic.open(folder)
-    plan = made.plan
-    # In half precision a fingerprint is of rounded weights: two of one teacher differ, and say nothing.
-    same_kind = f"torch.{plan.dtype}" == str(family.net.dtype)
-    other = same_kind and plan.weights != fingerprint(family.net)
-    if other or plan.latent != family.latent:
-        raise UserError(f"{folder} holds samples of another teacher, {plan.teacher}: give it as --teacher")
-    if student_steps and (plan.student_steps == 0 or plan.student_steps % student_steps):
-        kept = f"walks at {plan.student_steps} steps" if plan.student_steps else "no walks, latents alone"
-        raise UserError(
-            f"{folder} holds {kept}, of no use to a student of {student_steps}: synthesize again with "
-            f"--student-steps {student_steps}"
-        )
-    if not plan.t5 and family.clip_length is not None and family.parts["text_encoder_3"] is not None:
-        if drop_t5 < 1:
-            raise UserError(f"{folder} holds captions read without T5: give --drop-t5 1")
-    return made

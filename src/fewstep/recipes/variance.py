@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from fewstep.methods import Losses
 from fewstep.methods.dmd import Matching, Where
 from fewstep.methods.rollout import Rollout
-from fewstep.recipes.student import Setting, lesson
+from fewstep.recipes.student import Setting
 
 PLACES: tuple[Where, ...] = ("shared", "shared-free", "renoise")
 
@@ -62,7 +62,7 @@ def variance(
     from fewstep.train.state import State, draw
     from fewstep.types import WHOLE
 
-    one = lesson(replace(setting, init=init), "variance")
+    one = replace(setting, init=init).lesson("variance")
     proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, "renoise")
     run = one.run(Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates), proxy)
@@ -93,10 +93,3 @@ def variance(
             state.advance()
         told.append({"step": step, **{where: measured(where) for where in PLACES}})
     return told
-
-
-def lines(told: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of :func:`variance`."""
-    rows = [["updates", *PLACES], ["---:"] * (1 + len(PLACES))]
-    rows += [[str(each["step"]), *(f"{each[where]:.2f}" for where in PLACES)] for each in told]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
