@@ -72,6 +72,16 @@ def test_a_seed_is_the_same_picture_in_every_batch(pipe: Pipeline) -> None:
     assert len({image.tobytes() for image in eight}) == 8
 
 
+def test_a_model_that_renoises_draws_fresh_noise_of_the_seed(pipe: Pipeline, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "tiny", sampler="renoise")
+    renoising = fewstep.load(tmp_path / "tiny", threads=1)
+    alone, together = renoising("a cat", seed=8), renoising("a cat", seed=7, n=3, batch=3)
+    assert same(alone[0], together[1])
+    assert not same(alone[0], pipe("a cat", seed=8)[0])
+    one_step = [draw("a cat", seed=8, steps=1)[0] for draw in (renoising, pipe)]
+    assert same(*one_step)  # the last step mixes no noise
+
+
 def test_a_seed_is_drawn_and_recorded(pipe: Pipeline) -> None:
     (image,) = pipe(PROMPT)
     record = picture.Record.parse(image.info["fewstep"])

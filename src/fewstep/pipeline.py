@@ -151,11 +151,13 @@ class _Walk:
     on_step: OnStep | None
 
     def draw(self, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-        x = self.model.lift(sample.noises([seed for _, seed in jobs], self.model.latent))
+        seeds = [seed for _, seed in jobs]
+        x = self.model.lift(sample.noises(seeds, self.model.latent))
         if self.start is not None:
             x = flow.mix(self.start[[0] * len(jobs)], x, self.grid[0])
         cond = self._encode([text for text, _ in jobs])
-        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, on_step=self._report))
+        step = sample.taken(self.model.sampler, seeds, self.model.lift)
+        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, step, self._report))
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """Each distinct prompt goes through the text encoders once."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fewstep.flow import fill, mix, to_x0
-from fewstep.types import Array, Cond, UserError, Velocity
+from fewstep.types import Array, Cond, Sampler, UserError, Velocity
 
 OnStep = Callable[[int, float, Array], None]
 """``on_step(index, t_next, x0_estimate)``: called after each step with the predicted clean latents."""
@@ -69,6 +69,11 @@ def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarr
         return mix(to_x0(x, v, t), fresh, t_next)
 
     return step
+
+
+def taken(sampler: Sampler, seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Step:
+    """How a model whose ``sampler`` this is takes a step, on pictures of these seeds."""
+    return renoise(seeds, lift) if sampler == "renoise" else euler
 
 
 def walk(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Array = Any
 """A numpy array or a torch tensor; both are accepted wherever this name stands."""
@@ -104,6 +104,10 @@ class Velocity(Protocol):
         ...
 
 
+Sampler = Literal["euler", "renoise"]
+"""How a step is taken: along the velocity, or by estimating the data and mixing it with fresh noise."""
+
+
 class TextEncoder(Protocol):
     """Prompts to their embeddings."""
 
@@ -140,6 +144,7 @@ class Model:
         shift: time shift ``s`` of its sampling grid.
         steps: default number of steps.
         guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        sampler: how its steps are taken (:func:`fewstep.sample.taken`).
         lift: numpy float32 array -> the array kind that the parts above take.
         lower: the way back, to numpy float32.
     """
@@ -153,5 +158,6 @@ class Model:
     shift: float
     steps: int
     guidance: float | None = None
+    sampler: Sampler = "euler"
     lift: Callable[[Any], Array] = _same
     lower: Callable[[Array], Any] = _same

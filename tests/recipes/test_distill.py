@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def test_a_recipe_ends_with_a_student_that_draws(made: Made, recipe: str, tmp_pa
     with torch.no_grad():
         noise, cond = student.lift(sample.noises([3], student.latent)), student.text(["a cat"])
         assert sample.walk(student.velocity, noise, times.grid(4, student.shift), cond).isfinite().all()
+    # A consistency model is drawn with fresh noise, by stock diffusers' scheduler as well.
+    assert student.sampler == ("renoise" if recipe == "consistency" else "euler")
+    assert bool(student.parts["scheduler"].config.stochastic_sampling) == (student.sampler == "renoise")
     if student.kind == "sd3":
         assert student.parts["text_encoder_3"] is None  # it learnt to do without
 
@@ -113,7 +117,8 @@ def test_frozen_weights_of_half_precision_learn_from_samples_of_whole(made: Made
 def test_roles_share_one_net_and_end_as_a_lora_and_a_whole_student(
     made: Made, recipe: str, tmp_path: Path
 ) -> None:
-    runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2))
+    alone = {"follow": 1.0} if recipe == "dmd" else {}  # roles have no weights to follow each other by
+    runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2), **alone)
     bodies = {id(body.net) for body in runs[-1].bodies}
     assert len(bodies) == 1
     teacher, student = load_family(str(made.teacher)), load_family(str(tmp_path / "model"))
@@ -132,6 +137,30 @@ def test_the_chain_says_what_merging_brought_and_is_done_once(made: Made, tmp_pa
     before = fingerprint(load_family(str(tmp_path / "model")).net)
     carried("flash", made.setting(tmp_path))  # all is done: nothing is learnt any more
     assert fingerprint(load_family(str(tmp_path / "model")).net) == before
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_split_goes_on_with_the_proxy_and_the_heads_and_draws_anew(
+    made: Made, tmp_path: Path, lora: int
+) -> None:
+    chain = distill.flash(setting=made.setting(tmp_path, lora=lora), **RECIPES["flash"])
+    for _ in range(2):
+        before = next(chain)
+        train(before)
+    split = next(chain)
+    for name in ("proxy", "heads"):
+        pairs = zip(before.method.nets[name].parameters(), split.method.nets[name].parameters(), strict=True)
+        assert all(torch.equal(p.detach(), q.detach()) for p, q in pairs), name
+    assert split.options.seed != before.options.seed
+
+
+def test_a_split_without_the_stage_before_is_refused(made: Made, tmp_path: Path) -> None:
+    chain = distill.flash(setting=made.setting(tmp_path), **RECIPES["flash"])
+    for _ in range(2):
+        train(next(chain))
+    shutil.rmtree(tmp_path / "2-flash" / "checkpoints")
+    with pytest.raises(UserError, match="does not give its proxy, heads"):
+        next(chain)
 
 
 def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) -> None:

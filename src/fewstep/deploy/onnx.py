@@ -70,6 +70,7 @@ def export(
         "shift": family.shift,
         "steps": family.steps,
         "guidance": family.guidance,
+        "sampler": family.sampler,
         "text": {"length": text_length(family)},
         "about": {"bits": bits, **(about or {})},
     }

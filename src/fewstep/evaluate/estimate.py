@@ -15,17 +15,29 @@ from numpy.typing import NDArray
 LEVEL = 0.95
 """Confidence of every interval of this room."""
 
+Z = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
 DRAWS = 2000
 """Bootstrap draws; the interval's ends then move by about 1 % of its width between generator seeds."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % confidence interval ``[low, high]``."""
+    """A figure and its 95 % confidence interval ``[low, high]``.
+
+    Attributes:
+        value: the figure.
+        low: lower end.
+        high: upper end.
+        without: the figure with each group left out, ``[G]``, where the interval is a jackknife's: the
+            difference of two such figures over the same groups has an interval of its own.
+    """
 
     value: float
     low: float
     high: float
+    without: tuple[float, ...] | None = None
 
 
 def mean(values: NDArray[np.floating]) -> Estimate:
@@ -55,6 +67,19 @@ def ratio(above: NDArray[np.floating], below: NDArray[np.floating]) -> Estimate 
     top, bottom = counts @ above, counts @ below
     draws = np.divide(top, bottom, out=np.full_like(top, np.inf), where=bottom > 0)
     return _interval(float(above.sum() / below.sum()), draws)
+
+
+def jackknife(value: float, without: NDArray[np.floating]) -> Estimate:
+    """A figure with its delete-one-group interval (Efron and Tibshirani, chapter 11).
+
+    Args:
+        value: over all groups.
+        without: with each group left out, ``[G]``.
+    """
+    without = np.asarray(without, np.float64)
+    count = len(without)
+    error = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
+    return Estimate(value, value - Z * error, value + Z * error, tuple(without.tolist()))
 
 
 def _resample(size: int) -> NDArray[np.float64]:

@@ -19,10 +19,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.evaluate.estimate import Estimate
-
-Z = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
+from fewstep.evaluate.estimate import Estimate, jackknife
 
 
 def kid(
@@ -55,7 +52,7 @@ def kid(
     pairs = ((x, at_x, x, at_x, 1.0), (y, at_y, y, at_y, 1.0), (x, at_x, y, at_y, -2.0))
     terms = [_term(*pair, groups=len(index)) for pair in pairs]
     value = sum(full for full, _ in terms)
-    return _jackknife(value, np.sum([without for _, without in terms], axis=0))
+    return jackknife(value, np.sum([without for _, without in terms], axis=0))
 
 
 def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -90,9 +87,3 @@ def _between(
     by_both = np.zeros((groups, groups))
     np.add.at(by_both, columns, by_row.T)
     return by_both.T.copy()
-
-
-def _jackknife(value: float, without: NDArray[np.float64]) -> Estimate:
-    count = len(without)
-    error = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
-    return Estimate(value, value - Z * error, value + Z * error)

@@ -163,5 +163,8 @@ def _plain(results: Results) -> dict[str, Any]:
     plain = asdict(results)
     for row in plain["rows"]:
         for figure in row["figures"].values():
-            figure.update({k: v if math.isfinite(v) else None for k, v in figure.items()})
+            ends = {k: v for k, v in figure.items() if k != "without"}
+            figure.update({k: v if math.isfinite(v) else None for k, v in ends.items()})
+            if figure["without"] is None:
+                del figure["without"]
     return {"format": FORMAT, "confidence": LEVEL, **plain}

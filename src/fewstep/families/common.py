@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.families import Family
@@ -85,6 +85,7 @@ def family_of_parts(
         shift=shift,
         steps=steps,
         guidance=guidance,
+        sampler="renoise" if parts["scheduler"].config.get("stochastic_sampling") else "euler",
         lift=lambda array: torch.from_numpy(array).to(device),
         lower=lambda tensor: tensor.detach().float().cpu().numpy(),
         net=parts["transformer"],
@@ -94,6 +95,13 @@ def family_of_parts(
         clip_length=clip_length,
         told=told,
     )
+
+
+def renoising(family: Family) -> Family:
+    """The same model, its steps taken with fresh noise: its scheduler says so, to stock diffusers as well."""
+    scheduler = family.parts["scheduler"]
+    told = type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
+    return replace(family, sampler="renoise", parts={**family.parts, "scheduler": told})
 
 
 def aside(family: Family) -> None:

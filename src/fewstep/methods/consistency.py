@@ -56,5 +56,3 @@ class Consistency:
         c = 0.00054 * error[0].numel() ** 0.5
         size = (error * error).flatten(1).sum(1)
         return {"consistency": ((size + c * c).sqrt() - c).mean() / error[0].numel() ** 0.5}
-
-

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from cyclopts import App
@@ -30,14 +32,22 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
         from fewstep.train.trainer import train as carry_out
 
         made = function(*args, **options)
+        own = _own(function, *args, **options)
         runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
         while (run := next(runs, None)) is not None:
-            carry_out(run)
+            carry_out(replace(run, about=own | run.about))
             print(run.folder)
             del run  # before the next one is made: the device holds one stage's nets at a time
             gc.collect()
 
     app.command(command, name=name)
+
+
+def _own(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
+    """A recipe's own options, resolved, for ``run.json``; what all share it tells itself."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    return {name: str(value) for name, value in bound.arguments.items() if name != "setting"}
 
 
 for _name in ("pocket-codec", "pocket-text", "pocket-teacher", "scene-detector"):

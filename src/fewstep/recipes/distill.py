@@ -57,7 +57,7 @@ def dmd(
     """
     from fewstep.methods.dmd import Dmd, Matching
 
-    _checked(updates=updates, follow=follow, proxy_lr=proxy_lr)
+    _checked(setting, updates=updates, follow=follow, proxy_lr=proxy_lr)
     one = setting.lesson("dmd")
     proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, where, proxied)
@@ -75,7 +75,7 @@ def tdm(*, setting: Setting = ONE, updates: int = 5, proxy_lr: float | None = No
     """
     from fewstep.methods.tdm import Tdm
 
-    _checked(updates=updates, proxy_lr=proxy_lr)
+    _checked(setting, updates=updates, proxy_lr=proxy_lr)
     one = setting.lesson("tdm")
     proxy, student = one.learner("proxy"), one.student
     method = Tdm(student.net, student.velocity, proxy.net, proxy.velocity, one.guided, one.grid, updates)
@@ -99,6 +99,7 @@ def adversarial(
     """
     from fewstep.methods.adversarial import Adversarial
 
+    _checked(setting, heads_lr=heads_lr)
     one = setting.lesson("adversarial")
     judge = critic(one, one.plain_teacher, one.teacher.blocks, judged=judged, kind=kind)
     return one.run(
@@ -116,7 +117,7 @@ def consistency(*, setting: Setting = ONE, fine: int = 32) -> Run:
     from fewstep import times
     from fewstep.methods.consistency import Consistency
 
-    one = setting.lesson("consistency")
+    one = replace(setting.lesson("consistency"), sampler="renoise")
     grid = times.grid(fine, one.teacher.shift)
     return one.run(Consistency(one.student.net, one.student.velocity, one.guided, grid))
 
@@ -162,22 +163,25 @@ def flash(
     from fewstep.methods.split import Split
     from fewstep.nets.branches import Branches, halves
     from fewstep.recipes.merged import finish_merged
+    from fewstep.train.checkpoint import borrow
 
     out = setting.out or Path("runs/flash")
     _checked(
-        updates=updates, follow=follow, proxy_lr=proxy_lr, heads_lr=heads_lr, weight=weight, anchor=anchor
+        setting,
+        updates=updates,
+        follow=follow,
+        proxy_lr=proxy_lr,
+        heads_lr=heads_lr,
+        weight=weight,
+        anchor=anchor,
     )
-    if follow < 1 and setting.lora:
-        raise UserError(
-            "--follow is for whole nets: roles of one net have no weights to follow each other by"
-        )
     at_least(0, warm=warm, split=split)
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
     setting = replace(setting, out=out)
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
-        own = replace(setting, init=init, steps=steps)
+        own = replace(setting, init=init, steps=steps, seed=stage_seed(setting.seed, name))
         return own.lesson("flash", walks=True, split=name == "3-split", folder=out / name)
 
     def method(one: Lesson, student: Learner, velocity: Any, proxy: Learner) -> Flash:
@@ -209,6 +213,7 @@ def flash(
     one = stage("3-split", str(out / "2-flash" / part), split)
     early, late, proxy = one.learner("early", one.begin), one.learner("late", one.begin), one.learner("proxy")
     divided = Split(early.net, late.net, method(one, early, Branches(early.velocity, late.velocity), proxy))
+    borrow(out / "2-flash", divided.flash.rivals)
     run = one.run(divided, early, late, proxy, rates=rates)
     yield replace(
         run,
@@ -219,7 +224,16 @@ def flash(
     )
 
 
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of one stage of a chain: no two draw the same noise."""
+    import numpy as np
+
+    number = int(stage.partition("-")[0])
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+
+
 def _checked(
+    setting: Setting,
     *,
     updates: int = 1,
     follow: float = 1.0,
@@ -235,6 +249,10 @@ def _checked(
     """
     at_least_one(updates=updates)
     shares(follow=follow)
+    if follow < 1 and setting.lora:
+        raise UserError(
+            "--follow is for whole nets: roles of one net have no weights to follow each other by"
+        )
     for name, rate in (("proxy-lr", 1.0 if proxy_lr is None else proxy_lr), ("heads-lr", heads_lr)):
         if not (isfinite(rate) and rate > 0):
             raise UserError(f"--{name} must be a positive number, not {rate}")

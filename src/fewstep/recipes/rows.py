@@ -60,7 +60,6 @@ def _allowed(passes: int, cost: Cost, steps: int) -> int:
 
 
 FEW = ("--warm", "0", "--updates", "2")
-RENOISED = ("--where", "renoise")
 
 ROWS = (
     Row("trajectory", "trajectory"),
@@ -74,7 +73,6 @@ ROWS = (
     Row("LCM", "consistency", (), (0, 6)),
     Row("flash", "flash", (*FEW, "--split", "0"), FLASH),
     Row("flash, split and merged", "flash", FEW, FLASH, SPLIT),
-    Row("flash, renoised", "flash", (*FEW, "--split", "0", *RENOISED), FLASH),
 )
 
 

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from fewstep.recipes.parts import SHOWN, at_least, at_least_one, shares
 from fewstep.train import Options, Run
-from fewstep.types import Batch, Share, UserError
+from fewstep.types import Batch, Sampler, Share, UserError
 
 if TYPE_CHECKING:
     from fewstep.data.synthesis.read import Synthetic
@@ -124,6 +124,7 @@ class Lesson:
         begin: the model that the student starts from; the teacher itself where no other is named.
         kind: class of the teacher's net; sharding gives it another.
         roles: of the teacher's net, where one net is all of them.
+        sampler: how the student takes its steps.
     """
 
     setting: Setting
@@ -134,6 +135,7 @@ class Lesson:
     begin: Family
     kind: Any
     roles: Roles | None = None
+    sampler: Sampler = "euler"
 
     @property
     def grid(self) -> list[float]:
@@ -264,7 +266,8 @@ class Lesson:
             if self.setting.drop_t5 > 0:
                 cond = self.made.without_t5(cond)
             noise = family.lift(sample.noises(seeds, family.latent))
-            return sample.walk(velocity, noise, self.grid, cond)
+            step = sample.taken(self.sampler, seeds, family.lift)
+            return sample.walk(velocity, noise, self.grid, cond, step)
 
     def sheet(self, nets: Mapping[str, Any]) -> Any:
         """Pictures of fixed prompts and seeds."""
@@ -288,11 +291,15 @@ class Lesson:
 
     def write(self, weights: Mapping[str, Any]) -> None:
         """Write a student of these weights as a diffusers folder."""
+        from fewstep.families import common
+
         net = self.plain()
         net.load_state_dict(weights)
-        family = self.teacher.student(net, "pocket", self.setting.student_steps)
+        family = self.teacher.student(net, f"{self.teacher.name}-{self.name}", self.setting.student_steps)
         if self.setting.drop_t5 == 1:
             family = family.without_t5()
+        if self.sampler == "renoise":
+            family = common.renoising(family)
         family.module.save(family, self.folder / "model")
 
     def _tokens(self) -> int:

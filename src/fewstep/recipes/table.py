@@ -9,10 +9,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fewstep.data.scenes import CATEGORIES
+import numpy as np
 
+from fewstep.data.scenes import CATEGORIES
+from fewstep.evaluate.estimate import Z, jackknife
+
+CONTROL = "trajectory"
+"""The row that the others are compared with: the same compute spent on going on with the warm start."""
+
+KID, LESS = "kid_teacher", "kid_teacher_less"
 COLUMNS = (
-    ("KID-T × 1000", "kid_teacher", 1000),
+    ("KID-T × 1000", KID, 1000),
+    (f"less {CONTROL}'s", LESS, 1000),
     ("seen top-5, %", "seen_top5", 100),
     ("held-out top-5, %", "held_out_top5", 100),
     ("scenes, %", "scene", 100),
@@ -35,7 +43,9 @@ def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str
         f"Written by `fewstep ablate`. One teacher ({teacher}), one warm start for all students of as many "
         f"steps, the same data, noise and compute: {facts['compute']}.",
         f"{counts} A figure is the mean over the training's seeds ± their standard deviation; where there is "
-        "one, the 95 % interval over prompts stands in brackets.",
+        f"one, the 95 % interval over prompts stands in brackets. Less {CONTROL}'s: the difference of two "
+        "KID-T on the same prompts and noise, with its 95 % interval over prompts and seeds together; below "
+        "0 is better.",
         f"Minutes are a training's whole time, its processes' start included, over all the times that it was "
         f"begun, on {facts['machine']}, {facts['jobs']} at once; ≥ where one was killed and part of its time "
         "is not known. Peak is the most memory of its process on the host.",
@@ -67,9 +77,16 @@ def _table(
     own = by_label[teacher]
     cells = [_cell([own], key, scale) for _, key, scale in columns]
     lines.append(["teacher", *cells, *(("", "") if costs else ())])
+
+    def measured(folders: Sequence[Path]) -> list[Mapping[str, Any]]:
+        return [by_label[f"{folder / 'model'}@{steps}"] for folder in folders]
+
+    control = measured([folder for n, s, folder in runs if (n, s) == (CONTROL, steps)])
     for name in names:
         folders = [folder for n, s, folder in runs if (n, s) == (name, steps)]
-        figures = [by_label[f"{folder / 'model'}@{steps}"] for folder in folders]
+        figures = measured(folders)
+        if control and name != CONTROL and (less := _less(figures, control)) is not None:
+            figures = [{**figures[0], LESS: less}, *figures[1:]]
         row = [name, *(_cell(figures, key, scale) for _, key, scale in columns)]
         if costs:
             notes = [json.loads((folder / "cost.json").read_text()) for folder in folders]
@@ -78,6 +95,20 @@ def _table(
             row.append(f"{max(note['bytes'] for note in notes) / 1e6:.0f}")
         lines.append(row)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _less(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Our KID-T, mean over seeds, less theirs: its uncertainty over prompts, paired, and over seeds."""
+    sides = [[each[KID] for each in side if KID in each] for side in (ours, theirs)]
+    if not all(side and all("without" in each for each in side) for side in sides):
+        return None
+    values = [[each["value"] for each in side] for side in sides]
+    without = [np.mean([each["without"] for each in side], axis=0) for side in sides]
+    value = mean(values[0]) - mean(values[1])
+    prompts = (jackknife(value, without[0] - without[1]).high - value) / Z
+    seeds = [stdev(side) ** 2 / len(side) for side in values if len(side) > 1]
+    half = Z * (prompts**2 + sum(seeds)) ** 0.5
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:

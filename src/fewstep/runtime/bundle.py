@@ -17,10 +17,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fewstep.files import write
-from fewstep.types import UserError
+from fewstep.types import Sampler, UserError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -51,6 +51,7 @@ class Bundle:
         shift: time shift of the sampling grid.
         steps: default number of steps.
         guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        sampler: how a step is taken: ``euler`` or ``renoise``.
         length: tokens of a prompt, ``L``.
         about: free facts; ``styles`` lists the style words that the model knows.
         files: name -> what that file must be.
@@ -66,6 +67,7 @@ class Bundle:
     shift: float
     steps: int
     guidance: float | None
+    sampler: Sampler
     length: int
     about: Mapping[str, Any]
     files: Mapping[str, Stamp]
@@ -157,6 +159,9 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     about = dict(facts.get("about", {}))
     if not isinstance(about.get("styles", []), list):
         raise TypeError("about.styles")
+    sampler = facts.get("sampler", "euler")
+    if sampler not in get_args(Sampler):
+        raise ValueError("sampler")
     return Bundle(
         folder=folder,
         name=str(facts["name"]),
@@ -167,6 +172,7 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
         shift=float(facts["shift"]),
         steps=steps,
         guidance=None if guidance is None else float(guidance),
+        sampler=sampler,
         length=length,
         about=about,
         files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},

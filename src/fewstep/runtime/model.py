@@ -92,4 +92,5 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
         shift=bundle.shift,
         steps=bundle.steps,
         guidance=bundle.guidance,
+        sampler=bundle.sampler,
     )

@@ -78,6 +78,30 @@ def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> 
     return legacy.restore(folder, held)
 
 
+def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
+    """Give whole nets the weights that they had at the end of another run, from its last checkpoint.
+
+    Args:
+        folder: of that run.
+        nets: by the names that they have there.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it is of other nets.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    path = folder / FOLDER / f"{done(folder):08d}"
+    flat = {
+        f"nets/{name}/{key}": value for name, net in nets.items() for key, value in net.state_dict().items()
+    }
+    try:
+        with _alone():
+            dcp.load(flat, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # a damaged pickle can raise anything
+        names = ", ".join(nets)
+        raise UserError(f"{path} does not give its {names} ({_said(error)}); train {folder} anew") from error
+
+
 def done(folder: Path) -> int:
     """The step of the last whole checkpoint of a run's folder; 0 where there is none."""
     whole = [path for path in (folder / FOLDER).glob("[0-9]*") if _fault(path) is None]
