@@ -35,6 +35,7 @@ COMMANDS = {
     "train": ("fewstep.recipes.command:train", "Train codec, text encoders and teacher."),
     "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
     "plan": ("fewstep.recipes.plan:plan", "Print the GPU memory that a distillation's step needs."),
+    "variance": ("fewstep.recipes.variance:variance", "Measure how noisy the gradient of matching is."),
     "ablate": ("fewstep.recipes.ablate:ablate", "Compare all methods of distillation in one table."),
     "export": ("fewstep.deploy.command:export", "Make a bundle for generation from a trained model."),
     "evaluate": ("fewstep.evaluate.command:evaluate", "Measure what a model draws."),

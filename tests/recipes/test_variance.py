@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.recipes import taught
 
-from fewstep.recipes.variance import noise_share
+from fewstep.cli import run
+from fewstep.recipes.variance import PLACES, noise_share
+
+
+def test_the_command_measures_every_place_along_a_training(tmp_path: Path) -> None:
+    made = taught.make(tmp_path)
+    words = ["variance", "--teacher", str(made.teacher), "--synthetic", str(made.shards), "--steps", "2"]
+    words += ["--every", "2", "--batch", "2", "--draws", "2", "--updates", "1", "--device", "cpu"]
+    assert run([*words, "-o", str(tmp_path / "out")]) == 0
+    note = json.loads((tmp_path / "out/noise.json").read_text())
+    assert [each["step"] for each in note["told"]] == [0, 2]
+    assert all(set(each) == {"step", *PLACES} for each in note["told"])
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.0), (1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])

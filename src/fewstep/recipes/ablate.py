@@ -25,8 +25,9 @@ from fewstep.data.synthesis import plan as plans
 from fewstep.nets.branches import halves
 from fewstep.recipes.parts import at_least_one
 from fewstep.recipes.processes import Processes, trained
-from fewstep.recipes.rows import ROWS, Cell, Row
+from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
 from fewstep.recipes.table import document
+from fewstep.recipes.variance import NOTE
 from fewstep.types import UserError
 
 Task = Callable[[], None]
@@ -108,6 +109,12 @@ def ablate(
     processes.all([training(folder, warming(steps)) for steps, folder in warms.items()], jobs)
     begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
     processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
+    noise = out / f"noise.{cells[0].steps}"
+    if any(row.method == "dmd" for row in chosen):
+        (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
+        own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
+        own += ["--student-steps", str(cells[0].steps)]
+        processes.all([partial(_noise, processes, noise, [*own, *shared], place, threads)], 1)
     table = [("warm start", steps, folder) for steps, folder in warms.items()]
     table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
     asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
@@ -133,8 +140,20 @@ def ablate(
         "jobs": str(jobs),
         "command": shlex.join(typed),
     }
-    files.write(report, document(table, results, facts).encode())
+    files.write(report, document(table, results, facts, noise / NOTE).encode())
     print(report)
+
+
+def _noise(
+    processes: Processes, folder: Path, asked: Sequence[str], place: Sequence[str], threads: int
+) -> None:
+    """Measure the noise of the gradient, unless it was, by the same command."""
+    note, typed = folder / "command.json", json.dumps(list(asked))
+    if (folder / NOTE).exists() and note.exists() and note.read_text() == typed:
+        return
+    print(f"fewstep: {folder.name}", file=sys.stderr)
+    processes.run("fewstep variance", ["variance", *asked, *place, "-o", str(folder)], threads=threads)
+    files.write(note, typed.encode())
 
 
 def _measured(processes: Processes, asked: Sequence[str], threads: int) -> None:

@@ -30,8 +30,11 @@ Run = tuple[str, int, Path]
 """Name of a row, steps of its student, folder of the run."""
 
 
-def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """Markdown of all cells, from the results of one ``fewstep evaluate``."""
+def document(
+    runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str], noise: Path | None = None
+) -> str:
+    """Markdown of all cells, from the results of one ``fewstep evaluate`` and the note of ``fewstep
+    variance``, where there is one."""
     by_label = {row["label"]: row["figures"] for row in results["rows"]}
     teacher = results["teacher"]
     counts = (
@@ -58,6 +61,8 @@ def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str
     curves = [(name, steps, folder) for name, steps, folder in runs if (folder / "merge.json").is_file()]
     if curves:
         parts += ["## The merge's ratio", _curves(curves)]
+    if noise is not None and noise.is_file():
+        parts += ["## The noise of the matching gradient", *_noise(json.loads(noise.read_text()))]
     parts += ["## The same again", f"```sh\n{facts['command']}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -132,3 +137,16 @@ def _curves(runs: Sequence[Run]) -> str:
         seed = folder.name.rpartition(".")[2]
         lines.append([f"{name}, {steps} steps, seed {seed}: {note['metric']}", *scores])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _noise(note: Mapping[str, Any]) -> list[str]:
+    """The share of noise along a training, a row for every place of the scores."""
+    told = note["told"]
+    lines = [["scores taken", *(f"{each['step']} updates" for each in told)], ["---", *["---:"] * len(told)]]
+    for place in (key for key in told[0] if key != "step"):
+        lines.append([place, *(f"{each[place]:.2f}" for each in told)])
+    return [
+        "Trace of the gradient's covariance over its mean square, along a training by renoised estimates, "
+        f"batches of {note['batch']}: 0 is no noise, 1 is nothing else.",
+        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+    ]

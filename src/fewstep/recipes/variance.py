@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fewstep import files
 from fewstep.methods import Losses
 from fewstep.methods.dmd import Matching, Where
 from fewstep.methods.rollout import Rollout
-from fewstep.recipes.student import Setting
+from fewstep.recipes.parts import at_least, at_least_one
+from fewstep.recipes.student import Lesson, Setting
+
+if TYPE_CHECKING:
+    from fewstep.train.state import State
 
 PLACES: tuple[Where, ...] = ("shared", "shared-free", "renoise")
+NOTE = "noise.json"
+ONE = Setting()
+"""The settings that nobody changed."""
+
+FRESH = 10**6
+"""Batches from here on are the measurement's own: no training comes so far."""
 
 
 def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
@@ -40,56 +53,67 @@ def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
     return (squares - mean) * draws / (draws - 1) / squares
 
 
-def variance(
-    setting: Setting, *, updates: int = 2, every: int, draws: int = 8, init: str | None = None
-) -> list[dict[str, Any]]:
-    """Train by matching on renoised estimates; before, halfway and after, measure every place of the scores.
+def variance(*, setting: Setting = ONE, updates: int = 5, every: int = 0, draws: int = 8) -> None:
+    """Measure how noisy the gradient of distribution matching is, along a training.
+
+    A student is trained by matching on renoised estimates; before, in between and after, the gradient of
+    `draws` batches is taken wherever its scores can be. Writes `noise.json`: of every measurement the updates
+    until then and the share of noise by place, from 0 (every batch pulls the same way) to 1.
 
     Args:
-        setting: of the training; its steps are cut into stretches of ``every``.
-        updates: of the proxy for each of the student's.
-        every: updates between two measurements.
-        draws: gradients a measurement, of batches of the setting's size.
-        init: the warm start.
-
-    Returns:
-        ``{"step": updates so far, PLACE: share of noise, ...}`` for every measurement.
+        setting: Shared.
+        updates: Updates of the proxy for each of the student's.
+        every: Updates between two measurements. [default: before, halfway and after]
+        draws: Gradients a measurement.
     """
-    import torch
+    at_least_one(updates=updates, steps=setting.steps)
+    at_least(0, every=every)
+    at_least(2, draws=draws)
+    every = every or max(1, setting.steps // 2)
+    told = [{"step": step, **shares} for step, shares in _along(setting, updates, every, draws)]
+    note = (setting.out or Path("runs/variance")) / NOTE
+    files.write(note, (json.dumps({"batch": setting.batch, "told": told}, indent=1) + "\n").encode())
+    print(note)
 
-    from fewstep.methods.dmd import Dmd
-    from fewstep.train.device import attention, half, moved
-    from fewstep.train.state import State, draw
-    from fewstep.types import WHOLE
 
-    one = replace(setting, init=init).lesson("variance")
+def _along(setting: Setting, updates: int, every: int, draws: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Updates so far and the share of noise of every place, each time that it is measured."""
+    from fewstep.methods.dmd import Dmd, Matching
+    from fewstep.train.state import State
+
+    one = setting.lesson("variance")
     proxy, student = one.learner("proxy"), one.student
     matching = Matching(one.guided, proxy.velocity, "renoise")
     run = one.run(Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates), proxy)
     state = State(run)
-    low = half(run.options.precision, state.device)
-
-    def measured(where: Where) -> float:
-        student.net.requires_grad_(True)
-        proxy.net.requires_grad_(False)
-        place = replace(matching, where=where)
-
-        def losses(number: int) -> Losses:
-            batch = moved(run.batches(10**6 + number, WHOLE), state.device)
-            rollout = Rollout(student.velocity, one.grid)
-            with (
-                torch.autocast(state.device, torch.bfloat16, enabled=low),
-                attention(state.device, run.options.tokens),
-            ):
-                return {
-                    "matching": place.match(rollout, batch, draw(setting.seed, 10**6, number))["matching"]
-                }
-
-        return noise_share(student.net, losses, draws)
-
-    told: list[dict[str, Any]] = []
     for step in range(0, setting.steps + 1, every):
         while state.step < step:
             state.advance()
-        told.append({"step": step, **{where: measured(where) for where in PLACES}})
-    return told
+        shares = {where: _measured(one, state, replace(matching, where=where), draws) for where in PLACES}
+        print(f"step {step}: " + ", ".join(f"{where} {share:.2f}" for where, share in shares.items()))
+        yield step, shares
+
+
+def _measured(one: Lesson, state: State, matching: Matching, draws: int) -> float:
+    """The share of noise in the student's gradient."""
+    import torch
+
+    from fewstep.train.device import attention, half, moved
+    from fewstep.train.state import draw
+    from fewstep.types import WHOLE
+
+    options, batches = state.run.options, state.run.batches
+    for net in state.nets.values():
+        net.requires_grad_(net is one.student.net)
+
+    def losses(number: int) -> Losses:
+        batch = moved(batches(FRESH + number, WHOLE), state.device)
+        rollout = Rollout(one.student.velocity, one.grid)
+        low = half(options.precision, state.device)
+        with (
+            torch.autocast(state.device, torch.bfloat16, enabled=low),
+            attention(state.device, options.tokens),
+        ):
+            return {"matching": matching.match(rollout, batch, draw(options.seed, FRESH, number))["matching"]}
+
+    return noise_share(one.student.net, losses, draws)
