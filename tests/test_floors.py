@@ -26,7 +26,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 COMMAND = "command"
 """A room's ``command.py`` is its piece of the command line: floor 5, wherever it lies."""
 
-ENGINE_COMMON = {"__init__", COMMAND, "modules", "quantize"}
+ENGINE_COMMON = {"__init__", COMMAND, "common"}
 """Modules of ``deploy/`` that are no engine."""
 
 NAMES = frozenset({"__version__"})

@@ -22,8 +22,8 @@ import onnx
 import onnxruntime
 
 from fewstep import sample, times
-from fewstep.deploy import onnx as engine
-from fewstep.deploy.quantize import shrink, to_int8
+from fewstep.deploy.common import graphs
+from fewstep.deploy.common.weights import shrink, to_int8
 from fewstep.families import Family, sd3
 
 PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("folder", help="a diffusers folder")
     logging.disable(logging.INFO)  # the quantizers name every node
     family = sd3.load(parser.parse_args().folder, t5=False)
-    model = engine.trace(engine.parts(family)["transformer"])
+    model = graphs.trace(graphs.parts(family)["transformer"])
     cond = family.text(PROMPTS).map(lambda tensor: tensor.numpy())
     heads = ["weights", "MB", "start, ms", "step, ms", "four, ms", "to float32, dB", "alone to four, dB"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")

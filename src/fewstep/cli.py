@@ -37,7 +37,7 @@ COMMANDS = {
     "plan": ("fewstep.recipes.plan:plan", "Print the GPU memory that a distillation's step needs."),
     "variance": ("fewstep.recipes.variance:variance", "Measure how noisy the gradient of matching is."),
     "ablate": ("fewstep.recipes.ablate:ablate", "Compare all methods of distillation in one table."),
-    "export": ("fewstep.deploy.command:export", "Make a bundle for generation from a trained model."),
+    "export": ("fewstep.deploy.command:export", "Write a trained model for the program that shall run it."),
     "evaluate": ("fewstep.evaluate.command:evaluate", "Measure what a model draws."),
     "bench": ("fewstep.bench.command:bench", "Time a generation against stock diffusers."),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ import torch
 
 import tiny
 from fewstep import sample, times
+from fewstep.deploy import Facts
 from fewstep.deploy import onnx as engine
-from fewstep.deploy.modules import TextModule, TransformerModule
+from fewstep.deploy.common import graphs
+from fewstep.deploy.common.modules import TextModule, TransformerModule
 from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.graph import Graph
@@ -52,15 +53,20 @@ def small() -> Family:
 @pytest.fixture(scope="module")
 def traced(small: Family) -> dict[str, Any]:
     """The graphs in full precision; the tests below share them, since tracing takes seconds."""
-    return {stem: engine.trace(part) for stem, part in engine.parts(small).items()}
+    return {stem: graphs.trace(part) for stem, part in graphs.parts(small).items()}
 
 
 @pytest.fixture
 def export(small: Family, traced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``engine.export`` of the small family, its graphs traced once."""
+    """``engine.export`` of the small family, its graphs traced once; gives the bundle."""
     kept = iter(list(traced.values()) * 9)
     monkeypatch.setattr(engine, "trace", lambda part: next(kept))
-    return partial(engine.export, small, license="Apache-2.0")
+
+    def export(out: Path, bits: int = 8, **facts: Any) -> Bundle:
+        engine.export(small, out, bits, Facts(license="Apache-2.0", **facts))
+        return read(out)
+
+    return export
 
 
 @pytest.mark.parametrize(("bits", "least"), [(32, 80), (16, 55), (8, 35)])
@@ -150,7 +156,7 @@ def test_weights_too_many_for_one_file_lie_beside_it(
     export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = draw(open_bundle(export(tmp_path / "a"), threads=1))
-    monkeypatch.setattr(engine, "LARGEST", 20_000)
+    monkeypatch.setattr(graphs, "LARGEST", 20_000)
     parted = export(tmp_path / "b")
     assert "transformer.onnx.data" in parted.files
     assert np.array_equal(draw(open_bundle(parted, threads=1)), whole)
@@ -166,7 +172,7 @@ def test_an_interrupted_export_leaves_what_was_there(
         raise fault
 
     monkeypatch.setattr(engine, "write_tokenizer", fail)
-    with pytest.raises((KeyboardInterrupt, UserError)):
+    with pytest.raises(type(fault)):
         export(tmp_path / "b", bits=32)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert read(tmp_path / "b").digest == before
@@ -179,14 +185,12 @@ def test_an_export_replaces_a_bundle_and_nothing_else(export: Any, tmp_path: Pat
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="is no bundle"):
         export(tmp_path / "mine")
-    with pytest.raises(UserError, match="bits must be one of"):
-        export(tmp_path / "c", bits=4)
 
 
 def test_a_tiny_autoencoder_is_exported_too(tmp_path: Path) -> None:
     small = family(tiny=True)
     path = tmp_path / "decoder.onnx"
-    engine.write_graph(engine.trace(engine.parts(small)["decoder"]), path)
+    graphs.write_graph(graphs.trace(graphs.parts(small)["decoder"]), path)
     latents = sample.noises([0], small.latent)
     theirs = small.codec.decode(torch.from_numpy(latents)).numpy()
     assert np.abs(Graph(path, 1)(latents=latents)[0] - theirs).max() < 1e-4
@@ -197,13 +201,13 @@ def test_graphs_are_standard_onnx(traced: dict[str, Any]) -> None:
     for stem, model in traced.items():
         onnx.checker.check_model(model, full_check=True)
         assert {node.domain for node in model.graph.node} <= {""}, stem
-        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [engine.OPSET]
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [graphs.OPSET]
 
 
 def test_a_diffusers_folder_comes_back(small: Family, tmp_path: Path) -> None:
     from fewstep.deploy import diffusers
 
-    diffusers.export(small, tmp_path / "d")
+    diffusers.export(small, tmp_path / "d", 32, Facts())
     back = sd3.load(tmp_path / "d")
     assert json.loads((tmp_path / "d" / sd3.FACTS).read_text())["steps"] == back.steps == 4
     assert np.array_equal(draw(back), draw(small))

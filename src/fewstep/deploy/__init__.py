@@ -1,1 +1,63 @@
-"""Deployment engines (floor 3): one file each, and none knows another."""
+"""Deployment engines (floor 3): one file each, and none knows another.
+
+A module here that has ``BITS`` is a target of ``fewstep export``, by its own name; it is found, not listed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from fewstep.families import Family
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export tells of itself.
+
+    Attributes:
+        license: of the weights, such as ``Apache-2.0``.
+        license_file: its text, to ship along.
+        about: free facts.
+    """
+
+    license: str = "unknown"
+    license_file: Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Target(Protocol):
+    """A module of this room that writes a model for an engine.
+
+    Attributes:
+        FAMILIES: kinds of families that it can write.
+        BITS: bits a weight that it can store, its default first.
+        T5: whether it takes T5 along.
+    """
+
+    FAMILIES: tuple[str, ...]
+    BITS: tuple[int, ...]
+    T5: bool
+
+    def export(self, family: Family, out: Path, bits: int, facts: Facts) -> str:
+        """Write ``family`` (float32, on the processor) to ``out``, whole or not at all; an earlier export
+        there is replaced.
+
+        Returns:
+            What there is now, in a line.
+
+        Raises:
+            UserError: something else lies at ``out``, or this family cannot be written so.
+        """
+        ...
+
+
+def targets() -> dict[str, Target]:
+    """Every target by its name. Importing one is light: engines are imported in functions."""
+    names = sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.ispkg)
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names if name != "command"}
+    return {name: cast("Target", module) for name, module in modules.items() if hasattr(module, "BITS")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -16,56 +16,62 @@ def export(
     /,
     *,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
-    to: Literal["bundle", "diffusers"] = "bundle",
-    bits: Literal[8, 16, 32] | None = None,
+    to: str = "onnx",
+    bits: int | None = None,
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
     about: Path | None = None,
 ) -> None:
-    """Make a bundle, which generates without PyTorch, from a trained model.
+    """Write a trained model for the program that shall run it.
 
-    T5 stays out of a bundle. A LICENSE file in the source folder goes along.
+    A LICENSE file in the source folder goes along.
 
     Args:
-        source: A diffusers folder, a hub name, or a Stability .safetensors file.
-        output: The folder to write.
-        to: A bundle, or a diffusers folder that stock pipelines load.
-        bits: Bits a weight, in a bundle. [default: 8]
+        source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
+        output: What to write: a folder, or a file where the target is one.
+        to: What it is for (docs/deploy.md); onnx is a bundle, which generates without PyTorch.
+        bits: Bits a weight. [default: the target's own]
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
-        about: A JSON object of facts for bundle.json; "styles" lists the style words that the model knows.
+        about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
+    from fewstep.deploy import Facts, targets
+
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    if to == "diffusers" and bits not in (None, 32):
-        raise UserError("a diffusers folder is written at 32 bits: leave out --bits, or export a bundle")
+    known = targets()
+    if to not in known:
+        raise UserError(f"there is no target {to}: give one of {', '.join(known)}")
+    target = known[to]
+    bits = target.BITS[0] if bits is None else bits
+    if bits not in target.BITS:
+        few = ", ".join(map(str, sorted(target.BITS)))
+        raise UserError(f"bits for {to} must be one of {few}, not {bits}")
     facts = _facts(about)
 
-    from fewstep.families import sd3
+    from fewstep.source import load_family
 
-    family = sd3.load(source, t5=False if to == "bundle" else None, name=name)
-    family = replace(family, steps=steps or family.steps)
-    if to == "diffusers":
-        from fewstep.deploy import diffusers
+    place = _model_of(source)
+    family = load_family(place, t5=None if target.T5 else False)
+    if family.kind not in target.FAMILIES:
+        raise UserError(f"{source} is of the family {family.kind}, which cannot be written for {to}")
+    family = replace(family, steps=steps or family.steps, name=name or family.name)
+    text = Path(place) / "LICENSE"
+    given = text if text.is_file() else None
+    told = Facts(license or ("unknown" if given is None else "see LICENSE"), given, facts)
+    try:
+        line = target.export(family, output, bits, told)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}") from error
+    print(f"{family.name}: {output}, {line}")
 
-        diffusers.export(family, output)
-        print(f"{family.name}: {output}")
-        return
-    from fewstep.deploy import onnx
 
-    bits = bits or 8
-    text = Path(source) / "LICENSE"
-    bundle = onnx.export(
-        family,
-        output,
-        bits=bits,
-        license=license or ("see LICENSE" if text.is_file() else "unknown"),
-        license_file=text if text.is_file() else None,
-        about=facts,
-    )
-    print(f"{bundle.name}: {output}, {bundle.size / 1e6:.1f} MB, {bits}-bit weights")
+def _model_of(source: str) -> str:
+    """The model of a run's folder; any other source as it is."""
+    model = Path(source) / "model"
+    return str(model) if (model / "model_index.json").is_file() else source
 
 
 def _facts(path: Path | None) -> dict[str, Any]:

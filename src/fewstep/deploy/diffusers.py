@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.families import Family, sd3
+from fewstep.deploy import Facts
+from fewstep.families import Family
+
+FAMILIES = ("sd3", "flux")
+BITS = (32,)
+T5 = True
 
 
-def export(family: Family, folder: str | Path) -> None:
-    """Write ``family`` where ``StableDiffusion3Pipeline.from_pretrained`` finds it.
+def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+    """Write ``family`` where its own stock pipeline's ``from_pretrained`` finds it.
 
     Raises:
-        UserError: something else lies at ``folder``, or the disk refuses.
+        UserError: something else lies at ``out``.
     """
-    sd3.save(family, folder)
+    family.module.save(family, out)
+    return "for stock diffusers"

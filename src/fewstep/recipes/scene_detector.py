@@ -112,8 +112,8 @@ def _write(net: Any, path: Path) -> None:
     """The net as an ONNX graph with weights of 16 bits."""
     import torch
 
-    from fewstep.deploy.onnx import Part, trace, write_graph
-    from fewstep.deploy.quantize import shrink
+    from fewstep.deploy.common.graphs import Part, trace, write_graph
+    from fewstep.deploy.common.weights import shrink
 
     net = net.float().eval().to(memory_format=torch.contiguous_format)
     part = Part(net, {"images": torch.zeros(2, 3, SIZE, SIZE)}, ("heat", "box"))

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.deploy.quantize import shrink, to_int8
+from fewstep.deploy.common.weights import shrink, to_int8
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)

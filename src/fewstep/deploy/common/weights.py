@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-BITS = (8, 16, 32)
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
 
 
 def shrink(model: Any, bits: int) -> Any:
-    """A copy of an ``onnx.ModelProto`` with its weights stored in ``bits`` (one of :data:`BITS`) each."""
+    """A copy of an ``onnx.ModelProto`` with its weights stored in ``bits`` (8, 16 or 32) each."""
     import onnx
     from onnx import helper, numpy_helper
 

@@ -1,0 +1,1 @@
+"""What the engines share (floor 3)."""

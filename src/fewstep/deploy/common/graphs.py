@@ -1,0 +1,102 @@
+"""A family's parts as graphs: what goes in, what comes out, and the ONNX of each (floor 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.families import Family
+
+OPSET = 20
+LARGEST = 2**31 - 2**20
+"""Most bytes of a protobuf message; the weights of a graph above it lie in a file beside it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph to be: a module, an example of its inputs (batch 2), and the names of both ends."""
+
+    module: Any
+    inputs: Mapping[str, Any]
+    outputs: tuple[str, ...]
+
+
+def text_length(family: Family) -> int:
+    """Tokens of a prompt, ``L``, as the CLIPs of ``family`` take them."""
+    positions = family.parts["text_encoder"].config.max_position_embeddings
+    return min(family.parts["tokenizer"].model_max_length, positions)
+
+
+def parts(family: Family) -> dict[str, Part]:
+    """The four graphs of a bundle as torch modules, with examples of what goes in."""
+    import torch
+
+    from fewstep.deploy.common.modules import DecoderModule, EncoderModule, TextModule, TransformerModule
+
+    channels, height, width = family.latent
+    length = text_length(family)
+    tokens = torch.zeros(2, length, dtype=torch.int64)
+    tokens[:, 1:] = family.parts["tokenizer"].eos_token_id
+    text = TextModule(family).eval()
+    with torch.no_grad():
+        context, pooled = text(tokens)
+    latents = torch.zeros(2, channels, height, width)
+    images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
+    net = {"x": latents, "t": torch.tensor([1.0, 0.5]), "context": context, "pooled": pooled}
+    return {
+        "text": Part(text, {"tokens": tokens}, ("context", "pooled")),
+        "transformer": Part(TransformerModule(family).eval(), net, ("velocity",)),
+        "decoder": Part(DecoderModule(family).eval(), {"latents": latents}, ("images",)),
+        "encoder": Part(EncoderModule(family).eval(), {"images": images}, ("latents",)),
+    }
+
+
+def trace(part: Part) -> Any:
+    """``part`` as an ``onnx.ModelProto`` with a free batch size."""
+    import torch
+
+    batch = torch.export.Dim("batch")
+    with _quiet():
+        program = torch.onnx.export(
+            part.module,
+            kwargs=dict(part.inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_shapes={name: {0: batch} for name in part.inputs},
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # torch's stack traces: paths of this machine, in a file that ships
+    return model
+
+
+def write_graph(model: Any, path: Path) -> None:
+    """Write an ``onnx.ModelProto``; weights too many for one file go to ``NAME.onnx.data`` beside it."""
+    import onnx
+
+    large = model.ByteSize() > LARGEST
+    onnx.save_model(model, str(path), save_as_external_data=large, location=f"{path.name}.data")
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Silence torch's exporter about torchvision's absence and its own deprecations."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
+            yield
+    finally:
+        log.setLevel(level)
