@@ -38,6 +38,7 @@ def write_bundle(folder: Path, **changes: Any) -> Bundle:
     rng = np.random.default_rng(0)
     graphs = {
         "text": _text(rng, tokenizer.get_vocab_size()),
+        "modulation": _modulation(rng),
         "transformer": _transformer(rng),
         "decoder": _decoder(rng),
         "encoder": _encoder(rng),
@@ -102,28 +103,40 @@ def _text(rng: np.random.Generator, vocabulary: int) -> ModelProto:
     return _graph(nodes, weights, {"tokens": [LENGTH]}, shapes)
 
 
-def _transformer(rng: np.random.Generator) -> ModelProto:
-    """``v = conv(x) + linear(pooled) + linear(mean context) + t * bias``."""
-    latent = [CHANNELS, SIDE, SIDE]
-    size = CHANNELS * SIDE * SIDE
+SIZE = CHANNELS * SIDE * SIDE
+
+
+def _modulation(rng: np.random.Generator) -> ModelProto:
+    """``linear(pooled) + t * bias``."""
     nodes = [
-        helper.make_node("Conv", ["x", "kernel"], ["seen"], pads=[1, 1, 1, 1]),
         helper.make_node("MatMul", ["pooled", "from_pooled"], ["a"]),
-        helper.make_node("ReduceMean", ["context"], ["mean"], axes=[1], keepdims=0),
-        helper.make_node("MatMul", ["mean", "from_context"], ["b"]),
         helper.make_node("Reshape", ["t", "column"], ["times"]),
         helper.make_node("MatMul", ["times", "from_time"], ["c"]),
-        helper.make_node("Sum", ["a", "b", "c"], ["flat"]),
+        helper.make_node("Add", ["a", "c"], ["modulation"]),
+    ]
+    weights = [
+        _weight(rng, "from_pooled", POOLED, SIZE), _weight(rng, "from_time", 1, SIZE),
+        numpy_helper.from_array(np.array([-1, 1]), "column"),
+    ]  # fmt: skip
+    return _graph(nodes, weights, {"t": [], "pooled": [POOLED]}, {"modulation": [SIZE]})
+
+
+def _transformer(rng: np.random.Generator) -> ModelProto:
+    """``v = conv(x) + linear(mean context) + modulation``."""
+    latent = [CHANNELS, SIDE, SIDE]
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["seen"], pads=[1, 1, 1, 1]),
+        helper.make_node("ReduceMean", ["context"], ["mean"], axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["mean", "from_context"], ["b"]),
+        helper.make_node("Add", ["modulation", "b"], ["flat"]),
         helper.make_node("Reshape", ["flat", "latent"], ["said"]),
         helper.make_node("Add", ["seen", "said"], ["velocity"]),
     ]
     weights = [
-        _weight(rng, "kernel", CHANNELS, CHANNELS, 3, 3), _weight(rng, "from_pooled", POOLED, size),
-        _weight(rng, "from_context", WIDTH, size), _weight(rng, "from_time", 1, size),
-        numpy_helper.from_array(np.array([-1, 1]), "column"),
+        _weight(rng, "kernel", CHANNELS, CHANNELS, 3, 3), _weight(rng, "from_context", WIDTH, SIZE),
         numpy_helper.from_array(np.array([-1, *latent]), "latent"),
     ]  # fmt: skip
-    inputs = {"x": latent, "t": [], "context": [LENGTH, WIDTH], "pooled": [POOLED]}
+    inputs = {"x": latent, "context": [LENGTH, WIDTH], "modulation": [SIZE]}
     return _graph(nodes, weights, inputs, {"velocity": latent})
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewstep.types import Array, Cond, UserError, Velocity
+from fewstep.sample import steps_of
+from fewstep.types import Array, Cond, Step, UserError, Velocity
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,27 @@ class Guided:
         """``x_t [B, C, H, W]``, ``t [B]`` -> the guided velocity, ``[B, C, H, W]``."""
         if self.scale == 1:
             return self.velocity(x_t, t, cond)
-        rows = x_t.shape[0]
+        return self._mixed(self.velocity(_join([x_t, x_t]), _join([t, t]), self._both(cond)))
+
+    def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+        """The guided velocity at each of ``times``, prepared where the net can be."""
+        if self.scale == 1:
+            return steps_of(self.velocity, times, cond)
+
+        def guided(step: Step) -> Step:
+            return lambda x: self._mixed(step(_join([x, x])))
+
+        return [guided(step) for step in steps_of(self.velocity, times, self._both(cond))]
+
+    def _both(self, cond: Cond) -> Cond:
+        """What the doubled batch is told: first without, then with the conditions."""
         uncond = self.uncond
         if len(uncond) == 1:
-            uncond = uncond.map(lambda array: array[[0] * rows])
-        both = Cond(_join([uncond.context, cond.context]), _join([uncond.pooled, cond.pooled]))
-        v = self.velocity(_join([x_t, x_t]), _join([t, t]), both)
+            uncond = uncond.map(lambda array: array[[0] * len(cond)])
+        return Cond(_join([uncond.context, cond.context]), _join([uncond.pooled, cond.pooled]))
+
+    def _mixed(self, v: Array) -> Array:
+        rows = v.shape[0] // 2
         return v[:rows] + self.scale * (v[rows:] - v[:rows])
 
 

@@ -13,14 +13,14 @@ from typing import Protocol
 import numpy as np
 
 from fewstep.flow import fill, mix, to_x0
-from fewstep.types import Array, Cond, Sampler, UserError, Velocity
+from fewstep.types import Array, Cond, Foresighted, Sampler, Step, UserError, Velocity
 
 OnStep = Callable[[int, float, Array], None]
 """``on_step(index, t_next, x0_estimate)``: called after each step with the predicted clean latents."""
 
 
-class Step(Protocol):
-    """One move of a walk."""
+class Move(Protocol):
+    """How a walk moves along a velocity."""
 
     def __call__(self, x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
         """``x [B, ...]`` and its velocity at ``t`` -> ``x`` at ``t_next``; ``index`` counts from 0."""
@@ -54,7 +54,7 @@ def euler(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
     return x + (t_next - t) * v
 
 
-def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Step:
+def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Move:
     """The stochastic step: estimate ``x_0``, then mix it with fresh noise at ``t_next``.
 
     This is multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1) on the rectified flow.
@@ -64,16 +64,27 @@ def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarr
         lift: numpy float32 array -> the array kind of the walk (``Model.lift``).
     """
 
-    def step(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
+    def move(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
         fresh = lift(noises(seeds, x.shape[1:], stream=index + 1))
         return mix(to_x0(x, v, t), fresh, t_next)
 
-    return step
+    return move
 
 
-def taken(sampler: Sampler, seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Step:
+def taken(sampler: Sampler, seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Move:
     """How a model whose ``sampler`` this is takes a step, on pictures of these seeds."""
     return renoise(seeds, lift) if sampler == "renoise" else euler
+
+
+def steps_of(velocity: Velocity, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+    """The velocity at each of ``times``, prepared for these conditions where it can be."""
+    if isinstance(velocity, Foresighted):
+        return velocity.steps(times, cond)
+
+    def at(t: float) -> Step:
+        return lambda x: velocity(x, fill(t, x), cond)
+
+    return [at(t) for t in times]
 
 
 def walk(
@@ -81,7 +92,7 @@ def walk(
     x: Array,
     grid: Sequence[float],
     cond: Cond,
-    step: Step = euler,
+    move: Move = euler,
     on_step: OnStep | None = None,
 ) -> Array:
     """Walk ``x`` down the grid.
@@ -91,15 +102,16 @@ def walk(
         x: ``[B, C, H, W]`` at time ``grid[0]``; float32, also for a net of half precision.
         grid: descending times (``times.grid``); one time alone is a walk of no step.
         cond: conditions of the ``B`` samples.
-        step: how one step moves.
+        move: how one step moves.
         on_step: sees the predicted clean latents after each step (a preview).
 
     Returns:
         ``x`` at ``grid[-1]``, ``[B, C, H, W]``.
     """
+    steps = steps_of(velocity, grid[:-1], cond) if len(grid) > 1 else ()
     for index, (t, t_next) in enumerate(pairwise(grid)):
-        v = velocity(x, fill(t, x), cond)
+        v = steps[index](x)
         if on_step is not None:
             on_step(index, t_next, to_x0(x, v, t))
-        x = step(x, v, t, t_next, index)
+        x = move(x, v, t, t_next, index)
     return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,7 +145,10 @@ def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
         raise missing_extra(error) or error from None
     if threads is not None:
         torch.set_num_threads(threads)
-    return Pipeline(family.load(place if place.exists() else name), source=name)
+    from fewstep.nets.hoist import Hoisted
+
+    model = family.load(place if place.exists() else name)
+    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
 
 
 def _family(name: str, place: Path) -> ModuleType:

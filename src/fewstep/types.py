@@ -104,6 +104,19 @@ class Velocity(Protocol):
         ...
 
 
+Step = Callable[[Array], Array]
+"""``x_t [B, C, H, W]`` -> velocity, at a time and for conditions that are settled."""
+
+
+@runtime_checkable
+class Foresighted(Velocity, Protocol):
+    """A velocity that does before a walk, for all its steps at once, what does not depend on the picture."""
+
+    def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+        """A step for each of ``times``, for the ``B`` samples of ``cond``."""
+        ...
+
+
 Sampler = Literal["euler", "renoise"]
 """How a step is taken: along the velocity, or by estimating the data and mixing it with fresh noise."""
 

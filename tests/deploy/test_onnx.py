@@ -17,7 +17,7 @@ from fewstep import sample, times
 from fewstep.deploy import Facts
 from fewstep.deploy import onnx as engine
 from fewstep.deploy.common import graphs
-from fewstep.deploy.common.modules import TextModule, TransformerModule
+from fewstep.deploy.common.modules import ModulationModule, TextModule, TransformerModule
 from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.graph import Graph
@@ -135,7 +135,8 @@ def test_positions_of_an_oblong_picture_are_the_familys(small: Family) -> None:
     x, t = torch.from_numpy(sample.noises([0, 1, 2], oblong.latent)), torch.full((3,), 0.75)
     with torch.no_grad():
         expected = small.velocity(x, t, cond)
-        assert torch.equal(TransformerModule(oblong)(x, t, cond.context, cond.pooled), expected)
+        modulation = ModulationModule(oblong)(t, cond.pooled)
+        assert torch.equal(TransformerModule(oblong)(x, cond.context, modulation), expected)
 
 
 def test_the_second_clip_gets_its_own_padding(small: Family) -> None:

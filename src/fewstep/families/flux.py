@@ -83,6 +83,12 @@ class NetVelocity:
         )[0]
         return unpack(v.float(), rows, columns)
 
+    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
+        dtype = self.net.dtype
+        scale = [t.new_full(t.shape, self.guidance)] if self.net.config.guidance_embeds else []
+        return *(1000 * told.to(dtype) for told in (t, *scale)), pooled.to(dtype)
+
 
 def pack(x: Array) -> Array:
     """Latents ``[B, C, 2h, 2w]`` -> tokens ``[B, h w, 4C]``, row by row; in a token ``C`` varies slowest."""

@@ -61,6 +61,10 @@ class NetVelocity:
         )[0]
         return v.float()
 
+    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
+        return 1000 * t, pooled.to(self.net.dtype)
+
 
 @dataclass(frozen=True)
 class Text:

@@ -2,7 +2,9 @@
 
 ========================  ==============================================================================
 ``text.onnx``             ``tokens`` int64 ``[B, L]`` -> ``context [B, L, D]``, ``pooled [B, P]``
-``transformer.onnx``      ``x [B, C, H, W]``, ``t [B]`` in [0, 1], ``context``, ``pooled`` -> velocity
+``modulation.onnx``       ``t [B]`` in [0, 1], ``pooled`` -> ``modulation [B, M]``: all of the net that is no
+                          function of the picture
+``transformer.onnx``      ``x [B, C, H, W]``, ``context``, ``modulation`` -> velocity
 ``decoder.onnx``          ``latents [B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]
 ``encoder.onnx``          images ``[B, 3, h, w]`` in [-1, 1] -> latents; may be absent
 ``tokenizer.json``        the ``tokenizers`` library's own format, truncation and padding to ``L`` set
@@ -22,11 +24,12 @@ from typing import Any, get_args
 from fewstep.files import write
 from fewstep.types import Sampler, UserError
 
-FORMAT = 1
+FORMAT = 2
+"""Of 1, the modulations were in the transformer's graph."""
 MANIFEST = "bundle.json"
 LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
-NEEDED = ("text.onnx", "transformer.onnx", "decoder.onnx", "tokenizer.json")
+NEEDED = ("text.onnx", "modulation.onnx", "transformer.onnx", "decoder.onnx", "tokenizer.json")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.graph import Graph, cores
 from fewstep.runtime.tokens import Tokens
-from fewstep.types import Array, Cond, Model
+from fewstep.types import Array, Cond, Model, Step
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,31 @@ class Text:
 
 @dataclass(frozen=True)
 class Net:
-    """The transformer: a velocity."""
+    """The transformer: a velocity whose modulations are made for all steps of a walk at once."""
 
+    modulation: Graph
     graph: Graph
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> velocity ``[B, C, H, W]``, float32."""
-        feeds = {"x": x_t, "t": t, "context": cond.context, "pooled": cond.pooled}
-        (v,) = self.graph(**{name: np.asarray(array, np.float32) for name, array in feeds.items()})
-        return v
+        return self._step(cond, self._modulations(t, cond.pooled))(x_t)
+
+    def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+        """A step for each of ``times``."""
+        pooled = np.concatenate([cond.pooled] * len(times))
+        made = self._modulations(np.repeat(np.asarray(times), len(cond)), pooled)
+        return [self._step(cond, part) for part in np.split(made, len(times))]
+
+    def _modulations(self, t: Array, pooled: Array) -> np.ndarray:
+        return self.modulation(t=np.asarray(t, np.float32), pooled=np.asarray(pooled, np.float32))[0]
+
+    def _step(self, cond: Cond, modulation: np.ndarray) -> Step:
+        context = np.asarray(cond.context, np.float32)
+
+        def step(x: Array) -> Array:
+            return self.graph(x=np.asarray(x, np.float32), context=context, modulation=modulation)[0]
+
+        return step
 
 
 class Autoencoder:
@@ -66,7 +82,7 @@ class Autoencoder:
 def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     """Load a bundle for generation.
 
-    The three sessions that every picture needs are made in the background while this function hashes
+    The four sessions that every picture needs are made in the background while this function hashes
     the files, so a damaged file is found here and costs no time.
 
     Args:
@@ -79,12 +95,13 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     threads = threads or cores()
     net = Graph(bundle.path("transformer.onnx"), threads).start()  # first, for it takes longest
     text = Graph(bundle.path("text.onnx"), threads).start()
+    modulation = Graph(bundle.path("modulation.onnx"), threads).start()
     decoder = Graph(bundle.path("decoder.onnx"), threads, convolutions=True).start()
     bundle.verify()
     tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
     return Model(
         name=bundle.name,
-        velocity=Net(net),
+        velocity=Net(modulation, net),
         text=Text(tokens, text),
         codec=Autoencoder(bundle, decoder),
         latent=bundle.latent,

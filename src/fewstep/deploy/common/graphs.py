@@ -33,26 +33,29 @@ def text_length(family: Family) -> int:
 
 
 def parts(family: Family) -> dict[str, Part]:
-    """The four graphs of a bundle as torch modules, with examples of what goes in."""
+    """The five graphs of a model as torch modules, with examples of what goes in."""
     import torch
 
-    from fewstep.deploy.common.modules import DecoderModule, EncoderModule, TextModule, TransformerModule
+    from fewstep.deploy.common import modules
 
     channels, height, width = family.latent
     length = text_length(family)
     tokens = torch.zeros(2, length, dtype=torch.int64)
     tokens[:, 1:] = family.parts["tokenizer"].eos_token_id
-    text = TextModule(family).eval()
+    text, modulation = modules.TextModule(family).eval(), modules.ModulationModule(family).eval()
+    told = {"t": torch.tensor([1.0, 0.5])}
     with torch.no_grad():
-        context, pooled = text(tokens)
+        context, told["pooled"] = text(tokens)
+        modulations = modulation(**told)
     latents = torch.zeros(2, channels, height, width)
     images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
-    net = {"x": latents, "t": torch.tensor([1.0, 0.5]), "context": context, "pooled": pooled}
+    net = {"x": latents, "context": context, "modulation": modulations}
     return {
         "text": Part(text, {"tokens": tokens}, ("context", "pooled")),
-        "transformer": Part(TransformerModule(family).eval(), net, ("velocity",)),
-        "decoder": Part(DecoderModule(family).eval(), {"latents": latents}, ("images",)),
-        "encoder": Part(EncoderModule(family).eval(), {"images": images}, ("latents",)),
+        "modulation": Part(modulation, told, ("modulation",)),
+        "transformer": Part(modules.TransformerModule(family).eval(), net, ("velocity",)),
+        "decoder": Part(modules.DecoderModule(family).eval(), {"latents": latents}, ("images",)),
+        "encoder": Part(modules.EncoderModule(family).eval(), {"images": images}, ("latents",)),
     }
 
 

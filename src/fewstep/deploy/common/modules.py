@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.families import Family
 from fewstep.families.sd3 import LatentCodec, NetVelocity
+from fewstep.nets.hoist import hoisted, swapped
 from fewstep.types import Cond
 
 
@@ -45,16 +46,30 @@ class TextModule(nn.Module):
         return nn.functional.pad(context, (0, self.room)), pooled
 
 
-class TransformerModule(nn.Module):
-    """The net as a velocity of fixed spatial size; its table of positions cropped to that size."""
+class ModulationModule(nn.Module):
+    """What the net makes of time and pooled text alone (:mod:`fewstep.nets.hoist`)."""
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.net = cropped(family.net, *family.latent[1:])
+        self.modulation, _ = hoisted(family.net)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-        """``x [B, C, H, W]``, ``t [B]`` in [0, 1] -> velocity ``[B, C, H, W]``."""
-        return NetVelocity(self.net)(x, t, Cond(context, pooled))
+    def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
+        """``t [B]`` in [0, 1], ``pooled [B, P]`` -> modulations ``[B, M]``."""
+        return self.modulation(1000 * t, pooled)
+
+
+class TransformerModule(nn.Module):
+    """The net as a velocity of fixed spatial size, its modulations given, its table of positions cropped."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        _, net = hoisted(family.net)
+        self.net = cropped(net, *family.latent[1:])
+
+    def forward(self, x: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
+        """``x [B, C, H, W]``, ``context [B, L, D]``, ``modulation [B, M]`` -> velocity ``[B, C, H, W]``."""
+        none = x.new_zeros(x.shape[0])  # the time is in the modulations
+        return NetVelocity(self.net)(x, none, Cond(context, modulation))
 
 
 class DecoderModule(nn.Module):
@@ -88,6 +103,4 @@ def cropped(net: Any, height: int, width: int) -> Any:
     embed._buffers = {**embed._buffers, "pos_embed": table.contiguous()}
     embed.height, embed.width = height // embed.patch_size, width // embed.patch_size
     embed.pos_embed_max_size = None  # the table is used as it is
-    other = copy.copy(net)
-    other._modules = {**net._modules, "pos_embed": embed}
-    return other
+    return swapped(net, {"pos_embed": embed})
