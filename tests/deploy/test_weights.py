@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.deploy.common.weights import shrink, to_int8
+from fewstep.deploy.common.weights import GROUP, shrink, to_groups, to_int8
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)
@@ -69,7 +69,9 @@ def test_an_empty_row_and_column_stay_empty() -> None:
     assert not (codes * scale)[:, 5].any()
 
 
-@pytest.mark.parametrize(("bits", "share", "error"), [(32, 1, 0), (16, 0.5, 2e-3), (8, 0.41, 3e-2)])
+@pytest.mark.parametrize(
+    ("bits", "share", "error"), [(32, 1, 0), (16, 0.5, 2e-3), (8, 0.41, 3e-2), (6, 0.24, 0.1), (4, 0.21, 0.3)]
+)
 def test_fewer_bits_are_fewer_bytes_and_nearly_the_same(bits: int, share: float, error: float) -> None:
     x = RNG.standard_normal((2, 5, 5, 96)).astype(np.float32)
     model = graph()
@@ -82,10 +84,46 @@ def test_fewer_bits_are_fewer_bytes_and_nearly_the_same(bits: int, share: float,
     assert graph().SerializeToString() == model.SerializeToString()  # the original is left as it was
 
 
-def test_a_kernel_is_never_less_than_16_bits() -> None:
+def test_a_kernel_keeps_more_bits_than_a_matrix() -> None:
     types = {weight.name: weight.data_type for weight in shrink(graph(), 8).graph.initializer}
     assert types["kernel.half"] == TensorProto.FLOAT16
     assert types["matrix.int8"] == TensorProto.INT8
+    assert "kernel.int8" in {weight.name for weight in shrink(graph(), 4).graph.initializer}
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("shape", [(96, 64), (72, 64), (64, 72)])
+def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, int]) -> None:
+    matrix = RNG.standard_normal(shape).astype(np.float32)
+    matrix[:, 3], matrix[5] = 0, 0
+    nodes = [helper.make_node("MatMul", ["x", "matrix"], ["y"])]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", s])
+        for n, s in zip("xy", shape, strict=True)
+    ]
+    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(matrix, "matrix")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+    model.ir_version = 10
+    unpacked = run(shrink(model, bits), np.eye(shape[0], dtype=np.float32))
+    found: list[np.ndarray] = []
+    for axis in (0, 1):
+        if shape[axis] % GROUP == 0:
+            turned = matrix.T if axis == 0 else matrix
+            codes, scale, error = to_groups(turned, bits)
+            back = ((codes.reshape(-1, GROUP).astype(np.float32) - 2 ** (bits - 1)) * scale).reshape(
+                turned.shape
+            )
+            assert np.square(back - turned).sum() == pytest.approx(error, rel=1e-3)
+            found.append(back.T if axis == 0 else back)
+    nearest = min(found, key=lambda back: float(np.square(back - matrix).sum()))
+    np.testing.assert_allclose(unpacked, nearest, atol=1e-6)
+    step = np.abs(matrix).max() / (2 ** (bits - 1) - 1)
+    assert np.abs(unpacked - matrix).max() < step  # what a scale cut off may be further than half a step
+
+
+def test_weights_that_are_named_keep_their_bits() -> None:
+    weights = {weight.name for weight in shrink(graph(), 4, {"matrix": 8, "kernel": 32}).graph.initializer}
+    assert {"matrix.int8", "kernel"} <= weights
 
 
 def test_what_float16_cannot_hold_stays_float32() -> None:

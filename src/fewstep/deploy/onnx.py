@@ -14,7 +14,7 @@ from fewstep.runtime.bundle import MANIFEST, seal
 from fewstep.types import UserError
 
 FAMILIES = ("sd3",)
-BITS = (8, 16, 32)
+BITS = (8, 4, 6, 16, 32)
 T5 = False
 
 

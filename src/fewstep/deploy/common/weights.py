@@ -1,14 +1,18 @@
 """Smaller weights in an ONNX graph, the arithmetic left in float32 (floor 3).
 
 8 bits: matrices (linear layers, embeddings) become int8 with one scale a row or a column, whichever loses
-less; convolution kernels, few but felt in every pixel, become float16. 16 bits: all of them float16. In
-both, ``Cast`` (and ``Mul`` by the scale) stand before the layer, and onnxruntime folds them away when it
-makes the session: a file a quarter as large runs as fast as float32, and a picture depends neither on its
-batch nor on the processor's integer instructions. ``docs/deploy.md`` has what else was measured.
+less; convolution kernels, few but felt in every pixel, become float16. 6 and 4 bits: codes with a float16
+scale for every :data:`GROUP` of a row or a column, packed without a gap, and kernels in 8 bits. 16 bits: all
+of them float16. The operators that unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer, and
+onnxruntime folds them away when it makes the session: a file a quarter as large runs as fast as float32, and
+a picture depends neither on its batch nor on the processor's integer instructions. ``docs/deploy.md`` has what
+else was measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,37 +20,41 @@ import numpy as np
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
 
+GROUP = 32
+"""Codes that share a scale, where they have less than 8 bits."""
 
-def shrink(model: Any, bits: int) -> Any:
-    """A copy of an ``onnx.ModelProto`` with its weights stored in ``bits`` (8, 16 or 32) each."""
+PLANES = {4: (4,), 6: (4, 2)}
+"""How codes are laid down: the low bits, two codes a byte; then of 6 bits the high ones, four codes a byte."""
+
+TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
+"""Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
+
+
+def shrink(model: Any, bits: int, kept: Mapping[str, int] | None = None) -> Any:
+    """A copy of an ``onnx.ModelProto`` with its weights stored in fewer bits each.
+
+    Args:
+        model: what :func:`fewstep.deploy.common.graphs.trace` gives.
+        bits: 4, 6, 8, 16 or 32 a weight.
+        kept: bits of the weights of these names instead.
+    """
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import numpy_helper
 
     small = onnx.ModelProto()
     small.CopyFrom(model)
-    if bits == 32:
-        return small
     graph = small.graph
     stored: list[Any] = []
     unpack: list[Any] = []
     for weight in graph.initializer:
-        if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
+        own = (kept or {}).get(weight.name, bits)
+        if own == 32 or weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
             stored.append(weight)
             continue
-        name, array = weight.name, numpy_helper.to_array(weight)
-        if bits == 8 and array.ndim == 2:
-            codes, scale = to_int8(array)
-            stored.append(numpy_helper.from_array(codes, f"{name}.int8"))
-            stored.append(numpy_helper.from_array(scale, f"{name}.scale"))
-            unpack += [
-                helper.make_node("Cast", [f"{name}.int8"], [f"{name}.codes"], to=onnx.TensorProto.FLOAT),
-                helper.make_node("Mul", [f"{name}.codes", f"{name}.scale"], [name]),
-            ]
-        elif np.abs(array).max() <= np.finfo(np.float16).max:
-            stored.append(numpy_helper.from_array(array.astype(np.float16), f"{name}.half"))
-            unpack.append(helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
-        else:
-            stored.append(weight)
+        made = _Stored(weight.name)
+        made.put(numpy_helper.to_array(weight), own)
+        stored += made.tensors
+        unpack += made.nodes
     nodes = [*unpack, *graph.node]
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(stored)
@@ -54,21 +62,131 @@ def shrink(model: Any, bits: int) -> Any:
     return small
 
 
-def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclass
+class _Stored:
+    """One weight in its small form: the tensors that are stored, and the nodes that make ``name`` of them."""
+
+    name: str
+    tensors: list[Any] = field(default_factory=list[Any])
+    nodes: list[Any] = field(default_factory=list[Any])
+
+    def put(self, array: np.ndarray, bits: int) -> None:
+        """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow."""
+        flat = array.ndim == 2
+        if bits in PLANES and flat and (axes := [axis for axis in (1, 0) if array.shape[axis] % GROUP == 0]):
+            self._grouped(array, bits, axes)
+        elif bits <= 8 and (flat or bits < 8):
+            self._scaled(array, (0, 1) if flat else (1,))
+        elif np.abs(array).max() <= np.finfo(np.float16).max:
+            self._node("Cast", self._tensor("half", array.astype(np.float16)), to=FLOAT, out=self.name)
+        else:
+            self._tensor("", array)
+
+    def _scaled(self, array: np.ndarray, axes: Sequence[int]) -> None:
+        """8 bits, a scale a row or a column; a kernel has a scale for each of its outputs."""
+        codes, scale = to_int8(array.reshape(len(array), -1), axes)
+        if array.ndim > 2:
+            codes, scale = codes.reshape(array.shape), scale.reshape(-1, *[1] * (array.ndim - 1))
+        real = self._node("Cast", self._tensor("int8", codes), to=FLOAT)
+        self._node("Mul", real, self._tensor("scale", scale), out=self.name)
+
+    def _grouped(self, array: np.ndarray, bits: int, axes: Sequence[int]) -> None:
+        """Fewer bits, a scale a group of :data:`GROUP` along the axis that loses less."""
+        tried = {axis: to_groups(array.T if axis == 0 else array, bits) for axis in axes}
+        axis = min(tried, key=lambda each: tried[each][2])
+        codes, scale, _ = tried[axis]
+        real = self._node("Cast", self._whole(codes, bits), to=FLOAT)
+        middle = self._node("Sub", real, self._tensor("middle", np.float32(2 ** (bits - 1))))
+        groups = self._node("Reshape", middle, self._tensor("groups", np.array([-1, GROUP])))
+        scales = self._node("Cast", self._tensor("scale", scale), to=FLOAT)
+        scaled = self._node("Mul", groups, scales)
+        shape = self._tensor("shape", np.array([array.shape[1 - axis], array.shape[axis]]))
+        if axis == 1:
+            self._node("Reshape", scaled, shape, out=self.name)
+        else:
+            self._node("Transpose", self._node("Reshape", scaled, shape), perm=[1, 0], out=self.name)
+
+    def _whole(self, codes: np.ndarray, bits: int) -> str:
+        """Codes ``[N]`` of their packed planes, uint8."""
+        below, made = 0, ""
+        for width in PLANES[bits]:
+            part = (codes >> below) & (2**width - 1)
+            shifts = np.arange(0, 8, width, dtype=np.uint8)
+            packed = np.bitwise_or.reduce(part.reshape(-1, len(shifts)) << shifts, axis=1, keepdims=True)
+            bytes_, by = self._tensor(f"plane{width}", packed), self._tensor(f"shifts{width}", shifts)
+            moved = self._node("BitShift", bytes_, by, direction="RIGHT")
+            plane = self._node("BitwiseAnd", moved, self._tensor(f"mask{width}", np.uint8(2**width - 1)))
+            plane = self._node("Reshape", plane, self._tensor(f"flat{width}", np.array([-1])))
+            if below:
+                high = self._node("BitShift", plane, self._tensor("up", np.uint8(below)), direction="LEFT")
+                plane = self._node("BitwiseOr", made, high)
+            below, made = below + width, plane
+        return made
+
+    def _tensor(self, kind: str, array: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        name = f"{self.name}.{kind}" if kind else self.name
+        self.tensors.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def _node(self, kind: str, *inputs: str, out: str | None = None, **options: Any) -> str:
+        from onnx import helper
+
+        name = out or f"{self.name}.{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **options))
+        return name
+
+
+FLOAT = 1
+"""``onnx.TensorProto.FLOAT``, which need not be imported to say so."""
+
+
+def to_int8(matrix: np.ndarray, axes: Sequence[int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric 8-bit codes and their scale, so that ``codes * scale`` is near ``matrix``.
 
     Args:
         matrix: float32 ``[K, N]``.
+        axes: along which a scale may hold.
 
     Returns:
-        int8 ``[K, N]`` in -127..127, and a float32 scale ``[1, N]`` or ``[K, 1]``: the one of the smaller
-        squared error.
+        int8 ``[K, N]`` in -127..127, and a float32 scale ``[1, N]`` (along 0) or ``[K, 1]`` (along 1): the
+        one of the smaller squared error.
     """
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
-    for axis in (0, 1):
+    for axis in axes:
         peak = np.abs(matrix).max(axis, keepdims=True)
         scale = (np.where(peak > 0, peak, 127) / 127).astype(np.float32)
         codes = np.rint(matrix / scale).clip(-127, 127).astype(np.int8)
         found.append((float(np.square(codes * scale - matrix).sum()), codes, scale))
     _, codes, scale = min(found, key=lambda item: item[0])
     return codes, scale
+
+
+def to_groups(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Codes with a scale a group, so that ``(codes - 2^(bits - 1)) * scale`` is near ``matrix``.
+
+    The scale of a group is the one of :data:`TRIED` that loses least.
+
+    Args:
+        matrix: float32 ``[R, C]``; :data:`GROUP` divides ``C``.
+        bits: of a code.
+
+    Returns:
+        uint8 codes ``[R C]``, rows one after the other; float16 scales ``[R C / GROUP, 1]``; the sum of
+        squared errors.
+    """
+    groups, half = matrix.reshape(-1, GROUP), 2 ** (bits - 1)
+    peak = np.abs(groups).max(1, keepdims=True)
+    best, least = np.ones_like(peak), np.full_like(peak, np.inf)
+    for share in TRIED:
+        scale = (peak * share / (half - 1)).astype(np.float16).astype(np.float32)
+        scale[scale == 0] = 1  # a group of zeros, or of less than float16 can say
+        error = np.square(_codes(groups, scale, half) * scale - groups).sum(1, keepdims=True)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    codes = _codes(groups, best, half) + half
+    return codes.astype(np.uint8).reshape(-1), best.astype(np.float16), float(least.sum())
+
+
+def _codes(groups: np.ndarray, scale: np.ndarray, half: int) -> np.ndarray:
+    return np.rint(groups / scale).clip(-half, half - 1)
