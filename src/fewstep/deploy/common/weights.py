@@ -3,10 +3,10 @@
 8 bits: matrices (linear layers, embeddings) become int8 with one scale a row or a column, whichever loses
 less; convolution kernels, few but felt in every pixel, become float16. 6 and 4 bits: codes with a float16
 scale for every :data:`GROUP` of a row or a column, packed without a gap, and kernels in 8 bits. 16 bits: all
-of them float16. The operators that unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer, and
-onnxruntime folds them away when it makes the session: a file a quarter as large runs as fast as float32, and
-a picture depends neither on its batch nor on the processor's integer instructions. ``docs/deploy.md`` has what
-else was measured.
+of them float16. The operators that unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer,
+and onnxruntime folds them away when it makes the session: a file a quarter as large runs as fast as float32,
+and a picture depends neither on its batch nor on the processor's integer instructions. ``docs/deploy.md`` has
+what else was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUP = 32
 """Codes that share a scale, where they have less than 8 bits."""
 
 PLANES = {4: (4,), 6: (4, 2)}
-"""How codes are laid down: the low bits, two codes a byte; then of 6 bits the high ones, four codes a byte."""
+"""How codes are laid down: low bits, two codes a byte; of 6 bits then the high ones, four codes a byte."""
 
 TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
