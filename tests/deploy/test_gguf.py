@@ -54,7 +54,7 @@ def step(array: np.ndarray, bits: int) -> np.ndarray:
 def test_a_file_holds_the_nets_tensors(small: Family, tmp_path: Path, bits: int) -> None:
     engine.export(small, tmp_path / "m.gguf", bits, FACTS)
     arrays, kinds, _ = read(tmp_path / "m.gguf")
-    theirs = {name: tensor.numpy() for name, tensor in net_tensors(small.net).items()}
+    theirs = {name: tensor.numpy() for name, tensor in net_tensors(small.parts).items()}
     assert {name: array.shape for name, array in arrays.items()} == {
         name: array.shape for name, array in theirs.items()
     }

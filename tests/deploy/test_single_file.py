@@ -86,8 +86,8 @@ def test_stock_diffusers_reads_it(written: Any) -> None:
 
 @pytest.mark.parametrize("config", [tiny.SD35_MEDIUM, tiny.SMALL, SD3_MEDIUM])
 def test_diffusers_conversion_uses_every_tensor_of_the_net(config: dict[str, Any]) -> None:
-    net = tiny.parts(config, with_t5=False)["transformer"]
-    tensors = stability.net_tensors(net)
+    parts = tiny.original(config=config, with_t5=False)
+    net, tensors = parts["transformer"], stability.net_tensors(parts)
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(
         tensor.numel() for tensor in net.state_dict().values()
     )
@@ -164,12 +164,27 @@ def test_a_student_comes_back_as_it_walks(tmp_path: Path) -> None:
     assert (told["license_text"], told["about"]) == ("do what you like", {"bits": 16, "styles": ["3D"]})
 
 
+def test_the_first_clips_projection_goes_into_the_net(tmp_path: Path) -> None:
+    """Readers take it for the identity."""
+    projected = sd3.assemble(tiny.parts(with_t5=False), name="projected", steps=4, guidance=None)
+    sd3.save(projected, tmp_path / "config")
+    single.export(projected, tmp_path / "f.safetensors", 32, FACTS)
+    back = sd3.load(tmp_path / "f.safetensors", config=tmp_path / "config")
+    pooled, theirs = back.text(PROMPTS).pooled, projected.text(PROMPTS).pooled
+    assert not torch.allclose(pooled, theirs, atol=1e-2)
+    assert torch.allclose(draw(back), draw(projected), atol=1e-4)
+
+
 def _unknown(parts: dict[str, Any]) -> None:
     parts["transformer"].transformer_blocks[0].extra = torch.nn.Linear(2, 2)
 
 
-def _projected(parts: dict[str, Any]) -> None:
-    parts["text_encoder"] = tiny.parts(with_t5=False)["text_encoder"]
+def _narrow(parts: dict[str, Any]) -> None:
+    parts["text_encoder"].text_projection = torch.nn.Linear(24, 20, bias=False)
+
+
+def _alike(parts: dict[str, Any]) -> None:
+    parts["text_encoder_2"] = tiny.clip(parts["tokenizer_2"], 24, "gelu")
 
 
 def _tiny(parts: dict[str, Any]) -> None:
@@ -180,7 +195,8 @@ def _tiny(parts: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (_unknown, r"no place for transformer_blocks\.0\.extra\.bias"),
-        (_projected, "text_encoder has a projection"),
+        (_narrow, "text_encoder projects 24 numbers to 20"),
+        (_alike, "both CLIPs are 24 wide"),
         (_tiny, "has an AutoencoderTiny"),
     ],
 )

@@ -54,7 +54,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         writer.add_string("fewstep", said["fewstep"])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         writer.add_file_type(LlamaFileType[f"MOSTLY_{KINDS[bits]}"])
-        for name, tensor in net_tensors(family.net).items():
+        for name, tensor in net_tensors(family.parts).items():
             array = tensor.detach().numpy()
             kind = GGMLQuantizationType[kind_of(name, array, bits)]
             writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)

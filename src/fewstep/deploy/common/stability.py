@@ -57,14 +57,15 @@ TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3":
 TIED = "encoder.embed_tokens.weight"
 
 
-def net_tensors(net: Any) -> Tensors:
-    """The tensors of an ``SD3Transformer2DModel``, without a prefix.
+def net_tensors(parts: Mapping[str, Any]) -> Tensors:
+    """The tensors of a model's ``SD3Transformer2DModel``, without a prefix.
 
     Raises:
-        UserError: a tensor has no place there.
+        UserError: a tensor has no place there, or the first CLIP's projection has none.
     """
     import torch
 
+    net = parts["transformer"]
     last = len(net.transformer_blocks) - 1
     table = {**NET}
     for i in range(last + 1):
@@ -76,7 +77,27 @@ def net_tensors(net: Any) -> Tensors:
             key = f"{place}.adaLN_modulation.1.{end}"
             scale, shift = out[key].chunk(2)  # diffusers' order; Stability's is the other one
             out[key] = torch.cat([shift, scale])
+    pooled = "y_embedder.mlp.0.weight"
+    out[pooled] = with_projection(out[pooled], parts["text_encoder"].text_projection.weight.detach())
     return out
+
+
+def with_projection(weight: Any, projection: Any) -> Any:
+    """The net's first layer of pooled text ``[D, P]``, the first CLIP's projection ``[H, H]`` multiplied in.
+
+    All who read these files take that projection for the identity, which it is in Stability's own.
+
+    Raises:
+        UserError: it is not square, so that the layer would change its shape.
+    """
+    import torch
+
+    rows, width = projection.shape
+    if rows != width:
+        raise UserError(f"text_encoder projects {width} numbers to {rows}: Stability's files have no place")
+    if projection.equal(torch.eye(width, dtype=projection.dtype)):
+        return weight
+    return torch.cat([weight[:, :width] @ projection, weight[:, width:]], dim=1)
 
 
 def autoencoder_tensors(vae: Any) -> Tensors:
@@ -111,24 +132,22 @@ def autoencoder_tensors(vae: Any) -> Tensors:
 
 
 def text_tensors(parts: Mapping[str, Any]) -> Tensors:
-    """The tensors of the text encoders that are there, as ``clip_l.transformer.`` and so on.
+    """The tensors of the text encoders that are there, as ``clip_l.transformer.`` and so on; the first
+    CLIP's projection is in the net (:func:`with_projection`).
 
     Raises:
-        UserError: the first CLIP projects what it pools, for which the files have no place.
+        UserError: both CLIPs are of one width, by which diffusers tells them apart.
     """
-    import torch
-
+    first, second = (parts[part].config.hidden_size for part in ("text_encoder", "text_encoder_2"))
+    if first == second:
+        raise UserError(f"both CLIPs are {first} wide, and by their widths readers tell them apart")
     out: Tensors = {}
     for part, place in TEXTS.items():
         state = {} if parts[part] is None else dict(parts[part].state_dict())
+        if place == "clip_l":
+            del state["text_projection.weight"]
         if TIED in state:  # T5's one table of embeddings: stock diffusers lacks it where it lies there once
             state[TIED] = state[TIED].clone()
-        if place == "clip_l":  # readers put the identity there
-            projection = state.pop("text_projection.weight")
-            if projection.shape[0] != projection.shape[1] or not projection.equal(
-                torch.eye(projection.shape[0], dtype=projection.dtype)
-            ):
-                raise UserError("text_encoder has a projection, which Stability's files do not hold")
         out |= {f"{place}.transformer.{key}": tensor for key, tensor in state.items()}
     return out
 
@@ -140,7 +159,7 @@ def checkpoint(parts: Mapping[str, Any]) -> Tensors:
         UserError: it cannot be laid out so.
     """
     groups = {
-        "model.diffusion_model": net_tensors(parts["transformer"]),
+        "model.diffusion_model": net_tensors(parts),
         "first_stage_model": autoencoder_tensors(parts["vae"]),
         "text_encoders": text_tensors(parts),
     }
