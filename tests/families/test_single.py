@@ -9,20 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import stability
 import tiny
 from fewstep import sample
+from fewstep.deploy.common import stability
 from fewstep.families import Family, sd3
 from fewstep.types import UserError
 
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
-
-
-def components(**options: Any) -> dict[str, Any]:
-    parts = tiny.parts(**options)
-    with torch.no_grad():  # the first CLIP of SD3's files has no projection
-        parts["text_encoder"].text_projection.weight.copy_(torch.eye(24))
-    return parts
 
 
 def write(path: Path, parts: dict[str, Any], without: tuple[str, ...] = ()) -> Path:
@@ -34,7 +27,7 @@ def write(path: Path, parts: dict[str, Any], without: tuple[str, ...] = ()) -> P
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
     folder = tmp_path_factory.mktemp("original") / "m"
-    family = sd3.assemble(components(), name="original")
+    family = sd3.assemble(tiny.original(), name="original")
     sd3.save(family, folder)
     return family, folder
 
@@ -52,8 +45,6 @@ def same(a: Family, b: Family) -> None:
 
 
 TEXTS = ("text_encoders.clip_l.", "text_encoders.clip_g.", "text_encoders.t5xxl.")
-
-
 TIED = ("text_encoders.t5xxl.transformer.encoder.embed_tokens.",)
 WITHOUT = {"whole": (), "T5 tied": TIED, "no T5": TEXTS[2:], "no text encoders": TEXTS}
 
@@ -61,7 +52,7 @@ WITHOUT = {"whole": (), "T5 tied": TIED, "no T5": TEXTS[2:], "no text encoders":
 @pytest.mark.parametrize("without", WITHOUT.values(), ids=WITHOUT)
 def test_a_single_file_is_the_folder(tmp_path: Path, original: Any, without: tuple[str, ...]) -> None:
     family, folder = original
-    path = write(tmp_path / "sd3_tiny.safetensors", components(), without)
+    path = write(tmp_path / "sd3_tiny.safetensors", tiny.original(), without)
     loaded = sd3.load(path, config=folder)
     same(loaded, family)
     assert loaded.name == "sd3_tiny"
@@ -69,15 +60,15 @@ def test_a_single_file_is_the_folder(tmp_path: Path, original: Any, without: tup
 
 
 def test_t5_in_a_file_can_be_left_out(tmp_path: Path, original: Any) -> None:
-    path = write(tmp_path / "m.safetensors", components())
+    path = write(tmp_path / "m.safetensors", tiny.original())
     loaded = sd3.load(path, config=original[1], t5=False)
     assert loaded.text(PROMPTS).context.shape[1] == tiny.LENGTH
 
 
 def test_a_configuration_without_t5(tmp_path: Path) -> None:
-    family = sd3.assemble(components(with_t5=False), name="clips")
+    family = sd3.assemble(tiny.original(with_t5=False), name="clips")
     sd3.save(family, tmp_path / "config")
-    path = write(tmp_path / "m.safetensors", components(with_t5=False))
+    path = write(tmp_path / "m.safetensors", tiny.original(with_t5=False))
     same(sd3.load(path, config=tmp_path / "config"), family)
     with pytest.raises(UserError, match="text_encoder_3"):
         sd3.load(path, config=tmp_path / "config", t5=True)
@@ -94,7 +85,7 @@ def _bad(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["truncated", "no tensors", "foreign"])
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, original: Any, kind: str) -> None:
-    path = write(tmp_path / "m.safetensors", components())
+    path = write(tmp_path / "m.safetensors", tiny.original())
     _bad(path, kind)
     with pytest.raises(UserError, match=r"m\.safetensors") as caught:
         sd3.load(path, config=original[1])
@@ -110,7 +101,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, original: Any, kind: str) 
     ],
 )
 def test_missing_weights_are_named(tmp_path: Path, original: Any, missing: str) -> None:
-    path = write(tmp_path / "m.safetensors", components(), (missing,))
+    path = write(tmp_path / "m.safetensors", tiny.original(), (missing,))
     with pytest.raises(UserError, match=r"m\.safetensors"):
         sd3.load(path, config=original[1])
 
@@ -119,7 +110,7 @@ def test_missing_weights_are_named(tmp_path: Path, original: Any, missing: str) 
     ("config", "named"), [(None, "none of SD3's known sizes"), ("no/such", "give a local folder as config")]
 )
 def test_without_a_configuration_the_way_out_is_named(tmp_path: Path, config: Any, named: str) -> None:
-    path = write(tmp_path / "m.safetensors", components())
+    path = write(tmp_path / "m.safetensors", tiny.original())
     with pytest.raises(UserError, match=named) as caught:
         sd3.load(path, config=config)
     assert "\n" not in str(caught.value)

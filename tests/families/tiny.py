@@ -136,6 +136,14 @@ def parts(config: dict[str, Any] = SMALL, *, with_t5: bool = True, tiny: bool = 
     }
 
 
+def original(**options: Any) -> dict[str, Any]:
+    """:func:`parts`, the first CLIP pooling without a projection, as in all of Stability's files."""
+    made = parts(**options)
+    with torch.no_grad():
+        made["text_encoder"].text_projection.weight.copy_(torch.eye(24))
+    return made
+
+
 def assert_batch_does_not_matter(family: Family, prompts: list[str]) -> None:
     """The second of two prompts gives the same latents and text alone as beside the first."""
     noise, cond = sample.noises([1, 2], family.latent), family.text(prompts)

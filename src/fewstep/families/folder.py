@@ -48,14 +48,25 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is there, but not a JSON object, or its steps or its guidance are no numbers.
     """
-    facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    path = folder / FACTS
+    return checked_facts(read_json(path), path) if path.is_file() else {}
+
+
+def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
+    """``facts`` as they were read at ``place``.
+
+    Raises:
+        UserError: see :func:`read_facts`.
+    """
     try:
         if facts.get("steps") is not None:
             facts["steps"] = whole("steps", facts["steps"], 1, MANY)
         if facts.get("guidance") is not None:
             facts["guidance"] = real("guidance", facts["guidance"], 0, 100)
+        if facts.get("shift") is not None:
+            facts["shift"] = real("shift", facts["shift"], 1e-3, 1e3)
     except UserError as error:
-        raise UserError(f"{folder / FACTS}: {error}") from None
+        raise UserError(f"{place}: {error}") from None
     return facts
 
 

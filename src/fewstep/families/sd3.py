@@ -191,11 +191,10 @@ def load(
     kind = torch_dtype(dtype)
     check_device(device)
     path = Path(source)
-    facts: dict[str, Any] = {}
     if path.is_file():
         from fewstep.families.single import read_single
 
-        parts = read_single(path, config, kind, t5)
+        parts, facts = read_single(path, config, kind, t5)
     else:
         folder = path if path.is_dir() else download(str(source), t5)
         parts = read_folder(folder, kind, t5)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.families.folder import T5, first_line, read_index, read_part
+from fewstep.families.folder import T5, checked_facts, first_line, read_index, read_part
 from fewstep.types import UserError
 
 MARKS = {
@@ -16,8 +17,11 @@ MARKS = {
 """A tensor by which to see that a text encoder is in the file; many files leave all three out."""
 
 
-def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | None) -> dict[str, Any]:
-    """The components of a single-file checkpoint; what it lacks comes from ``config``.
+def read_single(
+    path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The components of a single-file checkpoint, and the facts that ``fewstep export`` wrote into its
+    header; what the file lacks comes from ``config``.
 
     Args:
         path: the ``.safetensors`` file.
@@ -30,7 +34,7 @@ def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | No
     """
     from diffusers import StableDiffusion3Pipeline
 
-    outline = _outline(path)
+    outline, facts = _outline(path)
     if not any(".x_block." in key for key in outline):
         raise UserError(f"{path} is not an SD3 checkpoint: it has no joint_blocks")
     if not any(key.startswith("first_stage_model.") for key in outline):
@@ -56,19 +60,33 @@ def read_single(path: Path, config: str | Path | None, dtype: Any, t5: bool | No
         raise UserError(f"{path} lacks weights of its autoencoder or text encoders") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"cannot load {path}: {first_line(error)}") from error
-    return _whole(path, pipe.components)
+    parts = _whole(path, pipe.components)
+    return {**parts, "scheduler": _told(parts["scheduler"], facts)}, facts
 
 
-def _outline(path: Path) -> dict[str, Any]:
-    """Names and shapes of a file's tensors, as tensors without data."""
+def _told(scheduler: Any, facts: dict[str, Any]) -> Any:
+    """The scheduler of the configuration, but a student's steps are laid and taken as its own file says."""
+    if "shift" not in facts:
+        return scheduler
+    renoise = facts.get("sampler") == "renoise"
+    return type(scheduler).from_config(scheduler.config, shift=facts["shift"], stochastic_sampling=renoise)
+
+
+def _outline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Names and shapes of a file's tensors, as tensors without data, and the facts in its header."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
-    except (OSError, SafetensorError) as error:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            facts = json.loads((file.metadata() or {}).get("fewstep", "{}"))
+        if not isinstance(facts, dict):
+            raise ValueError("its header tells no facts")
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from error
+    outline = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return outline, checked_facts(facts, path)
 
 
 def _local(config: str | Path | None) -> Path | None:

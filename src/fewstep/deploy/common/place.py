@@ -1,0 +1,31 @@
+"""Where an export that is one file goes (floor 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fewstep.files import replacing_file
+from fewstep.types import UserError
+
+
+@contextmanager
+def fresh_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> Generator[Path]:
+    """A name beside ``out`` that takes its place if the block ends well; an earlier export there is replaced.
+
+    Args:
+        out: where the file goes.
+        suffix: what its name must end in.
+        ours: whether a file is an earlier export.
+
+    Raises:
+        UserError: another name, or something else lies there.
+    """
+    if out.suffix != suffix:
+        raise UserError(f"this target writes a {suffix} file: {out} must end so")
+    if out.exists() and not (out.is_file() and ours(out)):
+        raise UserError(f"{out} exists and is no export of fewstep: choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(out) as fresh:
+        yield fresh

@@ -1,0 +1,69 @@
+"""A torch family as one file in Stability's key names, as ComfyUI and diffusers read it (floor 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.deploy import Facts
+from fewstep.deploy.common.place import fresh_file
+from fewstep.deploy.common.stability import checkpoint, told
+from fewstep.families import Family
+from fewstep.families.folder import first_line
+from fewstep.types import UserError
+
+FAMILIES = ("sd3",)
+BITS = (16, 32)
+T5 = True
+
+
+def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+    """Write ``family`` as a ``.safetensors`` file that holds the net, the autoencoder and the text encoders.
+
+    Its header tells name, licence, steps, guidance, shift and sampler
+    (:func:`fewstep.deploy.common.stability.told`); :func:`fewstep.families.sd3.load` reads them back.
+
+    Args:
+        family: an SD3-type family in float32 on the processor.
+        out: the file, ending in ``.safetensors``.
+        bits: 16 is float16.
+        facts: what it tells of itself.
+
+    Returns:
+        What there is now, in a line.
+
+    Raises:
+        UserError: something else lies at ``out``, the disk refuses, the family has parts that such a file
+            does not hold, or weights that float16 does not.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with fresh_file(out, ".safetensors", _ours) as fresh:
+        tensors = {name: _stored(name, tensor, bits) for name, tensor in checkpoint(family.parts).items()}
+        said = told(family, facts, bits)
+        header = {"format": "pt", "fewstep": said.pop("fewstep")}
+        header |= {f"modelspec.{key}": text for key, text in said.items()}
+        try:
+            save_file(tensors, fresh, header)
+        except SafetensorError as error:
+            raise UserError(f"cannot write {out}: {first_line(error)}") from error
+    return f"{out.stat().st_size / 1e6:.1f} MB, {bits}-bit weights"
+
+
+def _stored(name: str, tensor: Any, bits: int) -> Any:
+    if bits == 16:
+        tensor = tensor.half()
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has weights too large for float16: give --bits 32")
+    return tensor.contiguous()
+
+
+def _ours(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "fewstep" in (file.metadata() or {})
+    except SafetensorError:
+        return False
