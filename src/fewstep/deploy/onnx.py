@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import parts, text_length, trace, write_graph
-from fewstep.deploy.common.weights import shrink
+from fewstep.deploy.common.weights import BitsOf, shrink
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.runtime.bundle import MANIFEST, seal
@@ -36,6 +38,18 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     Raises:
         UserError: something else lies at ``out``.
     """
+    return write_bundle(family, {stem: trace(part) for stem, part in parts(family).items()}, out, bits, facts)
+
+
+def write_bundle(
+    family: Family,
+    traced: Mapping[str, Any],
+    out: Path,
+    bits: int,
+    facts: Facts,
+    bits_of: BitsOf | None = None,
+) -> str:
+    """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise UserError(f"{out} exists and is no bundle: choose another place")
     channels, height, width = family.latent
@@ -52,8 +66,8 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         "about": {"bits": bits, **facts.about},
     }
     with replacing_folder(out) as fresh:
-        for stem, part in parts(family).items():
-            write_graph(shrink(trace(part), bits), fresh / f"{stem}.onnx")
+        for stem, model in traced.items():
+            write_graph(shrink(model, bits, bits_of), fresh / f"{stem}.onnx")
         write_tokenizer(family, fresh / "tokenizer.json")
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
