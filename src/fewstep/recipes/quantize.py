@@ -20,6 +20,7 @@ from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.deploy.common.sensitivity import Weight
+    from fewstep.deploy.common.weights import BitsOf
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
 
@@ -116,10 +117,13 @@ def _costs(family: Family, bits: int, spare: float) -> tuple[dict[str, list[Weig
     return costs, kept
 
 
-def _bits_of(kept: Mapping[str, float]) -> Any:
+def _bits_of(kept: Mapping[str, float]) -> BitsOf:
     from fewstep.deploy.common.sensitivity import digest
 
-    return lambda array: SPARED if digest(array) in kept else None
+    def bits_of(array: np.ndarray) -> int | None:
+        return SPARED if digest(array) in kept else None
+
+    return bits_of
 
 
 def _figures(

@@ -7,7 +7,7 @@ graph move, on what reaches the graph in real walks, is what it costs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -129,7 +129,7 @@ def _outputs(part: Part, inputs: Inputs) -> list[Any]:
 
 
 @contextmanager
-def _replaced(parameter: Any, array: np.ndarray) -> Iterator[None]:
+def _replaced(parameter: Any, array: np.ndarray) -> Generator[None]:
     import torch
 
     kept = parameter.detach().clone()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
@@ -126,7 +127,7 @@ class _Stored:
             below, made = below + width, plane
         return made
 
-    def _tensor(self, kind: str, array: np.ndarray) -> str:
+    def _tensor(self, kind: str, array: ArrayLike) -> str:
         from onnx import numpy_helper
 
         name = f"{self.name}.{kind}" if kind else self.name
