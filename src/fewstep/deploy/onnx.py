@@ -82,4 +82,4 @@ def write_tokenizer(family: Family, path: Path) -> None:
     length = text_length(family)
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    backend.save(str(path))
+    backend.save(str(path), pretty=False)
