@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +49,7 @@ def quantize(
     detector: Path = Path("models/scene-detector"),
     data: Path = Path("data/stickers"),
     rounds: int = 10,
+    name: str | None = None,
     license: str | None = None,
     about: Path | None = None,
 ) -> None:
@@ -67,6 +68,7 @@ def quantize(
         detector: Folder of what finds things in scenes.
         data: Folder that `fewstep data stickers` filled.
         rounds: Pictures that are timed, of all rungs in turn.
+        name: The model's name; by default what the source calls itself.
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along.
     """
@@ -85,6 +87,7 @@ def quantize(
         raise UserError(f"{data}: no such folder; run fewstep data stickers, or give --prompts 0")
     facts = facts_of(place := model_of(source), license, about)
     family = load_family(place, t5=False)
+    family = replace(family, name=name or family.name)
     made = parts(family)
     _say("tracing")
     traced = {stem: trace(part) for stem, part in made.items()}
