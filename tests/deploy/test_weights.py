@@ -146,6 +146,11 @@ def test_what_float16_cannot_hold_stays_float32() -> None:
     assert weights["kernel.half"].data_type == TensorProto.FLOAT16
 
 
+def test_what_a_scale_cannot_say_keeps_more_bits() -> None:
+    back, _ = stored(1e6 * MATRIX, 4)
+    np.testing.assert_allclose(back, 1e6 * MATRIX, atol=1e6 * np.abs(MATRIX).max() / 127)
+
+
 def test_a_picture_does_not_depend_on_its_batch() -> None:
     x = RNG.standard_normal((4, 5, 5, 96)).astype(np.float32)
     x[1:] *= 100  # neighbours that would stretch a shared scale of activations

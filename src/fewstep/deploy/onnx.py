@@ -38,6 +38,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     Raises:
         UserError: something else lies at ``out``.
     """
+    check_place(out)
     return write_bundle(family, {stem: trace(part) for stem, part in parts(family).items()}, out, bits, facts)
 
 
@@ -50,8 +51,7 @@ def write_bundle(
     bits_of: BitsOf | None = None,
 ) -> str:
     """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise UserError(f"{out} exists and is no bundle: choose another place")
+    check_place(out)
     channels, height, width = family.latent
     told = {
         "name": family.name,
@@ -73,6 +73,12 @@ def write_bundle(
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
         bundle = seal(fresh, told)
     return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
+
+
+def check_place(out: Path) -> None:
+    """Refuse, before anything is made for it, a place where something else than a bundle lies."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} exists and is no bundle: choose another place")
 
 
 def write_tokenizer(family: Family, path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from fewstep import files
-from fewstep.recipes.parts import SHOWN, at_least, at_least_one
+from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -83,8 +83,10 @@ def quantize(
     rungs = [FULL, *sorted({number for number in bits if number != FULL}, reverse=True)]
     if odd := [number for number in rungs if number not in onnx.BITS]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, sorted(onnx.BITS)))}")
-    if prompts and not data.is_dir():
-        raise UserError(f"{data}: no such folder; run fewstep data stickers, or give --prompts 0")
+    if prompts:
+        measurable(data, detector, prompts, scenes)
+    for number in rungs:
+        onnx.check_place(output / str(number))
     facts = facts_of(place := model_of(source), license, about)
     family = load_family(place, t5=False)
     family = replace(family, name=name or family.name)
@@ -117,7 +119,13 @@ def _weights(family: Family, made: Mapping[str, Part]) -> list[Weight]:
 def _bits_of(given: Mapping[str, int]) -> BitsOf:
     from fewstep.deploy.common.sensitivity import digest
 
-    return lambda array: given.get(digest(array))
+    def bits_of(array: np.ndarray) -> int | None:
+        bits = given.get(digest(array))
+        if given and bits is None:
+            _say(f"a weight {array.shape} of the graphs was not measured and has the rung's bits")
+        return bits
+
+    return bits_of
 
 
 def _figures(
@@ -138,12 +146,12 @@ def _figures(
     from fewstep.evaluate.harness import evaluate
     from fewstep.evaluate.scenes import load
 
-    names = {number: f"{output / str(number)}@{steps}" for number in rungs}
+    candidates = {number: candidate(Spec(str(output / str(number)), steps)) for number in rungs}
     results = evaluate(
-        [candidate(Spec(str(output / str(number)), steps)) for number in rungs],
+        list(candidates.values()),
         stickers.references(data),
         output / "measured",
-        teacher=names[FULL],
+        teacher=candidates[FULL].label,
         prompts=prompts,
         seeds=pictures,
         scenes=load(data, detector, scenes) if scenes else None,
@@ -151,7 +159,7 @@ def _figures(
         on_progress=lambda label, done, total: None if done else _say(f"measuring {label}"),
     )
     by_label = {row.label: row.figures for row in results.rows}
-    return {number: by_label[name] for number, name in names.items()}
+    return {number: by_label[each.label] for number, each in candidates.items()}
 
 
 def _report(

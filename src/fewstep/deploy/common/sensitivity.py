@@ -136,7 +136,8 @@ def allotted(weights: Sequence[Weight], bits: int) -> list[int]:
 
 
 def digest(array: np.ndarray) -> str:
-    """The same for a matrix and its transpose: an exporter turns some."""
+    """The same for a matrix and its transpose, and with axes of length 1: an exporter turns some."""
+    array = array.squeeze()
     turned = [array, array.T] if array.ndim == 2 else [array]
     return min(hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in turned)
 

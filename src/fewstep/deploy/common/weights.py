@@ -77,11 +77,12 @@ class _Stored:
         """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow."""
         rows = array.reshape(len(array), -1)
         axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
-        if bits in PLANES and axes:
+        halves = np.abs(array).max() <= np.finfo(np.float16).max
+        if bits in PLANES and axes and halves:
             self._grouped(array, bits, axes)
         elif bits <= 8:
             self._scaled(array, (0, 1) if array.ndim == 2 else (1,))
-        elif bits < 32 and np.abs(array).max() <= np.finfo(np.float16).max:
+        elif bits < 32 and halves:
             self._node("Cast", self._tensor("half", array.astype(np.float16)), to=FLOAT, out=self.name)
         else:
             self._tensor("", array)
