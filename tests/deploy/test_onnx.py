@@ -16,6 +16,7 @@ import tiny
 from fewstep import sample, times
 from fewstep.deploy import Facts
 from fewstep.deploy import onnx as engine
+from fewstep.deploy.common import bundle as common
 from fewstep.deploy.common import graphs
 from fewstep.deploy.common.modules import ModulationModule, TextModule, TransformerModule
 from fewstep.families import Family, sd3
@@ -172,7 +173,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def fail(*_: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(engine, "write_tokenizer", fail)
+    monkeypatch.setattr(common, "write_tokenizer", fail)
     with pytest.raises(type(fault)):
         export(tmp_path / "b", bits=32)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
