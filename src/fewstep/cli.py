@@ -38,6 +38,7 @@ COMMANDS = {
     "variance": ("fewstep.recipes.variance:variance", "Measure how noisy the gradient of matching is."),
     "ablate": ("fewstep.recipes.ablate:ablate", "Compare all methods of distillation in one table."),
     "export": ("fewstep.deploy.command:export", "Write a trained model for the program that shall run it."),
+    "quantize": ("fewstep.recipes.quantize:quantize", "Write a model in fewer bits, and what that costs."),
     "evaluate": ("fewstep.evaluate.command:evaluate", "Measure what a model draws."),
     "bench": ("fewstep.bench.command:bench", "Time a generation against stock diffusers."),
 }

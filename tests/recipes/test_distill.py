@@ -159,7 +159,7 @@ def test_a_split_without_the_stage_before_is_refused(made: Made, tmp_path: Path)
     for _ in range(2):
         train(next(chain))
     shutil.rmtree(tmp_path / "2-flash" / "checkpoints")
-    with pytest.raises(UserError, match="does not give its proxy, heads"):
+    with pytest.raises(UserError, match="has no whole checkpoint"):
         next(chain)
 
 

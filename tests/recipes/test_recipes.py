@@ -69,7 +69,7 @@ def test_the_student_draws_as_stock_diffusers_does(made: Made) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     family = sd3.load(made.student, t5=False)
-    assert (family.name, family.steps, family.guidance) == ("model-trajectory", 4, None)
+    assert (family.name, family.steps, family.guidance) == ("pocket-teacher-trajectory", 4, None)
     noise = sample.noises([5], family.latent)
     with torch.no_grad():
         cond = family.text(["a red disc"])

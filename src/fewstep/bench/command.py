@@ -1,49 +1,164 @@
-"""``fewstep bench``: a generation as a whole process, alone or against stock diffusers."""
+"""The command ``fewstep bench``."""
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from fewstep.types import UserError
 
+if TYPE_CHECKING:
+    from fewstep.bench.measure import Record
+
+DTYPES = ("float32", "bfloat16")
+
 
 def bench(
-    model: str | None = None,
-    /,
-    *,
-    against: Path,
+    *models: str,
+    against: Path | None = None,
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",),
     prompt: str = "a red apple, 3D style",
-    steps: int = 4,
+    steps: tuple[int, ...] = (),
+    batch: tuple[int, ...] = (1,),
     rounds: int = 5,
     threads: int = 0,
+    output: Annotated[Path, Parameter(name=["-o", "--output"])] = Path("bench.jsonl"),
+    whole: Annotated[bool, Parameter(negative="")] = False,
+    plot: Path | None = None,
+    records: tuple[Path, ...] = (),
+    quality: Path | None = None,
+    figure: str = "kid_teacher",
 ) -> None:
-    """Time a prompt to a picture as a whole process, in turn with stock diffusers on the same student.
+    """Measure what generation costs here, stage by stage, all engines in turn; or draw what was measured.
+
+    Every engine is a process of its own and draws the same pictures as the others, one after the other. A
+    record each, with this device's description, is added to a file of JSON lines.
 
     Args:
-        model: The model, as generate takes it; by default the one that ships.
-        against: The same student as a diffusers folder, for the stock pipeline in eager fp32.
+        models: The models, as generate takes them. [default: the one that ships]
+        against: A diffusers folder for the stock pipeline in eager mode.
+        dtypes: Of the stock pipeline.
         prompt: What to draw.
-        steps: Sampling steps.
-        rounds: Counted rounds of both, after one that is not counted.
+        steps: Sampling steps; several are measured one after the other. [default: each model's own]
+        batch: Pictures at once; several are measured one after the other.
+        rounds: Counted rounds, after one that is not counted.
         threads: Processor threads of each; 0 takes one a core.
+        output: The file that the records are added to.
+        whole: Time whole processes from a prompt to a PNG instead, ours in turn with the stock pipeline's.
+        plot: A folder for latency.png and quality.png of records that are there; nothing is measured.
+        records: Their files. [default: --output]
+        quality: A results.json of `fewstep evaluate`, for quality.png.
+        figure: Which of its figures.
     """
-    from fewstep.bench.stock import paired
-
-    if rounds < 1 or steps < 1:
-        raise UserError("--rounds and --steps must be at least 1")
-    if not (against / "model_index.json").is_file():
+    if plot is not None:
+        _draw(plot, records or (output,), quality, figure)
+        return
+    if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
+        raise UserError("--rounds, --steps and --batch must be at least 1")
+    if against is not None and not (against / "model_index.json").is_file():
         raise UserError(f"--against {against}: not a diffusers folder (no model_index.json)")
+    if whole:
+        _whole(models, against, prompt, steps[0] if steps else 4, rounds, threads)
+        return
+    from fewstep.bench.device import describe, rates
+    from fewstep.bench.measure import Spec, measure
+    from fewstep.source import DEFAULT
+
+    told = {"device": describe(), "threads": threads}
+    _say("the device")
+    device = rates(threads or told["device"]["cores"])
+    print(
+        f"{told['device']['processor']}: {device.operations / 1e9:.0f} GFLOP/s, {device.bytes / 1e9:.1f} GB/s"
+    )
+    for number in steps or (None,):
+        for many in batch:
+            specs = [Spec(model, number, many) for model in models or (DEFAULT,)]
+            if against is not None:
+                specs += [Spec(str(against), number, many, dtype) for dtype in dtypes]
+            made = measure(specs, prompt, rounds, threads, device, _say)
+            print(_table(made))
+            lines = [
+                told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
+            ]
+            _append(output, lines)
+    print(output)
+
+
+def _table(records: Sequence[Record]) -> str:
+    """Records as a Markdown table; of every stage the share of the floor."""
+    stages = ("text", "modulation", "steps", "decode", "whole")
+    titles = [
+        "",
+        *(f"{stage}, ms" for stage in stages),
+        "spread",
+        "cold, s",
+        "peak, MB",
+        "disk, MB",
+        "PSNR, dB",
+    ]
+    titles.append("times faster")
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    for record in records:
+        cells = [f"{record.engine}, {record.bits} bit, {record.steps} steps, batch {record.batch}"]
+        for stage in stages:
+            seconds = record.seconds.get(stage)
+            least = record.floor.get(stage)
+            share = f" ({100 * least / seconds[0]:.0f} %)" if least and seconds else ""
+            cells.append(f"{1000 * seconds[0]:.1f}{share}" if seconds else "")
+        median, low, high = record.seconds["whole"]
+        cells += [f"{low / median:.2f}-{high / median:.2f}", f"{record.cold:.2f}", f"{record.peak / 1e6:.0f}"]
+        cells += [f"{record.disk / 1e6:.1f}", "" if record.psnr is None else f"{record.psnr:.1f}"]
+        cells.append("" if record.times_faster is None else f"{record.times_faster:.2f}")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Add lines at once: a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, data)
+    finally:
+        os.close(handle)
+
+
+def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str) -> None:
+    from fewstep.bench import plot
+
+    records = plot.read(files)
+    plot.latency(records, folder / "latency.png")
+    print(folder / "latency.png")
+    if results is not None:
+        plot.quality(records, plot.scores_of(results, figure), figure, folder / "quality.png")
+        print(folder / "quality.png")
+
+
+def _whole(
+    models: Sequence[str], against: Path | None, prompt: str, steps: int, rounds: int, threads: int
+) -> None:
+    """Whole processes of one model and the stock pipeline, in turn."""
+    from fewstep.bench.stock import paired
     from fewstep.families import sd3
     from fewstep.families.folder import read_index
 
+    if against is None or len(models) > 1:
+        raise UserError("--whole compares one model with the stock pipeline: name it with --against")
     read_index(against, sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work:
-        result = paired(model, against, prompt, steps, rounds, cores, Path(work))
+        result = paired(models[0] if models else None, against, prompt, steps, rounds, cores, Path(work))
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
     for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
         print(f"{name:16}{_spread([c.seconds for c in side]):>30}{max(c.megabytes for c in side):>11.0f} MB")
@@ -53,3 +168,7 @@ def bench(
 
 def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f}  {statistics.median(values):.2f}  {max(values):.2f}"
+
+
+def _say(line: str) -> None:
+    print(f"fewstep: {line}", file=sys.stderr)

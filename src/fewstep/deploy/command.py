@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
+from fewstep.deploy import Facts
 from fewstep.types import UserError
 
 
@@ -37,7 +38,7 @@ def export(
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
-    from fewstep.deploy import Facts, targets
+    from fewstep.deploy import targets
 
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
@@ -49,34 +50,32 @@ def export(
     if bits not in target.BITS:
         few = ", ".join(map(str, sorted(target.BITS)))
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
-    facts = _facts(about)
+    facts = facts_of(place := model_of(source), license, about)
 
     from fewstep.source import load_family
 
-    place = _model_of(source)
     family = load_family(place, t5=None if target.T5 else False)
     if family.kind not in target.FAMILIES:
         raise UserError(f"{source} is of the family {family.kind}, which cannot be written for {to}")
     family = replace(family, steps=steps or family.steps, name=name or family.name)
-    text = Path(place) / "LICENSE"
-    given = text if text.is_file() else None
-    told = Facts(license or ("unknown" if given is None else "see LICENSE"), given, facts)
     try:
-        line = target.export(family, output, bits, told)
+        line = target.export(family, output, bits, facts)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
     print(f"{family.name}: {output}, {line}")
 
 
-def _model_of(source: str) -> str:
+def model_of(source: str) -> str:
     """The model of a run's folder; any other source as it is."""
     model = Path(source) / "model"
     return str(model) if (model / "model_index.json").is_file() else source
 
 
-def _facts(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
+    """What an export of the model at ``place`` tells of itself."""
     from fewstep.families.folder import read_json
 
-    return read_json(path)
+    text = Path(place) / "LICENSE"
+    given = text if text.is_file() else None
+    told = {} if about is None else read_json(about)
+    return Facts(license or ("unknown" if given is None else "see LICENSE"), given, told)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.bundle import write_bundle
-from fewstep.deploy.common.graphs import Part, trace, write_graph
-from fewstep.deploy.common.weights import shrink
+from fewstep.deploy.common.graphs import parts, trace, write_graph
+from fewstep.deploy.common.weights import BitsOf, shrink
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -31,7 +33,25 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         UserError: something else lies at ``out``.
     """
 
-    def write(stem: str, part: Part, folder: Path) -> None:
-        write_graph(shrink(trace(part), bits), folder / f"{stem}.onnx")
+    def write(folder: Path) -> None:
+        for stem, part in parts(family).items():
+            write_graph(shrink(trace(part), bits), folder / f"{stem}.onnx")
+
+    return write_bundle(family, out, bits, facts, "onnx", write)
+
+
+def write_traced(
+    family: Family,
+    traced: Mapping[str, Any],
+    out: Path,
+    bits: int,
+    facts: Facts,
+    bits_of: BitsOf | None = None,
+) -> str:
+    """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
+
+    def write(folder: Path) -> None:
+        for stem, model in traced.items():
+            write_graph(shrink(model, bits, bits_of), folder / f"{stem}.onnx")
 
     return write_bundle(family, out, bits, facts, "onnx", write)

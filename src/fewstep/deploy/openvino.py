@@ -12,7 +12,7 @@ from typing import Any
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.bundle import write_bundle
-from fewstep.deploy.common.graphs import Part, trace, write_graph
+from fewstep.deploy.common.graphs import Part, parts, trace, write_graph
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -43,11 +43,12 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
 
     compress = None if bits == 16 else _compressor(bits)
 
-    def write(stem: str, part: Part, folder: Path) -> None:
-        graph = _converted(part)
-        if compress is not None:
-            graph = compress(graph)
-        openvino.save_model(graph, folder / f"{stem}.xml", compress_to_fp16=bits == 16)
+    def write(folder: Path) -> None:
+        for stem, part in parts(family).items():
+            graph = _converted(part)
+            if compress is not None:
+                graph = compress(graph)
+            openvino.save_model(graph, folder / f"{stem}.xml", compress_to_fp16=bits == 16)
 
     return write_bundle(family, out, bits, facts, "openvino", write)
 

@@ -90,7 +90,10 @@ def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    path = folder / FOLDER / f"{done(folder):08d}"
+    step = done(folder)
+    if not step:
+        raise UserError(f"{folder} has no whole checkpoint; train it anew")
+    path = folder / FOLDER / f"{step:08d}"
     flat = {
         f"nets/{name}/{key}": value for name, net in nets.items() for key, value in net.state_dict().items()
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import Part, parts, text_length
+from fewstep.deploy.common.graphs import text_length
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.runtime.bundle import MANIFEST, Engine, seal
@@ -20,7 +20,7 @@ def write_bundle(
     bits: int,
     facts: Facts,
     engine: Engine,
-    write: Callable[[str, Part, Path], None],
+    write: Callable[[Path], None],
 ) -> str:
     """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`).
 
@@ -33,7 +33,7 @@ def write_bundle(
         bits: a weight.
         facts: what it tells of itself.
         engine: what its graphs are for.
-        write: writes one of them: its name, what it is made of, and the folder.
+        write: writes them into a folder.
 
     Returns:
         What there is now, in a line.
@@ -58,8 +58,7 @@ def write_bundle(
         "about": {"bits": bits, **facts.about},
     }
     with replacing_folder(out) as fresh:
-        for stem, part in parts(family).items():
-            write(stem, part, fresh)
+        write(fresh)
         write_tokenizer(family, fresh / "tokenizer.json")
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")

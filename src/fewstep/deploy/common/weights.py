@@ -11,11 +11,12 @@ what else was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
@@ -30,13 +31,17 @@ TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
 
 
-def shrink(model: Any, bits: int, kept: Mapping[str, int] | None = None) -> Any:
+BitsOf = Callable[[np.ndarray], int | None]
+"""Bits of a weight that are not the others'; ``None`` for no word of its own."""
+
+
+def shrink(model: Any, bits: int, bits_of: BitsOf | None = None) -> Any:
     """A copy of an ``onnx.ModelProto`` with its weights stored in fewer bits each.
 
     Args:
         model: what :func:`fewstep.deploy.common.graphs.trace` gives.
         bits: 4, 6, 8, 16 or 32 a weight.
-        kept: bits of the weights of these names instead.
+        bits_of: weights that are stored in other bits.
     """
     import onnx
     from onnx import numpy_helper
@@ -47,12 +52,11 @@ def shrink(model: Any, bits: int, kept: Mapping[str, int] | None = None) -> Any:
     stored: list[Any] = []
     unpack: list[Any] = []
     for weight in graph.initializer:
-        own = (kept or {}).get(weight.name, bits)
-        if own == 32 or weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
+        if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
             stored.append(weight)
             continue
-        made = _Stored(weight.name)
-        made.put(numpy_helper.to_array(weight), own)
+        made, array = _Stored(weight.name), numpy_helper.to_array(weight)
+        made.put(array, (bits_of(array) if bits_of else None) or bits)
         stored += made.tensors
         unpack += made.nodes
     nodes = [*unpack, *graph.node]
@@ -77,7 +81,7 @@ class _Stored:
             self._grouped(array, bits, axes)
         elif bits <= 8 and (flat or bits < 8):
             self._scaled(array, (0, 1) if flat else (1,))
-        elif np.abs(array).max() <= np.finfo(np.float16).max:
+        elif bits < 32 and np.abs(array).max() <= np.finfo(np.float16).max:
             self._node("Cast", self._tensor("half", array.astype(np.float16)), to=FLOAT, out=self.name)
         else:
             self._tensor("", array)
@@ -123,7 +127,7 @@ class _Stored:
             below, made = below + width, plane
         return made
 
-    def _tensor(self, kind: str, array: np.ndarray) -> str:
+    def _tensor(self, kind: str, array: ArrayLike) -> str:
         from onnx import numpy_helper
 
         name = f"{self.name}.{kind}" if kind else self.name
@@ -136,6 +140,25 @@ class _Stored:
         name = out or f"{self.name}.{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **options))
         return name
+
+
+def approximate(array: np.ndarray, bits: int) -> np.ndarray:
+    """What is left of a weight that was stored in ``bits``, float32: what its graph will unpack."""
+    import onnx
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    made = _Stored("weight")
+    made.put(array, bits)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.tensors}
+    if not made.nodes:
+        return stored["weight"]
+    graph = onnx.helper.make_graph(
+        made.nodes, "one", [], [onnx.helper.make_tensor_value_info("weight", FLOAT, None)], made.tensors
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    (back,) = ReferenceEvaluator(model).run(None, {})
+    return np.asarray(back, np.float32)
 
 
 FLOAT = 1

@@ -1,0 +1,78 @@
+"""How fast a graph could be at best: its operations and bytes over what the device does (floor 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fewstep.bench.device import Rates
+from fewstep.runtime.bundle import read
+
+FLOAT = 4
+"""Bytes of a weight while it is multiplied: onnxruntime unpacks all of them when it makes the session."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a graph must do.
+
+    Attributes:
+        operations: multiplications and additions of matrix products and convolutions, each counted.
+        bytes: of the weights that they read.
+    """
+
+    operations: float
+    bytes: float
+
+    def seconds(self, rates: Rates) -> float:
+        """The least time: that of whichever takes longer."""
+        return max(self.operations / rates.operations, self.bytes / rates.bytes)
+
+
+def of_bundle(folder: Path, batch: int, steps: int) -> dict[str, Work]:
+    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them."""
+    bundle = read(folder)
+    of = {"text": ("text", batch, 1), "modulation": ("modulation", batch * steps, 1)}
+    of |= {"steps": ("transformer", batch, steps), "decode": ("decoder", batch, 1)}
+    works = {
+        stage: (count(bundle.path(f"{stem}.onnx"), rows), times) for stage, (stem, rows, times) in of.items()
+    }
+    return {stage: Work(work.operations * n, work.bytes * n) for stage, (work, n) in works.items()}
+
+
+def count(path: Path, batch: int) -> Work:
+    """The work of one call of an ONNX graph, its free batch size being ``batch``."""
+    import onnx
+
+    model = onnx.load(str(path))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]  # as traced, with a batch of no size
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.input, *graph.output)}
+    shapes |= {weight.name: list(weight.dims) for weight in graph.initializer}
+    fixed = {weight.name for weight in graph.initializer}
+    operations, read_ = 0.0, 0.0
+    for node in graph.node:
+        if all(name in fixed for name in node.input if name):
+            fixed.update(node.output)  # folded when the session is made
+            continue
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            operations += 2 * prod(shapes[node.output[0]]) * _inner(node, shapes)
+            read_ += sum(FLOAT * prod(shapes[name]) for name in node.input if name in fixed)
+    return Work(operations, read_)
+
+
+def _inner(node: Any, shapes: dict[str, list[int]]) -> int:
+    """How many products are summed for one number of the output."""
+    weights = shapes[node.input[1]]
+    if node.op_type == "Conv":
+        return prod(weights[1:])
+    turned = any(each.name == "transB" and each.i for each in node.attribute)
+    return weights[-1] if turned else weights[-2]
+
+
+def _shape(value: Any) -> list[int]:
+    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -1,0 +1,210 @@
+"""Engines in turn, each in a process of its own, and a record of each (floor 4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.bench import floor
+from fewstep.bench.device import Rates
+from fewstep.types import UserError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One engine at one setting.
+
+    Attributes:
+        model: as ``fewstep generate --model`` takes it; for the stock pipeline a diffusers folder.
+        steps: of the walk; the model's own where ``None``.
+        batch: pictures at once.
+        stock: dtype of the stock pipeline; ``None`` is fewstep.
+    """
+
+    model: str
+    steps: int | None
+    batch: int
+    stock: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one engine did.
+
+    Attributes:
+        model: as asked for.
+        engine: what ran it.
+        bits: of a weight, as stored.
+        steps: of the walk.
+        batch: pictures at once.
+        size: width and height in pixels.
+        cold: seconds from the start of its process to its first pictures.
+        seconds: stage -> median, least and most over the rounds, warm, of a whole batch.
+        peak: most memory of its process, bytes.
+        disk: bytes of its model's files.
+        floor: stage -> least seconds that this device could take, where the graph was counted.
+        psnr: of its first picture to the first engine's, dB; ``None`` for itself, and where they are equal.
+        times_faster: the first engine of the stock pipeline over this one, median over paired rounds.
+    """
+
+    model: str
+    engine: str
+    bits: int | None
+    steps: int
+    batch: int
+    size: list[int]
+    cold: float
+    seconds: dict[str, list[float]]
+    peak: int
+    disk: int
+    floor: dict[str, float]
+    psnr: float | None
+    times_faster: float | None
+
+
+class Worker:
+    """A process of :mod:`fewstep.bench.worker`."""
+
+    def __init__(self, spec: Spec, threads: int) -> None:
+        self.spec = spec
+        told = asdict(spec) | {"threads": threads, "begun": time.time()}
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fewstep.bench.worker", json.dumps(told)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | counts | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def draw(self, prompt: str, save: Path | None = None) -> dict[str, Any]:
+        """Draw a batch, and tell what it took.
+
+        Raises:
+            UserError: it failed; its last line is told.
+        """
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        job = {"prompts": [prompt] * self.spec.batch, "seed": 0, "save": str(save) if save else None}
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = (process.stderr.read().strip().splitlines() or ["no word"])[-1]
+            raise UserError(f"{self.spec.model} failed: {last.rpartition('UserError: ')[2]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure(
+    specs: Sequence[Spec],
+    prompt: str,
+    rounds: int,
+    threads: int,
+    rates: Rates,
+    told: Callable[[str], None],
+) -> list[Record]:
+    """Let all draw the same in turn, ``rounds`` times after one that is not counted.
+
+    Args:
+        specs: who.
+        prompt: what; picture ``i`` of a batch has seed ``i``.
+        rounds: at least 1.
+        threads: processor threads of each; 0 leaves their choice.
+        rates: of the device, for the floors.
+        told: hears what is being done.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    workers: list[Worker] = []
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            first: list[dict[str, Any]] = []
+            for index, spec in enumerate(specs):
+                told(f"{spec.model}{f', diffusers {spec.stock}' if spec.stock else ''}: first picture")
+                workers.append(Worker(spec, threads))
+                first.append(workers[-1].draw(prompt, Path(work) / f"{index}.npy"))
+            pictures = [np.load(Path(work) / f"{index}.npy") for index in range(len(specs))]
+        turns: list[list[dict[str, Any]]] = []
+        for number in range(rounds + 1):
+            told(f"round {number} of {rounds}")
+            turns.append([worker.draw(prompt) for worker in workers])
+    finally:
+        for worker in workers:
+            worker.close()
+    del turns[0]
+    stock = next((index for index, spec in enumerate(specs) if spec.stock), None)
+    return [
+        _record(spec, first[i], [turn[i] for turn in turns], pictures, i, rates,
+                None if stock is None else [turn[stock] for turn in turns])
+        for i, spec in enumerate(specs)
+    ]  # fmt: skip
+
+
+def _record(
+    spec: Spec,
+    first: dict[str, Any],
+    turns: Sequence[dict[str, Any]],
+    pictures: Sequence[np.ndarray],
+    index: int,
+    rates: Rates,
+    stock: Sequence[dict[str, Any]] | None,
+) -> Record:
+    last = turns[-1]
+    seconds: dict[str, list[float]] = {}
+    for stage in last["seconds"]:
+        times = [turn["seconds"][stage] for turn in turns]
+        seconds[stage] = [statistics.median(times), min(times), max(times)]
+    place = Path(spec.model) if spec.stock else _place(spec.model)
+    works = {}
+    if (place / "bundle.json").is_file():
+        works = floor.of_bundle(place, spec.batch, last["steps"])
+    ratios = [
+        s["seconds"]["whole"] / o["seconds"]["whole"] for s, o in zip(stock or (), turns, strict=bool(stock))
+    ]
+    return Record(
+        model=spec.model,
+        engine=last["engine"],
+        bits=last["bits"],
+        steps=last["steps"],
+        batch=spec.batch,
+        size=last["size"],
+        cold=first["since"],
+        seconds=seconds,
+        peak=last["peak"],
+        disk=sum(path.stat().st_size for path in place.rglob("*") if path.is_file()),
+        floor={stage: work.seconds(rates) for stage, work in works.items()},
+        psnr=None if index == 0 else psnr(pictures[0], pictures[index]),
+        times_faster=statistics.median(ratios) if ratios else None,
+    )
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Of the first pictures of two batches, uint8 ``[B, h, w, 3]``, dB; ``None`` where they are equal or of
+    other sizes."""
+    if one.shape[1:] != other.shape[1:]:
+        return None
+    error = float(np.square(one[0].astype(np.float64) - other[0]).mean())
+    return None if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _place(model: str) -> Path:
+    from fewstep.source import locate
+
+    return locate(model)

@@ -1,0 +1,145 @@
+"""Pictures of any number of benchmark records: latency by device, and quality against latency (floor 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.files import replacing_file
+from fewstep.types import UserError
+
+Line = Mapping[str, Any]
+
+
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records of files of JSON lines.
+
+    Raises:
+        UserError: a file cannot be read, or holds something else.
+    """
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                _ = record["seconds"]["whole"][0], record["device"]["processor"], record["peak"]
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise UserError(f"{path}, line {number}: no record of fewstep bench") from error
+            found.append(record)
+    if not found:
+        raise UserError("there is no record to draw")
+    return found
+
+
+def label(record: Line) -> str:
+    """A record's engine in a few words."""
+    bits = f", {record['bits']} bit" if record.get("bits") else ""
+    batch = f", {record['batch']} at once" if record["batch"] > 1 else ""
+    return f"{Path(record['model']).name} {record['engine']}{bits}, {record['steps']} steps{batch}"
+
+
+def latency(records: Sequence[Line], path: Path) -> None:
+    """Seconds a picture of every engine, the devices one below the other; the floor is a line in the bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    devices = list(dict.fromkeys(_device(record) for record in records))
+    figure, axes = plt.subplots(
+        len(devices), 1, squeeze=False, figsize=(9, 1 + 0.45 * len(records) + 0.6 * len(devices)),
+        height_ratios=[sum(_device(r) == name for r in records) + 1 for name in devices],
+    )  # fmt: skip
+    for axis, name in zip(axes[:, 0], devices, strict=True):
+        own = sorted((r for r in records if _device(r) == name), key=lambda r: -_seconds(r))
+        for place, record in enumerate(own):
+            axis.barh(
+                place, _seconds(record), color="#4c78a8" if "fewstep" in record["engine"] else "#bbbbbb"
+            )
+            axis.text(_seconds(record), place, f" {_seconds(record):.3g} s", va="center", fontsize=8)
+            if record.get("floor"):
+                least = sum(record["floor"].values()) / record["batch"]
+                axis.plot([least, least], [place - 0.4, place + 0.4], color="black", lw=1.5)
+        axis.set_yticks(range(len(own)), [label(record) for record in own], fontsize=8)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("seconds a picture, warm (black: this device's floor)")
+    _write(figure, path)
+
+
+def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, path: Path) -> None:
+    """Quality against latency; a bubble's area is its process's memory.
+
+    Args:
+        records: those whose ``MODEL@STEPS`` is not scored are left out.
+        scores: by ``MODEL@STEPS``, as ``fewstep evaluate`` labels them.
+        name: of the score.
+        path: of the picture.
+
+    Raises:
+        UserError: none of the records is scored.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scored = [
+        (r, scores[f"{r['model']}@{r['steps']}"]) for r in records if f"{r['model']}@{r['steps']}" in scores
+    ]
+    if not scored:
+        raise UserError("none of the records is of a model that was evaluated, by its label MODEL@STEPS")
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    for record, score in scored:
+        spot = axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.55)
+        axis.annotate(
+            f"{label(record)}\n{record['peak'] / 1e9:.2f} GB", (_seconds(record), score),
+            textcoords="offset points", xytext=(8, 6), fontsize=7, color=spot.get_facecolor()[0][:3],
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds a picture, warm")
+    axis.set_ylabel(name)
+    axis.margins(0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def scores_of(path: Path, name: str) -> dict[str, float]:
+    """A figure of every model of a ``results.json`` of ``fewstep evaluate``, by its label.
+
+    Raises:
+        UserError: no such file, or no such figure in it.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        found = {row["label"]: row["figures"][name]["value"] for row in rows if name in row["figures"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no results.json of fewstep evaluate") from error
+    if not found:
+        raise UserError(f"{path} has no figure {name}")
+    return found
+
+
+def _seconds(record: Line) -> float:
+    return record["seconds"]["whole"][0] / record["batch"]
+
+
+def _device(record: Line) -> str:
+    device = record["device"]
+    return f"{device['processor']}, {record.get('threads') or device['cores']} threads"
+
+
+def _write(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as fresh:
+        figure.savefig(fresh, dpi=130, bbox_inches="tight")
+    plt.close(figure)

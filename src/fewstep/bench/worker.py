@@ -1,0 +1,200 @@
+"""One engine in a process of its own: it draws when it is told to, and says what each stage took (floor 4).
+
+``python -m fewstep.bench.worker SPEC`` reads a line of JSON a picture from standard input and answers with
+one. While another engine has its turn it waits for its next line, and takes no processor time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+STAGES = ("text", "modulation", "steps", "decode")
+
+
+@dataclass
+class Stages:
+    """Seconds of a picture's stages."""
+
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def of(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do ``work`` and add its time to a stage's."""
+        begun = time.perf_counter()
+        made = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        return made
+
+
+class Engine(Protocol):
+    """What draws ``len(prompts)`` pictures at once, of the seeds ``seed, seed + 1, ...``."""
+
+    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+        """uint8 ``[B, h, w, 3]``."""
+        ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+
+class Ours:
+    """fewstep, whatever runs the model: a bundle, or torch."""
+
+    def __init__(self, model: str, steps: int | None, threads: int) -> None:
+        import fewstep
+
+        self.pipe = fewstep.load(model, threads=threads or None)
+        self.model = self.pipe.model
+        self.steps = steps or self.model.steps
+
+    @property
+    def about(self) -> dict[str, Any]:
+        bundle = self.pipe.bundle
+        bits = bundle.about.get("bits") if bundle else 32
+        runs = "onnx" if bundle else "torch"
+        return {"engine": f"fewstep {runs}", "bits": bits, "steps": self.steps, "size": list(self.pipe.size)}
+
+    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+        import numpy as np
+
+        from fewstep import sample, times
+
+        model = self.model
+        grid = times.grid(self.steps, model.shift)
+        seeds = range(seed, seed + len(prompts))
+        x = model.lift(sample.noises(seeds, model.latent))
+        cond = stages.of("text", lambda: model.text(prompts))
+        steps = stages.of("modulation", lambda: sample.steps_of(model.velocity, grid[:-1], cond))
+        move = sample.taken(model.sampler, seeds, model.lift)
+
+        def walk() -> Any:
+            y = x
+            for index, step in enumerate(steps):
+                y = move(y, step(y), grid[index], grid[index + 1], index)
+            return y
+
+        x = stages.of("steps", walk)
+        pixels = stages.of("decode", lambda: np.asarray(model.lower(model.codec.decode(x))))
+        return ((pixels.transpose(0, 2, 3, 1) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+class Stock:
+    """Stock diffusers' eager pipeline, as a person would use it; of ours only the noise of the seed."""
+
+    def __init__(self, model: str, steps: int | None, threads: int, dtype: str) -> None:
+        import torch
+        from diffusers import StableDiffusion3Pipeline
+
+        from fewstep.families.folder import read_facts
+
+        if threads:
+            torch.set_num_threads(threads)
+        whole = json.loads((Path(model) / "model_index.json").read_text())
+        absent = {
+            name: None for name in ("text_encoder_3", "tokenizer_3") if not (whole.get(name) or [None])[0]
+        }
+        self.dtype = getattr(torch, dtype)
+        self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=self.dtype, **absent)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.steps = steps or read_facts(Path(model)).get("steps") or 28
+        self.t5 = not absent
+        self.side = self.pipe.transformer.config.sample_size
+        self.name = dtype
+
+    @property
+    def about(self) -> dict[str, Any]:
+        bits = 32 if self.name == "float32" else 16
+        pixels = self.side * self.pipe.vae_scale_factor
+        engine = f"diffusers eager {self.name}"
+        return {"engine": engine, "bits": bits, "steps": self.steps, "size": [pixels, pixels]}
+
+    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+        import numpy as np
+        import torch
+
+        from fewstep.sample import noises
+
+        noise = noises(
+            range(seed, seed + len(prompts)), (self.pipe.transformer.config.in_channels, self.side, self.side)
+        )
+        pixels = self.side * self.pipe.vae_scale_factor
+        told: dict[str, Any] = {} if self.t5 else {"max_sequence_length": 0}
+        with (
+            _timed(self.pipe, "encode_prompt", "text", stages),
+            _timed(self.pipe.transformer, "forward", "steps", stages),
+            _timed(self.pipe.vae, "decode", "decode", stages),
+        ):
+            made = self.pipe(
+                list(prompts),
+                sigmas=np.linspace(1, 1 / self.steps, self.steps).tolist(),  # the scheduler shifts them
+                num_inference_steps=self.steps,
+                guidance_scale=1.0,
+                latents=torch.from_numpy(noise).to(self.dtype),
+                height=pixels,
+                width=pixels,
+                output_type="np",
+                **told,
+            )
+        return (made.images * 255).round().clip(0, 255).astype(np.uint8)
+
+
+class _timed:
+    """A method whose time is a stage's, within the block."""
+
+    def __init__(self, owner: Any, name: str, stage: str, stages: Stages) -> None:
+        self.owner, self.name, self.stage, self.stages = owner, name, stage, stages
+
+    def __enter__(self) -> None:
+        whole = getattr(self.owner, self.name)
+        setattr(self.owner, self.name, lambda *a, **k: self.stages.of(self.stage, lambda: whole(*a, **k)))
+
+    def __exit__(self, *error: object) -> None:
+        delattr(self.owner, self.name)
+
+
+def engine(spec: dict[str, Any]) -> Engine:
+    """What a spec asks for: ``model``, ``steps``, ``threads`` and, for the stock pipeline, ``stock``."""
+    given = spec["model"], spec["steps"], spec["threads"]
+    return Stock(*given, spec["stock"]) if spec.get("stock") else Ours(*given)
+
+
+def peak() -> int:
+    """The most memory that this process has held, bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Answer lines until there are no more."""
+    spec = json.loads(sys.argv[1])
+    draws: Engine | None = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        draws = draws or engine(spec)
+        stages = Stages()
+        begun = time.perf_counter()
+        pictures = draws(job["prompts"], job["seed"], stages)
+        stages.seconds["whole"] = time.perf_counter() - begun
+        if job.get("save"):
+            import numpy as np
+
+            np.save(job["save"], pictures)
+        told = {
+            "seconds": stages.seconds,
+            "peak": peak(),
+            "since": time.time() - spec["begun"],
+            **draws.about,
+        }
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

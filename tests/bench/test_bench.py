@@ -1,0 +1,145 @@
+"""What generation costs: engines really run, floors where they are known, records and their pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+import tiny
+from fewstep.bench import floor, plot
+from fewstep.bench.device import Rates
+from fewstep.bench.measure import psnr
+from fewstep.cli import run
+from fewstep.families import sd3
+from tiny_bundle import write_bundle
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_graphs_work_is_its_products(tmp_path: Path) -> None:
+    """``conv(x @ matrix)``, the matrix unpacked of integers as in a bundle."""
+    nodes = [
+        helper.make_node("Cast", ["codes"], ["matrix"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "matrix"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["c"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["c", "kernel"], ["y"]),
+    ]
+    made = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 5, 5, 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 8, 3, 3])],
+        [
+            numpy_helper.from_array(np.ones((6, 4), np.int8), "codes"),
+            numpy_helper.from_array(np.ones((8, 4, 3, 3), np.float32), "kernel"),
+        ],
+    )  # fmt: skip
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
+    work = floor.count(tmp_path / "g.onnx", 7)
+    assert work.operations == 2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9)
+    assert work.bytes == 4 * (6 * 4 + 8 * 4 * 9)  # float32, as the session unpacks them
+    assert work.seconds(Rates(1e3, 1e9)) == work.operations / 1e3
+    assert work.seconds(Rates(1e12, 1.0)) == work.bytes
+
+
+def test_engines_take_turns_and_leave_a_record_each(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(tmp_path / "tiny")
+    out = tmp_path / "bench.jsonl"
+    words = ["bench", str(tmp_path / "tiny"), "--rounds", "2", "--threads", "1", "-o", str(out)]
+    assert run([*words, "--steps", "1", "--steps", "3", "--batch", "2"]) == 0
+    assert run(words) == 0  # added to what is there
+    one, three, own = records(out)
+    assert (one["steps"], three["steps"], own["steps"], one["batch"]) == (1, 3, 4, 2)
+    for record in (one, three, own):
+        stages = [record["seconds"][name][0] for name in ("text", "modulation", "steps", "decode")]
+        assert 0 < max(stages) and sum(stages) <= 1.5 * record["seconds"]["whole"][0]
+        assert record["cold"] > record["seconds"]["whole"][0]
+        assert record["peak"] > 2e7 and record["disk"] > 1000 and record["size"] == [32, 32]
+        assert set(record["floor"]) == {"text", "modulation", "steps", "decode"}
+        assert record["device"]["processor"] and record["rates"]["operations"] > 1e8
+    assert three["floor"]["steps"] == pytest.approx(3 * one["floor"]["steps"], rel=0.5)
+    assert "GFLOP/s" in capfd.readouterr().out
+
+
+def test_stock_diffusers_draws_the_same_picture_in_its_turn(tmp_path: Path) -> None:
+    sd3.save(
+        sd3.assemble(tiny.parts(with_t5=False), name="small", steps=2, guidance=None), tmp_path / "small"
+    )
+    out, folder = tmp_path / "bench.jsonl", str(tmp_path / "small")
+    assert run(["bench", folder, "--against", folder, "--rounds", "1", "-o", str(out)]) == 0
+    ours, stock = records(out)
+    assert (ours["engine"], stock["engine"]) == ("fewstep torch", "diffusers eager float32")
+    assert (stock["steps"], stock["times_faster"]) == (2, 1.0) and ours["times_faster"] > 0
+    assert stock["psnr"] is None or stock["psnr"] > 45
+    assert set(stock["seconds"]) == {"text", "steps", "decode", "whole"}
+
+
+def test_who_fails_is_named_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write_bundle(tmp_path / "tiny").folder
+    (folder / "transformer.onnx").write_bytes(b"x" * (folder / "transformer.onnx").stat().st_size)
+    assert run(["bench", str(folder), "-o", str(tmp_path / "b.jsonl")]) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"fewstep: {folder} failed: ") and "is damaged" in said
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "0"], "must be at least 1"),
+        (["--batch", "0"], "must be at least 1"),
+        (["--against", "nowhere"], "not a diffusers folder"),
+        (["--whole"], "--against"),
+        (["--plot", "p", "--records", "none.jsonl"], "cannot read none.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *words]) == 2
+    assert message in capfd.readouterr().err
+
+
+def record(model: str, seconds: float, processor: str) -> dict[str, Any]:
+    return {
+        "model": model, "engine": "fewstep onnx", "bits": 8, "steps": 4, "batch": 1, "peak": 3e8,
+        "seconds": {"whole": [seconds, seconds, seconds]}, "floor": {"steps": seconds / 2}, "threads": 0,
+        "device": {"processor": processor, "cores": 2},
+    }  # fmt: skip
+
+
+def test_records_of_several_devices_become_pictures(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, lines in {"a": [("pocket", 0.2), ("big", 0.9)], "b": [("pocket", 0.02)]}.items():
+        text = "".join(json.dumps(record(model, seconds, name)) + "\n" for model, seconds in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    rows = [{"label": "pocket@4", "figures": {"kid_teacher": {"value": 0.002}}}]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    words = ["bench", "--plot", str(tmp_path / "p"), "--quality", str(tmp_path / "results.json")]
+    words += [word for name in "ab" for word in ("--records", str(tmp_path / f"{name}.jsonl"))]
+    assert run(words) == 0
+    for name in ("latency.png", "quality.png"):
+        with Image.open(tmp_path / "p" / name) as picture:
+            assert len(picture.convert("RGB").getcolors(2**24) or []) > 20
+    with pytest.raises(plot.UserError, match="none of the records"):
+        plot.quality(plot.read([tmp_path / "a.jsonl"]), {"other@4": 1.0}, "x", tmp_path / "q.png")
+    (tmp_path / "a.jsonl").write_text('{"seconds": 3}\n')
+    assert run(["bench", "--plot", str(tmp_path), "--records", str(tmp_path / "a.jsonl")]) == 2
+    assert "line 1: no record" in capfd.readouterr().err
+
+
+def test_equal_pictures_have_no_noise_and_one_step_off_has_48_dB() -> None:
+    picture = np.full((1, 4, 4, 3), 7, np.uint8)
+    assert psnr(picture, picture) is None
+    assert psnr(picture, picture + 1) == pytest.approx(48.13, abs=0.01)
