@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import onnxruntime as ort
 
 from fewstep.runtime.session import Run, Session
@@ -40,4 +43,8 @@ class Graph(Session):
         session = ort.InferenceSession(
             str(self.path), sess_options=options, providers=["CPUExecutionProvider"]
         )
-        return lambda feeds: session.run(None, dict(feeds))
+
+        def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            return cast("list[np.ndarray]", session.run(None, dict(feeds)))
+
+        return run

@@ -71,7 +71,7 @@ def real_inputs(family: Family, parts: Mapping[str, Part], prompts: Sequence[str
     }
 
 
-def sensitivity(part: Part, inputs: Inputs, bits: int, told: Callable[[str], None] = str) -> list[Weight]:
+def sensitivity(part: Part, inputs: Inputs, bits: int, told: Callable[[str], object] = str) -> list[Weight]:
     """Every weight of a graph that is stored in ``bits``, the one that costs most an element first.
 
     Args:
