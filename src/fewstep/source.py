@@ -112,13 +112,20 @@ def load_family(
     from inspect import signature
 
     place = locate(source)
-    if (place / "bundle.json").is_file():
-        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
-    module = _family(source, place)
+    module = _open_family(source, place)
     choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
     if not choice.keys() <= signature(module.load).parameters.keys():
         raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
     return module.load(place if place.exists() else source, device=device, dtype=dtype, **choice)
+
+
+def kind_of(source: str) -> str:
+    """The family of a PyTorch model by its module's name, nothing of it loaded.
+
+    Raises:
+        UserError: as :func:`load_family`.
+    """
+    return _open_family(source, locate(source)).__name__.rpartition(".")[2]
 
 
 def missing_extra(error: ImportError) -> UserError | None:
@@ -169,6 +176,12 @@ def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
 
     model = family.load(place if place.exists() else name)
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
+
+
+def _open_family(source: str, place: Path) -> ModuleType:
+    if (place / "bundle.json").is_file():
+        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
+    return _family(source, place)
 
 
 def _family(name: str, place: Path) -> ModuleType:

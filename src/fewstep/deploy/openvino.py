@@ -14,6 +14,7 @@ from fewstep.deploy import Facts
 from fewstep.deploy.common.bundle import write_bundle
 from fewstep.deploy.common.graphs import Part, parts, trace, write_graph
 from fewstep.families import Family
+from fewstep.types import UserError
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 16)
@@ -36,11 +37,13 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         What there is now, in a line.
 
     Raises:
-        UserError: something else lies at ``out``.
+        UserError: something else lies at ``out``, or float16 has no room for a weight.
         ImportError: OpenVINO or NNCF is not installed.
     """
     from fewstep.runtime.openvino import openvino  # which tells nobody
 
+    if bits == 16:
+        _fits_float16(family)
     compress = None if bits == 16 else _compressor(bits)
 
     def write(folder: Path) -> None:
@@ -51,6 +54,17 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
             openvino.save_model(graph, folder / f"{stem}.xml", compress_to_fp16=bits == 16)
 
     return write_bundle(family, out, bits, facts, "openvino", write)
+
+
+def _fits_float16(family: Family) -> None:
+    """OpenVINO would write what is too large as the largest number there is."""
+    import torch
+
+    largest = torch.finfo(torch.float16).max
+    for part, module in family.parts.items():
+        for name, weight in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
+            if weight.abs().max() > largest:
+                raise UserError(f"{part}.{name} has weights too large for float16: give --bits 8")
 
 
 def _converted(part: Part) -> Any:
