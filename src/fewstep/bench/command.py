@@ -74,7 +74,7 @@ def bench(
     from fewstep.bench.measure import Spec, measure
     from fewstep.source import DEFAULT
 
-    told = {"device": describe(), "threads": threads}
+    told: dict[str, Any] = {"device": describe(), "threads": threads}
     _say("the device")
     device = rates(threads or told["device"]["cores"])
     print(

@@ -43,7 +43,7 @@ class Rates:
 
 def describe() -> dict[str, Any]:
     """This machine in words and numbers, for a record."""
-    from fewstep.runtime.graph import cores
+    from fewstep.runtime.session import cores
 
     return {
         "processor": _processor(),

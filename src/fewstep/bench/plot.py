@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fewstep.files import replacing_file
 from fewstep.types import UserError
 
@@ -99,9 +101,10 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for record, score in scored:
         spot = axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.55)
+        face: Any = np.asarray(spot.get_facecolor())[0]
         axis.annotate(
             f"{label(record)}\n{record['peak'] / 1e9:.2f} GB", (_seconds(record), score),
-            textcoords="offset points", xytext=(8, 6), fontsize=7, color=spot.get_facecolor()[0][:3],
+            textcoords="offset points", xytext=(8, 6), fontsize=7, color=face[:3],
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_xlabel("seconds a picture, warm")

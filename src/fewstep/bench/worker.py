@@ -46,9 +46,9 @@ class Ours:
     """fewstep, whatever runs the model: a bundle, or torch."""
 
     def __init__(self, model: str, steps: int | None, threads: int) -> None:
-        import fewstep
+        from fewstep.source import load
 
-        self.pipe = fewstep.load(model, threads=threads or None)
+        self.pipe = load(model, threads=threads or None)
         self.model = self.pipe.model
         self.steps = steps or self.model.steps
 
@@ -56,7 +56,7 @@ class Ours:
     def about(self) -> dict[str, Any]:
         bundle = self.pipe.bundle
         bits = bundle.about.get("bits") if bundle else 32
-        runs = "onnx" if bundle else "torch"
+        runs = bundle.engine if bundle else "torch"
         return {"engine": f"fewstep {runs}", "bits": bits, "steps": self.steps, "size": list(self.pipe.size)}
 
     def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
@@ -151,7 +151,11 @@ class _timed:
 
     def __enter__(self) -> None:
         whole = getattr(self.owner, self.name)
-        setattr(self.owner, self.name, lambda *a, **k: self.stages.of(self.stage, lambda: whole(*a, **k)))
+
+        def timed(*told: Any, **named: Any) -> Any:
+            return self.stages.of(self.stage, lambda: whole(*told, **named))
+
+        setattr(self.owner, self.name, timed)
 
     def __exit__(self, *error: object) -> None:
         delattr(self.owner, self.name)

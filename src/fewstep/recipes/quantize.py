@@ -74,6 +74,7 @@ def quantize(
     """
     from fewstep.deploy import onnx
     from fewstep.deploy.command import facts_of, model_of
+    from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
     from fewstep.deploy.common.sensitivity import allotted
     from fewstep.source import load_family
@@ -86,7 +87,7 @@ def quantize(
     if prompts:
         measurable(data, detector, prompts, scenes)
     for number in rungs:
-        onnx.check_place(output / str(number))
+        check_place(output / str(number))
     facts = facts_of(place := model_of(source), license, about)
     family = load_family(place, t5=False)
     family = replace(family, name=name or family.name)
@@ -98,7 +99,7 @@ def quantize(
     for number in rungs:
         _say(f"{number} bits")
         its = {each.digest: b for each, b in zip(weights, given.get(number, ()), strict=False)}
-        onnx.write_bundle(family, traced, output / str(number), number, facts, _bits_of(its))
+        onnx.write_traced(family, traced, output / str(number), number, facts, _bits_of(its))
     files.write(output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode())
     figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, data)
     files.write(output / "report.md", _report(output, rungs, figures, weights, given, rounds).encode())
