@@ -141,7 +141,8 @@ def read(folder: str | Path) -> Bundle:
     if not isinstance(facts, dict) or "format" not in facts:
         raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
     if (found := facts["format"]) != FORMAT:
-        raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: upgrade fewstep")
+        hint = "upgrade fewstep" if found > FORMAT else "export or fetch it again"
+        raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: {hint}")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
