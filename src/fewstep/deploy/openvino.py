@@ -23,6 +23,9 @@ T5 = False
 GROUP = 32
 """Weights of 4 bits that share a scale."""
 
+SHARE = 0.9
+"""Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
+
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     """Write ``family`` as a bundle for OpenVINO (:func:`fewstep.deploy.common.bundle.write_bundle`).
@@ -85,19 +88,20 @@ def _converted(part: Part) -> Any:
 def _compressor(bits: int) -> Callable[[Any], Any]:
     """A function from an ``openvino.Model`` to itself with smaller weights.
 
-    Matrices become int8 with a scale a row, or int4 with a scale for each :data:`GROUP`; embeddings, kernels
-    and each graph's last matrix stay at 8 bits.
+    They become int8 with a scale and a zero point a row; at 4 bits int4 with a scale for each :data:`GROUP`,
+    but for embeddings, kernels, each graph's last matrix and what NNCF finds to lose most (:data:`SHARE`).
     """
     import nncf
 
     nncf.set_log_level(logging.WARNING)
-    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
+    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
     if bits == 4:
         adjust = nncf.GroupSizeFallbackMode.ADJUST  # smaller groups where rows are no multiple
         advanced = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
         options = {
             "mode": nncf.CompressWeightsMode.INT4_SYM,
             "group_size": GROUP,
+            "ratio": SHARE,
             "advanced_parameters": advanced,
         }
 
