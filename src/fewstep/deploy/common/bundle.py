@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import text_length
+from fewstep.deploy.common.manifest import described, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.runtime.bundle import MANIFEST, Engine, seal
@@ -42,20 +42,7 @@ def write_bundle(
         UserError: something else lies at ``out``.
     """
     check_place(out)
-    channels, height, width = family.latent
-    told = {
-        "name": family.name,
-        "family": "sd3",
-        "engine": engine,
-        "license": facts.license,
-        "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
-        "shift": family.shift,
-        "steps": family.steps,
-        "guidance": family.guidance,
-        "sampler": family.sampler,
-        "text": {"length": text_length(family)},
-        "about": {"bits": bits, **facts.about},
-    }
+    told = described(family, facts, bits) | {"engine": engine}
     with replacing_folder(out) as fresh:
         write(fresh)
         write_tokenizer(family, fresh / "tokenizer.json")
@@ -69,13 +56,3 @@ def check_place(out: Path) -> None:
     """Refuse a place where something else than a bundle lies, before anything is made for it."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise UserError(f"{out} exists and is no bundle: choose another place")
-
-
-def write_tokenizer(family: Family, path: Path) -> None:
-    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
-    tokenizer = family.parts["tokenizer"]
-    backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    length = text_length(family)
-    backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    backend.save(str(path), pretty=False)
