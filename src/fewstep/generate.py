@@ -63,7 +63,7 @@ def generate(
     image: str | None = None,
     strength: float | None = None,
     model: str | None = None,
-    backend: Literal["onnx", "openvino", "torch"] | None = None,
+    backend: Literal["onnx", "openvino", "executorch", "torch"] | None = None,
     output: Annotated[str | None, Parameter(name=["-o", "--output"])] = None,
     grid: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -87,7 +87,7 @@ def generate(
         image: A picture to start from.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
         model: A shipped model, a folder, or a hub name (org/name). [default: pocket]
-        backend: Insist on onnx, openvino or torch.
+        backend: Insist on onnx, openvino, executorch or torch.
         output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}
             {steps}. Folders and patterns never overwrite: a taken name gets -2, -3, ….
             [default: PROMPT-SEED.png in the current folder]

