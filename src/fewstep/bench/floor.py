@@ -45,7 +45,7 @@ def count(path: Path, batch: int) -> Work:
     """The work of one call of an ONNX graph, its free batch size being ``batch``."""
     import onnx
 
-    model = onnx.load(str(path))
+    model = onnx.load(str(path), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     del model.graph.value_info[:]  # as traced, with a batch of no size
