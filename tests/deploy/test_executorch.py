@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,7 @@ from fewstep.runtime.model import open_bundle
 from fewstep.types import Model, UserError
 
 PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
-SMALLER = tiny.SMALL | {
-    "num_layers": 2,
-    "dual_attention_layers": (0,),
-    "attention_head_dim": 16,  # so that rows have a multiple of engine.GROUP
-    "caption_projection_dim": 32,
-}
+SMALLER = tiny.SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
 
 
 def draw(model: Model, rows: slice = slice(0, 3)) -> np.ndarray:
@@ -62,20 +55,20 @@ class TestWithout:
         monkeypatch.setitem(sys.modules, "executorch", None)
         monkeypatch.setitem(sys.modules, "executorch.exir", None)
         with pytest.raises(ImportError) as caught:
-            engine.export(small, tmp_path / "b", 8, Facts())
+            engine.export(small, tmp_path / "b", 32, Facts())
         assert "needs executorch" in str(source.missing_extra(caught.value))
         assert "fewstep[executorch]" in str(source.missing_extra(caught.value))
         assert not list(tmp_path.iterdir())
 
     def test_other_bits_are_one_clear_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.run(["export", "x", "--to", "executorch", "--bits", "6", "-o", str(tmp_path / "b")]) == 2
-        line = "bits for executorch must be one of 4, 8, 32, not 6"
+        line = "bits for executorch must be one of 32, not 6"
         assert line in " ".join(capsys.readouterr().err.split())
 
     def test_something_else_is_not_overwritten(self, small: Family, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("mine")
         with pytest.raises(UserError, match="mine exists and is no bundle"):
-            common.write_bundle(small, tmp_path / "mine", 8, Facts(), "executorch", lambda _: None)
+            common.write_bundle(small, tmp_path / "mine", 32, Facts(), "executorch", lambda _: None)
         assert (tmp_path / "mine").read_text() == "mine"
 
     def test_a_bundle_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,87 +87,66 @@ class TestWithout:
             fewstep.load(tmp_path)
 
 
-Make = Callable[[int], Bundle]
-
-
 @pytest.fixture(scope="module")
-def made(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The bundle of so many bits; the tests below share them, since lowering takes a minute or more."""
+def bundle(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tests below share it, since lowering takes a minute or more."""
     pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
     folder = tmp_path_factory.mktemp("executorch")
-
-    @cache
-    def make(bits: int) -> Bundle:
-        engine.export(small, folder / str(bits), bits, Facts(license="Apache-2.0"))
-        return read(folder / str(bits))
-
-    return make
+    engine.export(small, folder / "b", 32, Facts(license="Apache-2.0"))
+    return read(folder / "b")
 
 
-@pytest.mark.parametrize(("bits", "least"), [(32, 60), (8, 35), (4, 20)])
-def test_a_bundle_draws_what_its_family_draws(small: Family, made: Make, bits: int, least: float) -> None:
-    theirs, ours = draw(small), draw(open_bundle(made(bits), threads=1))
+def test_a_bundle_draws_what_its_family_draws(small: Family, bundle: Bundle) -> None:
+    theirs, ours = draw(small), draw(open_bundle(bundle, threads=1))
     assert theirs.std() > 0.05
-    assert psnr(theirs, ours) > least
-
-
-@pytest.mark.parametrize("bits", engine.BITS)
-def test_a_picture_is_the_same_alone(made: Make, bits: int) -> None:
-    model = open_bundle(made(bits), threads=1)
-    assert np.array_equal(draw(model)[1:2], draw(model, slice(1, 2)))
-
-
-def test_the_encoder_encodes(small: Family, made: Make) -> None:
-    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
-    theirs = small.codec.encode(torch.from_numpy(images)).numpy()
-    ours = open_bundle(made(32), threads=1).codec.encode(images)
     assert psnr(theirs, ours) > 60
 
 
-def test_the_family_stays_as_it_is(small: Family, made: Make) -> None:
-    assert made(8)
-    assert {type(weight) for weight in small.net.parameters()} == {torch.nn.Parameter}
+def test_a_picture_is_the_same_alone(bundle: Bundle) -> None:
+    model = open_bundle(bundle, threads=1)
+    assert np.array_equal(draw(model)[1:2], draw(model, slice(1, 2)))
 
 
-def test_fewer_bits_are_fewer_bytes(made: Make) -> None:
-    sizes = [made(bits).files["transformer.pte"].bytes for bits in (32, 8, 4)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert {made(bits).engine for bits in engine.BITS} == {"executorch"}
+def test_the_encoder_encodes(small: Family, bundle: Bundle) -> None:
+    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    theirs = small.codec.encode(torch.from_numpy(images)).numpy()
+    ours = open_bundle(bundle, threads=1).codec.encode(images)
+    assert psnr(theirs, ours) > 60
 
 
-def test_nothing_of_this_machine_is_in_the_files(made: Make) -> None:
+def test_nothing_of_this_machine_is_in_the_files(bundle: Bundle) -> None:
     places = [str(Path(fewstep.__file__).parents[2]), str(Path(torch.__file__).parents[1])]
-    for name in made(8).files:
-        data = made(8).path(name).read_bytes()
-        places.append(str(made(8).folder.parent))
+    for name in bundle.files:
+        data = bundle.path(name).read_bytes()
+        places.append(str(bundle.folder.parent))
         assert not [place for place in places if place.encode() in data], name
 
 
-def test_every_part_goes_to_xnnpack(made: Make) -> None:
+def test_every_part_goes_to_xnnpack(bundle: Bundle) -> None:
     for stem in ("text", "modulation", "transformer", "decoder", "encoder"):
-        assert b"XnnpackBackend" in made(32).path(f"{stem}.pte").read_bytes(), stem
+        assert b"XnnpackBackend" in bundle.path(f"{stem}.pte").read_bytes(), stem
 
 
-def test_several_threads_may_draw_at_once(made: Make) -> None:
-    model = open_bundle(made(8), threads=1)
+def test_several_threads_may_draw_at_once(bundle: Bundle) -> None:
+    model = open_bundle(bundle, threads=1)
     alone = draw(model)
     with ThreadPoolExecutor(2) as pool:
         for pictures in pool.map(lambda _: draw(model), range(4)):
             assert np.array_equal(pictures, alone)
 
 
-def test_the_command_line_draws(made: Make, tmp_path: Path) -> None:
+def test_the_command_line_draws(bundle: Bundle, tmp_path: Path) -> None:
     from PIL import Image
 
-    folder, out = str(made(8).folder), str(tmp_path / "p.png")
+    folder, out = str(bundle.folder), str(tmp_path / "p.png")
     assert cli.run(["generate", "a red apple", "--model", folder, "--seed", "1", "-o", out]) == 0
     assert Image.open(out).size == (64, 64)
 
 
-def test_a_damaged_program_is_one_clear_line(made: Make, tmp_path: Path) -> None:
+def test_a_damaged_program_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> None:
     from fewstep.runtime.executorch import Graph
 
-    shutil.copytree(made(8).folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(bundle.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "text.pte").write_bytes(b"not a program")
     with pytest.raises(UserError, match=r"text\.pte has 13 bytes instead of"):
         fewstep.load(tmp_path)
@@ -187,10 +159,10 @@ def test_a_damaged_program_is_one_clear_line(made: Make, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_backend_that_is_not_the_bundles(made: Make) -> None:
-    fewstep.load(made(8).folder, backend="executorch", threads=1)
+def test_a_backend_that_is_not_the_bundles(bundle: Bundle) -> None:
+    fewstep.load(bundle.folder, backend="executorch", threads=1)
     with pytest.raises(UserError, match="runs on executorch, not on onnx: `fewstep export --to onnx`"):
-        fewstep.load(made(8).folder, backend="onnx")
+        fewstep.load(bundle.folder, backend="onnx")
 
 
 def test_an_interrupted_export_leaves_nothing(
@@ -203,5 +175,5 @@ def test_an_interrupted_export_leaves_nothing(
 
     monkeypatch.setattr(engine, "lowered", fail)
     with pytest.raises(OSError, match="No space"):
-        engine.export(small, tmp_path / "b", 8, Facts())
+        engine.export(small, tmp_path / "b", 32, Facts())
     assert not list(tmp_path.iterdir())

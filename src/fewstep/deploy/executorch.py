@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Generator
@@ -16,11 +15,8 @@ from fewstep.deploy.common.graphs import Part, parts
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
-BITS = (32, 8, 4)
+BITS = (32,)
 T5 = False
-
-GROUP = 32
-"""Weights of 4 bits that share a scale."""
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
@@ -29,7 +25,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     Args:
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight of a matrix: see :func:`quantized`.
+        bits: of :data:`BITS`, a weight.
         facts: what it tells of itself.
 
     Returns:
@@ -37,7 +33,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
 
     Raises:
         UserError: something else lies at ``out``.
-        ImportError: ExecuTorch or torchao is not installed.
+        ImportError: ExecuTorch is not installed.
     """
     with _quiet():
         import executorch.exir  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
@@ -47,7 +43,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
             with _quiet():
-                edge = lowered(part, bits)
+                edge = lowered(part)
                 counts.append(delegated(edge))
                 with (folder / f"{stem}.pte").open("wb") as file:
                     edge.to_executorch().write_to_file(file)
@@ -57,7 +53,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     return f"{line}, {theirs} of {all_of_them} operators on XNNPACK"
 
 
-def lowered(part: Part, bits: int) -> Any:
+def lowered(part: Part) -> Any:
     """``part`` for one picture as an ``EdgeProgramManager``, what XNNPACK can do given to it."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
@@ -65,45 +61,10 @@ def lowered(part: Part, bits: int) -> Any:
     )
     from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
-    module = part.module if bits == 32 else quantized(part.module, bits)
     inputs = {name: tensor[:1].clone() for name, tensor in part.inputs.items()}
     with torch.no_grad():
-        program = torch.export.export(module, (), inputs)
-        program = program.run_decompositions(
-            {torch.ops.aten.scaled_dot_product_attention.default: _attention}
-        )
+        program = torch.export.export(part.module, (), inputs)
     return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-
-
-def quantized(module: Any, bits: int) -> Any:
-    """A copy of ``module`` whose linear layers have weights of 8 or 4 bits.
-
-    XNNPACK knows small weights only where activations have 8 bits as well: every token gets its own scale
-    when it comes. Weights have a scale a row at 8 bits, one for each :data:`GROUP` at 4; where rows are no
-    multiple of that, 8 bits. Embeddings and kernels stay float32.
-    """
-    import torch
-    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
-        Int8DynamicActivationIntxWeightConfig,
-        PerAxis,
-        PerGroup,
-        quantize_,
-    )
-
-    def parted(layer: Any, _: str) -> bool:
-        return isinstance(layer, torch.nn.Linear) and layer.in_features % GROUP == 0
-
-    def linear(layer: Any, _: str) -> bool:
-        return isinstance(layer, torch.nn.Linear) and type(layer.weight) is torch.nn.Parameter
-
-    small = copy.deepcopy(module)
-    if bits == 4:
-        int4: Any = torch.__dict__["int4"]  # which torch's own stubs do not tell
-        few = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=PerGroup(GROUP))
-        quantize_(small, few, filter_fn=parted)
-    many = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
-    quantize_(small, many, filter_fn=linear)
-    return small
 
 
 def delegated(edge: Any) -> tuple[int, int]:
@@ -119,27 +80,6 @@ def delegated(edge: Any) -> tuple[int, int]:
     modules: list[Any] = [module for _, module, _ in get_lowered_submodules(outer)]
     theirs = sum(operators(module.original_module.graph) for module in modules)
     return theirs, theirs + operators(outer.graph)
-
-
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Attention of everything to everything as XNNPACK has it: products and a softmax.
-
-    torch's own decomposition guards against rows that are masked whole, in operators that XNNPACK lacks.
-    """
-    if mask is not None or causal or dropout or enable_gqa:
-        return NotImplemented  # torch's own
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
 @contextlib.contextmanager
