@@ -181,6 +181,22 @@ def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) 
     assert (tmp_path / "whole" / "model" / "LICENSE").read_text() == "of the teacher"
 
 
+def test_a_chain_has_its_folder_to_itself(made: Made, tmp_path: Path) -> None:
+    chain = distill.flash(setting=made.setting(tmp_path / "chain"), **RECIPES["flash"])
+    next(chain)
+    with pytest.raises(UserError, match="another --steps"):
+        next(distill.flash(setting=made.setting(tmp_path / "chain", steps=9), **RECIPES["flash"]))
+    with pytest.raises(UserError, match="holds a run of distill-flash-chain"):
+        train(distill.trajectory(setting=made.setting(tmp_path / "chain")))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text('{"recipe": "distill-trajectory"}')
+    with pytest.raises(UserError, match="holds a run of distill-trajectory"):
+        next(distill.flash(setting=made.setting(tmp_path / "one"), **RECIPES["flash"]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        next(distill.flash(setting=made.setting(tmp_path / "file"), **RECIPES["flash"]))
+
+
 def test_without_dropout_the_student_hears_t5_and_with_it_sometimes(made: Made, tmp_path: Path) -> None:
     if load_family(str(made.teacher)).clip_length is None:
         pytest.skip("FLUX cannot do without its T5")

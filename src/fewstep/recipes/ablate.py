@@ -36,7 +36,7 @@ def ablate(
     teacher: str = "models/pocket-teacher",
     synthetic: Path = Path("data/walks"),
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("runs/ablate"),
-    report: Path = Path("docs/results.md"),
+    report: Path | None = None,
     student_steps: tuple[int, ...] = (4, 2),
     seeds: int = 3,
     passes: int = 4000,
@@ -61,7 +61,7 @@ def ablate(
         teacher: The teacher, a diffusers folder or a hub name.
         synthetic: Its samples and walks, of `fewstep synthesize --student-steps`.
         out: Folder of all runs; stopped, the same command goes on.
-        report: The document that is written.
+        report: The document that is written. [default: results.md in the folder of --out]
         student_steps: Numbers of steps of the students.
         seeds: Trainings of each cell.
         passes: Compute of a training: passes of the net for a sample of each batch; one back counts as two.
@@ -126,6 +126,7 @@ def ablate(
     processes.all([partial(_measured, processes, asked, threads)], 1)
     results = json.loads((out / "measured" / "results.json").read_text())
     typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
+    report = report or out / "results.md"
     typed += ["--report", str(report)]
     typed += [word for steps in warms for word in ("--student-steps", str(steps))]
     typed += ["--seeds", str(seeds), "--passes", str(passes), "--warm", str(warm), "--warm-lr", str(warm_lr)]
