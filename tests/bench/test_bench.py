@@ -19,6 +19,7 @@ from fewstep.bench.device import Rates
 from fewstep.bench.measure import psnr
 from fewstep.cli import run
 from fewstep.families import sd3
+from fewstep.runtime.bundle import seal
 from tiny_bundle import write_bundle, write_openvino_bundle
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -70,6 +71,16 @@ def test_openvino_reads_its_weights_as_they_are_stored(tmp_path: Path) -> None:
     openvino.save_model(openvino.Model([y], [x]), tmp_path / "g.xml", compress_to_fp16=False)
     work = floor.count_openvino(tmp_path / "g.xml", 7)
     assert work == floor.Work(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
+
+
+def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "tiny").folder
+    told = json.loads((folder / "bundle.json").read_text())
+    for path in [*folder.glob("*.onnx")]:
+        path.rename(path.with_suffix(".pte"))
+    told = {key: value for key, value in told.items() if key not in ("format", "files")}
+    seal(folder, told | {"engine": "executorch"})
+    assert floor.of_bundle(folder, 1, 4) == {}
 
 
 @needs_openvino

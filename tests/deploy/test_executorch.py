@@ -11,34 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.deploy.drawn import draw, psnr
 
 import fewstep.runtime
 import tiny
-from fewstep import cli, sample, source, times
+from fewstep import cli, sample, source
 from fewstep.deploy import Facts
 from fewstep.deploy import executorch as engine
 from fewstep.deploy.common import bundle as common
 from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.model import open_bundle
-from fewstep.types import Model, UserError
+from fewstep.types import UserError
 
-PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
 SMALLER = tiny.SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
-
-
-def draw(model: Model, rows: slice = slice(0, 3)) -> np.ndarray:
-    """Pictures ``[B, 3, h, w]`` of these prompts and seeds, in four steps."""
-    with torch.no_grad():
-        cond = model.text(PROMPTS[rows])
-        noise = model.lift(sample.noises([0, 1, 2][rows], model.latent))
-        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
-        return model.lower(model.codec.decode(latents))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, against the range that the pictures use."""
-    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
 
 
 @pytest.fixture(scope="module")

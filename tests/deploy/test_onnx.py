@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests.deploy.drawn import PROMPTS, draw, psnr
 
 import tiny
 from fewstep import sample, times
@@ -23,27 +24,11 @@ from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.graph import Graph
 from fewstep.runtime.model import open_bundle
-from fewstep.types import Model, UserError
-
-PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
+from fewstep.types import UserError
 
 
 def family(**options: Any) -> Family:
     return sd3.assemble(tiny.parts(with_t5=False, **options), name="small", steps=4, guidance=None)
-
-
-def draw(model: Model) -> np.ndarray:
-    """Pictures ``[3, 3, h, w]`` in four steps."""
-    with torch.no_grad():
-        cond = model.text(PROMPTS)
-        noise = model.lift(sample.noises([0, 1, 2], model.latent))
-        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
-        return model.lower(model.codec.decode(latents))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, against the range that the pictures use."""
-    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
 
 
 @pytest.fixture(scope="module")

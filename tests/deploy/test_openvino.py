@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.deploy.drawn import draw, psnr
 
 if missing := [name for name in ("openvino", "nncf") if find_spec(name) is None]:
     pytest.skip(f"{' and '.join(missing)}: not installed", allow_module_level=True)
@@ -23,7 +24,7 @@ if missing := [name for name in ("openvino", "nncf") if find_spec(name) is None]
 import fewstep.runtime
 import tiny
 import tiny_flux
-from fewstep import sample, times
+from fewstep import sample
 from fewstep.cli import run
 from fewstep.deploy import Facts
 from fewstep.deploy import openvino as engine
@@ -32,23 +33,7 @@ from fewstep.families import Family, flux, sd3
 from fewstep.runtime.bundle import Bundle, read, seal
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.openvino import Graph, openvino
-from fewstep.types import Model, UserError
-
-PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
-
-
-def draw(model: Model, rows: slice = slice(0, 3)) -> np.ndarray:
-    """Pictures ``[B, 3, h, w]`` of these prompts and seeds, in four steps."""
-    with torch.no_grad():
-        cond = model.text(PROMPTS[rows])
-        noise = model.lift(sample.noises([0, 1, 2][rows], model.latent))
-        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
-        return model.lower(model.codec.decode(latents))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, against the range that the pictures use."""
-    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
+from fewstep.types import UserError
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from fewstep.types import UserError
 if TYPE_CHECKING:
     from fewstep.bench.measure import Record
 
-DTYPES = ("float32", "bfloat16")
-
 
 def bench(
     *models: str,
@@ -103,16 +101,8 @@ def bench(
 def _table(records: Sequence[Record]) -> str:
     """Records as a Markdown table; of every stage the share of the floor."""
     stages = ("text", "modulation", "steps", "decode", "whole")
-    titles = [
-        "",
-        *(f"{stage}, ms" for stage in stages),
-        "spread",
-        "cold, s",
-        "peak, MB",
-        "disk, MB",
-        "PSNR, dB",
-    ]
-    titles.append("times faster")
+    titles = ["", *(f"{stage}, ms" for stage in stages)]
+    titles += ["spread", "cold, s", "peak, MB", "disk, MB", "PSNR, dB", "times faster"]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for record in records:
         cells = [f"{record.engine}, {record.bits} bit, {record.steps} steps, batch {record.batch}"]

@@ -32,11 +32,14 @@ class Work:
 
 
 def of_bundle(folder: Path, batch: int, steps: int) -> dict[str, Work]:
-    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them."""
+    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them; nothing for an
+    engine whose graphs cannot be counted."""
     bundle = read(folder)
+    counted = {"onnx": count, "openvino": count_openvino}.get(bundle.engine)
+    if counted is None:
+        return {}
     of = {"text": ("text", batch, 1), "modulation": ("modulation", batch * steps, 1)}
     of |= {"steps": ("transformer", batch, steps), "decode": ("decoder", batch, 1)}
-    counted = count if bundle.engine == "onnx" else count_openvino
     works = {stage: (counted(bundle.graph(stem), rows), times) for stage, (stem, rows, times) in of.items()}
     return {stage: Work(work.operations * n, work.bytes * n) for stage, (work, n) in works.items()}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.bench import floor
+from fewstep.bench import floor, likeness
 from fewstep.bench.device import Rates
 from fewstep.types import UserError
 
@@ -180,7 +180,7 @@ def _record(
     first: dict[str, Any],
     turns: Sequence[dict[str, Any]],
     floors: dict[str, float],
-    likeness: float | None,
+    alike: float | None,
     stock: Sequence[dict[str, Any]],
 ) -> Record:
     last = turns[-1]
@@ -208,7 +208,7 @@ def _record(
         peak=last["peak"],
         disk=sum(path.stat().st_size for path in files),
         floor=floors,
-        psnr=likeness,
+        psnr=alike,
         times_faster=statistics.median(ratios) if ratios else None,
     )
 
@@ -218,8 +218,8 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
     other sizes."""
     if one.shape[1:] != other.shape[1:]:
         return None
-    error = float(np.square(one[0].astype(np.float64) - other[0]).mean())
-    return None if error == 0 else 10 * float(np.log10(255**2 / error))
+    found = likeness.psnr(one[0], other[0])
+    return None if found == float("inf") else found
 
 
 def _place(spec: Spec) -> Path:

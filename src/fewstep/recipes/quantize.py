@@ -15,6 +15,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from fewstep import files
+from fewstep.bench.likeness import psnr
 from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable
 from fewstep.types import UserError
 
@@ -186,7 +187,7 @@ def _report(
         row = [str(number), f"{size[number] / 1e6:.1f}", f"{100 * size[number] / size[FULL]:.0f}"]
         row += [
             f"{seconds[number]:.3f}",
-            "" if number == FULL else f"{_psnr(drawn[FULL], drawn[number]):.1f}",
+            "" if number == FULL else f"{psnr(drawn[FULL], drawn[number]):.1f}",
         ]
         row += _told(figures[number], figures[FULL]) if figures else []
         lines.append(row)
@@ -223,10 +224,13 @@ def _spread(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> st
 
 
 def _costliest(weights: Sequence[Weight]) -> str:
-    """The ten that move most at 4 bits, by element."""
-    lines = [["graph", "weight", "elements", "squared change at 4 bits, % of the variance"], ["---"] * 4]
-    for weight in sorted(weights, key=lambda weight: -weight.errors[4] / weight.size)[:10]:
-        lines.append([weight.graph, weight.name, str(weight.size), f"{100 * weight.errors[4]:.4f}"])
+    """The ten that move most, by element."""
+    from fewstep.deploy.common.sensitivity import MEASURED
+
+    change = f"squared change at {MEASURED} bits, % of the variance"
+    lines = [["graph", "weight", "elements", change], ["---"] * 4]
+    for weight in sorted(weights, key=lambda weight: -weight.errors[MEASURED] / weight.size)[:10]:
+        lines.append([weight.graph, weight.name, str(weight.size), f"{100 * weight.errors[MEASURED]:.4f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -245,11 +249,6 @@ def _drawn(pipe: Pipeline) -> np.ndarray:
     """Pictures of fixed prompts and seeds, uint8 ``[N, 3, h, w]``."""
     pictures = [pipe(prompt, seed=seed)[0].convert("RGB") for seed, prompt in enumerate(SHOWN)]
     return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
-
-
-def _psnr(whole: np.ndarray, ours: np.ndarray) -> float:
-    error = float(np.square(whole.astype(np.float64) - ours).mean())
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def _sheet(drawn: Mapping[int, np.ndarray], path: Path) -> None:

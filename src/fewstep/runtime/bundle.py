@@ -146,7 +146,8 @@ def read(folder: str | Path) -> Bundle:
     if not isinstance(facts, dict) or "format" not in facts:
         raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
     if (found := facts["format"]) != FORMAT:
-        hint = "upgrade fewstep" if found > FORMAT else "export or fetch it again"
+        older = isinstance(found, int) and found < FORMAT
+        hint = "export or fetch it again" if older else "upgrade fewstep"
         raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: {hint}")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
