@@ -199,3 +199,39 @@ def test_a_diffusers_folder_comes_back(small: Family, tmp_path: Path) -> None:
     back = sd3.load(tmp_path / "d")
     assert json.loads((tmp_path / "d" / sd3.FACTS).read_text())["steps"] == back.steps == 4
     assert np.array_equal(draw(back), draw(small))
+
+
+@pytest.fixture(scope="module")
+def reading() -> Family:
+    """With a T5, whose tokens follow the CLIPs'."""
+    return sd3.assemble(tiny.parts(with_t5=True), name="reading", steps=4, guidance=None)
+
+
+def test_a_bundle_keeps_t5(reading: Family, small: Family, tmp_path: Path) -> None:
+    engine.export(reading, tmp_path / "b", 32, Facts())
+    bundle = read(tmp_path / "b")
+    model = open_bundle(bundle, threads=1)
+    assert bundle.t5_length == 24 and {"t5.onnx", "tokenizer_3.json"} <= bundle.files.keys()
+    assert model.text(["x"]).context.shape[1] == bundle.length + bundle.t5_length
+    theirs = draw(reading)
+    assert psnr(theirs, draw(model)) > 80
+    assert psnr(theirs, draw(small)) < 60  # the same nets without: T5 is heard
+
+
+def test_t5_has_bits_of_its_own(reading: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(engine, "trace", lambda part: None)
+    monkeypatch.setattr(engine, "shrink", lambda model, bits: asked.append(bits))
+    monkeypatch.setattr(engine, "write_graph", lambda model, path: path.touch())
+    engine.export(reading, tmp_path / "b", 16, Facts(), t5_bits=8)
+    assert asked == [16, 8, 16, 16, 16, 16]
+
+
+def test_a_bundle_whose_t5_is_missing_is_refused(reading: Family, tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    engine.export(reading, folder, 32, Facts())
+    told = json.loads((folder / "bundle.json").read_text())
+    del told["files"]["tokenizer_3.json"]
+    (folder / "bundle.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="has no tokenizer_3"):
+        read(folder)

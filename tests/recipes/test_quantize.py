@@ -58,7 +58,7 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
     for bits in ("8", "4"):
         taken = sum(weight["bytes"][str(weight["given"][bits])] for weight in told)
         least = sum(min(weight["bytes"].values()) for weight in told)
-        assert taken <= max(least, sum(weight["size"] for weight in told) * (int(bits) + 0.25) / 8)
+        assert taken <= max(least, sum(weight["size"] for weight in told) * sensitivity.HELD[int(bits)] / 8)
     assert (ladder / "sheet.png").stat().st_size > 1000
 
 

@@ -69,6 +69,14 @@ def test_help_comes_without_torch(command: str) -> None:
         (["train", "pocket-text", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["export", "x", "-o", "y", "--to", "diffusers", "--bits", "8"], "bits for diffusers must be"),
         (
+            ["export", "x", "-o", "y", "--t5", "5"],
+            "--t5 for onnx must be one of drop, keep, 4, 6, 8, 16, 32, not 5",
+        ),
+        (
+            ["export", "x", "-o", "y", "--to", "gguf", "--t5", "keep"],
+            "--t5 for gguf must be one of drop, not keep",
+        ),
+        (
             ["export", "x", "-o", "y", "--to", "paper"],
             "there is no target paper: give one of diffusers, executorch,",
         ),

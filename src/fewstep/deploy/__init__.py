@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from fewstep.families import Family
 
@@ -36,7 +36,7 @@ class Target(Protocol):
     Attributes:
         FAMILIES: kinds of families that it can write.
         BITS: bits a weight that it can store, its default first.
-        T5: whether it takes T5 along.
+        T5: whether it takes T5 along where nobody says.
     """
 
     FAMILIES: tuple[str, ...]
@@ -53,6 +53,23 @@ class Target(Protocol):
         Raises:
             UserError: something else lies at ``out``, or this family cannot be written so.
         """
+        ...
+
+
+@runtime_checkable
+class Keeper(Target, Protocol):
+    """A target that can store T5 in bits of its own.
+
+    Attributes:
+        T5_BITS: those.
+    """
+
+    T5_BITS: tuple[int, ...]
+
+    def export(
+        self, family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None
+    ) -> str:
+        """As any target's; ``t5_bits`` a weight of T5, as all others where ``None``."""
         ...
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fewstep.deploy import Facts
 from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    from fewstep.deploy import Target
 
 
 def export(
@@ -19,6 +22,7 @@ def export(
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     to: str = "onnx",
     bits: int | None = None,
+    t5: str | None = None,
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
@@ -33,6 +37,8 @@ def export(
         output: What to write: a folder, or a file where the target is one.
         to: What it is for (docs/deploy.md); onnx is a bundle, which generates without PyTorch.
         bits: Bits a weight. [default: the target's own]
+        t5: What becomes of T5: drop, keep, or the bits a weight that it is kept in (bundles for onnx and
+            openvino). [default: dropped from bundles]
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
@@ -50,19 +56,41 @@ def export(
     if bits not in target.BITS:
         few = ", ".join(map(str, sorted(target.BITS)))
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
+    keeps, its_bits = _t5(t5, to, target)
     facts = facts_of(place := model_of(source), license, about)
 
     from fewstep.source import kind_of, load_family
 
     if (kind := kind_of(place)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
-    family = load_family(place, t5=None if target.T5 else False)
+    family = load_family(place, t5=keeps)
     family = replace(family, steps=steps or family.steps, name=name or family.name)
     try:
-        line = target.export(family, output, bits, facts)
+        line = target.export(family, output, bits, facts, **its_bits)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
     print(f"{family.name}: {output}, {line}")
+
+
+def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[str, int]]:
+    """Whether to load T5 (``None``: where it is there), and what the target is told of its bits.
+
+    Raises:
+        UserError: nothing that can be asked, or not of this target.
+    """
+    from fewstep.deploy import Keeper
+
+    few = target.T5_BITS if isinstance(target, Keeper) else ()
+    if asked is None:
+        return (None if target.T5 else False), {}
+    if asked == "drop":
+        return False, {}
+    if asked == "keep" and (few or target.T5):
+        return True, {}
+    if asked.isdecimal() and int(asked) in few:
+        return True, {"t5_bits": int(asked)}
+    can = ["drop", *(["keep"] if few or target.T5 else []), *map(str, sorted(few))]
+    raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
 
 
 def model_of(source: str) -> str:

@@ -15,9 +15,10 @@ from fewstep.families import Family
 FAMILIES = ("sd3",)
 BITS = (8, 4, 6, 16, 32)
 T5 = False
+T5_BITS = BITS
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:
     """Write ``family`` as a bundle for onnxruntime (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:
@@ -25,6 +26,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         out: the folder where the bundle goes.
         bits: of :data:`BITS`, a weight (:mod:`fewstep.deploy.common.weights`).
         facts: what it tells of itself.
+        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; ``bits`` where ``None``.
 
     Returns:
         What there is now, in a line.
@@ -35,7 +37,8 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
-            write_graph(shrink(trace(part), bits), folder / f"{stem}.onnx")
+            own = t5_bits or bits if stem == "t5" else bits
+            write_graph(shrink(trace(part), own), folder / f"{stem}.onnx")
 
     return write_bundle(family, out, bits, facts, "onnx", write)
 

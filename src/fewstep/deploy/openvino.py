@@ -19,6 +19,7 @@ from fewstep.types import UserError
 FAMILIES = ("sd3",)
 BITS = (8, 4, 16)
 T5 = False
+T5_BITS = BITS
 
 GROUP = 32
 """Weights of 4 bits that share a scale."""
@@ -27,7 +28,7 @@ SHARE = 0.9
 """Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:
     """Write ``family`` as a bundle for OpenVINO (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:
@@ -35,6 +36,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         out: the folder where the bundle goes.
         bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's.
         facts: what it tells of itself.
+        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; ``bits`` where ``None``.
 
     Returns:
         What there is now, in a line.
@@ -45,16 +47,16 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     """
     from fewstep.runtime.openvino import openvino  # which tells nobody
 
-    if bits == 16:
+    if 16 in (bits, t5_bits):
         _fits_float16(family)
-    compress = None if bits == 16 else _compressor(bits)
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
+            own = t5_bits or bits if stem == "t5" else bits
             graph = _converted(part)
-            if compress is not None:
-                graph = compress(graph)
-            openvino.save_model(graph, folder / f"{stem}.xml", compress_to_fp16=bits == 16)
+            if own < 16:
+                graph = _compressor(own)(graph)
+            openvino.save_model(graph, folder / f"{stem}.xml", compress_to_fp16=own == 16)
 
     return write_bundle(family, out, bits, facts, "openvino", write)
 

@@ -2,16 +2,19 @@
 
 ========================  ==============================================================================
 ``text``                  ``tokens`` int64 ``[B, L]`` -> ``context [B, L, D]``, ``pooled [B, P]``
+``t5``                    ``tokens [B, L5]`` of its own -> ``context [B, L5, D]``, which follows the other;
+                          absent from a model that does without
 ``modulation``            ``t [B]`` in [0, 1], ``pooled`` -> ``modulation [B, M]``: all of the net that is no
                           function of the picture
 ``transformer``           ``x [B, C, H, W]``, ``context``, ``modulation`` -> velocity
 ``decoder``               ``latents [B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]
 ``encoder``               images ``[B, 3, h, w]`` in [-1, 1] -> latents; may be absent
 ``tokenizer.json``        the ``tokenizers`` library's own format, truncation and padding to ``L`` set
+``tokenizer_3.json``      T5's, where it is there
 ``bundle.json``           name, licence, engine, shapes, time shift, steps, and the size and hash of each file
 ========================  ==============================================================================
 
-The five graphs are ``.onnx`` files, OpenVINO's ``.xml`` with ``.bin``, or ExecuTorch's ``.pte``, where ``B``
+The graphs are ``.onnx`` files, OpenVINO's ``.xml`` with ``.bin``, or ExecuTorch's ``.pte``, where ``B``
 is 1: as the engine wants them.
 """
 
@@ -33,6 +36,7 @@ MANIFEST = "bundle.json"
 LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
 NEEDED = ("text", "modulation", "transformer", "decoder")
+T5_TOKENIZER = "tokenizer_3.json"
 
 Engine = Literal["onnx", "openvino", "executorch"]
 SUFFIXES: Mapping[Engine, tuple[str, ...]] = {
@@ -68,6 +72,7 @@ class Bundle:
         guidance: default guidance scale; ``None`` when guidance is distilled into the net.
         sampler: how a step is taken: ``euler`` or ``renoise``.
         length: tokens of a prompt, ``L``.
+        t5_length: tokens of a prompt as T5 takes them; 0 without T5.
         about: free facts; ``styles`` lists the style words that the model knows.
         files: name -> what that file must be.
         digest: SHA-256 of ``bundle.json``, which names every other hash: the bundle's identity.
@@ -85,6 +90,7 @@ class Bundle:
     guidance: float | None
     sampler: Sampler
     length: int
+    t5_length: int
     about: Mapping[str, Any]
     files: Mapping[str, Stamp]
     digest: str
@@ -179,9 +185,10 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     latent, guidance = facts["latent"], facts["guidance"]
     channels, height, width = (latent[name] for name in ("channels", "height", "width"))
     downscale, steps, length = latent["downscale"], facts["steps"], facts["text"]["length"]
-    counts = (channels, height, width, downscale, steps, length)
+    t5_length = facts["text"].get("t5", 0)
+    counts = (channels, height, width, downscale, steps, length, t5_length + 1)
     if not all(type(count) is int and 0 < count <= LARGEST for count in counts):
-        raise ValueError("latent, steps or text.length")
+        raise ValueError("latent, steps or text")
     about = dict(facts.get("about", {}))
     if not isinstance(about.get("styles", []), list):
         raise TypeError("about.styles")
@@ -203,6 +210,7 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
         guidance=None if guidance is None else float(guidance),
         sampler=sampler,
         length=length,
+        t5_length=t5_length,
         about=about,
         files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},
         digest=digest,
@@ -210,7 +218,10 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
 
 
 def _check_files(bundle: Bundle) -> None:
-    for name in (*(stem + end for stem in NEEDED for end in SUFFIXES[bundle.engine]), "tokenizer.json"):
+    stems, others = NEEDED, ("tokenizer.json",)
+    if bundle.t5_length:
+        stems, others = (*stems, "t5"), (*others, T5_TOKENIZER)
+    for name in (*(stem + end for stem in stems for end in SUFFIXES[bundle.engine]), *others):
         bundle.path(name)
     for name, stamp in bundle.files.items():
         if Path(name).name != name:  # a bundle from elsewhere must not reach out of its folder

@@ -7,22 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewstep.runtime.bundle import Bundle
+from fewstep.runtime.bundle import T5_TOKENIZER, Bundle
 from fewstep.runtime.session import Session, cores
-from fewstep.runtime.tokens import Tokens
+from fewstep.runtime.tokens import Tokens, spell
 from fewstep.types import Array, Cond, Model, Step
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text encoders."""
+    """The text encoders: both CLIPs and, where it is there, T5."""
 
     tokens: Tokens
     graph: Session
+    t5: tuple[Tokens, Session] | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
-        context, pooled = self.graph(tokens=self.tokens(prompts))
+        """``B`` prompts -> context ``[B, L, D]``, T5's rows last, and pooled ``[B, P]``, float32."""
+        lines = [spell(prompt) for prompt in prompts]
+        context, pooled = self.graph(tokens=self.tokens(lines))
+        if self.t5 is not None:
+            tokens, graph = self.t5
+            context = np.concatenate([context, *graph(tokens=tokens(lines))], axis=1)
         return Cond(context, pooled)
 
 
@@ -81,7 +86,7 @@ class Autoencoder:
 def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     """Load a bundle for generation.
 
-    The four graphs that every picture needs are loaded in the background while this function hashes
+    The graphs that every picture needs are loaded in the background while this function hashes
     the files, so a damaged file is found here and costs no time.
 
     Args:
@@ -96,11 +101,14 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     stems = ("transformer", "text", "modulation", "decoder")  # the net first, for it takes longest
     net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
     bundle.verify()
-    tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
+    tokens, t5 = Tokens(bundle.path("tokenizer.json"), bundle.length), None
+    if bundle.t5_length:
+        t5_tokens = Tokens(bundle.path(T5_TOKENIZER), bundle.t5_length, warns=False)
+        t5 = (t5_tokens, _graph(bundle, "t5", threads).start())
     return Model(
         name=bundle.name,
         velocity=Net(modulation, net),
-        text=Text(tokens, text),
+        text=Text(tokens, text, t5),
         codec=Autoencoder(bundle, decoder),
         latent=bundle.latent,
         downscale=bundle.downscale,

@@ -25,13 +25,15 @@ class Tokens:
     Args:
         path: its ``tokenizer.json``, truncation and padding to ``length`` set in it.
         length: tokens of a prompt, ``L``.
+        warns: whether to say that a prompt is too long.
 
     Raises:
         UserError: the file is no tokenizer.
     """
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, warns: bool = True) -> None:
         self.length = length
+        self.warns = warns
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -45,7 +47,7 @@ class Tokens:
         """
         rows = [self._tokenizer.encode(spell(prompt)) for prompt in prompts]
         for row in rows:
-            if row.overflowing:
+            if row.overflowing and self.warns:
                 kept, *cut = [part.special_tokens_mask.count(0) for part in (row, *row.overflowing)]
                 _warn(f"the prompt is too long: {kept} of {kept + sum(cut)} tokens were kept")
         tokens = np.array([row.ids for row in rows], np.int64)

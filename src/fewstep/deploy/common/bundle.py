@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.manifest import described, write_tokenizer
+from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import replacing_folder
-from fewstep.runtime.bundle import MANIFEST, Engine, seal
+from fewstep.runtime.bundle import MANIFEST, T5_TOKENIZER, Engine, seal
 from fewstep.types import UserError
 
 
@@ -24,7 +24,7 @@ def write_bundle(
 ) -> str:
     """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`).
 
-    T5 stays out: the graphs see the tokens of the two CLIPs only. The bundle is made beside its place and
+    Where the family has T5, the bundle has. It is made beside its place and
     renamed, so an interrupted export leaves nothing there; an earlier bundle there is replaced.
 
     Args:
@@ -46,6 +46,8 @@ def write_bundle(
     with replacing_folder(out) as fresh:
         write(fresh)
         write_tokenizer(family, fresh / "tokenizer.json")
+        if told["text"]["t5"]:
+            write_t5_tokenizer(family, fresh / T5_TOKENIZER)
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
         bundle = seal(fresh, told)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.families import Family
+from fewstep.families.sd3 import T5_LENGTH
 
 OPSET = 20
 LARGEST = 2**31 - 2**20
@@ -32,8 +33,15 @@ def text_length(family: Family) -> int:
     return min(family.parts["tokenizer"].model_max_length, positions)
 
 
+def t5_length(family: Family) -> int:
+    """Tokens of a prompt as T5 takes them; 0 where there is none."""
+    if family.parts["text_encoder_3"] is None:
+        return 0
+    return min(T5_LENGTH, family.parts["tokenizer_3"].model_max_length)
+
+
 def parts(family: Family) -> dict[str, Part]:
-    """The five graphs of a model as torch modules, with examples of what goes in."""
+    """The graphs of a model as torch modules, with examples of what goes in: five, or six with T5."""
     import torch
 
     from fewstep.deploy.common import modules
@@ -47,11 +55,17 @@ def parts(family: Family) -> dict[str, Part]:
     with torch.no_grad():
         context, told["pooled"] = text(tokens)
         modulations = modulation(**told)
+    texts = {"text": Part(text, {"tokens": tokens}, ("context", "pooled"))}
+    if room := t5_length(family):
+        t5, its_tokens = modules.T5Module(family).eval(), torch.zeros(2, room, dtype=torch.int64)
+        its_tokens[:, 0] = 1
+        texts["t5"] = Part(t5, {"tokens": its_tokens}, ("context",))
+        with torch.no_grad():
+            context = torch.cat([context, t5(its_tokens)], dim=1)
     latents = torch.zeros(2, channels, height, width)
     images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
     net = {"x": latents, "context": context, "modulation": modulations}
-    return {
-        "text": Part(text, {"tokens": tokens}, ("context", "pooled")),
+    return texts | {
         "modulation": Part(modulation, told, ("modulation",)),
         "transformer": Part(modules.TransformerModule(family).eval(), net, ("velocity",)),
         "decoder": Part(modules.DecoderModule(family).eval(), {"latents": latents}, ("images",)),
@@ -77,6 +91,7 @@ def trace(part: Part) -> Any:
         )
     assert program is not None
     model = program.model_proto
+    del model.graph.value_info[:]  # shapes of what lies between, which engines infer
     for node in model.graph.node:
         del node.metadata_props[:]  # torch's stack traces: paths of this machine, in a file that ships
     return model

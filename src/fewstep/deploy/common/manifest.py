@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import text_length
+from fewstep.deploy.common.graphs import t5_length, text_length
 from fewstep.families import Family
 
 
@@ -22,16 +22,23 @@ def described(family: Family, facts: Facts, bits: int) -> dict[str, Any]:
         "steps": family.steps,
         "guidance": family.guidance,
         "sampler": family.sampler,
-        "text": {"length": text_length(family)},
+        "text": {"length": text_length(family), "t5": t5_length(family)},
         "about": {"bits": bits, **facts.about},
     }
 
 
 def write_tokenizer(family: Family, path: Path) -> None:
     """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
-    tokenizer = family.parts["tokenizer"]
+    _write(family.parts["tokenizer"], text_length(family), path)
+
+
+def write_t5_tokenizer(family: Family, path: Path) -> None:
+    """T5's tokenizer, cutting and padding to its own length."""
+    _write(family.parts["tokenizer_3"], t5_length(family), path)
+
+
+def _write(tokenizer: Any, length: int, path: Path) -> None:
     backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    length = text_length(family)
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     backend.save(str(path), pretty=False)

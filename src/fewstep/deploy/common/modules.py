@@ -50,6 +50,18 @@ class TextModule(nn.Module):
         return nn.functional.pad(context, (0, self.room)), pooled
 
 
+class T5Module(nn.Module):
+    """T5 on its own tokenizer's row: the rows of the context that follow the CLIPs'."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.t5 = family.parts["text_encoder_3"]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens [B, L]`` int64 -> context ``[B, L, D]``."""
+        return self.t5(tokens)[0]
+
+
 class ModulationModule(nn.Module):
     """What the net makes of time and pooled text alone (:mod:`fewstep.nets.hoist`)."""
 

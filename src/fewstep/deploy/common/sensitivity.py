@@ -1,8 +1,8 @@
 """Which weights need their bits: measured, one at a time, on real prompts (floor 3).
 
-A weight is stored in few bits and read back while all others stay as they are. How far that moves the latents
-of a whole walk (of the decoder: its images; of the encoder: its latents) is what it costs. A storage budget
-is then spent where it saves most.
+A weight is stored in few bits and read back while all others stay as they are. How far that moves the
+pictures that whole walks end with (of the encoder: its latents) is what it costs. A storage budget is then
+spent where it saves most.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from fewstep.deploy.common.graphs import Part
 from fewstep.deploy.common.weights import GROUP, SMALLEST, stored
 from fewstep.families import Family
 
-WIDTHS = (2, 3, 4, 6, 8, 16)
+WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 """Bits that a weight may get."""
+
+HELD = {8: 8.5, 6: 6.4, 4: 4.75}
+"""Bits a weight that a rung takes, scales included: about what GGUF's Q8_0, Q6_K and Q4_K take (8.5, 6.6, 4.5
+to 4.9). Any other rung takes its own and a scale a group."""
 
 MEASURED = 4
 """Bits whose cost is measured; a small error's square passes through a net in proportion, so that of the
@@ -73,14 +77,17 @@ def outcomes(
             x = sample.euler(x, run["transformer"](x=x, context=context, modulation=modulation), t, t_next, 0)
         return x
 
+    def drawn(context: Any, pooled: Any) -> Any:
+        return run["decoder"](walked(context, pooled))
+
     with torch.no_grad():
         told = run["text"](ids)
         latents = walked(*told)
         images = run["decoder"](latents)
     return {
-        "text": lambda: walked(*run["text"](ids)),
-        "modulation": lambda: walked(*told),
-        "transformer": lambda: walked(*told),
+        "text": lambda: drawn(*run["text"](ids)),
+        "modulation": lambda: drawn(*told),
+        "transformer": lambda: drawn(*told),
         "decoder": lambda: run["decoder"](latents),
         "encoder": lambda: run["encoder"](images),
     }
@@ -117,10 +124,13 @@ def sensitivity(graph: str, module: Any, outcome: Callable[[], Any]) -> list[Wei
 
 
 def allotted(weights: Sequence[Weight], bits: int) -> list[int]:
-    """Bits of each weight, so that together they take no more than ``bits`` each, their scales included,
-    and cost as little as can be: every weight takes the bits of least ``error + price * bytes``, at the
-    lowest price that keeps within the budget."""
-    room = sum(weight.size for weight in weights) * (bits + 16 / GROUP) / 8
+    """Bits of each weight, so that together they take no more than ``bits`` each (:data:`HELD`) and cost as
+    little as can be.
+
+    Every weight takes the bits of least ``error + price * bytes``, at the lowest price that keeps within the
+    budget; what is left then goes, weight by weight, where a byte saves most.
+    """
+    room = sum(weight.size for weight in weights) * HELD.get(bits, bits + 16 / GROUP) / 8
 
     def at(price: float) -> list[int]:
         return [min(WIDTHS, key=lambda b: (w.errors[b] + price * w.bytes[b], w.bytes[b])) for w in weights]
@@ -132,7 +142,18 @@ def allotted(weights: Sequence[Weight], bits: int) -> list[int]:
     for _ in range(100):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    return at(high)
+    chosen = at(high)
+    left = room - sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True))
+    while better := [
+        ((weight.errors[now] - weight.errors[b]) / (weight.bytes[b] - weight.bytes[now]), row, b)
+        for row, (weight, now) in enumerate(zip(weights, chosen, strict=True))
+        for b in WIDTHS
+        if weight.errors[b] < weight.errors[now] and 0 < weight.bytes[b] - weight.bytes[now] <= left
+    ]:
+        _, row, b = max(better)
+        left -= weights[row].bytes[b] - weights[row].bytes[chosen[row]]
+        chosen[row] = b
+    return chosen
 
 
 def digest(array: np.ndarray) -> str:

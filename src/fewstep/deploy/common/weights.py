@@ -23,7 +23,7 @@ SMALLEST = 4096
 GROUP = 64
 """Codes that share a scale, where they have less than 8 bits."""
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 """How codes are laid down: their low bits, as many codes a byte as there is room for, then the high ones."""
 
 TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
@@ -39,7 +39,7 @@ def shrink(model: Any, bits: int, bits_of: BitsOf | None = None) -> Any:
 
     Args:
         model: what :func:`fewstep.deploy.common.graphs.trace` gives.
-        bits: 2, 3, 4, 6, 8, 16 or 32 a weight.
+        bits: 2, 3, 4, 5, 6, 8, 16 or 32 a weight.
         bits_of: weights that are stored in other bits.
     """
     import onnx
