@@ -329,14 +329,14 @@ def test_tokens_beyond_int16_are_looked_up(small: Family, tmp_path: Path) -> Non
 
 @converts
 def test_the_layers_of_sd35_medium_convert(small: Family, tmp_path: Path) -> None:
-    """One with dual attention and the last one, at their real width, for a picture of 512 px."""
+    """One with dual attention and the last one, at their real width, for a picture of 256 px."""
     from diffusers import SD3Transformer2DModel
 
     shape = dict(PRESETS["sd3.5-medium"].net) | {"num_layers": 2, "dual_attention_layers": (0,)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = SD3Transformer2DModel(**shape | {"pos_embed_max_size": 64}).requires_grad_(False)
-    family = replace(small, net=net, latent=(16, 64, 64))
+    family = replace(small, net=net, latent=(16, 32, 32))
     cond = Cond(*(torch.from_numpy(sample.noises([0], shape)) for shape in ((77, 4096), (2048,))))
     with torch.no_grad():
         modulation = ModulationModule(family)(torch.tensor([0.75]), cond.pooled)
