@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from coremltools.converters.mil.frontend.milproto.load import load
+from coremltools.models import MLModel
 from torch import Tensor
 
 KINDS = {"fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool}
@@ -29,10 +31,7 @@ class Package:
     """
 
     def __init__(self, path: Path, exact: bool = True) -> None:
-        import coremltools as ct
-        from coremltools.converters.mil.frontend.milproto.load import load
-
-        model = ct.models.MLModel(str(path), skip_model_load=True)
+        model = MLModel(str(path), skip_model_load=True)
         self.spec = model.get_spec()
         self.exact = exact
         program = load(self.spec, self.spec.specificationVersion, model.weights_dir)
@@ -104,6 +103,11 @@ class Package:
         return value.item() if isinstance(value, np.generic) else value
 
 
+def _plain(x: Tensor, *switches: bool) -> Tensor:
+    assert not any(switches)
+    return x
+
+
 NUMBERS = {
     *("shape", "perm", "axes", "begin", "end", "stride", "begin_mask", "end_mask", "squeeze_mask"),
     *("split_sizes", "strides", "pad", "dilations"),
@@ -146,6 +150,7 @@ _of("sub", by=lambda x, y: x - y)
 _of("mul", by=lambda x, y: x * y)
 _of("real_div", by=lambda x, y: x / y)
 _of("equal", by=lambda x, y: x == y)
+_of("greater", by=lambda x, y: x > y)
 _of("greater_equal", by=lambda x, y: x >= y)
 _of("maximum", by=lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype)))
 _of("clip", by=lambda x, alpha, beta: x.clamp(alpha, beta))
@@ -164,6 +169,7 @@ _of("expand_dims", by=lambda x, axes: x[(..., *[None] * len(axes))].movedim(-1, 
 _of("squeeze", by=lambda x, axes: x.squeeze(tuple(axes)))
 _of("reshape", by=lambda x, shape: x.reshape(shape))
 _of("transpose", by=lambda x, perm: x.permute(perm))
+_of("cumsum", by=lambda x, axis, exclusive, reverse: _plain(x, exclusive, reverse).cumsum(axis).to(x.dtype))
 _of("stack", by=lambda values, axis: torch.stack([each.int() for each in values], axis))
 _of("concat", by=lambda values, axis, interleave: torch.cat(values, axis))
 _of("linear", by=lambda x, weight, bias=None: F.linear(x, weight, bias))

@@ -56,9 +56,28 @@ def small() -> Family:
 
 
 @pytest.fixture(scope="module")
-def exported(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The small family's folder in some bits; each is made once, from one conversion."""
-    made = {stem: engine.converted(part) for stem, part in parts(small).items()}
+def made(small: Family) -> dict[str, Any]:
+    """The small family's parts, converted once, since that takes seconds."""
+    return {stem: engine.converted(part) for stem, part in parts(small).items()}
+
+
+@pytest.fixture(scope="module")
+def palettized(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The net's package with palettes of some bits; each is made once."""
+    folder = tmp_path_factory.mktemp("palettes")
+
+    def palettized(bits: int) -> Package:
+        path = folder / f"{bits}.mlpackage"
+        if not path.exists():
+            engine.fewer(made["transformer"], bits).save(str(path))
+        return Package(path)
+
+    return palettized
+
+
+@pytest.fixture(scope="module")
+def exported(small: Family, made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The small family's folder in some bits; each is made once."""
     folder = tmp_path_factory.mktemp("coreml")
 
     def export(bits: int) -> Path:
@@ -213,10 +232,10 @@ def weights_of(small: Family) -> dict[str, np.ndarray]:
 
 @converts
 @pytest.mark.parametrize("bits", [6, 4])
-def test_palettes_are_near_the_weights(small: Family, exported: Any, bits: int) -> None:
+def test_palettes_are_near_the_weights(small: Family, palettized: Any, bits: int) -> None:
     """Each weight is the nearest of its group's palette, which has no more than 2^bits numbers."""
-    package = Package(exported(bits) / "transformer.mlpackage")
-    theirs, seen, large = weights_of(small), 0, set[str]()
+    package, theirs = palettized(bits), weights_of(small)
+    read, seen, large = package.weights(), 0, set[str]()
     for op in package.ops:
         if op.op_type != "constexpr_lut_to_dense":
             continue
@@ -226,11 +245,11 @@ def test_palettes_are_near_the_weights(small: Family, exported: Any, bits: int) 
         assert palettes.shape[0] == groups
         assert palettes.shape[-2:] == (2**bits, 1)
         assert op.indices.val.max() < 2**bits
-        ours = package.weights()[op.outputs[0].name][0].reshape(groups, -1)
-        for group, read in enumerate(ours):
+        ours = read[op.outputs[0].name][0].reshape(groups, -1)
+        for group, found in enumerate(ours):
             exact = weight.reshape(groups, -1)[group]
             nearest = np.abs(exact[:, None] - palettes[group].ravel()).min(1)
-            error = np.abs(read - exact)
+            error = np.abs(found - exact)
             assert (error <= 1.5 * nearest + 0.01 * np.ptp(exact)).all(), name
             assert np.sqrt(np.square(error).mean()) < {6: 0.06, 4: 0.2}[bits] * exact.std(), name
         seen += 1
@@ -245,8 +264,8 @@ def test_palettes_are_near_the_weights(small: Family, exported: Any, bits: int) 
 
 
 @converts
-def test_the_net_with_its_palettes_weights_draws_as_the_package(small: Family, exported: Any) -> None:
-    package = Package(exported(6) / "transformer.mlpackage")
+def test_the_net_with_its_palettes_weights_draws_as_the_package(small: Family, palettized: Any) -> None:
+    package = palettized(6)
     found = {name.partition("_to_fp16")[0]: array for name, (array, _) in package.weights().items()}
     net = copy.deepcopy(small.net)
     with torch.no_grad():
@@ -263,7 +282,7 @@ def test_the_net_with_its_palettes_weights_draws_as_the_package(small: Family, e
     given = {"x": x.numpy(), "context": cond.context.numpy(), "modulation": modulation.numpy()}
     read = package.predict(given)["velocity"]
     assert psnr(expected, read) > 60
-    assert 25 < psnr(plain, read) < 60
+    assert 40 < psnr(plain, read) < psnr(expected, read) - 6
 
 
 @converts
@@ -310,14 +329,14 @@ def test_tokens_beyond_int16_are_looked_up(small: Family, tmp_path: Path) -> Non
 
 @converts
 def test_the_layers_of_sd35_medium_convert(small: Family, tmp_path: Path) -> None:
-    """One with dual attention and the last one, at their real width, for a picture of 512 px."""
+    """One with dual attention and the last one, at their real width, for a picture of 256 px."""
     from diffusers import SD3Transformer2DModel
 
     shape = dict(PRESETS["sd3.5-medium"].net) | {"num_layers": 2, "dual_attention_layers": (0,)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = SD3Transformer2DModel(**shape | {"pos_embed_max_size": 64}).requires_grad_(False)
-    family = replace(small, net=net, latent=(16, 64, 64))
+    family = replace(small, net=net, latent=(16, 32, 32))
     cond = Cond(*(torch.from_numpy(sample.noises([0], shape)) for shape in ((77, 4096), (2048,))))
     with torch.no_grad():
         modulation = ModulationModule(family)(torch.tensor([0.75]), cond.pooled)
@@ -394,7 +413,7 @@ def test_an_export_replaces_an_export_and_nothing_else(
 @converts
 def test_nothing_of_this_machine_is_in_the_files(exported: Any) -> None:
     places = [str(Path(engine.__file__).parents[3]), str(Path(torch.__file__).parents[1]), "/tmp/"]
-    for path in exported(6).rglob("*"):
+    for path in exported(8).rglob("*"):
         if path.is_file():
             assert not [place for place in places if place.encode() in path.read_bytes()], path
 
@@ -427,6 +446,8 @@ def test_another_family_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @converts
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder of coremltools
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 def test_a_full_disk_is_a_line(
     small: Family, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -448,13 +469,13 @@ def test_a_full_disk_is_a_line(
 def test_the_documents_program_draws(
     small: Family, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Python of docs/deploy.md, with this file's reader in the place of Core ML."""
-    text = (Path(__file__).parents[2] / "docs/deploy.md").read_text("utf-8")
+    """The Python of docs/coreml.md, with this file's reader in the place of Core ML."""
+    text = (Path(__file__).parents[2] / "docs/coreml.md").read_text("utf-8")
     [program] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     monkeypatch.setattr("coremltools.models.MLModel", lambda path: Package(Path(path)))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(exported(16), tmp_path / "pocket-coreml")
-    exec(compile(program, "deploy.md", "exec"), {})
+    exec(compile(program, "coreml.md", "exec"), {})
     with torch.no_grad():
         noise = small.lift(sample.noises([7], small.latent))
         cond = small.text(["a red apple, 3D style"])
