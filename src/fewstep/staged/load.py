@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,19 +56,43 @@ def load(folder: Path, kind: str, wish: Wish) -> Staged:
         UserError: the model or the student is missing, foreign or broken; the device lacks what was asked
             for; or nothing fits the memory.
     """
-    device = _device(wish.device)
-    limit = None if wish.memory is None else bytes_of(wish.memory)
     if wish.bits is not None:
-        check_bits(wish.bits, device)
+        check_bits(wish.bits, device_of(wish.device))
+    if wish.memory is not None:
+        bytes_of(wish.memory)
     base = read(folder, kind)
-    student = None if wish.student is None else find(wish.student, base)
+    return staged(base, None if wish.student is None else find(wish.student, base), wish)
+
+
+def on_disk(outline: Outline, part: str) -> Weights:
+    """The weights of a part in its folder."""
+    return Weights.open(outline.place(part))
+
+
+def staged(
+    base: Outline,
+    student: Student | None,
+    wish: Wish,
+    weights: Callable[[Outline, str], Weights] = on_disk,
+) -> Staged:
+    """A model of an outline.
+
+    Args:
+        base: of the base model.
+        student: what is laid over it.
+        wish: how to run it.
+        weights: (outline, part) -> where the part's weights come from.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
+    device = device_of(wish.device)
     outline = base
     if student is not None and not student.t5 and base.t5 is not None:
         outline = base.without(base.t5)
     if wish.tiny_decoder is not None:
         outline = _with_decoder(outline, Path(wish.tiny_decoder))
     family = _family(outline, student)
-    latents = _latents(wish.size, outline, family)
     native = 16 if bf16_pays(device) else 32
     asked = Asked(
         gpu=device != "cpu",
@@ -76,23 +102,25 @@ def load(folder: Path, kind: str, wish: Wish) -> Staged:
         batch=wish.batch,
         rows=1 if family.guidance in (None, 1) else 2,
         steps=family.steps,
-        latents=latents,
+        latents=_latents(wish.size, outline, family),
         image=wish.image,
     )
-    if limit is None:
-        plan = Plan(Choice(asked.bits[0], native, 1, "all", wish.batch))
-    else:
-        if not asked.gpu:
-            give_back_at_once()
-        counted = Rehearsal(outline, family, asked).counted
-        counted(next(choices(asked))).stages()  # what torch imports for it is in memory from here on
-        plan = choose(asked, counted, limit, CONTEXT if asked.gpu else resident())
-    model = _assembled(outline, family, asked, plan.choice, student, wish)
-    if base.t5 is None:
-        t5 = ""
-    else:
-        t5 = "left out" if outline.t5 is None else "kept"
+    plan = _plan(outline, family, asked, wish)
+    model = _assembled(outline, family, asked, plan.choice, student, device, wish.compile, weights)
+    t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
     return Staged(model, plan, plan.told(t5))
+
+
+def _plan(outline: Outline, family: Family, asked: Asked, wish: Wish) -> Plan:
+    """How to run: in the device's own precision with everything there, or what fits the memory."""
+    if wish.memory is None:
+        return Plan(Choice(asked.bits[0], asked.native, 1, "all", asked.batch), gpu=asked.gpu)
+    if not asked.gpu:
+        give_back_at_once()
+    counted = Rehearsal(outline, family, asked).counted
+    counted(next(choices(asked))).stages()  # what torch imports for it is in memory from here on
+    gc.collect()
+    return choose(asked, counted, bytes_of(wish.memory), CONTEXT if asked.gpu else resident())
 
 
 def resident() -> int:
@@ -109,7 +137,7 @@ def resident() -> int:
     return pages * mmap.PAGESIZE
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
@@ -207,22 +235,35 @@ def _latents(size: str | None, outline: Outline, family: Family) -> tuple[int, i
 
 
 def _assembled(
-    outline: Outline, family: Family, asked: Asked, choice: Choice, student: Student | None, wish: Wish
+    outline: Outline,
+    family: Family,
+    asked: Asked,
+    choice: Choice,
+    student: Student | None,
+    device: str,
+    compile: bool,
+    weights: Callable[[Outline, str], Weights],
 ) -> Model:
     """The model, its parts where the choice says."""
-    device, (height, width) = _device(wish.device), asked.latents
+    height, width = asked.latents
     native = torch.float32 if asked.native == 32 else torch.bfloat16
     dtype = {32: torch.float32, 16: torch.bfloat16}.get(choice.bits, native)
     net = bare(outline, "transformer", dtype)
-    source = _source(outline, "transformer", net, choice.bits, device, dtype)
+
+    def source_of(part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
+        few = quantizable(outline, part, module) if bits < 16 else frozenset[str]()
+        pixels = device == "cpu" and part in ("vae", "decoder")
+        return Source(weights(outline, part), device, dtype, bits, few, pixels=pixels)
+
+    source = source_of("transformer", net, choice.bits, dtype)
     if student is not None:
-        weights = source.weights if student.net is None else Weights.open(student.net)
-        source = replace(source, weights=weights, change=student.lora)
+        own = source.weights if student.net is None else Weights.open(student.net)
+        source = replace(source, weights=own, change=student.lora)
     if outline.kind == "sd3":
         source = replace(source, window=_cropped(net, outline, asked.latents))
     paths = {id(layer): f"{path}." for path, layer in net.named_modules()}
     modulation, body = hoisted(net)
-    if wish.compile:
+    if compile:
         compile_blocks(body)
     apart = [modulation.embedder, *modulation.layers]
     layers = {id(layer): Part(layer, source, paths[id(layer)]) for layer in apart}
@@ -230,7 +271,7 @@ def _assembled(
     for part in outline.configs.keys() - {"transformer"}:
         bits = choice.text_bits if part == outline.t5 else asked.native
         module = bare(outline, part, native)
-        parts[part] = Part(module, _source(outline, part, module, bits, device, native))
+        parts[part] = Part(module, source_of(part, module, bits, native))
     codecs = {outline.decoder, *(["vae"] if asked.image else [])}
     stay = codecs if choice.stay == "codec" else set[str]()
     if choice.stay == "all":
@@ -256,12 +297,6 @@ def _assembled(
         lift=lambda array: torch.from_numpy(array).to(device),
         lower=lambda tensor: tensor.detach().float().cpu().numpy(),
     )
-
-
-def _source(outline: Outline, part: str, module: Any, bits: int, device: str, dtype: torch.dtype) -> Source:
-    few = quantizable(outline, part, module) if bits < 16 else frozenset[str]()
-    pixels = device == "cpu" and part in ("vae", "decoder")
-    return Source(Weights.open(outline.place(part)), device, dtype, bits, few, pixels=pixels)
 
 
 def _cropped(

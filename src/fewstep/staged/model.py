@@ -49,6 +49,10 @@ class Text:
         )
         return Cond(context, pooled)
 
+    def forget(self) -> None:
+        """Forget all prompts."""
+        self._known.clear()
+
     def prepare(self, prompts: Sequence[str]) -> None:
         """Read prompts that are not known, before the net needs the room; the oldest are forgotten."""
         for text in dict.fromkeys(prompts):

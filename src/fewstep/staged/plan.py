@@ -24,6 +24,8 @@ Stay = Literal["all", "codec", "none"]
 """What stays on the device: everything; the codec alone, while text encoders and net come in turn; nothing,
 one part at a time. Below ``all`` the layers of the modulations come one by one."""
 
+STAYS: Sequence[Stay] = ("all", "codec", "none")
+
 TILES = (1, 2, 4)
 """Tiles along a side in which a picture may be decoded; 1 is whole."""
 
@@ -167,8 +169,7 @@ def choices(asked: Asked) -> Iterator[Choice]:
     batches = [asked.batch]
     while batches[-1] > 1:
         batches.append(-(-batches[-1] // 2))
-    stays: Sequence[Stay] = ("all", "codec", "none")
-    for bits, text_bits, tiles, stay, batch in product(asked.bits, asked.text_bits, TILES, stays, batches):
+    for bits, text_bits, tiles, stay, batch in product(asked.bits, asked.text_bits, TILES, STAYS, batches):
         yield Choice(bits, text_bits, tiles, stay, batch)
 
 

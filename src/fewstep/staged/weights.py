@@ -73,19 +73,20 @@ class Weights:
             UserError: it is not there, or its file is cut off.
         """
         entry = self._entry(name)
-        kind, dtype = KINDS[entry.kind]
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        values = np.fromfile(entry.path, kind, count, offset=entry.offset)
-        if values.size != count:
-            raise UserError(f"{entry.path} is cut off: {name} is not whole")
-        return torch.from_numpy(values).view(dtype).reshape(entry.shape)
+        tensor = torch.empty(entry.shape, dtype=KINDS[entry.kind][1])  # aligned: products may round by that
+        room = tensor.reshape(-1).view(torch.uint8).numpy()
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset)
+            if file.readinto(room) != room.size:  # pyright: ignore[reportArgumentType]
+                raise UserError(f"{entry.path} is cut off: {name} is not whole")
+        return tensor
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
         """``tensor.reshape(shape)[cut]``; of a table of gigabytes only that is read."""
         entry = self._entry(name)
         kind, dtype = KINDS[entry.kind]
         table = np.memmap(entry.path, kind, "r", entry.offset, tuple(shape))
-        return torch.from_numpy(np.array(table[cut])).view(dtype)
+        return torch.from_numpy(np.array(table[cut])).view(dtype).clone()
 
     def _entry(self, name: str) -> Entry:
         for known in (name, f"text_model.{name}", name.removeprefix("text_model.")):
