@@ -4,7 +4,8 @@
     OUT=out python gpu/sd35.py [--minutes 9] [--sizes 1024,512] [--tiny]
 
 Writes JSON lines to ``$OUT/sd35.jsonl``: seconds of a picture (median of a few, after one that is not
-counted) and peaks of ``torch.cuda.max_memory_allocated``, planned ones beside them. ``--tiny`` is a rehearsal on a CPU.
+counted) and peaks of ``torch.cuda.max_memory_allocated``, planned ones beside them. ``--tiny`` is a rehearsal
+on a CPU.
 """
 
 from __future__ import annotations

@@ -114,6 +114,10 @@ def _run(tokens: list[str]) -> int:
         return _end(str(error), 2)
     except CycloptsError as error:
         return _end(_explain(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
+            raise
+        return _end("the GPU's memory is full: say with --memory how much there is", 2)
     except ImportError as error:
         missing = missing_extra(error)
         if missing is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from dataclasses import replace
@@ -28,6 +29,9 @@ Backend = Literal["onnx", "torch"]
 FAMILIES = ("sd3", "flux")
 """What may stand in front of a model's name, with a colon."""
 
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
+
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
@@ -53,7 +57,8 @@ def load(
         threads: processor threads; all cores when ``None``.
         wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
             ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
-            (:class:`fewstep.staged.Wish`).
+            (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
+            measurements compare.
 
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
@@ -62,7 +67,7 @@ def load(
 
     threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
-    wanted = Wish(**wish)
+    given = Wish(**wish)
     family, plain = split(name)
     place = locate(plain)
     kind = "onnx" if (place / "bundle.json").is_file() else "torch"
@@ -72,9 +77,9 @@ def load(
         hint = "`fewstep export` makes a bundle of it" if kind == "torch" else "give a diffusers folder"
         raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
     if kind == "torch":
-        return _load_torch(name, place, threads, wanted, family)
-    if family is not None or wanted.named():
-        what = f"{family}:" if family is not None else wanted.named()[0]
+        return _load_torch(name, place, threads, given if wish else None, family)
+    if family is not None or given.named():
+        what = f"{family}:" if family is not None else given.named()[0]
         raise UserError(f"model {plain} is a bundle, and {what} is for PyTorch models: leave it out")
     return _load_onnx(name, place, threads)
 
@@ -166,10 +171,15 @@ def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:
     return Pipeline(model, bundle, name)
 
 
-def _load_torch(name: str, place: Path, threads: int | None, wish: Wish, family: str | None) -> Pipeline:
+def _load_torch(
+    name: str, place: Path, threads: int | None, wish: Wish | None, family: str | None
+) -> Pipeline:
     from fewstep.pipeline import Pipeline
+    from fewstep.staged import Wish
 
     plain = split(name)[1]
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         import torch
 
@@ -178,6 +188,7 @@ def _load_torch(name: str, place: Path, threads: int | None, wish: Wish, family:
             torch.set_num_threads(threads)
         if place.is_file():
             return _load_single(name, place, module, wish)
+        wish = wish or Wish(device="cpu", bits=32)
         from fewstep.staged.load import load as load_staged
 
         folder = place if place.exists() else module.fetched(plain)
@@ -191,12 +202,12 @@ def _load_torch(name: str, place: Path, threads: int | None, wish: Wish, family:
     return replace(pipe, plan=staged.lines, at_once=staged.plan.choice.batch)
 
 
-def _load_single(name: str, place: Path, module: ModuleType, wish: Wish) -> Pipeline:
+def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
     """A single file: read whole, in float32 on the CPU."""
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
 
-    if wish.named():
+    if wish is not None and wish.named():
         raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)

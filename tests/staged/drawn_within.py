@@ -48,10 +48,10 @@ def made(folder: Path) -> None:
     }  # fmt: skip
     parts = {
         "transformer": SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=8, num_attention_heads=8,
-            attention_head_dim=64, caption_projection_dim=512, joint_attention_dim=1024,
-            pooled_projection_dim=640, pos_embed_max_size=96, dual_attention_layers=(0, 1, 2),
-            qk_norm="rms_norm",
+            sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=8,
+            num_attention_heads=8, attention_head_dim=64, caption_projection_dim=512,
+            joint_attention_dim=1024, pooled_projection_dim=640, pos_embed_max_size=96,
+            dual_attention_layers=(0, 1, 2), qk_norm="rms_norm",
         ),
         "vae": AutoencoderKL(
             **shape, layers_per_block=2, latent_channels=16, sample_size=128, use_quant_conv=False,

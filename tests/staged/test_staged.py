@@ -289,7 +289,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     flux.save(flux.assemble(tiny_flux.parts("dev"), name="f", side=8), tmp_path / "flux")
     (tmp_path / "empty").mkdir()
     cases = {
-        "no student nowhere": ("--student", str(tmp_path / "nowhere")),
+        "there is no student": ("--student", str(tmp_path / "nowhere")),
         "is no student": ("--student", str(tmp_path / "empty")),
         "is a flux": ("--student", str(tmp_path / "flux")),
         "another shape": ("--student", str(wide)),
@@ -306,7 +306,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         if words.startswith("--bits") and not HAVE_AO:
             continue
         line = told(capsys, *model, *options)
-        assert words.removeprefix("no student nowhere") in line, line
+        assert words in line, line
     assert "is a sd3, no flux" in told(capsys, "--model", f"flux:{folder}")
     assert "is a bundle" in told(capsys, "--model", "pocket", "--memory", "8GiB")
     assert "is a bundle" in told(capsys, "--model", "sd3:pocket")

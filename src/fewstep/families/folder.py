@@ -256,5 +256,5 @@ def bf16_pays(device: str) -> bool:
     """Whether nets are faster in bf16 than in fp32 there: on any GPU, and on a CPU with units for it."""
     import torch
 
-    capable: dict[str, bool] = torch.cpu.get_capabilities()
+    capable = torch.cpu.get_capabilities()
     return device != "cpu" or any(capable.get(unit, False) for unit in BF16_UNITS)

@@ -15,6 +15,7 @@ import torch
 from fewstep.families import Family
 from fewstep.families.folder import bf16_pays, check_device, read_facts, read_json
 from fewstep.nets.hoist import hoisted
+from fewstep.request import MOST_AT_ONCE, whole
 from fewstep.request import memory as bytes_of
 from fewstep.staged import Wish
 from fewstep.staged.blocks import compile_blocks
@@ -60,6 +61,7 @@ def load(folder: Path, kind: str, wish: Wish) -> Staged:
         check_bits(wish.bits, device_of(wish.device))
     if wish.memory is not None:
         bytes_of(wish.memory)
+    whole("batch", wish.batch, 1, MOST_AT_ONCE)
     base = read(folder, kind)
     return staged(base, None if wish.student is None else find(wish.student, base), wish)
 
@@ -93,7 +95,7 @@ def staged(
     if wish.tiny_decoder is not None:
         outline = _with_decoder(outline, Path(wish.tiny_decoder))
     family = _family(outline, student)
-    native = 16 if bf16_pays(device) else 32
+    native = 16 if bf16_pays(device) and wish.bits != 32 else 32
     asked = Asked(
         gpu=device != "cpu",
         native=native,

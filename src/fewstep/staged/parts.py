@@ -100,6 +100,8 @@ class Source:
                 at = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
                 if at not in tied:
                     self._set(layer, name, at, old)
+            for name, buffer in layer.named_buffers(recurse=False):
+                layer._buffers[name] = buffer.to(self.device)  # those that are in no file
             if self.bits < 16 and f"{prefix}{path}" in self.quantized:
                 quantize(layer, self.bits, self.device)
         for target, source in tied.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import logging
 import warnings
 from typing import Any
 
@@ -22,10 +22,12 @@ def check(bits: int, device: str) -> None:
     """Refuse bits that the device has no kernels for.
 
     Raises:
-        UserError: it has none, or torchao is not installed.
+        UserError: it has none, there are no such bits, or torchao is not installed.
     """
     import torch
 
+    if bits not in (32, 16, 8, 4):
+        raise UserError(f"bits must be 32, 16, 8 or 4, not {bits}")
     if bits >= 16:
         return
     if importlib.util.find_spec("torchao") is None:
@@ -51,9 +53,7 @@ def quantize(linear: nn.Linear, bits: int, device: str) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that nothing here asks for
-        import torchao.quantization as ao
-
+        ao: Any = importlib.import_module("torchao.quantization")
         if bits == 4:
             packing: Any = "tile_packed_to_4d"
             config: Any = ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=packing)
@@ -61,7 +61,11 @@ def quantize(linear: nn.Linear, bits: int, device: str) -> None:
             config = ao.Int8WeightOnlyConfig(version=2)
         else:
             config = ao.Int8DynamicActivationInt8WeightConfig(version=2)
-        ao.quantize_(linear, config, filter_fn=lambda module, name: module is linear)
+        ao.quantize_(linear, config, filter_fn=_linear)
+
+
+def _linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:

@@ -71,7 +71,7 @@ class Rehearsal:
         """What a plan asks for, each counted once."""
         return Sizes(
             cache(self.weights),
-            cache(lambda bits: max(self._of(w, bits) for w in self.tensors["modulation"])),
+            cache(self.layer),
             cache(self.reading),
             cache(self.encoding),
             cache(self.stepping),
@@ -118,6 +118,10 @@ class Rehearsal:
 
     def weights(self, part: str, bits: int) -> int:
         return sum(self._of(weight, bits) for weight in self.tensors[part])
+
+    def layer(self, bits: int) -> int:
+        """The largest layer of the modulations."""
+        return max(self._of(weight, bits) for weight in self.tensors["modulation"])
 
     def reading(self, part: str, bits: int) -> int:
         """At most while it is read: a tensor as its file has it, beside what it is cast or quantized to."""
@@ -175,7 +179,8 @@ class Rehearsal:
     def _made(self, outline: Outline) -> int:
         """Numbers of all modulations of a sample at one time."""
         net = bare(outline, "transformer", torch.float32)
-        return sum(layer.out_features for layer in hoisted(net)[0].layers)
+        layers: Any = hoisted(net)[0].layers
+        return sum(layer.out_features for layer in layers)
 
     def _kernels(self, bits: int, rows: int) -> int:
         """What a GPU's kernels of few bits hold beside a layer's tensors: of 8 bits the activations in
