@@ -117,6 +117,9 @@ def test_other_sizes_see_their_own_positions(folder: Path, size: str) -> None:
 def test_a_prompt_is_read_once(folder: Path) -> None:
     text: Any = load(folder, "sd3", Wish()).model.text
     first = text([PROMPT, "a cat"])
+    alone: Any = plainly(folder).text
+    assert torch.equal(first.context[1:], alone(["a cat"]).context)
+    assert torch.equal(first.pooled[:1], alone([PROMPT]).pooled)
     text.encode = None  # whoever asks for an encoder now fails
     again = text(["a cat", PROMPT, PROMPT])
     assert torch.equal(again.context[1], first.context[0]) and torch.equal(again.pooled[0], first.pooled[1])

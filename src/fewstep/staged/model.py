@@ -24,10 +24,11 @@ CACHED = 64
 
 @dataclass
 class Text:
-    """Text encoders, a prompt at a time, so that what one says does not depend on what else is read.
+    """Text encoders that remember what they read.
 
     Attributes:
-        encode: the family's.
+        encode: the family's, whose encoders read a prompt at a time
+            (:class:`fewstep.staged.parts.Encoders`).
         device: where conditions go.
         dtype: what the encoders compute in.
     """
@@ -55,11 +56,12 @@ class Text:
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Read prompts that are not known, before the net needs the room; the oldest are forgotten."""
-        for text in dict.fromkeys(prompts):
-            if text not in self._known:
-                made = self.encode([text])
-                self._known[text] = made.map(lambda array: array.to("cpu", self.dtype))
-            self._known.move_to_end(text)
+        new = [text for text in dict.fromkeys(prompts) if text not in self._known]
+        if not new:
+            return
+        made = self.encode(new).map(lambda array: array.to("cpu", self.dtype))
+        for row, text in enumerate(new):
+            self._known[text] = made[row : row + 1]
         while len(self._known) > max(CACHED, len(set(prompts))):
             self._known.popitem(last=False)
 

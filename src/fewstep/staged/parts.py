@@ -277,10 +277,53 @@ class Encoders(Mapping[str, Any]):
         self._place, self._others, self._names = place, others, names
 
     def __getitem__(self, name: str) -> Any:
-        return self._place.take(name) if name in self._names else self._others[name]
+        return OneByOne(self._place.take(name)) if name in self._names else self._others[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._others)
 
     def __len__(self) -> int:
         return len(self._others)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A text encoder that reads a prompt at a time: what it says does not depend on what else is read, and
+    many prompts need no more memory."""
+
+    encoder: Any
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def device(self) -> Any:
+        return self.encoder.device
+
+    def __call__(self, ids: Tensor, **options: Any) -> Rows:
+        """Token ids ``[B, L]`` -> what the encoder gives for each."""
+        return Rows([_short(self.encoder(row, **options)) for row in ids.split(1)])
+
+
+def _short(out: Any) -> Any:
+    """An encoder's output with the last of its hidden states alone: a family takes the last but one."""
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = out.hidden_states[-2:]
+    return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs of an encoder for one prompt each, read as one for all."""
+
+    each: Sequence[Any]
+
+    def __getattr__(self, name: str) -> Any:
+        found = [getattr(out, name) for out in self.each]
+        if isinstance(found[0], tuple):
+            return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return torch.cat(found)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.cat([out[index] for out in self.each])
