@@ -147,10 +147,13 @@ def device_of(name: str) -> str:
 
 
 def _bits(wanted: int | None, native: int, device: str) -> tuple[int, ...]:
-    """Bits to choose from: what was asked for, or all that the device has, from its own downwards."""
+    """Bits to choose from: what was asked for, or all that the device has, from its own downwards.
+
+    A CPU that is slow in bf16 skips it: 8 bits times float32 need less, and no more time.
+    """
     if wanted is not None:
         return (wanted,)
-    return tuple(bits for bits in (32, 16, 8, 4) if bits <= native and _possible(bits, device))
+    return (native, *(bits for bits in (8, 4) if _possible(bits, device)))
 
 
 def _text_bits(native: int, device: str, outline: Outline) -> tuple[int, ...]:

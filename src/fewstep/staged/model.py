@@ -105,6 +105,7 @@ class Walker:
             if not self.layers:
                 self.place.take("modulation")
                 return self.modulation.each(told)
+            self.place.take("transformer")  # whoever had the room before leaves
             return self.modulation.each(told, self._at_hand)
 
     def _at_hand(self, layer: Any) -> AbstractContextManager[None]:

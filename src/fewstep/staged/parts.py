@@ -29,8 +29,10 @@ def bare(outline: Outline, part: str, dtype: torch.dtype) -> Any:
     """
     from accelerate import init_empty_weights
 
-    # Buffers of diffusers' nets lie in their files; those of text encoders are counted up when they are made.
-    with init_empty_weights(include_buffers=outline.classes[part][0] == "diffusers"):
+    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those of
+    # text encoders are counted up when they are made, and in no file.
+    ours = outline.classes[part][0] == "diffusers"
+    with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
         net = made(outline, part)
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -257,11 +259,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def give_back_at_once() -> None:
-    """From here on the C library keeps no freed tensor of 1 MiB or more for later, up to 64 MiB by itself."""
+    """From here on the C library gives freed tensors of 128 KiB back, where it else learns to keep ever larger
+    ones for later."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
-        option(M_MMAP_THRESHOLD, 2**20)
-        option(M_TRIM_THRESHOLD, 2**20)
+        option(M_MMAP_THRESHOLD, 2**17)
+        option(M_TRIM_THRESHOLD, 2**17)
 
 
 class Encoders(Mapping[str, Any]):

@@ -205,8 +205,8 @@ class Counted:
         everything = [*names, "modulation"]
         beside = {"all": everything, "codec": self._codecs, "none": []}[choice.stay]
 
-        def with_others(part: str) -> int:
-            return self._held(list({*beside, part}))
+        def with_others(*parts: str) -> int:
+            return self._held(list({*beside, *parts}))
 
         found: dict[str, int] = {}
         for part in names:
@@ -217,9 +217,16 @@ class Counted:
         layer = 0 if choice.stay == "all" else sizes.layer(choice.bits)
         found["the modulations"] = with_others("transformer") + layer
         found["the steps"] = with_others("transformer") + sizes.stepping(choice.bits, choice.batch)
-        found["decoding"] = with_others(self.decoder) + sizes.decoding(choice.tiles, choice.batch)
+        # A codec that stays comes to where the net is, or the encoder that read last.
+        decoding = ["transformer"] if choice.stay == "codec" else []
+        coding = (
+            max([*self.encoders, "transformer"], key=lambda part: self._held([part]))
+            if choice.stay == "codec"
+            else "vae"
+        )
+        found["decoding"] = with_others(self.decoder, *decoding) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:
-            found["encoding the picture"] = with_others("vae") + sizes.coding(choice.tiles)
+            found["encoding the picture"] = with_others("vae", coding) + sizes.coding(choice.tiles)
         return found
 
 
