@@ -29,8 +29,8 @@ def bare(outline: Outline, part: str, dtype: torch.dtype) -> Any:
     """
     from accelerate import init_empty_weights
 
-    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those of
-    # text encoders are counted up when they are made, and in no file.
+    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those
+    # of text encoders are counted up when they are made, and in no file.
     ours = outline.classes[part][0] == "diffusers"
     with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
         net = made(outline, part)
@@ -259,8 +259,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def give_back_at_once() -> None:
-    """From here on the C library gives freed tensors of 128 KiB back, where it else learns to keep ever larger
-    ones for later."""
+    """From here on the C library gives freed tensors of 128 KiB back, where it else learns to keep ever
+    larger ones for later."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
         option(M_MMAP_THRESHOLD, 2**17)

@@ -218,15 +218,13 @@ class Counted:
         found["the modulations"] = with_others("transformer") + layer
         found["the steps"] = with_others("transformer") + sizes.stepping(choice.bits, choice.batch)
         # A codec that stays comes to where the net is, or the encoder that read last.
-        decoding = ["transformer"] if choice.stay == "codec" else []
-        coding = (
-            max([*self.encoders, "transformer"], key=lambda part: self._held([part]))
-            if choice.stay == "codec"
-            else "vae"
-        )
-        found["decoding"] = with_others(self.decoder, *decoding) + sizes.decoding(choice.tiles, choice.batch)
+        net, last = list[str](), list[str]()
+        if choice.stay == "codec":
+            net = ["transformer"]
+            last = [max((*self.encoders, "transformer"), key=lambda part: self._held([part]))]
+        found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:
-            found["encoding the picture"] = with_others("vae", coding) + sizes.coding(choice.tiles)
+            found["encoding the picture"] = with_others("vae", *last) + sizes.coding(choice.tiles)
         return found
 
 
