@@ -268,7 +268,7 @@ def give_back_at_once() -> None:
 
 
 class Encoders(Mapping[str, Any]):
-    """The parts as a family's text encoder asks for them: an encoder comes when it is asked for.
+    """The parts as a family's text encoder asks for them.
 
     Args:
         place: where encoders come.
@@ -280,7 +280,7 @@ class Encoders(Mapping[str, Any]):
         self._place, self._others, self._names = place, others, names
 
     def __getitem__(self, name: str) -> Any:
-        return OneByOne(self._place.take(name)) if name in self._names else self._others[name]
+        return OneByOne(self._place, name) if name in self._names else self._others[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._others)
@@ -291,22 +291,33 @@ class Encoders(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class OneByOne:
-    """A text encoder that reads a prompt at a time: what it says does not depend on what else is read, and
-    many prompts need no more memory."""
+    """A text encoder that comes when it is to read, and reads a prompt at a time: what it says does not depend
+    on what else is read, and many prompts need no more memory.
 
-    encoder: Any
+    Attributes:
+        place: where it comes.
+        name: of its part.
+    """
+
+    place: Place
+    name: str
 
     @property
     def config(self) -> Any:
-        return self.encoder.config
+        return self._part.module.config
 
     @property
-    def device(self) -> Any:
-        return self.encoder.device
+    def device(self) -> str:
+        return self._part.source.device
+
+    @property
+    def _part(self) -> Any:
+        return self.place.parts[self.name]
 
     def __call__(self, ids: Tensor, **options: Any) -> Rows:
         """Token ids ``[B, L]`` -> what the encoder gives for each."""
-        return Rows([_short(self.encoder(row, **options)) for row in ids.split(1)])
+        encoder = self.place.take(self.name)
+        return Rows([_short(encoder(row, **options)) for row in ids.split(1)])
 
 
 def _short(out: Any) -> Any:
