@@ -291,8 +291,8 @@ class Encoders(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class OneByOne:
-    """A text encoder that comes when it is to read, and reads a prompt at a time: what it says does not depend
-    on what else is read, and many prompts need no more memory.
+    """A text encoder that comes when it is to read, and reads a prompt at a time: what it says does not
+    depend on what else is read, and many prompts need no more memory.
 
     Attributes:
         place: where it comes.
