@@ -277,7 +277,8 @@ def test_the_plan_is_told_in_two_lines(
     out = tmp_path / "a.png"
     assert run(["generate", PROMPT, "--model", f"sd3:{folder}", "--memory", "64GiB", "-o", str(out)]) == 0
     said = capsys.readouterr()
-    assert said.out.strip() == str(out) and Image.open(out).size == (64, 64)
+    with Image.open(out) as picture:
+        assert said.out.strip() == str(out) and picture.size == (64, 64)
     lines = [line for line in said.err.splitlines() if line.startswith("fewstep: ")]
     assert len(lines) == 2 and "plan for 64.00 GiB: 32 bits" in lines[0] and "peak" in lines[1]
 
@@ -325,7 +326,7 @@ def test_a_lora_of_another_rank_or_shape_is_refused(folder: Path, tmp_path: Path
     for change, words in (
         ({key: good[key][:1]}, "another shape"),
         ({key: good[key][:, :3].contiguous()}, "another shape"),
-        ({"transformer.elsewhere.lora_A.weight": good[key]}, "no LoRA of"),
+        ({"transformer.elsewhere.lora_A.weight": good[key].clone()}, "no LoRA of"),
     ):
         save_file(good | change, file)
         with pytest.raises(UserError, match=words):
