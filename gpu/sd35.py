@@ -176,7 +176,8 @@ def cases(
             for bits in (16, 8, 4):
                 add("ours", t5, side, ran(outline, side, times, bits=bits))
     for budget in BUDGETS[-1:] if tiny else BUDGETS:
-        add("ours", True, sizes[0], ran(whole, sizes[0], 1, memory=f"{budget}GiB"), memory=budget)
+        for t5, outline in ((True, whole), (False, clips)):
+            add("ours", t5, sizes[0], ran(outline, sizes[0], 1, memory=f"{budget}GiB"), memory=budget)
     for side in () if tiny else sizes:
         for bits in (16, 8):
             options = {"bits": bits, "compile": True}

@@ -64,8 +64,8 @@ WEIGHTS = {"text_encoder": 800, "transformer": 400, "modulation": 200, "vae": 40
         (1400, Choice(32, 32, 1, "codec", 4)),
         (830, Choice(32, 32, 1, "none", 4)),
         (500, Choice(32, 8, 1, "codec", 4)),
-        (420, Choice(32, 8, 1, "none", 1)),
-        (230, Choice(8, 8, 1, "codec", 4)),
+        (420, Choice(32, 8, 1, "none", 2)),
+        (230, Choice(8, 8, 1, "none", 4)),
     ],
 )
 def test_what_loses_least_is_chosen_first(limit: int, expected: Choice) -> None:
@@ -94,7 +94,7 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
     outline = replace(SD35_MEDIUM, others=others)
     family = sd3.assemble(outline.parts(), name="m", steps=4, guidance=None)
     bits = (16, 8, 4)
-    asked = Asked(True, 16, bits, (16, 8), batch=1, rows=1, steps=4, latents=(128, 128))
+    asked = Asked(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
     rehearsal = Rehearsal(outline, family, asked)
     held = {
         part: rehearsal.sizes.weights(part, 16) for part in ("transformer", "modulation", "text_encoder_3")

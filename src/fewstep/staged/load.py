@@ -57,8 +57,6 @@ def load(folder: Path, kind: str, wish: Wish) -> Staged:
         UserError: the model or the student is missing, foreign or broken; the device lacks what was asked
             for; or nothing fits the memory.
     """
-    if wish.bits is not None:
-        check_bits(wish.bits, device_of(wish.device))
     if wish.memory is not None:
         bytes_of(wish.memory)
     whole("batch", wish.batch, 1, MOST_AT_ONCE)
@@ -89,6 +87,8 @@ def staged(
         UserError: see :func:`load`.
     """
     device = device_of(wish.device)
+    if wish.bits is not None:
+        check_bits(wish.bits, device)
     outline = base
     if student is not None and not student.t5 and base.t5 is not None:
         outline = base.without(base.t5)
@@ -157,7 +157,8 @@ def _bits(wanted: int | None, native: int, device: str) -> tuple[int, ...]:
 
 
 def _text_bits(native: int, device: str, outline: Outline) -> tuple[int, ...]:
-    return (native, 8) if outline.t5 is not None and _possible(8, device) else (native,)
+    few = [bits for bits in (8, 4) if outline.t5 is not None and _possible(bits, device)]
+    return (native, *few)
 
 
 def _possible(bits: int, device: str) -> bool:
