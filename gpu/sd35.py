@@ -153,36 +153,32 @@ def fresh() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def cases(
-    whole: Outline, sizes: Sequence[int], times: int, tiny: bool
-) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
+Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+"""What is told of a row, and what makes the rest of it."""
+
+
+def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[Case]:
     """What is run, the most wanted first."""
     clips = whole.without("text_encoder_3")
-    found: list[tuple[dict[str, Any], Callable[[], Any]]] = []
 
-    def add(who: str, t5: bool, side: int, run: Callable[[], dict[str, Any]], **more: Any) -> None:
-        found.append(({"who": who, "t5": t5, "size": side, **more}, run))
-
-    def ran(outline: Outline, side: int, times: int, **wish: Any) -> Callable[[], dict[str, Any]]:
+    def ran(t5: bool, side: int, many: int = times, **wish: Any) -> Case:
         def run() -> dict[str, Any]:
-            draw, facts = ours(outline, side, **wish)
-            return {**facts, **timed(draw, times)}
+            draw, facts = ours(whole if t5 else clips, side, **wish)
+            return {**facts, **timed(draw, many)}
 
-        return run
+        return {"who": "ours", "t5": t5, "size": side, **wish}, run
 
-    for t5, outline in ((False, clips), (True, whole)):
-        for side in sizes:
-            add("stock", t5, side, lambda o=outline, s=side: timed(stock(o, s), times))
-            for bits in (16, 8, 4):
-                add("ours", t5, side, ran(outline, side, times, bits=bits))
-    for budget in BUDGETS[-1:] if tiny else BUDGETS:
-        for t5, outline in ((True, whole), (False, clips)):
-            add("ours", t5, sizes[0], ran(outline, sizes[0], 1, memory=f"{budget}GiB"), memory=budget)
-    for side in () if tiny else sizes:
-        for bits in (16, 8):
-            options = {"bits": bits, "compile": True}
-            add("ours", False, side, ran(clips, side, times, **options), compile=True)
-    return found
+    def stocks(t5: bool, side: int) -> Case:
+        return {"who": "stock", "t5": t5, "size": side}, lambda: timed(
+            stock(whole if t5 else clips, side), times
+        )
+
+    sides = [(t5, side) for t5 in (False, True) for side in sizes]
+    beside = [[stocks(*at), *(ran(*at, bits=bits) for bits in (16, 8, 4))] for at in sides]
+    budgets = BUDGETS[-1:] if tiny else BUDGETS
+    within = [ran(t5, sizes[0], 1, memory=f"{b}GiB") for b in budgets for t5 in (True, False)]
+    quick = [] if tiny else [ran(False, side, bits=b, compile=True) for side in sizes for b in (16, 8)]
+    return [*(case for cases in beside for case in cases), *within, *quick]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -213,7 +213,7 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
 
 
-def _family(name: str, place: Path, wanted: str | None) -> ModuleType:
+def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
     """The module of the family that reads a torch model.
 
     Raises:

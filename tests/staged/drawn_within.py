@@ -1,6 +1,7 @@
 """A process that draws within several budgets, and says what it planned and what it held; no test itself.
 
-``python drawn_within.py FOLDER``: makes a random model of about half a gigabyte there, and draws.
+``python drawn_within.py FOLDER`` makes a random model of about half a gigabyte there, and draws when it is
+called again: a process that has had large tensors before has a heap of another shape.
 """
 
 from __future__ import annotations
@@ -92,10 +93,6 @@ def draw(folder: Path, memory: str) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    if not folder.exists():
-        torch.manual_seed(0)
-        made(folder)
-        gc.collect()
     draw(folder, "64GiB")  # imports are in memory from here on
     for budget in BUDGETS:
         gc.collect()
@@ -108,4 +105,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if Path(sys.argv[1]).exists():
+        main(Path(sys.argv[1]))
+    else:
+        torch.manual_seed(0)
+        made(Path(sys.argv[1]))
