@@ -63,11 +63,9 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
-    from fewstep.staged import Wish
-
     threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
-    given = Wish(**wish)
+    given = _wish(wish) if wish else None
     family, plain = split(name)
     place = locate(plain)
     kind = "onnx" if (place / "bundle.json").is_file() else "torch"
@@ -77,11 +75,17 @@ def load(
         hint = "`fewstep export` makes a bundle of it" if kind == "torch" else "give a diffusers folder"
         raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
     if kind == "torch":
-        return _load_torch(name, place, threads, given if wish else None, family)
-    if family is not None or given.named():
-        what = f"{family}:" if family is not None else given.named()[0]
-        raise UserError(f"model {plain} is a bundle, and {what} is for PyTorch models: leave it out")
+        return _load_torch(name, place, threads, given, family)
+    odd = [*([f"{family}:"] if family is not None else []), *(given.named() if given is not None else [])]
+    if odd:
+        raise UserError(f"model {plain} is a bundle, and {odd[0]} is for PyTorch models: leave it out")
     return _load_onnx(name, place, threads)
+
+
+def _wish(given: Wished) -> Wish:
+    from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
+
+    return Wish(**given)
 
 
 def split(name: str) -> tuple[str | None, str]:
