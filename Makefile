@@ -1,13 +1,14 @@
 # make demo    a picture, from a fresh clone, without PyTorch
 # make test    lint, types, tests (installs everything into .venv first)
 # make setup   the same environment, for working on fewstep
+# make test-executorch   the tests that need ExecuTorch, which has an environment of its own (minutes)
 
 PYTHON ?= python3
 PROMPT ?= a red apple, 3D style
 PIP = -m pip -qq --disable-pip-version-check
 INSTALL = install --constraint constraints.txt
 
-.PHONY: demo test setup lint types clean
+.PHONY: demo test test-executorch setup lint types clean
 
 demo: .venv-demo/ready
 	@.venv-demo/bin/fewstep generate "$(PROMPT)" -o demo.png
@@ -36,5 +37,14 @@ types: setup
 test: lint types
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+.venv-executorch/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-executorch
+	@.venv-executorch/bin/python $(PIP) $(INSTALL) torch
+	@.venv-executorch/bin/python $(PIP) $(INSTALL) --editable '.[export,executorch]' pytest
+	@touch $@
+
+test-executorch: .venv-executorch/ready
+	.venv-executorch/bin/python -m pytest tests/deploy/test_executorch.py
+
 clean:
-	rm -rf .venv .venv-demo demo.png
+	rm -rf .venv .venv-demo .venv-executorch demo.png

@@ -48,6 +48,19 @@ def write_bundle(folder: Path, **changes: Any) -> Bundle:
     return seal(folder, {**FACTS, **changes})
 
 
+def write_openvino_bundle(folder: Path, **changes: Any) -> Bundle:
+    """The same for OpenVINO, which must be installed."""
+    from fewstep.runtime.openvino import openvino
+
+    write_bundle(folder)
+    for path in list(folder.glob("*.onnx")):
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})
+        openvino.save_model(core.read_model(path), path.with_suffix(".xml"), compress_to_fp16=False)
+        path.unlink()
+    return seal(folder, {**FACTS, "engine": "openvino", **changes})
+
+
 def _tokenizer() -> Tokenizer:
     """CLIP's way: lower case, one token a letter here, start and end marks."""
     signs = ["<|startoftext|>", "<|endoftext|>", "<unk>", *LETTERS, *(f"{sign}</w>" for sign in LETTERS)]

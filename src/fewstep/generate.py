@@ -65,7 +65,7 @@ def generate(
     image: str | None = None,
     strength: float | None = None,
     model: str | None = None,
-    backend: Literal["onnx", "torch"] | None = None,
+    backend: Literal["onnx", "openvino", "executorch", "torch"] | None = None,
     output: Annotated[str | None, Parameter(name=["-o", "--output"])] = None,
     grid: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -91,7 +91,7 @@ def generate(
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
         model: A shipped model, a folder, or a hub name (org/name); sd3: or flux: in front says its family.
             [default: pocket]
-        backend: Insist on onnx or on torch.
+        backend: Insist on onnx, openvino, executorch or torch.
         output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}
             {steps}. Folders and patterns never overwrite: a taken name gets -2, -3, ….
             [default: PROMPT-SEED.png in the current folder]

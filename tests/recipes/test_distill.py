@@ -165,6 +165,7 @@ def test_a_split_without_the_stage_before_is_refused(made: Made, tmp_path: Path)
 
 def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) -> None:
     options: dict[str, Any] = {"split": 0, "warm": 1}
+    (made.teacher / "LICENSE").write_text("of the teacher")
     for run in distill.flash(setting=made.setting(tmp_path / "cut", steps=3), **options):
         if run.folder.name == "2-flash":
             train(replace(run, options=replace(run.options, steps=2, decay=1e-9), finish=None))
@@ -177,6 +178,23 @@ def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) 
     pairs = zip(*(net.parameters() for net in nets), strict=True)
     apart = max(float((p - q).abs().max()) for p, q in pairs)
     assert apart < 1e-3  # the rate's last steps differ, the draws do not
+    assert (tmp_path / "whole" / "model" / "LICENSE").read_text() == "of the teacher"
+
+
+def test_a_chain_has_its_folder_to_itself(made: Made, tmp_path: Path) -> None:
+    chain = distill.flash(setting=made.setting(tmp_path / "chain"), **RECIPES["flash"])
+    next(chain)
+    with pytest.raises(UserError, match="another --steps"):
+        next(distill.flash(setting=made.setting(tmp_path / "chain", steps=9), **RECIPES["flash"]))
+    with pytest.raises(UserError, match="holds a run of distill-flash-chain"):
+        train(distill.trajectory(setting=made.setting(tmp_path / "chain")))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text('{"recipe": "distill-trajectory"}')
+    with pytest.raises(UserError, match="holds a run of distill-trajectory"):
+        next(distill.flash(setting=made.setting(tmp_path / "one"), **RECIPES["flash"]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        next(distill.flash(setting=made.setting(tmp_path / "file"), **RECIPES["flash"]))
 
 
 def test_without_dropout_the_student_hears_t5_and_with_it_sometimes(made: Made, tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def test_help_comes_without_torch(command: str) -> None:
         (["train", "pocket-teacher", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["train", "pocket-text", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["export", "x", "-o", "y", "--to", "diffusers", "--bits", "8"], "bits for diffusers must be"),
-        (["export", "x", "-o", "y", "--to", "paper"], "give one of diffusers, onnx"),
+        (
+            ["export", "x", "-o", "y", "--to", "paper"],
+            "there is no target paper: give one of diffusers, executorch,",
+        ),
         ([*SYNTHESIZE, "--number", "0"], "--number must be at least 1, not 0"),
         ([*SYNTHESIZE, "--number", "1", "--gidance", "3"], "Did you mean --guidance?"),
         ([*SYNTHESIZE, "--number", "1", "--steps", "0"], "--steps must be at least 1, not 0"),

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fewstep.evaluate.estimate import jackknife
+from fewstep.recipes import table
 from fewstep.recipes.table import document
 
 FACTS = {"compute": "9 passes", "machine": "a lathe", "jobs": "1", "command": "fewstep ablate --seeds 2"}
@@ -79,3 +81,11 @@ def test_a_difference_that_all_prompts_share_is_sharper_than_either_figure(tmp_p
     assert low < value == -1.0 < high < -0.95  # the prompts' own spread is gone, the seeds' is not
     value, low, high = (float(word.strip("[],")) for word in cells["other"].split())
     assert low < value == 0 < high
+
+
+def test_few_seeds_ask_for_more() -> None:
+    """Student's t: of two degrees 4.303, of many 1.960; equal parts of two add to four (Welch)."""
+    assert table._quantile([(3.0, 2)]) == pytest.approx(4.3027, abs=1e-3)
+    assert table._quantile([(3.0, 10**9)]) == pytest.approx(1.96, abs=1e-3)
+    assert table._quantile([(0.5, 2), (0.5, 2)]) == pytest.approx(2.7764, abs=1e-3)
+    assert table._quantile([(0.0, 2)]) == pytest.approx(1.96, abs=1e-3)

@@ -20,8 +20,6 @@ from fewstep.types import UserError
 if TYPE_CHECKING:
     from fewstep.bench.measure import Record
 
-DTYPES = ("float32", "bfloat16")
-
 
 def bench(
     *models: str,
@@ -68,13 +66,19 @@ def bench(
     if against is not None and not (against / "model_index.json").is_file():
         raise UserError(f"--against {against}: not a diffusers folder (no model_index.json)")
     if whole:
+        if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:
+            raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
         _whole(models, against, prompt, steps[0] if steps else 4, rounds, threads)
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
     from fewstep.source import DEFAULT
 
-    told = {"device": describe(), "threads": threads}
+    new = not output.exists()
+    _append(output, [])  # what cannot be written is said before anything is measured
+    if new:
+        output.unlink()
+    told: dict[str, Any] = {"device": describe(), "threads": threads}
     _say("the device")
     device = rates(threads or told["device"]["cores"])
     print(
@@ -97,16 +101,8 @@ def bench(
 def _table(records: Sequence[Record]) -> str:
     """Records as a Markdown table; of every stage the share of the floor."""
     stages = ("text", "modulation", "steps", "decode", "whole")
-    titles = [
-        "",
-        *(f"{stage}, ms" for stage in stages),
-        "spread",
-        "cold, s",
-        "peak, MB",
-        "disk, MB",
-        "PSNR, dB",
-    ]
-    titles.append("times faster")
+    titles = ["", *(f"{stage}, ms" for stage in stages)]
+    titles += ["spread", "cold, s", "peak, MB", "disk, MB", "PSNR, dB", "times faster"]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for record in records:
         cells = [f"{record.engine}, {record.bits} bit, {record.steps} steps, batch {record.batch}"]
@@ -125,9 +121,12 @@ def _table(records: Sequence[Record]) -> str:
 
 def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Add lines at once: a reader never sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
         os.write(handle, data)
     finally:

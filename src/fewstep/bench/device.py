@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.types import UserError
+
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd")
 """Of those that a processor names, the ones that matter here."""
 
@@ -43,7 +45,7 @@ class Rates:
 
 def describe() -> dict[str, Any]:
     """This machine in words and numbers, for a record."""
-    from fewstep.runtime.graph import cores
+    from fewstep.runtime.session import cores
 
     return {
         "processor": _processor(),
@@ -55,10 +57,17 @@ def describe() -> dict[str, Any]:
 
 
 def rates(threads: int) -> Rates:
-    """Measure this device by numpy's matrix product and by copying, best of :data:`REPEATS`."""
+    """Measure this device by numpy's matrix product and by copying, best of :data:`REPEATS`.
+
+    Raises:
+        UserError: there is no memory for it.
+    """
     environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     command = [sys.executable, "-m", "fewstep.bench.device"]
-    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if said.returncode:
+        last = (said.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"the device's rates could not be measured: {last}")
     return Rates(**json.loads(said.stdout))
 
 

@@ -11,7 +11,7 @@ from fewstep.bench.device import Rates
 from fewstep.runtime.bundle import read
 
 FLOAT = 4
-"""Bytes of a weight while it is multiplied: onnxruntime unpacks all of them when it makes the session."""
+"""Bytes of an ONNX weight while it is multiplied: all are unpacked when the session is made."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Work:
 
 
 def of_bundle(folder: Path, batch: int, steps: int) -> dict[str, Work]:
-    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them."""
+    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them; nothing for an
+    engine whose graphs cannot be counted."""
     bundle = read(folder)
+    counted = {"onnx": count, "openvino": count_openvino}.get(bundle.engine)
+    if counted is None:
+        return {}
     of = {"text": ("text", batch, 1), "modulation": ("modulation", batch * steps, 1)}
     of |= {"steps": ("transformer", batch, steps), "decode": ("decoder", batch, 1)}
-    works = {
-        stage: (count(bundle.path(f"{stem}.onnx"), rows), times) for stage, (stem, rows, times) in of.items()
-    }
+    works = {stage: (counted(bundle.graph(stem), rows), times) for stage, (stem, rows, times) in of.items()}
     return {stage: Work(work.operations * n, work.bytes * n) for stage, (work, n) in works.items()}
 
 
@@ -46,7 +48,7 @@ def count(path: Path, batch: int) -> Work:
     """The work of one call of an ONNX graph, its free batch size being ``batch``."""
     import onnx
 
-    model = onnx.load(str(path))
+    model = onnx.load(str(path), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     del model.graph.value_info[:]  # as traced, with a batch of no size
@@ -63,6 +65,40 @@ def count(path: Path, batch: int) -> Work:
             operations += 2 * prod(shapes[node.output[0]]) * _inner(node, shapes)
             read_ += sum(FLOAT * prod(shapes[name]) for name in node.input if name in fixed)
     return Work(operations, read_)
+
+
+def count_openvino(path: Path, batch: int) -> Work:
+    """The work of one call of an OpenVINO graph, its free batch size being ``batch``.
+
+    OpenVINO can multiply by weights as they are stored: their bytes count so.
+    """
+    from fewstep.runtime.openvino import openvino
+
+    model: Any = openvino.Core().read_model(path)
+    shapes = {port: port.get_partial_shape() for port in model.inputs}
+    for shape in shapes.values():
+        shape[0] = batch
+    model.reshape(shapes)
+    operations, read_ = 0.0, 0.0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("MatMul", "Convolution") or _stored(node) is not None:
+            continue
+        weights: list[int] = list(node.get_input_shape(1))
+        if node.get_type_name() == "Convolution":
+            inner = prod(weights[1:])
+        else:
+            inner = weights[-1] if node.get_attributes()["transpose_b"] else weights[-2]
+        operations += 2 * prod(node.get_output_shape(0)) * inner
+        read_ += sum(_stored(value.get_node()) or 0 for value in node.input_values())
+    return Work(operations, read_)
+
+
+def _stored(node: Any) -> int | None:
+    """Bytes of the constants that ``node`` is made of; ``None`` where it is made of other things too."""
+    if node.get_type_name() == "Constant":
+        return node.get_byte_size()
+    parts = [_stored(value.get_node()) for value in node.input_values()]
+    return None if not parts or None in parts else sum(part or 0 for part in parts)
 
 
 def _inner(node: Any, shapes: dict[str, list[int]]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.bench import floor
+from fewstep.bench import floor, likeness
 from fewstep.bench.device import Rates
 from fewstep.types import UserError
 
@@ -47,6 +47,7 @@ class Record:
         engine: what ran it.
         bits: of a weight, as stored.
         steps: of the walk.
+        guidance: its scale, where there is one.
         batch: pictures at once.
         size: width and height in pixels.
         cold: seconds from the start of its process to its first pictures.
@@ -54,14 +55,17 @@ class Record:
         peak: most memory of its process, bytes.
         disk: bytes of its model's files.
         floor: stage -> least seconds that this device could take, where the graph was counted.
-        psnr: of its first picture to the first engine's, dB; ``None`` for itself, and where they are equal.
-        times_faster: the first engine of the stock pipeline over this one, median over paired rounds.
+        psnr: of its first picture to the first engine's, dB; ``None`` for itself, where they are equal, and
+            where sizes or steps differ.
+        times_faster: the first engine of the stock pipeline over this one, median over paired rounds;
+            ``None`` where it walks another number of steps.
     """
 
     model: str
     engine: str
     bits: int | None
     steps: int
+    guidance: float | None
     batch: int
     size: list[int]
     cold: float
@@ -79,10 +83,11 @@ class Worker:
     def __init__(self, spec: Spec, threads: int) -> None:
         self.spec = spec
         told = asdict(spec) | {"threads": threads, "begun": time.time()}
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill, and stop it
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fewstep.bench.worker", json.dumps(told)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=os.environ | counts | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
 
@@ -93,7 +98,7 @@ class Worker:
             UserError: it failed; its last line is told.
         """
         process = self.process
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None and process.stdout is not None
         job = {"prompts": [prompt] * self.spec.batch, "seed": 0, "save": str(save) if save else None}
         try:
             process.stdin.write(json.dumps(job) + "\n")
@@ -102,13 +107,16 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            last = (process.stderr.read().strip().splitlines() or ["no word"])[-1]
+            process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["no word"])[-1]
             raise UserError(f"{self.spec.model} failed: {last.rpartition('UserError: ')[2]}")
         return json.loads(line)
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.errors.close()
 
 
 def measure(
@@ -141,6 +149,7 @@ def measure(
                 workers.append(Worker(spec, threads))
                 first.append(workers[-1].draw(prompt, Path(work) / f"{index}.npy"))
             pictures = [np.load(Path(work) / f"{index}.npy") for index in range(len(specs))]
+        floors = [_floor(spec, one["steps"]) for spec, one in zip(specs, first, strict=True)]
         turns: list[list[dict[str, Any]]] = []
         for number in range(rounds + 1):
             told(f"round {number} of {rounds}")
@@ -151,46 +160,55 @@ def measure(
     del turns[0]
     stock = next((index for index, spec in enumerate(specs) if spec.stock), None)
     return [
-        _record(spec, first[i], [turn[i] for turn in turns], pictures, i, rates,
-                None if stock is None else [turn[stock] for turn in turns])
+        _record(
+            spec, first[i], [turn[i] for turn in turns],
+            {stage: work.seconds(rates) for stage, work in floors[i].items()},
+            psnr(pictures[0], pictures[i]) if i and first[i]["steps"] == first[0]["steps"] else None,
+            [] if stock is None else [turn[stock] for turn in turns],
+        )
         for i, spec in enumerate(specs)
     ]  # fmt: skip
+
+
+def _floor(spec: Spec, steps: int) -> dict[str, floor.Work]:
+    place = _place(spec)
+    return floor.of_bundle(place, spec.batch, steps) if (place / "bundle.json").is_file() else {}
 
 
 def _record(
     spec: Spec,
     first: dict[str, Any],
     turns: Sequence[dict[str, Any]],
-    pictures: Sequence[np.ndarray],
-    index: int,
-    rates: Rates,
-    stock: Sequence[dict[str, Any]] | None,
+    floors: dict[str, float],
+    alike: float | None,
+    stock: Sequence[dict[str, Any]],
 ) -> Record:
     last = turns[-1]
     seconds: dict[str, list[float]] = {}
     for stage in last["seconds"]:
         times = [turn["seconds"][stage] for turn in turns]
         seconds[stage] = [statistics.median(times), min(times), max(times)]
-    place = Path(spec.model) if spec.stock else _place(spec.model)
-    works = {}
-    if (place / "bundle.json").is_file():
-        works = floor.of_bundle(place, spec.batch, last["steps"])
+    place = _place(spec)
     ratios = [
-        s["seconds"]["whole"] / o["seconds"]["whole"] for s, o in zip(stock or (), turns, strict=bool(stock))
+        theirs["seconds"]["whole"] / ours["seconds"]["whole"]
+        for theirs, ours in zip(stock, turns, strict=bool(stock))
+        if theirs["steps"] == ours["steps"]
     ]
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
     return Record(
         model=spec.model,
         engine=last["engine"],
         bits=last["bits"],
         steps=last["steps"],
+        guidance=last["guidance"],
         batch=spec.batch,
         size=last["size"],
         cold=first["since"],
         seconds=seconds,
         peak=last["peak"],
-        disk=sum(path.stat().st_size for path in place.rglob("*") if path.is_file()),
-        floor={stage: work.seconds(rates) for stage, work in works.items()},
-        psnr=None if index == 0 else psnr(pictures[0], pictures[index]),
+        disk=sum(path.stat().st_size for path in files),
+        floor=floors,
+        psnr=alike,
         times_faster=statistics.median(ratios) if ratios else None,
     )
 
@@ -200,11 +218,11 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
     other sizes."""
     if one.shape[1:] != other.shape[1:]:
         return None
-    error = float(np.square(one[0].astype(np.float64) - other[0]).mean())
-    return None if error == 0 else 10 * float(np.log10(255**2 / error))
+    found = likeness.psnr(one[0], other[0])
+    return None if found == float("inf") else found
 
 
-def _place(model: str) -> Path:
+def _place(spec: Spec) -> Path:
     from fewstep.source import locate
 
-    return locate(model)
+    return Path(spec.model) if spec.stock else locate(spec.model)

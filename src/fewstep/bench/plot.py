@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fewstep.files import replacing_file
 from fewstep.types import UserError
 
@@ -23,12 +25,12 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: bytes that are no text
+            raise UserError(f"cannot read {path}: {error}") from error
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                _ = record["seconds"]["whole"][0], record["device"]["processor"], record["peak"]
+                _ = label(record), _device(record), _seconds(record), record["peak"], record["engine"]
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{path}, line {number}: no record of fewstep bench") from error
             found.append(record)
@@ -91,17 +93,16 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    scored = [
-        (r, scores[f"{r['model']}@{r['steps']}"]) for r in records if f"{r['model']}@{r['steps']}" in scores
-    ]
+    scored = [(record, scores[_evaluated(record)]) for record in records if _evaluated(record) in scores]
     if not scored:
         raise UserError("none of the records is of a model that was evaluated, by its label MODEL@STEPS")
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for record, score in scored:
         spot = axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.55)
+        face: Any = np.asarray(spot.get_facecolor())[0]
         axis.annotate(
             f"{label(record)}\n{record['peak'] / 1e9:.2f} GB", (_seconds(record), score),
-            textcoords="offset points", xytext=(8, 6), fontsize=7, color=spot.get_facecolor()[0][:3],
+            textcoords="offset points", xytext=(8, 6), fontsize=7, color=face[:3],
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_xlabel("seconds a picture, warm")
@@ -129,6 +130,12 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
 
 def _seconds(record: Line) -> float:
     return record["seconds"]["whole"][0] / record["batch"]
+
+
+def _evaluated(record: Line) -> str:
+    """The label that ``fewstep evaluate`` gives such a model."""
+    guidance = record.get("guidance")
+    return f"{record['model']}@{record['steps']}" + ("" if guidance is None else f"x{guidance:g}")
 
 
 def _device(record: Line) -> str:

@@ -88,15 +88,13 @@ def _run(command: Sequence[str], threads: int) -> Cost:
 
 
 def psnr(one: Path, other: Path) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, dB; infinite when they are equal."""
-    import math
-
+    """Of two pictures of one size, dB; infinite where they are equal."""
     import numpy as np
     from PIL import Image
 
-    a, b = (np.asarray(Image.open(path).convert("RGB"), np.float64) for path in (one, other))
-    error = float(np.mean((a - b) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    from fewstep.bench import likeness
+
+    return likeness.psnr(*(np.asarray(Image.open(path).convert("RGB")) for path in (one, other)))
 
 
 def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:

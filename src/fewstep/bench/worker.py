@@ -46,9 +46,9 @@ class Ours:
     """fewstep, whatever runs the model: a bundle, or torch."""
 
     def __init__(self, model: str, steps: int | None, threads: int) -> None:
-        import fewstep
+        from fewstep.source import load
 
-        self.pipe = fewstep.load(model, threads=threads or None)
+        self.pipe = load(model, threads=threads or None)
         self.model = self.pipe.model
         self.steps = steps or self.model.steps
 
@@ -56,20 +56,26 @@ class Ours:
     def about(self) -> dict[str, Any]:
         bundle = self.pipe.bundle
         bits = bundle.about.get("bits") if bundle else 32
-        runs = "onnx" if bundle else "torch"
-        return {"engine": f"fewstep {runs}", "bits": bits, "steps": self.steps, "size": list(self.pipe.size)}
+        runs = bundle.engine if bundle else "torch"
+        told = {"steps": self.steps, "guidance": self.model.guidance, "size": list(self.pipe.size)}
+        return {"engine": f"fewstep {runs}", "bits": bits, **told}
 
     def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
         import numpy as np
 
         from fewstep import sample, times
+        from fewstep.guide import Guided
 
         model = self.model
         grid = times.grid(self.steps, model.shift)
+        velocity = model.velocity
         seeds = range(seed, seed + len(prompts))
         x = model.lift(sample.noises(seeds, model.latent))
         cond = stages.of("text", lambda: model.text(prompts))
-        steps = stages.of("modulation", lambda: sample.steps_of(model.velocity, grid[:-1], cond))
+        if model.guidance not in (None, 1):
+            null = stages.of("text", lambda: model.text([""] * len(prompts)))
+            velocity = Guided(velocity, null, model.guidance)
+        steps = stages.of("modulation", lambda: sample.steps_of(velocity, grid[:-1], cond))
         move = sample.taken(model.sampler, seeds, model.lift)
 
         def walk() -> Any:
@@ -111,7 +117,8 @@ class Stock:
         bits = 32 if self.name == "float32" else 16
         pixels = self.side * self.pipe.vae_scale_factor
         engine = f"diffusers eager {self.name}"
-        return {"engine": engine, "bits": bits, "steps": self.steps, "size": [pixels, pixels]}
+        told = {"steps": self.steps, "guidance": None, "size": [pixels, pixels]}
+        return {"engine": engine, "bits": bits, **told}
 
     def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
         import numpy as np
@@ -151,7 +158,11 @@ class _timed:
 
     def __enter__(self) -> None:
         whole = getattr(self.owner, self.name)
-        setattr(self.owner, self.name, lambda *a, **k: self.stages.of(self.stage, lambda: whole(*a, **k)))
+
+        def timed(*told: Any, **named: Any) -> Any:
+            return self.stages.of(self.stage, lambda: whole(*told, **named))
+
+        setattr(self.owner, self.name, timed)
 
     def __exit__(self, *error: object) -> None:
         delattr(self.owner, self.name)
@@ -167,6 +178,10 @@ def peak() -> int:
     """The most memory that this process has held, bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
         return 0
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux ru_maxrss begins with what the parent held
+        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(held.split()[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -175,6 +190,7 @@ def peak() -> int:
 def main() -> None:
     """Answer lines until there are no more."""
     spec = json.loads(sys.argv[1])
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     draws: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)
@@ -193,7 +209,7 @@ def main() -> None:
             "since": time.time() - spec["begun"],
             **draws.about,
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(told), file=answers, flush=True)
 
 
 if __name__ == "__main__":

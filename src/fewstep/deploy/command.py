@@ -52,11 +52,11 @@ def export(
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
     facts = facts_of(place := model_of(source), license, about)
 
-    from fewstep.source import load_family
+    from fewstep.source import kind_of, load_family
 
+    if (kind := kind_of(place)) not in target.FAMILIES:
+        raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
     family = load_family(place, t5=None if target.T5 else False)
-    if family.kind not in target.FAMILIES:
-        raise UserError(f"{source} is of the family {family.kind}, which cannot be written for {to}")
     family = replace(family, steps=steps or family.steps, name=name or family.name)
     try:
         line = target.export(family, output, bits, facts)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import parts, text_length, trace, write_graph
+from fewstep.deploy.common.bundle import write_bundle
+from fewstep.deploy.common.graphs import parts, trace, write_graph
 from fewstep.deploy.common.weights import BitsOf, shrink
 from fewstep.families import Family
-from fewstep.files import replacing_folder
-from fewstep.runtime.bundle import MANIFEST, seal
-from fewstep.types import UserError
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 6, 16, 32)
@@ -21,10 +18,7 @@ T5 = False
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
-    """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`).
-
-    T5 stays out: the graphs see the tokens of the two CLIPs only. The bundle is made beside its place and
-    renamed, so an interrupted export leaves nothing there; an earlier bundle there is replaced.
+    """Write ``family`` as a bundle for onnxruntime (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:
         family: an SD3-type family in float32 on the processor.
@@ -38,10 +32,15 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     Raises:
         UserError: something else lies at ``out``.
     """
-    return write_bundle(family, {stem: trace(part) for stem, part in parts(family).items()}, out, bits, facts)
+
+    def write(folder: Path) -> None:
+        for stem, part in parts(family).items():
+            write_graph(shrink(trace(part), bits), folder / f"{stem}.onnx")
+
+    return write_bundle(family, out, bits, facts, "onnx", write)
 
 
-def write_bundle(
+def write_traced(
     family: Family,
     traced: Mapping[str, Any],
     out: Path,
@@ -50,36 +49,9 @@ def write_bundle(
     bits_of: BitsOf | None = None,
 ) -> str:
     """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise UserError(f"{out} exists and is no bundle: choose another place")
-    channels, height, width = family.latent
-    told = {
-        "name": family.name,
-        "family": "sd3",
-        "license": facts.license,
-        "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
-        "shift": family.shift,
-        "steps": family.steps,
-        "guidance": family.guidance,
-        "sampler": family.sampler,
-        "text": {"length": text_length(family)},
-        "about": {"bits": bits, **facts.about},
-    }
-    with replacing_folder(out) as fresh:
+
+    def write(folder: Path) -> None:
         for stem, model in traced.items():
-            write_graph(shrink(model, bits, bits_of), fresh / f"{stem}.onnx")
-        write_tokenizer(family, fresh / "tokenizer.json")
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
-        bundle = seal(fresh, told)
-    return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
+            write_graph(shrink(model, bits, bits_of), folder / f"{stem}.onnx")
 
-
-def write_tokenizer(family: Family, path: Path) -> None:
-    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
-    tokenizer = family.parts["tokenizer"]
-    backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    length = text_length(family)
-    backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    backend.save(str(path))
+    return write_bundle(family, out, bits, facts, "onnx", write)

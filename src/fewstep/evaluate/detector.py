@@ -19,7 +19,8 @@ from PIL import Image
 
 from fewstep.data.captions import COLOURS
 from fewstep.evaluate.likeness import Box, Gallery
-from fewstep.runtime.graph import Graph, cores
+from fewstep.runtime.graph import Graph
+from fewstep.runtime.session import cores
 from fewstep.types import UserError
 
 GRAPH, NOTE = "detector.onnx", "detector.json"

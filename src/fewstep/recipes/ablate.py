@@ -19,11 +19,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fewstep import files, times
-from fewstep.data import render
-from fewstep.data.scenes import CELLS
 from fewstep.data.synthesis import plan as plans
 from fewstep.nets.branches import halves
-from fewstep.recipes.parts import at_least_one
+from fewstep.recipes.parts import at_least_one, measurable
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
 from fewstep.recipes.table import document
@@ -38,7 +36,7 @@ def ablate(
     teacher: str = "models/pocket-teacher",
     synthetic: Path = Path("data/walks"),
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("runs/ablate"),
-    report: Path = Path("docs/results.md"),
+    report: Path | None = None,
     student_steps: tuple[int, ...] = (4, 2),
     seeds: int = 3,
     passes: int = 4000,
@@ -63,7 +61,7 @@ def ablate(
         teacher: The teacher, a diffusers folder or a hub name.
         synthetic: Its samples and walks, of `fewstep synthesize --student-steps`.
         out: Folder of all runs; stopped, the same command goes on.
-        report: The document that is written.
+        report: The document that is written. [default: results.md in the folder of --out]
         student_steps: Numbers of steps of the students.
         seeds: Trainings of each cell.
         passes: Compute of a training: passes of the net for a sample of each batch; one back counts as two.
@@ -85,7 +83,7 @@ def ablate(
     at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
     chosen = _chosen(rows)
     plan = plans.read(synthetic)
-    _measurable(data, detector, prompts, scenes)
+    measurable(data, detector, prompts, scenes)
     warms = {steps: out / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
     cells = [
         Cell(row, steps, seed)
@@ -110,7 +108,8 @@ def ablate(
     begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
     processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
     noise = out / f"noise.{cells[0].steps}"
-    if any(row.method == "dmd" for row in chosen):
+    matching = any(row.method == "dmd" for row in chosen)
+    if matching:
         (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
         own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
         own += ["--student-steps", str(cells[0].steps)]
@@ -127,6 +126,7 @@ def ablate(
     processes.all([partial(_measured, processes, asked, threads)], 1)
     results = json.loads((out / "measured" / "results.json").read_text())
     typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
+    report = report or out / "results.md"
     typed += ["--report", str(report)]
     typed += [word for steps in warms for word in ("--student-steps", str(steps))]
     typed += ["--seeds", str(seeds), "--passes", str(passes), "--warm", str(warm), "--warm-lr", str(warm_lr)]
@@ -140,7 +140,7 @@ def ablate(
         "jobs": str(jobs),
         "command": shlex.join(typed),
     }
-    files.write(report, document(table, results, facts, noise / NOTE).encode())
+    files.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
     print(report)
 
 
@@ -172,17 +172,6 @@ def _chosen(names: Sequence[str]) -> list[Row]:
         if name not in known:
             raise UserError(f"--rows {name}: there is none; rows are {'; '.join(known)}")
     return [row for row in ROWS if not names or row.name in names]
-
-
-def _measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
-    """Refuse before hours of training what `fewstep evaluate` would refuse after them."""
-    render.load(data, 128)
-    if prompts < 2:
-        raise UserError(f"--prompts must be at least 2, not {prompts}")
-    if scenes % CELLS or scenes < 0:
-        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")
-    if scenes and not detector.is_dir():
-        raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")
 
 
 def _machine(folder: Path) -> str:

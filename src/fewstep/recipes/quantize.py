@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +15,12 @@ import numpy as np
 from cyclopts import Parameter
 
 from fewstep import files
-from fewstep.recipes.parts import SHOWN, at_least, at_least_one, shares
+from fewstep.bench.likeness import psnr
+from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from fewstep.deploy.common.graphs import Part
     from fewstep.deploy.common.sensitivity import Weight
     from fewstep.deploy.common.weights import BitsOf
     from fewstep.families import Family
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 FULL = 16
 """Bits that the others are compared with."""
 
-SPARED = 8
-"""Bits of the weights that must not have fewer."""
+MEASURED_ON = 4
+"""Prompts on which a weight's cost is measured."""
 
 COLUMNS = (
     ("seen top-5, % of 16 bit", "seen_top5"),
@@ -42,86 +44,88 @@ def quantize(
     *,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     bits: tuple[int, ...] = (8, 6, 4),
-    spare: float = 0.1,
     prompts: int = 100,
     pictures: int = 2,
     scenes: int = 60,
     detector: Path = Path("models/scene-detector"),
     data: Path = Path("data/stickers"),
     rounds: int = 10,
+    name: str | None = None,
     license: str | None = None,
     about: Path | None = None,
 ) -> None:
     """Write a model as bundles of several precisions, and a report of what each costs and saves.
 
-    Below 8 bits each weight's loss is measured on real prompts, and the costliest keep 8.
+    A rung's bits are an average: what each weight's loss costs is measured on real prompts, and the bits go
+    where they save most.
 
     Args:
         source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
         output: Folder of the bundles, named after their bits, of report.md and sheet.png.
         bits: Of the rungs below 16.
-        spare: Share of a graph's weights that keep 8 bits, below 8.
         prompts: Prompts of single stickers that are measured; 0 leaves out all that needs data.
         pictures: Pictures a prompt.
         scenes: Prompts of scenes; a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes.
         data: Folder that `fewstep data stickers` filled.
         rounds: Pictures that are timed, of all rungs in turn.
+        name: The model's name; by default what the source calls itself.
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along.
     """
     from fewstep.deploy import onnx
     from fewstep.deploy.command import facts_of, model_of
+    from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
+    from fewstep.deploy.common.sensitivity import allotted
     from fewstep.source import load_family
 
     at_least_one(rounds=rounds, pictures=pictures)
     at_least(0, prompts=prompts, scenes=scenes)
-    shares(spare=spare)
     rungs = [FULL, *sorted({number for number in bits if number != FULL}, reverse=True)]
     if odd := [number for number in rungs if number not in onnx.BITS]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, sorted(onnx.BITS)))}")
-    if prompts and not data.is_dir():
-        raise UserError(f"{data}: no such folder; run fewstep data stickers, or give --prompts 0")
+    if prompts:
+        measurable(data, detector, prompts, scenes)
+    for number in rungs:
+        check_place(output / str(number))
     facts = facts_of(place := model_of(source), license, about)
     family = load_family(place, t5=False)
+    family = replace(family, name=name or family.name)
     made = parts(family)
     _say("tracing")
     traced = {stem: trace(part) for stem, part in made.items()}
-    costs: dict[int, dict[str, list[Weight]]] = {}
+    weights = _weights(family, made)
+    given = {number: allotted(weights, number) for number in rungs if number < FULL}
     for number in rungs:
-        kept: dict[str, float] = {}
-        if number < SPARED and spare:
-            costs[number], kept = _costs(family, number, spare)
         _say(f"{number} bits")
-        onnx.write_bundle(family, traced, output / str(number), number, facts, _bits_of(kept))
-    files.write(output / "sensitivity.json", (json.dumps(_plain(costs), indent=1) + "\n").encode())
+        its = {each.digest: b for each, b in zip(weights, given.get(number, ()), strict=False)}
+        onnx.write_traced(family, traced, output / str(number), number, facts, _bits_of(its))
+    files.write(output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode())
     figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, data)
-    files.write(output / "report.md", _report(output, rungs, figures, costs, rounds).encode())
+    files.write(output / "report.md", _report(output, rungs, figures, weights, given, rounds).encode())
     print(output / "report.md")
 
 
-def _costs(family: Family, bits: int, spare: float) -> tuple[dict[str, list[Weight]], dict[str, float]]:
-    """Every weight's loss by graph, and those that keep more bits, by what :func:`digest` makes of them."""
-    from fewstep.deploy.common.graphs import parts
-    from fewstep.deploy.common.sensitivity import real_inputs, sensitivity, spared
+def _weights(family: Family, made: Mapping[str, Part]) -> list[Weight]:
+    from fewstep.deploy.common.sensitivity import outcomes, sensitivity
 
-    made = parts(family)
-    inputs = real_inputs(family, made, SHOWN)
-    costs: dict[str, list[Weight]] = {}
-    kept: dict[str, float] = {}
+    outcome = outcomes(family, made, SHOWN[:MEASURED_ON])
+    found: list[Weight] = []
     for stem, part in made.items():
-        _say(f"{bits} bits: what each weight of {stem} loses")
-        costs[stem] = sensitivity(part, inputs[stem], bits)
-        kept |= spared(costs[stem], spare)
-    return costs, kept
+        _say(f"what each weight of {stem} costs")
+        found += sensitivity(stem, part.module, outcome[stem])
+    return found
 
 
-def _bits_of(kept: Mapping[str, float]) -> BitsOf:
+def _bits_of(given: Mapping[str, int]) -> BitsOf:
     from fewstep.deploy.common.sensitivity import digest
 
     def bits_of(array: np.ndarray) -> int | None:
-        return SPARED if digest(array) in kept else None
+        bits = given.get(digest(array))
+        if given and bits is None:
+            _say(f"a weight {array.shape} of the graphs was not measured and has the rung's bits")
+        return bits
 
     return bits_of
 
@@ -144,12 +148,12 @@ def _figures(
     from fewstep.evaluate.harness import evaluate
     from fewstep.evaluate.scenes import load
 
-    names = {number: f"{output / str(number)}@{steps}" for number in rungs}
+    candidates = {number: candidate(Spec(str(output / str(number)), steps)) for number in rungs}
     results = evaluate(
-        [candidate(Spec(str(output / str(number)), steps)) for number in rungs],
+        list(candidates.values()),
         stickers.references(data),
         output / "measured",
-        teacher=names[FULL],
+        teacher=candidates[FULL].label,
         prompts=prompts,
         seeds=pictures,
         scenes=load(data, detector, scenes) if scenes else None,
@@ -157,14 +161,15 @@ def _figures(
         on_progress=lambda label, done, total: None if done else _say(f"measuring {label}"),
     )
     by_label = {row.label: row.figures for row in results.rows}
-    return {number: by_label[name] for number, name in names.items()}
+    return {number: by_label[each.label] for number, each in candidates.items()}
 
 
 def _report(
     output: Path,
     rungs: Sequence[int],
     figures: Mapping[int, Mapping[str, Any]],
-    costs: Mapping[int, Mapping[str, Sequence[Weight]]],
+    weights: Sequence[Weight],
+    given: Mapping[int, Sequence[int]],
     rounds: int,
 ) -> str:
     from fewstep.runtime.bundle import read
@@ -182,7 +187,7 @@ def _report(
         row = [str(number), f"{size[number] / 1e6:.1f}", f"{100 * size[number] / size[FULL]:.0f}"]
         row += [
             f"{seconds[number]:.3f}",
-            "" if number == FULL else f"{_psnr(drawn[FULL], drawn[number]):.1f}",
+            "" if number == FULL else f"{psnr(drawn[FULL], drawn[number]):.1f}",
         ]
         row += _told(figures[number], figures[FULL]) if figures else []
         lines.append(row)
@@ -192,8 +197,8 @@ def _report(
         f"A picture is timed warm, the rungs in turn, median of {rounds}.",
         table,
     ]
-    for number, graphs in costs.items():
-        parts += [f"## What must not have {number} bits", _costliest(graphs)]
+    parts += ["## Where the bits go", "Bits a weight, on average.", _spread(weights, given)]
+    parts += ["## What needs them most", _costliest(weights)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -206,11 +211,26 @@ def _told(own: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
     return [*cells, "" if kid is None else f"{1000 * kid.value:.2f}"]
 
 
-def _costliest(graphs: Mapping[str, Sequence[Weight]]) -> str:
-    lines = [["graph", "weight", "elements", "squared change of the output, % of its square"], ["---"] * 4]
-    for stem, weights in graphs.items():
-        for weight in sorted(weights, key=lambda weight: -weight.error)[:3]:
-            lines.append([stem, weight.name, str(weight.size), f"{100 * weight.error:.3f}"])
+def _spread(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> str:
+    stems = list(dict.fromkeys(weight.graph for weight in weights))
+    lines = [["rung", *stems], ["---:"] * (len(stems) + 1)]
+    for number, bits in given.items():
+        row = [str(number)]
+        for stem in stems:
+            told = [(w.size, b) for w, b in zip(weights, bits, strict=True) if w.graph == stem]
+            row.append(f"{sum(size * b for size, b in told) / max(1, sum(size for size, _ in told)):.1f}")
+        lines.append(row)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _costliest(weights: Sequence[Weight]) -> str:
+    """The ten that move most, by element."""
+    from fewstep.deploy.common.sensitivity import MEASURED
+
+    change = f"squared change at {MEASURED} bits, % of the variance"
+    lines = [["graph", "weight", "elements", change], ["---"] * 4]
+    for weight in sorted(weights, key=lambda weight: -weight.errors[MEASURED] / weight.size)[:10]:
+        lines.append([weight.graph, weight.name, str(weight.size), f"{100 * weight.errors[MEASURED]:.4f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -231,11 +251,6 @@ def _drawn(pipe: Pipeline) -> np.ndarray:
     return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
 
 
-def _psnr(whole: np.ndarray, ours: np.ndarray) -> float:
-    error = float(np.square(whole.astype(np.float64) - ours).mean())
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
-
-
 def _sheet(drawn: Mapping[int, np.ndarray], path: Path) -> None:
     """A row a prompt, a column a rung."""
     from io import BytesIO
@@ -249,11 +264,11 @@ def _sheet(drawn: Mapping[int, np.ndarray], path: Path) -> None:
     files.write(path, buffer.getvalue())
 
 
-def _plain(costs: Mapping[int, Mapping[str, Sequence[Weight]]]) -> dict[str, Any]:
-    return {
-        str(number): {stem: [asdict(weight) for weight in weights] for stem, weights in graphs.items()}
-        for number, graphs in costs.items()
-    }
+def _plain(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:
+    return [
+        asdict(weight) | {"given": {number: bits[row] for number, bits in given.items()}}
+        for row, weight in enumerate(weights)
+    ]
 
 
 def _say(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -301,7 +302,7 @@ class Lesson:
         return self.kind.from_config(self.teacher.net.config).to(self.teacher.net.dtype).eval()
 
     def write(self, weights: Mapping[str, Any]) -> None:
-        """Write a student of these weights as a diffusers folder."""
+        """Write a student of these weights as a diffusers folder, under its teacher's licence."""
         from fewstep.families import common
 
         net = self.plain()
@@ -312,6 +313,9 @@ class Lesson:
         if self.sampler == "renoise":
             family = common.renoising(family)
         family.module.save(family, self.folder / "model")
+        licence = Path(self.setting.teacher) / "LICENSE"
+        if licence.is_file():
+            shutil.copyfile(licence, self.folder / "model" / "LICENSE")
 
     def _tokens(self) -> int:
         _, height, width = self.teacher.latent

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.scenes import CATEGORIES
-from fewstep.evaluate.estimate import Z, jackknife
+from fewstep.evaluate.estimate import LEVEL, Z, jackknife
 
 CONTROL = "trajectory"
 """The row that the others are compared with: the same compute spent on going on with the warm start."""
@@ -47,8 +47,8 @@ def document(
         f"steps, the same data, noise and compute: {facts['compute']}.",
         f"{counts} A figure is the mean over the training's seeds ± their standard deviation; where there is "
         f"one, the 95 % interval over prompts stands in brackets. Less {CONTROL}'s: the difference of two "
-        "KID-T on the same prompts and noise, with its 95 % interval over prompts and seeds together; below "
-        "0 is better.",
+        "KID-T on the same prompts and noise, with its 95 % interval over prompts and seeds together "
+        "(Student's t); below 0 is better.",
         f"Minutes are a training's whole time, its processes' start included, over all the times that it was "
         f"begun, on {facts['machine']}, {facts['jobs']} at once; ≥ where one was killed and part of its time "
         "is not known. Peak is the most memory of its process on the host.",
@@ -103,7 +103,8 @@ def _table(
 
 
 def _less(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Our KID-T, mean over seeds, less theirs: its uncertainty over prompts, paired, and over seeds."""
+    """Our KID-T, mean over seeds, less theirs: its uncertainty over prompts, paired, and over seeds. A few
+    seeds say little of their own spread: Student's t, its degrees of freedom by Welch and Satterthwaite."""
     sides = [[each[KID] for each in side if KID in each] for side in (ours, theirs)]
     if not all(side and all("without" in each for each in side) for side in sides):
         return None
@@ -111,9 +112,19 @@ def _less(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
     without = [np.mean([each["without"] for each in side], axis=0) for side in sides]
     value = mean(values[0]) - mean(values[1])
     prompts = (jackknife(value, without[0] - without[1]).high - value) / Z
-    seeds = [stdev(side) ** 2 / len(side) for side in values if len(side) > 1]
-    half = Z * (prompts**2 + sum(seeds)) ** 0.5
+    parts = [(prompts**2, len(without[0]) - 1)]
+    parts += [(stdev(side) ** 2 / len(side), len(side) - 1) for side in values if len(side) > 1]
+    half = _quantile(parts) * sum(part for part, _ in parts) ** 0.5
     return {"value": value, "low": value - half, "high": value + half}
+
+
+def _quantile(parts: Sequence[tuple[float, int]]) -> float:
+    """Two-sided 95 % quantile for a sum of variances, each known with so many degrees of freedom."""
+    from scipy.stats import t
+
+    spread = sum(part**2 / free for part, free in parts)
+    free = sum(part for part, _ in parts) ** 2 / spread if spread else np.inf
+    return float(t.ppf((1 + LEVEL) / 2, free))
 
 
 def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:

@@ -50,7 +50,7 @@ def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
                 kept += new
                 squares += float(new.square().sum()) / draws
     mean = float(sum(kept.square().sum() for kept in total)) / draws**2
-    return (squares - mean) * draws / (draws - 1) / squares
+    return (squares - mean) * draws / (draws - 1) / squares if squares else float("nan")
 
 
 def variance(*, setting: Setting = ONE, updates: int = 5, every: int = 0, draws: int = 8) -> None:
@@ -86,7 +86,7 @@ def _along(setting: Setting, updates: int, every: int, draws: int) -> Iterator[t
     matching = Matching(one.guided, proxy.velocity, "renoise")
     run = one.run(Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates), proxy)
     state = State(run)
-    for step in range(0, setting.steps + 1, every):
+    for step in sorted({*range(0, setting.steps, every), setting.steps}):
         while state.step < step:
             state.advance()
         shares = {where: _measured(one, state, replace(matching, where=where), draws) for where in PLACES}

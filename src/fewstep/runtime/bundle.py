@@ -1,15 +1,18 @@
 """The bundle: a folder that holds all that generation needs, described by its ``bundle.json``.
 
 ========================  ==============================================================================
-``text.onnx``             ``tokens`` int64 ``[B, L]`` -> ``context [B, L, D]``, ``pooled [B, P]``
-``modulation.onnx``       ``t [B]`` in [0, 1], ``pooled`` -> ``modulation [B, M]``: all of the net that is no
+``text``                  ``tokens`` int64 ``[B, L]`` -> ``context [B, L, D]``, ``pooled [B, P]``
+``modulation``            ``t [B]`` in [0, 1], ``pooled`` -> ``modulation [B, M]``: all of the net that is no
                           function of the picture
-``transformer.onnx``      ``x [B, C, H, W]``, ``context``, ``modulation`` -> velocity
-``decoder.onnx``          ``latents [B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]
-``encoder.onnx``          images ``[B, 3, h, w]`` in [-1, 1] -> latents; may be absent
+``transformer``           ``x [B, C, H, W]``, ``context``, ``modulation`` -> velocity
+``decoder``               ``latents [B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]
+``encoder``               images ``[B, 3, h, w]`` in [-1, 1] -> latents; may be absent
 ``tokenizer.json``        the ``tokenizers`` library's own format, truncation and padding to ``L`` set
-``bundle.json``           name, licence, shapes, time shift, steps, and the size and hash of each file
+``bundle.json``           name, licence, engine, shapes, time shift, steps, and the size and hash of each file
 ========================  ==============================================================================
+
+The five graphs are ``.onnx`` files, OpenVINO's ``.xml`` with ``.bin``, or ExecuTorch's ``.pte``, where ``B``
+is 1: as the engine wants them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from fewstep.files import write
 from fewstep.types import Sampler, UserError
@@ -29,7 +32,15 @@ FORMAT = 2
 MANIFEST = "bundle.json"
 LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
-NEEDED = ("text.onnx", "modulation.onnx", "transformer.onnx", "decoder.onnx", "tokenizer.json")
+NEEDED = ("text", "modulation", "transformer", "decoder")
+
+Engine = Literal["onnx", "openvino", "executorch"]
+SUFFIXES: Mapping[Engine, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "openvino": (".xml", ".bin"),
+    "executorch": (".pte",),
+}
+"""What an engine's graph is made of, the file that it is loaded by first."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Bundle:
         folder: where it lies.
         name: the model's name.
         family: its architecture, such as ``sd3``.
+        engine: what runs its graphs.
         license: its licence.
         latent: latent shape ``(C, H, W)``.
         downscale: pixels per latent cell along a side.
@@ -64,6 +76,7 @@ class Bundle:
     folder: Path
     name: str
     family: str
+    engine: Engine
     license: str
     latent: tuple[int, int, int]
     downscale: int
@@ -96,6 +109,14 @@ class Bundle:
             raise UserError(f"model {self.name} has no {name}")
         return self.folder / name
 
+    def graph(self, stem: str) -> Path:
+        """Where a graph lies, as its engine wants to be told.
+
+        Raises:
+            UserError: the bundle does not list it.
+        """
+        return self.path(stem + SUFFIXES[self.engine][0])
+
     def verify(self) -> None:
         """Hash every file.
 
@@ -125,7 +146,9 @@ def read(folder: str | Path) -> Bundle:
     if not isinstance(facts, dict) or "format" not in facts:
         raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
     if (found := facts["format"]) != FORMAT:
-        raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: upgrade fewstep")
+        older = isinstance(found, int) and found < FORMAT
+        hint = "export or fetch it again" if older else "upgrade fewstep"
+        raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: {hint}")
     try:
         bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -162,13 +185,16 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     about = dict(facts.get("about", {}))
     if not isinstance(about.get("styles", []), list):
         raise TypeError("about.styles")
-    sampler = facts.get("sampler", "euler")
+    sampler, engine = facts.get("sampler", "euler"), facts.get("engine", "onnx")
     if sampler not in get_args(Sampler):
         raise ValueError("sampler")
+    if engine not in SUFFIXES:
+        raise UserError(f"{folder} is for {str(engine)[:40]!r}, which this fewstep does not know: upgrade it")
     return Bundle(
         folder=folder,
         name=str(facts["name"]),
         family=str(facts["family"]),
+        engine=engine,
         license=str(facts["license"]),
         latent=(channels, height, width),
         downscale=downscale,
@@ -184,7 +210,7 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
 
 
 def _check_files(bundle: Bundle) -> None:
-    for name in NEEDED:
+    for name in (*(stem + end for stem in NEEDED for end in SUFFIXES[bundle.engine]), "tokenizer.json"):
         bundle.path(name)
     for name, stamp in bundle.files.items():
         if Path(name).name != name:  # a bundle from elsewhere must not reach out of its folder

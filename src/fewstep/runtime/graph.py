@@ -1,26 +1,18 @@
-"""ONNX graphs on onnxruntime: sessions are made in the background, or on first use."""
+"""ONNX graphs on onnxruntime."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import cast
 
 import numpy as np
 import onnxruntime as ort
 
-from fewstep.types import UserError
+from fewstep.runtime.session import Run, Session
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class Graph:
+class Graph(Session):
     """One ONNX graph on the processor.
 
     Args:
@@ -30,38 +22,13 @@ class Graph:
             a transformer gains nothing, and its session takes half as long again to make.
     """
 
+    ENGINE = "onnxruntime"
+
     def __init__(self, path: Path, threads: int, convolutions: bool = False) -> None:
-        self.path = path
-        self.threads = threads
+        super().__init__(path, threads)
         self.convolutions = convolutions
-        self._maker: Thread | None = None
-        self._session: Any = None
-        self._error: Exception | None = None
 
-    def start(self) -> Graph:
-        """Begin to make the session in the background; onnxruntime lets go of Python's lock meanwhile."""
-        if self._maker is None:
-            self._maker = Thread(target=self._make, name=self.path.name)
-            self._maker.start()
-        return self
-
-    def __call__(self, **feeds: np.ndarray) -> list[np.ndarray]:
-        """Run the graph on named inputs; its outputs in the graph's order.
-
-        Raises:
-            UserError: the file is no graph that onnxruntime can load, or not one for these inputs.
-        """
-        self.start()
-        assert self._maker is not None
-        self._maker.join()
-        if self._error is not None:
-            raise UserError(f"{self.path} cannot be loaded by onnxruntime: {_reason(self._error)}")
-        try:
-            return self._session.run(None, feeds)
-        except Exception as error:  # as above
-            raise UserError(f"{self.path} does not fit its bundle: {_reason(error)}") from error
-
-    def _make(self) -> None:
+    def _load(self) -> Run:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -73,13 +40,11 @@ class Graph:
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if self.convolutions else level.ORT_ENABLE_BASIC
         )
-        try:
-            self._session = ort.InferenceSession(
-                str(self.path), sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's exceptions share no narrower base; raised in __call__
-            self._error = error
+        session = ort.InferenceSession(
+            str(self.path), sess_options=options, providers=["CPUExecutionProvider"]
+        )
 
+        def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            return cast("list[np.ndarray]", session.run(None, dict(feeds)))
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        return run

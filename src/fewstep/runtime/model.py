@@ -1,4 +1,4 @@
-"""A bundle as a :class:`fewstep.types.Model`: text encoders, net and autoencoder as ONNX graphs."""
+"""A bundle as a :class:`fewstep.types.Model`: text encoders, net and autoencoder as graphs of its engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fewstep.runtime.bundle import Bundle
-from fewstep.runtime.graph import Graph, cores
+from fewstep.runtime.session import Session, cores
 from fewstep.runtime.tokens import Tokens
 from fewstep.types import Array, Cond, Model, Step
 
@@ -18,7 +18,7 @@ class Text:
     """The text encoders."""
 
     tokens: Tokens
-    graph: Graph
+    graph: Session
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
@@ -30,8 +30,8 @@ class Text:
 class Net:
     """The transformer: a velocity whose modulations are made for all steps of a walk at once."""
 
-    modulation: Graph
-    graph: Graph
+    modulation: Session
+    graph: Session
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> velocity ``[B, C, H, W]``, float32."""
@@ -58,10 +58,10 @@ class Net:
 class Autoencoder:
     """The codec; its encoder is loaded when it is first used."""
 
-    def __init__(self, bundle: Bundle, decoder: Graph) -> None:
+    def __init__(self, bundle: Bundle, decoder: Session) -> None:
         self._bundle = bundle
         self._decoder = decoder
-        self._encoder: Graph | None = None
+        self._encoder: Session | None = None
 
     def encode(self, images: Array) -> Array:
         """Images ``[B, 3, h, w]`` in [-1, 1] -> latents ``[B, C, H, W]``.
@@ -70,8 +70,7 @@ class Autoencoder:
             UserError: the bundle has no encoder.
         """
         if self._encoder is None:
-            path = self._bundle.path("encoder.onnx")
-            self._encoder = Graph(path, self._decoder.threads, convolutions=True)
+            self._encoder = _graph(self._bundle, "encoder", self._decoder.threads)
         return self._encoder(images=np.asarray(images, np.float32))[0]
 
     def decode(self, latents: Array) -> Array:
@@ -82,7 +81,7 @@ class Autoencoder:
 def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     """Load a bundle for generation.
 
-    The four sessions that every picture needs are made in the background while this function hashes
+    The four graphs that every picture needs are loaded in the background while this function hashes
     the files, so a damaged file is found here and costs no time.
 
     Args:
@@ -91,12 +90,11 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
 
     Raises:
         UserError: a file is damaged.
+        ImportError: the bundle's engine is not installed.
     """
     threads = threads or cores()
-    net = Graph(bundle.path("transformer.onnx"), threads).start()  # first, for it takes longest
-    text = Graph(bundle.path("text.onnx"), threads).start()
-    modulation = Graph(bundle.path("modulation.onnx"), threads).start()
-    decoder = Graph(bundle.path("decoder.onnx"), threads, convolutions=True).start()
+    stems = ("transformer", "text", "modulation", "decoder")  # the net first, for it takes longest
+    net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
     bundle.verify()
     tokens = Tokens(bundle.path("tokenizer.json"), bundle.length)
     return Model(
@@ -111,3 +109,24 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
         guidance=bundle.guidance,
         sampler=bundle.sampler,
     )
+
+
+def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """A graph of the bundle on its engine, which is not loaded before it is needed.
+
+    Raises:
+        UserError: the bundle has no such graph.
+        ImportError: its engine is not installed.
+    """
+    path = bundle.graph(stem)
+    if bundle.engine == "openvino":
+        from fewstep.runtime import openvino
+
+        return openvino.Graph(path, threads)
+    if bundle.engine == "executorch":
+        from fewstep.runtime import executorch
+
+        return executorch.Graph(path, threads)
+    from fewstep.runtime import graph
+
+    return graph.Graph(path, threads, convolutions=stem in ("decoder", "encoder"))

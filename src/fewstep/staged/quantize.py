@@ -32,7 +32,7 @@ def check(bits: int, device: str) -> None:
         return
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            f"--bits {bits} needs torchao, which is not installed: pip install 'fewstep[quantize]'"
+            f"--bits {bits} needs torchao, which is not installed: pip install 'fewstep[torchao]'"
         )
     if bits == 4 and device == "cpu":
         raise UserError("--bits 4 needs a GPU: torchao has no 4-bit kernel for this CPU; give --bits 8")

@@ -65,7 +65,7 @@ def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> 
         UserError: the folder belongs to another recipe or to other frozen parts (``about["made_of"]``), or
             no checkpoint in it can be read.
     """
-    by_first(lambda: _check_owner(folder, about))
+    by_first(lambda: check_owner(folder, about))
     there = by_first(lambda: sorted((folder / FOLDER).glob("[0-9]*"), reverse=True))
     for number, path in enumerate(there):
         why = by_first(lambda path=path: _fault(path)) or _load(path, held)
@@ -111,7 +111,12 @@ def done(folder: Path) -> int:
     return max((int(path.name) for path in whole), default=0)
 
 
-def _check_owner(folder: Path, about: Mapping[str, Any]) -> None:
+def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        UserError: it does, or does not tell what it holds.
+    """
     note = folder / "run.json"
     try:
         there = json.loads(note.read_text()) if note.exists() else about

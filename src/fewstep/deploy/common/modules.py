@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.deploy.common.graphs import text_length
 from fewstep.families import Family
 from fewstep.families.sd3 import LatentCodec, NetVelocity
 from fewstep.nets.hoist import hoisted, swapped
@@ -27,7 +28,10 @@ class TextModule(nn.Module):
     def __init__(self, family: Family) -> None:
         super().__init__()
         parts = family.parts
-        self.first, self.second = parts["text_encoder"], parts["text_encoder_2"]
+        length = text_length(family)
+        self.first, self.second = (
+            shortened(parts[name], length) for name in ("text_encoder", "text_encoder_2")
+        )
         self.eos: int = parts["tokenizer"].eos_token_id
         self.pads: tuple[int, int] = (parts["tokenizer"].pad_token_id, parts["tokenizer_2"].pad_token_id)
         widths = (self.first.config.hidden_size, self.second.config.hidden_size)
@@ -77,7 +81,7 @@ class DecoderModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = family.parts["vae"]
+        self.vae = swapped(family.parts["vae"], {"encoder": nn.Identity()})
 
     def forward(self, latents: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1]."""
@@ -89,11 +93,21 @@ class EncoderModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = family.parts["vae"]
+        self.vae = swapped(family.parts["vae"], {"decoder": nn.Identity()})
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]``, the mode of the posterior."""
         return LatentCodec(self.vae).encode(images)
+
+
+def shortened(clip: Any, length: int) -> Any:
+    """A CLIP with only the positions that ``length`` tokens use."""
+    table = clip.text_model.embeddings.position_embedding.weight
+    if length == len(table):
+        return clip
+    short = copy.deepcopy(clip)  # transformers hooks each layer once a model: none may be in two
+    short.text_model.embeddings.position_embedding = nn.Embedding.from_pretrained(table[:length].clone())
+    return short
 
 
 def cropped(net: Any, height: int, width: int) -> Any:

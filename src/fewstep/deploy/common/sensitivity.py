@@ -1,7 +1,8 @@
-"""Which weights must not lose bits: measured, one at a time, on real prompts (floor 3).
+"""Which weights need their bits: measured, one at a time, on real prompts (floor 3).
 
-A weight is stored in few bits and read back while all others stay as they are; how far the outputs of its
-graph move, on what reaches the graph in real walks, is what it costs.
+A weight is stored in few bits and read back while all others stay as they are. How far that moves the latents
+of a whole walk (of the decoder: its images; of the encoder: its latents) is what it costs. A storage budget
+is then spent where it saves most.
 """
 
 from __future__ import annotations
@@ -17,115 +18,128 @@ import numpy as np
 
 from fewstep import sample, times
 from fewstep.deploy.common.graphs import Part
-from fewstep.deploy.common.weights import SMALLEST, approximate
+from fewstep.deploy.common.weights import GROUP, SMALLEST, stored
 from fewstep.families import Family
 
-Inputs = Sequence[Mapping[str, Any]]
-"""What a graph is called with, by the names of its inputs, once each."""
+WIDTHS = (2, 3, 4, 6, 8, 16)
+"""Bits that a weight may get."""
+
+MEASURED = 4
+"""Bits whose cost is measured; a small error's square passes through a net in proportion, so that of the
+others follows from the weight's own squared error."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight and what its loss of bits costs.
+    """A weight, what it takes and what it costs.
 
     Attributes:
-        name: in its graph.
+        graph: where it is.
+        name: there.
         size: elements.
-        error: squared change of the graph's outputs over their square.
         digest: of its values (:func:`digest`).
+        bytes: that it takes, by bits.
+        errors: what its loss of bits costs, by bits: squared change of what comes out over its variance.
     """
 
+    graph: str
     name: str
     size: int
-    error: float
     digest: str
+    bytes: Mapping[int, int]
+    errors: Mapping[int, float]
 
 
-def real_inputs(family: Family, parts: Mapping[str, Part], prompts: Sequence[str]) -> dict[str, Inputs]:
-    """What reaches every graph when ``family`` draws these prompts, seed ``i`` for prompt ``i``."""
+def outcomes(
+    family: Family, parts: Mapping[str, Part], prompts: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
+    """For every graph, what comes out when all weights are as they are now: tensors ``[B, ...]``.
+
+    The prompts are drawn with seed ``i`` for prompt ``i``, by Euler steps without guidance.
+    """
     import torch
 
-    rows = len(prompts)
+    rows, run = len(prompts), {stem: part.module for stem, part in parts.items()}
+    ids = family.parts["tokenizer"](
+        list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+        max_length=parts["text"].inputs["tokens"].shape[1],
+    ).input_ids  # fmt: skip
+    noise = family.lift(sample.noises(range(rows), family.latent))
+
+    def walked(context: Any, pooled: Any) -> Any:
+        x = noise
+        for t, t_next in pairwise(times.grid(family.steps, family.shift)):
+            modulation = run["modulation"](t=torch.full((rows,), t), pooled=pooled)
+            x = sample.euler(x, run["transformer"](x=x, context=context, modulation=modulation), t, t_next, 0)
+        return x
+
     with torch.no_grad():
-        ids = family.parts["tokenizer"](
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-            max_length=parts["text"].inputs["tokens"].shape[1],
-        ).input_ids  # fmt: skip
-        context, pooled = parts["text"].module(ids)
-        x = family.lift(sample.noises(range(rows), family.latent))
-        grid = times.grid(family.steps, family.shift)
-        modulated: list[dict[str, Any]] = []
-        stepped: list[dict[str, Any]] = []
-        for t, t_next in pairwise(grid):
-            modulated.append({"t": torch.full((rows,), t), "pooled": pooled})
-            modulation = parts["modulation"].module(**modulated[-1])
-            stepped.append({"x": x, "context": context, "modulation": modulation})
-            x = sample.euler(x, parts["transformer"].module(**stepped[-1]), t, t_next, 0)
-        images = parts["decoder"].module(x)
+        told = run["text"](ids)
+        latents = walked(*told)
+        images = run["decoder"](latents)
     return {
-        "text": [{"tokens": ids}],
-        "modulation": modulated,
-        "transformer": stepped,
-        "decoder": [{"latents": x}],
-        "encoder": [{"images": images}],
+        "text": lambda: walked(*run["text"](ids)),
+        "modulation": lambda: walked(*told),
+        "transformer": lambda: walked(*told),
+        "decoder": lambda: run["decoder"](latents),
+        "encoder": lambda: run["encoder"](images),
     }
 
 
-def sensitivity(part: Part, inputs: Inputs, bits: int, told: Callable[[str], None] = str) -> list[Weight]:
-    """Every weight of a graph that is stored in ``bits``, the one that costs most an element first.
+def sensitivity(graph: str, module: Any, outcome: Callable[[], Any]) -> list[Weight]:
+    """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
 
     Args:
-        part: the graph, as a module.
-        inputs: what reaches it (:func:`real_inputs`).
-        bits: a weight.
-        told: hears the name of each weight before it is measured.
+        graph: its name.
+        module: the graph, as a torch module.
+        outcome: what comes out with the weights that ``module`` has when it is called.
     """
-    whole, found = _outputs(part, inputs), list[Weight]()
-    square = sum(float(out.square().sum()) for out in whole)
-    seen: set[int] = set()
-    for name, parameter in [*part.module.named_parameters(), *part.module.named_buffers()]:
-        if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        told(name)
-        array = parameter.detach().numpy().copy()
-        with _replaced(parameter, approximate(array, bits)):
-            moved = zip(_outputs(part, inputs), whole, strict=True)
-            error = sum(float((ours - theirs).square().sum()) for ours, theirs in moved)
-        found.append(Weight(name, array.size, error / square, digest(array)))
-    return sorted(found, key=lambda weight: weight.error / weight.size, reverse=True)
+    import torch
+
+    found, seen = list[Weight](), set[int]()
+    with torch.no_grad():
+        whole = outcome()
+        variance = float((whole - whole.mean()).square().sum())
+        for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+            if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            array = parameter.detach().numpy().copy()
+            made = {bits: stored(array, bits) for bits in WIDTHS}
+            lost = {bits: float(np.square(back - array).sum()) for bits, (back, _) in made.items()}
+            with _replaced(parameter, made[MEASURED][0]):
+                moved = float((outcome() - whole).square().sum()) / variance
+            unit = moved / lost[MEASURED] if lost[MEASURED] else 0.0
+            errors = {bits: unit * value for bits, value in lost.items()}
+            bytes_ = {bits: size for bits, (_, size) in made.items()}
+            found.append(Weight(graph, name, array.size, digest(array), bytes_, errors))
+    return sorted(found, key=lambda weight: weight.errors[MEASURED] / weight.size, reverse=True)
 
 
-def spared(weights: Sequence[Weight], share: float) -> dict[str, float]:
-    """The weights to keep, the costliest an element first, until they are ``share`` of all elements.
+def allotted(weights: Sequence[Weight], bits: int) -> list[int]:
+    """Bits of each weight, so that together they take no more than ``bits`` each, their scales included,
+    and cost as little as can be: every weight takes the bits of least ``error + price * bytes``, at the
+    lowest price that keeps within the budget."""
+    room = sum(weight.size for weight in weights) * (bits + 16 / GROUP) / 8
 
-    Returns:
-        Digest -> error of each.
-    """
-    room = share * sum(weight.size for weight in weights)
-    kept: dict[str, float] = {}
-    for weight in weights:
-        if weight.size <= room:
-            kept[weight.digest] = weight.error
-            room -= weight.size
-    return kept
+    def at(price: float) -> list[int]:
+        return [min(WIDTHS, key=lambda b: (w.errors[b] + price * w.bytes[b], w.bytes[b])) for w in weights]
+
+    def fits(chosen: Sequence[int]) -> bool:
+        return sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True)) <= room
+
+    low, high = 1e-30, 1e30  # beyond all that an error a byte can be
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return at(high)
 
 
 def digest(array: np.ndarray) -> str:
-    """The same for a matrix and its transpose: an exporter turns some."""
+    """The same for a matrix and its transpose, and with axes of length 1: an exporter turns some."""
+    array = array.squeeze()
     turned = [array, array.T] if array.ndim == 2 else [array]
     return min(hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in turned)
-
-
-def _outputs(part: Part, inputs: Inputs) -> list[Any]:
-    import torch
-
-    made: list[Any] = []
-    with torch.no_grad():
-        for told in inputs:
-            out = part.module(**told)
-            made += out if isinstance(out, tuple) else [out]
-    return made
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """Smaller weights in an ONNX graph, the arithmetic left in float32 (floor 3).
 
 8 bits: matrices (linear layers, embeddings) become int8 with one scale a row or a column, whichever loses
-less; convolution kernels, few but felt in every pixel, become float16. 6 and 4 bits: codes with a float16
-scale for every :data:`GROUP` of a row or a column, packed without a gap, and kernels in 8 bits. 16 bits: all
-of them float16. The operators that unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer,
-and onnxruntime folds them away when it makes the session: a file a quarter as large runs as fast as float32,
-and a picture depends neither on its batch nor on the processor's integer instructions. ``docs/deploy.md`` has
-what else was measured.
+less, convolution kernels with one for each of their outputs. Below: codes with a float16 scale for every
+:data:`GROUP` of a row or a column, packed without a gap. 16 bits: all of them float16. The operators that
+unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer, and onnxruntime folds them away when
+it makes the session: a file a quarter as large runs as fast as float32, and a picture depends neither on its
+batch nor on the processor's integer instructions. ``docs/deploy.md`` has what else was measured.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from numpy.typing import ArrayLike
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
 
-GROUP = 32
+GROUP = 64
 """Codes that share a scale, where they have less than 8 bits."""
 
-PLANES = {4: (4,), 6: (4, 2)}
-"""How codes are laid down: low bits, two codes a byte; of 6 bits then the high ones, four codes a byte."""
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2)}
+"""How codes are laid down: their low bits, as many codes a byte as there is room for, then the high ones."""
 
 TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
@@ -40,7 +39,7 @@ def shrink(model: Any, bits: int, bits_of: BitsOf | None = None) -> Any:
 
     Args:
         model: what :func:`fewstep.deploy.common.graphs.trace` gives.
-        bits: 4, 6, 8, 16 or 32 a weight.
+        bits: 2, 3, 4, 6, 8, 16 or 32 a weight.
         bits_of: weights that are stored in other bits.
     """
     import onnx
@@ -76,12 +75,14 @@ class _Stored:
 
     def put(self, array: np.ndarray, bits: int) -> None:
         """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow."""
-        flat = array.ndim == 2
-        if bits in PLANES and flat and (axes := [axis for axis in (1, 0) if array.shape[axis] % GROUP == 0]):
+        rows = array.reshape(len(array), -1)
+        axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
+        halves = np.abs(array).max() <= np.finfo(np.float16).max
+        if bits in PLANES and axes and halves:
             self._grouped(array, bits, axes)
-        elif bits <= 8 and (flat or bits < 8):
-            self._scaled(array, (0, 1) if flat else (1,))
-        elif bits < 32 and np.abs(array).max() <= np.finfo(np.float16).max:
+        elif bits <= 8:
+            self._scaled(array, (0, 1) if array.ndim == 2 else (1,))
+        elif bits < 32 and halves:
             self._node("Cast", self._tensor("half", array.astype(np.float16)), to=FLOAT, out=self.name)
         else:
             self._tensor("", array)
@@ -96,7 +97,8 @@ class _Stored:
 
     def _grouped(self, array: np.ndarray, bits: int, axes: Sequence[int]) -> None:
         """Fewer bits, a scale a group of :data:`GROUP` along the axis that loses less."""
-        tried = {axis: to_groups(array.T if axis == 0 else array, bits) for axis in axes}
+        rows = array.reshape(len(array), -1)
+        tried = {axis: to_groups(rows.T if axis == 0 else rows, bits) for axis in axes}
         axis = min(tried, key=lambda each: tried[each][2])
         codes, scale, _ = tried[axis]
         real = self._node("Cast", self._whole(codes, bits), to=FLOAT)
@@ -104,7 +106,7 @@ class _Stored:
         groups = self._node("Reshape", middle, self._tensor("groups", np.array([-1, GROUP])))
         scales = self._node("Cast", self._tensor("scale", scale), to=FLOAT)
         scaled = self._node("Mul", groups, scales)
-        shape = self._tensor("shape", np.array([array.shape[1 - axis], array.shape[axis]]))
+        shape = self._tensor("shape", np.array(array.shape if axis == 1 else array.shape[::-1]))
         if axis == 1:
             self._node("Reshape", scaled, shape, out=self.name)
         else:
@@ -142,23 +144,25 @@ class _Stored:
         return name
 
 
-def approximate(array: np.ndarray, bits: int) -> np.ndarray:
-    """What is left of a weight that was stored in ``bits``, float32: what its graph will unpack."""
+def stored(array: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
+    """What is left of a weight that was stored in ``bits``, float32, as its graph will unpack it; and the
+    bytes that it takes."""
     import onnx
     from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
     made = _Stored("weight")
     made.put(array, bits)
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.tensors}
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.tensors}
+    size = sum(tensor.nbytes for tensor in tensors.values())
     if not made.nodes:
-        return stored["weight"]
+        return tensors["weight"], size
     graph = onnx.helper.make_graph(
         made.nodes, "one", [], [onnx.helper.make_tensor_value_info("weight", FLOAT, None)], made.tensors
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
     (back,) = ReferenceEvaluator(model).run(None, {})
-    return np.asarray(back, np.float32)
+    return np.asarray(back, np.float32), size
 
 
 FLOAT = 1

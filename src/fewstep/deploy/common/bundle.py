@@ -1,0 +1,58 @@
+"""A torch family as a bundle, whichever engine its graphs are for (floor 3)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from fewstep.deploy import Facts
+from fewstep.deploy.common.manifest import described, write_tokenizer
+from fewstep.families import Family
+from fewstep.files import replacing_folder
+from fewstep.runtime.bundle import MANIFEST, Engine, seal
+from fewstep.types import UserError
+
+
+def write_bundle(
+    family: Family,
+    out: Path,
+    bits: int,
+    facts: Facts,
+    engine: Engine,
+    write: Callable[[Path], None],
+) -> str:
+    """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`).
+
+    T5 stays out: the graphs see the tokens of the two CLIPs only. The bundle is made beside its place and
+    renamed, so an interrupted export leaves nothing there; an earlier bundle there is replaced.
+
+    Args:
+        family: an SD3-type family in float32 on the processor.
+        out: the folder where the bundle goes.
+        bits: a weight.
+        facts: what it tells of itself.
+        engine: what its graphs are for.
+        write: writes them into a folder.
+
+    Returns:
+        What there is now, in a line.
+
+    Raises:
+        UserError: something else lies at ``out``.
+    """
+    check_place(out)
+    told = described(family, facts, bits) | {"engine": engine}
+    with replacing_folder(out) as fresh:
+        write(fresh)
+        write_tokenizer(family, fresh / "tokenizer.json")
+        if facts.license_file is not None:
+            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        bundle = seal(fresh, told)
+    return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
+
+
+def check_place(out: Path) -> None:
+    """Refuse a place where something else than a bundle lies, before anything is made for it."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} exists and is no bundle: choose another place")

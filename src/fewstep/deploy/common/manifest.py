@@ -1,0 +1,37 @@
+"""What folders of graphs tell of themselves, and the tokenizer beside the graphs (floor 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.deploy import Facts
+from fewstep.deploy.common.graphs import text_length
+from fewstep.families import Family
+
+
+def described(family: Family, facts: Facts, bits: int) -> dict[str, Any]:
+    """What a user of the graphs must know: shapes, grid, guidance, sampler, licence."""
+    channels, height, width = family.latent
+    return {
+        "name": family.name,
+        "family": family.kind,
+        "license": facts.license,
+        "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
+        "shift": family.shift,
+        "steps": family.steps,
+        "guidance": family.guidance,
+        "sampler": family.sampler,
+        "text": {"length": text_length(family)},
+        "about": {"bits": bits, **facts.about},
+    }
+
+
+def write_tokenizer(family: Family, path: Path) -> None:
+    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
+    tokenizer = family.parts["tokenizer"]
+    backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    length = text_length(family)
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    backend.save(str(path), pretty=False)

@@ -1,0 +1,53 @@
+"""ExecuTorch programs on ExecuTorch's runtime for Python, which takes torch's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
+from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+from fewstep.runtime.session import Run, Session
+
+_LOCK = Lock()
+"""Held by whoever loads or runs: all programs of a process share a pool of threads and XNNPACK's memory."""
+_POOL: list[int] = []
+"""The threads of that pool, once it is made."""
+
+
+class Graph(Session):
+    """One ``.pte`` file, a program for one picture: the rows of a batch run one after the other.
+
+    A program knows its inputs by their places: they are given in the order in which
+    ``deploy/common/graphs.py`` names them.
+
+    Args:
+        path: the ``.pte`` file.
+        threads: threads inside one operator; those of a process's first graph hold for all that follow.
+    """
+
+    ENGINE = "ExecuTorch"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__(path, threads)
+        with _LOCK:
+            if not _POOL:  # never again: programs that are loaded hold on to it
+                portable_lib._unsafe_reset_threadpool(threads)
+                _POOL.append(threads)
+
+    def _load(self) -> Run:
+        with _LOCK:
+            method: Any = Runtime.get().load_program(self.path).load_method("forward")
+
+        def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            inputs = [torch.from_numpy(np.ascontiguousarray(array)).split(1) for array in feeds.values()]
+            with _LOCK:
+                rows = [method.execute(row) for row in zip(*inputs, strict=True)]
+            return [torch.cat(outputs).numpy() for outputs in zip(*rows, strict=True)]
+
+        return run

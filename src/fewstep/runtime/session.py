@@ -1,0 +1,79 @@
+"""A graph that is loaded in the background, or on first use, whichever engine runs it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import numpy as np
+
+from fewstep.types import UserError
+
+Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+"""Named inputs -> the outputs in the graph's order."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Session(ABC):
+    """One graph on the processor.
+
+    Args:
+        path: the graph's file.
+        threads: threads inside one operator.
+    """
+
+    ENGINE: ClassVar[str]
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.path = path
+        self.threads = threads
+        self._maker: Thread | None = None
+        self._run: Run | None = None
+        self._error: Exception | None = None
+
+    def start(self) -> Session:
+        """Begin to load the graph in the background; the engines let go of Python's lock meanwhile."""
+        if self._maker is None:
+            self._maker = Thread(target=self._make, name=self.path.name)
+            self._maker.start()
+        return self
+
+    def __call__(self, **feeds: np.ndarray) -> list[np.ndarray]:
+        """Run the graph on named inputs; its outputs in the graph's order.
+
+        Raises:
+            UserError: the file is no graph that the engine can load, or not one for these inputs.
+        """
+        self.start()
+        assert self._maker is not None
+        self._maker.join()
+        if self._run is None:
+            raise UserError(f"{self.path} cannot be loaded by {self.ENGINE}: {_reason(self._error)}")
+        try:
+            return self._run(feeds)
+        except Exception as error:  # as in _make
+            raise UserError(f"{self.path} does not fit its bundle: {_reason(error)}") from error
+
+    @abstractmethod
+    def _load(self) -> Run:
+        """Read the file and make it ready to run."""
+
+    def _make(self) -> None:
+        try:
+            self._run = self._load()
+        except Exception as error:  # the engines' exceptions share no narrower base; raised in __call__
+            self._error = error
+
+
+def _reason(error: Exception | None) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,252 @@
+"""A bundle for OpenVINO draws what its family draws, and no torch is needed for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.deploy.drawn import draw, psnr
+
+if missing := [name for name in ("openvino", "nncf") if find_spec(name) is None]:
+    pytest.skip(f"{' and '.join(missing)}: not installed", allow_module_level=True)
+
+import fewstep.runtime
+import tiny
+import tiny_flux
+from fewstep import sample
+from fewstep.cli import run
+from fewstep.deploy import Facts
+from fewstep.deploy import openvino as engine
+from fewstep.deploy.common import graphs
+from fewstep.families import Family, flux, sd3
+from fewstep.runtime.bundle import Bundle, read, seal
+from fewstep.runtime.model import open_bundle
+from fewstep.runtime.openvino import Graph, openvino
+from fewstep.types import UserError
+
+
+@pytest.fixture(scope="module")
+def small() -> Family:
+    return sd3.assemble(tiny.parts(with_t5=False), name="small", steps=4, guidance=None)
+
+
+@pytest.fixture(scope="module")
+def bundles(small: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Bundle]:
+    """Of 16, 8 and 4 bits, as the command line writes them; the tests below share them and what they are
+    made of, since tracing takes seconds."""
+    folder = tmp_path_factory.mktemp("openvino")
+    sd3.save(small, folder / "run" / "model")
+    kept = iter([graphs.trace(part) for part in graphs.parts(small).values()] * len(engine.BITS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "trace", lambda part: next(kept))
+        for bits in engine.BITS:
+            words = ["export", str(folder / "run"), "--to", "openvino", "--bits", str(bits)]
+            assert run([*words, "-o", str(folder / str(bits))]) == 0
+    return {bits: read(folder / str(bits)) for bits in engine.BITS}
+
+
+@pytest.fixture(scope="module")
+def theirs(small: Family) -> np.ndarray:
+    return draw(small)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(16, 65), (8, 48), (4, 42)])
+def test_a_bundle_draws_what_its_family_draws(
+    theirs: np.ndarray, bundles: dict[int, Bundle], bits: int, least: float
+) -> None:
+    ours = draw(open_bundle(bundles[bits], threads=1))
+    assert theirs.std() > 0.05
+    assert psnr(theirs, ours) > least
+
+
+@pytest.mark.parametrize("bits", engine.BITS)
+def test_a_picture_does_not_depend_on_its_batch(bundles: dict[int, Bundle], bits: int) -> None:
+    model = open_bundle(bundles[bits], threads=1)
+    assert np.abs(draw(model)[1:2] - draw(model, slice(1, 2))).max() < 1e-4  # a grey level is 8e-3
+
+
+def test_the_encoder_encodes(small: Family, bundles: dict[int, Bundle]) -> None:
+    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    theirs = small.codec.encode(torch.from_numpy(images)).numpy()
+    ours = open_bundle(bundles[16], threads=1).codec.encode(images)
+    assert psnr(theirs, ours) > 55
+
+
+def test_fewer_bits_are_fewer_bytes(bundles: dict[int, Bundle]) -> None:
+    def weights(bundle: Bundle) -> int:
+        return sum(stamp.bytes for name, stamp in bundle.files.items() if name.endswith(".bin"))
+
+    assert weights(bundles[16]) > weights(bundles[8]) > weights(bundles[4])
+    assert {bundle.engine for bundle in bundles.values()} == {"openvino"}
+
+
+def test_nothing_of_this_machine_is_in_the_files(bundles: dict[int, Bundle]) -> None:
+    places = [str(Path(fewstep.__file__).parents[2]), str(Path(torch.__file__).parents[1])]
+    for name in bundles[4].files:
+        data = bundles[4].path(name).read_bytes()
+        assert not [place for place in (*places, tempfile.gettempdir()) if place.encode() in data], name
+
+
+def test_generation_needs_neither_torch_nor_onnxruntime_and_tells_nobody(
+    bundles: dict[int, Bundle], tmp_path: Path
+) -> None:
+    code = f"""
+import sys, fewstep
+from fewstep.cli import run
+words = ["generate", "a red apple", "--model", {str(bundles[8].folder)!r}, "--threads", "1", "-n", "2"]
+assert run([*words, "-o", {str(tmp_path / "drawn")!r} + "/"]) == 0
+pipe = fewstep.load({str(bundles[8].folder)!r}, threads=1)
+first = pipe("a red apple", seed=1)[0]
+assert pipe("a red apple", seed=1, image=first, strength=0.0)[0].size == first.size
+heavy = {{"torch", "onnx", "onnxruntime", "diffusers", "transformers", "nncf"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert sys.modules["openvino_telemetry"] is None
+"""
+    (tmp_path / "home").mkdir()
+    home = os.environ | {"HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=home)
+    assert not list((tmp_path / "home").iterdir())
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def test_nncf_tells_nobody(bundles: dict[int, Bundle]) -> None:
+    from nncf.telemetry import wrapper
+
+    assert bundles and not hasattr(wrapper, "Telemetry")
+
+
+def test_several_threads_may_draw_at_once(bundles: dict[int, Bundle]) -> None:
+    model = open_bundle(bundles[8], threads=1)
+    alone = draw(model)
+    with ThreadPoolExecutor(2) as pool:
+        for pictures in pool.map(lambda _: draw(model), range(4)):
+            assert np.array_equal(pictures, alone)
+
+
+def test_weights_too_many_for_one_message(
+    small: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They lie beside the ONNX file, of which nothing is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(graphs, "LARGEST", 20_000)
+    part = graphs.parts(small)["modulation"]
+    graph = engine._converted(part)
+    assert not list(tmp_path.iterdir())
+    openvino.save_model(graph, tmp_path / "modulation.xml", compress_to_fp16=False)
+    with torch.no_grad():
+        theirs = part.module(**part.inputs).numpy()
+    feeds = {name: tensor.numpy() for name, tensor in part.inputs.items()}
+    assert np.abs(Graph(tmp_path / "modulation.xml", 1)(**feeds)[0] - theirs).max() < 1e-4
+
+
+def test_a_damaged_graph_is_one_clear_line(bundles: dict[int, Bundle], tmp_path: Path) -> None:
+    shutil.copytree(bundles[8].folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "text.xml").write_bytes(b"not a graph")
+    with pytest.raises(UserError, match=r"text\.xml has 11 bytes instead of"):
+        fewstep.load(tmp_path)
+    with pytest.raises(UserError, match=r"text\.xml cannot be loaded by OpenVINO: ") as caught:
+        Graph(tmp_path / "text.xml", 1)(tokens=np.zeros((1, tiny.LENGTH), np.int64))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"decoder\.xml does not fit its bundle: ") as caught:
+        Graph(tmp_path / "decoder.xml", 1)(x=np.zeros((1, 4, 8, 8), np.float32))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "text.bin").unlink()
+    with pytest.raises(UserError, match=r"model small has no text\.bin"):
+        seal(tmp_path, facts(bundles[8]))
+
+
+def test_an_unknown_engine_is_one_clear_line(bundles: dict[int, Bundle], tmp_path: Path) -> None:
+    shutil.copytree(bundles[8].folder, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="is for 'abacus', which this fewstep does not know"):
+        seal(tmp_path, facts(bundles[8]) | {"engine": "abacus"})
+
+
+def facts(bundle: Bundle) -> dict[str, Any]:
+    told = json.loads((bundle.folder / "bundle.json").read_text())
+    return {name: value for name, value in told.items() if name not in ("format", "files")}
+
+
+def test_a_backend_that_is_not_the_bundles(bundles: dict[int, Bundle]) -> None:
+    folder = bundles[8].folder
+    fewstep.load(folder, backend="openvino", threads=1)
+    with pytest.raises(UserError, match="runs on openvino, not on onnx: `fewstep export --to onnx`"):
+        fewstep.load(folder, backend="onnx")
+    with pytest.raises(UserError, match="runs on openvino, not on torch: give a diffusers folder"):
+        fewstep.load(folder, backend="torch")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("openvino", "openvino"), ("nncf", "export")])
+def test_what_is_not_installed_is_named(
+    bundles: dict[int, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], module: str, extra: str,
+) -> None:  # fmt: skip
+    """In one line, and nothing is written; to draw, NNCF is not asked for."""
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("fewstep.runtime.openvino", "fewstep.deploy.openvino"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(fewstep.runtime, "openvino")
+    expected = f"fewstep: this needs {module}, which is not installed: pip install 'fewstep[{extra}]'\n"
+    model = str(bundles[8].folder.parent / "run")
+    capsys.readouterr()
+    assert run(["export", model, "--to", "openvino", "--bits", "8", "-o", str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.endswith(expected)
+    words = ["generate", "x", "--model", str(bundles[8].folder), "-o", str(tmp_path / "x.png")]
+    assert run([*words, "--threads", "1"]) == (2 if module == "openvino" else 0)
+    assert capsys.readouterr().err == (expected if module == "openvino" else "")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if module == "openvino" else ["x.png"])
+
+
+def test_what_cannot_be_written_is_one_clear_line(
+    bundles: dict[int, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flux.save(flux.assemble(tiny_flux.parts("schnell"), name="f"), tmp_path / "flux")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    model, out = str(bundles[8].folder.parent / "run"), str(tmp_path / "b")
+    for arguments, told in (
+        ([model, "--bits", "6", "-o", out], "bits for openvino must be one of 4, 8, 16, not 6"),
+        ([str(tmp_path / "flux"), "-o", out], "is of the family flux, which cannot be written for openvino"),
+        ([str(bundles[8].folder), "-o", out], "is a bundle, for generation only"),
+        ([model, "-o", str(tmp_path / "mine")], "mine exists and is no bundle: choose another place"),
+    ):
+        capsys.readouterr()
+        assert run(["export", *arguments, "--to", "openvino"]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "mine"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_an_interrupted_export_leaves_what_was_there(
+    small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundles: dict[int, Bundle]
+) -> None:
+    shutil.copytree(bundles[8].folder, tmp_path / "b")
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "trace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        engine.export(small, tmp_path / "b", 4, Facts())
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert read(tmp_path / "b").digest == bundles[8].digest
+
+
+def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+    """OpenVINO would cut it off without a word."""
+    large = sd3.assemble(tiny.parts(with_t5=False), name="large")
+    with torch.no_grad():
+        large.net.proj_out.weight[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"transformer\.proj_out\.weight has weights too large for float16"):
+        engine.export(large, tmp_path / "b", 16, Facts())
+    assert not list(tmp_path.iterdir())

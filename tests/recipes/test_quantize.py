@@ -1,0 +1,78 @@
+"""A ladder of bundles and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.recipes import taught
+
+import fewstep
+from fewstep.cli import run
+from fewstep.deploy.common import sensitivity, weights
+from fewstep.runtime.bundle import read
+
+pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokens.PromptWarning")
+"""The tiny tokenizer cuts the prompts that are shown."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
+    return taught.make(tmp_path_factory.mktemp("taught"))
+
+
+def quantize(made: taught.Taught, out: Path, *words: str) -> int:
+    own = words if "--prompts" in words else ("--prompts", "0", *words)
+    return run(["quantize", str(made.teacher), "-o", str(out), *own])
+
+
+@pytest.fixture(scope="module")
+def ladder(made: taught.Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ladder")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (weights, sensitivity):
+            patch.setattr(module, "SMALLEST", 256)
+        assert quantize(made, out, "--rounds", "1", "--bits", "8", "--bits", "4") == 0
+    return out
+
+
+def test_every_rung_is_a_bundle_that_draws(ladder: Path) -> None:
+    sizes = {bits: read(ladder / str(bits)).size for bits in (16, 8, 4)}
+    assert sizes[16] > sizes[8] >= sizes[4]  # few of so small a net's weights have groups
+    drawn = {
+        bits: np.asarray(fewstep.load(ladder / str(bits))("a red disc", seed=1)[0], float) for bits in sizes
+    }
+    errors = [np.square(drawn[bits] - drawn[16]).mean() for bits in (8, 4)]
+    assert errors[0] <= errors[1]
+
+
+def test_the_report_tells_what_was_written(ladder: Path) -> None:
+    report = (ladder / "report.md").read_text()
+    assert f"{read(ladder / '4').size / 1e6:.1f}" in report
+    assert {"16", "8", "4"} <= {
+        line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")
+    }
+    told = json.loads((ladder / "sensitivity.json").read_text())
+    for bits in ("8", "4"):
+        taken = sum(weight["bytes"][str(weight["given"][bits])] for weight in told)
+        least = sum(min(weight["bytes"].values()) for weight in told)
+        assert taken <= max(least, sum(weight["size"] for weight in told) * (int(bits) + 0.25) / 8)
+    assert (ladder / "sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--bits", "5"], "--bits 5"),
+        (["--rounds", "0"], "--rounds"),
+        (["--prompts", "9", "--data", "no"], "no renderings"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(
+    made: taught.Taught, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert quantize(made, tmp_path / "out", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,81 @@
+"""Bundles of any engine against the torch model that they come from: size, speed, what pictures lose.
+
+    python tools/compare_bundles.py models/pocket-teacher bundle-32 bundle-8
+
+Times are processor time on one thread, the least of several rounds, so that a busy machine matters little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep import sample, times
+from fewstep.families import sd3
+from fewstep.guide import Guided
+from fewstep.runtime.bundle import read
+from fewstep.runtime.model import open_bundle
+from fewstep.types import Model
+
+PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
+STEPS = 4
+ROUNDS = 12
+
+
+def draw(model: Model) -> np.ndarray:
+    """Pictures ``[B, 3, h, w]`` in [0, 255], at the model's own guidance."""
+    cond, velocity = model.text(PROMPTS), model.velocity
+    if model.guidance is not None:
+        velocity = Guided(velocity, model.text([""]), model.guidance)
+    noise = model.lift(sample.noises(range(len(PROMPTS)), model.latent))
+    latents = sample.walk(velocity, noise, times.grid(STEPS, model.shift), cond)
+    images = np.asarray(model.lower(model.codec.decode(latents)), np.float32)
+    return images.clip(-1, 1) * 127.5 + 127.5
+
+
+def stages(model: Model) -> list[float]:
+    """Least milliseconds of one prompt's text, one step of one picture, and its decoder."""
+    cond = model.text(PROMPTS[:1])
+    x: Any = model.lift(sample.noises([0], model.latent))
+    step = sample.steps_of(model.velocity, [0.75], cond)[0]
+    done: list[float] = []
+    for action in (lambda: model.text(PROMPTS[:1]), lambda: step(x), lambda: model.codec.decode(x)):
+        taken: list[float] = []
+        for _ in range(ROUNDS):
+            start = time.process_time()
+            action()
+            taken.append(1000 * (time.process_time() - start))
+        done.append(min(taken))
+    return done
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", help="a diffusers folder")
+    parser.add_argument("bundles", nargs="+", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        family = sd3.load(given.folder, t5=False)
+        whole = draw(family)
+        heads = ["bundle", "engine", "MB", "text, ms", "step, ms", "decoder, ms", "to torch, dB"]
+        print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+        print(f"| torch | | | {' | '.join(f'{ms:.1f}' for ms in stages(family))} | |", flush=True)
+    for folder in given.bundles:
+        bundle = read(folder)
+        model = open_bundle(bundle, threads=1)
+        errors = np.square(draw(model) - whole).mean((1, 2, 3))
+        losses = 20 * np.log10(255 / np.sqrt(errors).clip(1e-6))
+        said = [folder.name, bundle.engine, f"{bundle.size / 1e6:.1f}"]
+        said += [*(f"{ms:.1f}" for ms in stages(model)), f"{losses.mean():.1f} (least {losses.min():.1f})"]
+        print(f"| {' | '.join(said)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
