@@ -126,6 +126,7 @@ def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool =
     """
     import warnings
 
+    from fewstep.nets.ledger import WORKSPACE, imagined
     from fewstep.train import memory
 
     name = ("roles " + str(setting.lora) if setting.lora else "whole nets") + (
@@ -133,11 +134,11 @@ def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool =
     )
     if sys.stderr.isatty():
         print(f"rehearsing: {name}", file=sys.stderr)
-    with warnings.catch_warnings(), memory.imagined(gpu=gpu) as ledger:
+    with warnings.catch_warnings(), imagined(gpu=gpu) as ledger:
         warnings.simplefilter("ignore")  # torch's, about fake tensors
         peaks = memory.rehearse(run_of(method, setting, "bf16" if gpu else "fp32"), ledger)
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
-    line = Line(name, turn, peak.held, memory.WORKSPACE if gpu else 0)
+    line = Line(name, turn, peak.held, WORKSPACE if gpu else 0)
     if not measure:
         return line
     gc.collect()

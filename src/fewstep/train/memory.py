@@ -14,15 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.methods import Change, Draw, Losses, Method, Turn
-from fewstep.nets.ledger import ALLOCATED as ALLOCATED
-from fewstep.nets.ledger import KINDS as KINDS
-from fewstep.nets.ledger import SUMMED as SUMMED
-from fewstep.nets.ledger import WIDENED as WIDENED
-from fewstep.nets.ledger import WORKSPACE as WORKSPACE
-from fewstep.nets.ledger import Ledger as Ledger
-from fewstep.nets.ledger import Peak as Peak
-from fewstep.nets.ledger import as_on_a_gpu as as_on_a_gpu
-from fewstep.nets.ledger import imagined as imagined
+from fewstep.nets.ledger import Ledger, Peak
 from fewstep.train import Run
 from fewstep.train.state import State
 
