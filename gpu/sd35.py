@@ -28,9 +28,9 @@ from torch import Tensor
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
+from fewstep.staged.bare import bare, made
 from fewstep.staged.load import staged
 from fewstep.staged.outline import SD35_MEDIUM, Outline
-from fewstep.staged.parts import bare, made
 from fewstep.staged.student import Student
 from fewstep.staged.weights import Weights
 from fewstep.types import UserError

@@ -18,7 +18,8 @@ from fewstep.families import sd3
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
-from fewstep.staged.load import load, resident
+from fewstep.staged.load import load
+from fewstep.staged.process import resident
 from fewstep.types import UserError
 
 BUDGETS = (4, 6, 8, 12, 16, 24)

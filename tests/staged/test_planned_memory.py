@@ -14,7 +14,8 @@ import pytest
 
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.staged import plan as plans
-from fewstep.staged.plan import Asked, Choice, Counted, Sizes, choose
+from fewstep.staged.plan import Asked, Choice, choose
+from fewstep.staged.stages import Counted, Sizes
 from fewstep.types import UserError
 
 WORKER = Path(__file__).with_name("drawn_within.py")
@@ -36,7 +37,7 @@ def test_planned_peaks_are_those_of_the_process(tmp_path: Path) -> None:
         assert abs(row["planned"] / row["measured"] - 1) < 0.1, rows
 
 
-def counted(weights: dict[str, int], steps: int = 10) -> Callable[[Choice], Counted]:
+def counted(weights: dict[str, int], steps: int = 10) -> Callable[[Choice], dict[str, int]]:
     """Stages of parts that weigh so much in 32 bits."""
 
     def size(part: str, bits: int) -> int:
@@ -51,7 +52,7 @@ def counted(weights: dict[str, int], steps: int = 10) -> Callable[[Choice], Coun
         decoding=lambda tiles, batch: 40 // tiles**2,
         coding=lambda tiles: 0,
     )
-    return lambda choice: Counted(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice)
+    return lambda choice: Counted(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice).stages()
 
 
 WEIGHTS = {"text_encoder": 800, "transformer": 400, "modulation": 200, "vae": 40}
@@ -97,14 +98,12 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
     asked = Asked(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
     rehearsal = Rehearsal(outline, family, asked)
     held = {
-        part: rehearsal.sizes.weights(part, 16) for part in ("transformer", "modulation", "text_encoder_3")
+        part: rehearsal.held.weights(part, 16) for part in ("transformer", "modulation", "text_encoder_3")
     }
     assert held["modulation"] == pytest.approx(1.53e9, rel=0.02)
     assert held["transformer"] == pytest.approx(2.95e9, rel=0.02)
     assert held["text_encoder_3"] == pytest.approx(9.52e9, rel=0.01)
-    made = {
-        gib: choose(asked, rehearsal.counted, gib * 2**30, plans.CONTEXT) for gib in (4, 6, 8, 12, 16, 24)
-    }
+    made = {gib: choose(asked, rehearsal.stages, gib * 2**30, plans.CONTEXT) for gib in (4, 6, 8, 12, 16, 24)}
     assert made[24].choice.stay == "all" and made[24].choice.bits == 16
     assert made[12].choice.bits == 16 and made[12].choice.text_bits == 16
     for gib, chosen in made.items():

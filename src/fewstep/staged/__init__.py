@@ -1,8 +1,8 @@
 """SD3.5 and FLUX on PyTorch within a given memory (floor 3): parts come to the device when their turn is.
 
-``outline`` is what configurations say of a model; ``rehearse`` finds by shapes what each stage of a picture
-holds; ``plan`` chooses; ``parts`` lets weights come and go; ``student`` lays a student over its base;
-``load`` puts a ``model`` together.
+``outline`` is what configurations say of a model, and ``student`` what is laid over it. ``held`` and
+``rehearse`` find by shapes what parts and ``stages`` of a picture hold; ``plan`` chooses. ``parts`` come and
+go, and are filled (``fill``) with ``weights``; ``assemble`` makes a model of them, and ``load`` does it all.
 """
 
 from __future__ import annotations

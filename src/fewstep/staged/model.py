@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,67 +13,18 @@ from fewstep.families.common import LatentCodec
 from fewstep.flow import fill
 from fewstep.nets.hoist import Modulation
 from fewstep.staged.parts import Part, Place
-from fewstep.staged.rehearse import sliced
-from fewstep.types import Array, Cond, Step, TextEncoder
-
-CACHED = 64
-"""Prompts whose embeddings are kept, in the precision that their encoders speak."""
-
-
-@dataclass
-class Text:
-    """Text encoders that remember what they read.
-
-    Attributes:
-        encode: the family's, whose encoders read a prompt at a time
-            (:class:`fewstep.staged.parts.Encoders`).
-        device: where conditions go.
-        dtype: what the encoders compute in.
-    """
-
-    encode: TextEncoder
-    device: str
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self._known: OrderedDict[str, Cond] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
-        self.prepare(prompts)
-        rows = [self._known[text] for text in prompts]
-        context, pooled = (
-            torch.cat([getattr(row, name) for row in rows]).to(self.device).float()
-            for name in ("context", "pooled")
-        )
-        return Cond(context, pooled)
-
-    def forget(self) -> None:
-        """Forget all prompts."""
-        self._known.clear()
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Read prompts that are not known, before the net needs the room; the oldest are forgotten."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._known]
-        if not new:
-            return
-        made = self.encode(new).map(lambda array: array.to("cpu", self.dtype))
-        for row, text in enumerate(new):
-            self._known[text] = made[row : row + 1]
-        while len(self._known) > max(CACHED, len(set(prompts))):
-            self._known.popitem(last=False)
+from fewstep.types import Array, Cond, Step
 
 
 @dataclass(frozen=True)
 class Walker:
-    """The net: a velocity that makes its modulations for all steps of a walk, whose layers then may leave.
+    """The net: a velocity that makes its modulations for all steps of a walk, for which their layers come.
 
     Attributes:
         place: where its part ``transformer`` is, without the modulations.
         velocity: the family's adapter of it.
         modulation: what makes them.
-        layers: the parts that its layers are, by their ids, where they come one by one; else ``modulation``
-            is in ``place``.
+        layers: the parts that its embedder and layers are, by their ids.
     """
 
     place: Place
@@ -102,14 +51,8 @@ class Walker:
 
     def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
         with torch.no_grad():
-            if not self.layers:
-                self.place.take("modulation")
-                return self.modulation.each(told)
             self.place.take("transformer")  # whoever had the room before leaves
-            return self.modulation.each(told, self._at_hand)
-
-    def _at_hand(self, layer: Any) -> AbstractContextManager[None]:
-        return self.layers[id(layer)].visit()
+            return self.modulation.each(told, lambda layer: self.layers[id(layer)].visit())
 
 
 @dataclass(frozen=True)
@@ -142,3 +85,13 @@ class Codec:
 
     def _codec(self, part: str) -> LatentCodec:
         return sliced(self.place.take(part), self.tiles, self.latents, self.downscale)
+
+
+def sliced(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
+    """The codec, one picture at a time, each in ``tiles`` x ``tiles`` tiles (with what they overlap)."""
+    vae.enable_slicing()
+    if tiles > 1:
+        vae.enable_tiling()
+        side = -(-max(latents) // tiles)
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * downscale
+    return LatentCodec(vae)

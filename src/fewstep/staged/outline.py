@@ -79,6 +79,13 @@ class Outline:
         """The part that decodes: a tiny autoencoder where there is one."""
         return "decoder" if "decoder" in self.configs else "vae"
 
+    def window(self, latents: tuple[int, int]) -> int:
+        """Positions along a side of SD3's table that a picture needs: an even number fewer than there are, so
+        that what is cut out of their middle is what would be cut out of the whole table's."""
+        most = int(self.configs["transformer"]["pos_embed_max_size"])
+        side = max(latents) // self.patch
+        return min(side + (most - side) % 2, most)
+
     def place(self, part: str) -> Path:
         """The folder of a part's weights."""
         assert self.folder is not None
@@ -97,13 +104,12 @@ def stand_in(config: Mapping[str, Any]) -> Any:
     )
 
 
-def read(folder: Path, kind: str, *, t5: bool = True) -> Outline:
+def read(folder: Path, kind: str) -> Outline:
     """The outline of a diffusers folder, whose weights need not be there.
 
     Args:
         folder: the folder.
         kind: name of the family's module.
-        t5: whether to keep a T5 that may be left out.
 
     Raises:
         UserError: the folder is another family's, incomplete or broken.
@@ -111,7 +117,7 @@ def read(folder: Path, kind: str, *, t5: bool = True) -> Outline:
     module = importlib.import_module(f"fewstep.families.{kind}")
     index = read_index(folder, module.PIPELINE, module.REQUIRED)
     optional = [part for part in ("text_encoder_3", "tokenizer_3") if part not in module.REQUIRED]
-    wanted = [*module.REQUIRED, *(optional if t5 and all(part in index for part in optional) else ())]
+    wanted = [*module.REQUIRED, *(optional if all(part in index for part in optional) else ())]
     nets = [part for part in wanted if part in NETS]
     others = {part: read_part(folder, part, index[part]) for part in wanted if part not in NETS}
     configs = {part: checked(folder / part) for part in nets}
@@ -121,7 +127,8 @@ def read(folder: Path, kind: str, *, t5: bool = True) -> Outline:
         assert outline.downscale and outline.patch
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from None
-    return replace(outline, words=words, stored=_stored(folder, nets))
+    there = [part for part in nets if any((folder / part).glob("*.safetensors"))]
+    return replace(outline, words=words, stored={part: _stored(folder / part) for part in there})
 
 
 def checked(folder: Path) -> dict[str, Any]:
@@ -136,6 +143,30 @@ def checked(folder: Path) -> dict[str, Any]:
     return config
 
 
+def with_decoder(outline: Outline, folder: Path) -> Outline:
+    """The outline with a tiny autoencoder as its part ``decoder``.
+
+    Raises:
+        UserError: the folder holds none, or one of other latents.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--tiny-decoder {folder} is no folder with the config.json of a tiny autoencoder")
+    config = checked(folder)
+    kind = read_json(folder / "config.json").get("_class_name")
+    if kind != "AutoencoderTiny":
+        raise UserError(f"--tiny-decoder {folder} holds a {kind}, but an AutoencoderTiny is needed")
+    mine, its = outline.configs["vae"].get("latent_channels", 4), config.get("latent_channels", 4)
+    if mine != its:
+        raise UserError(f"--tiny-decoder {folder} reads latents of {its} channels, the model has {mine}")
+    return replace(
+        outline,
+        classes={**outline.classes, "decoder": ("diffusers", "AutoencoderTiny")},
+        configs={**outline.configs, "decoder": config},
+        stored={**outline.stored, "decoder": _stored(folder)},
+        places={**outline.places, "decoder": folder},
+    )
+
+
 def _words(outline: Outline, part: str) -> int:
     tokenizer = outline.others[part.replace("text_encoder", "tokenizer")]
     most = outline.configs[part].get("max_position_embeddings")
@@ -144,14 +175,10 @@ def _words(outline: Outline, part: str) -> int:
     return min(int(most), int(tokenizer.model_max_length))
 
 
-def _stored(folder: Path, parts: list[str]) -> dict[str, int]:
+def _stored(folder: Path) -> int:
     from fewstep.staged.weights import Weights
 
-    found: dict[str, int] = {}
-    for part in parts:
-        if any((folder / part).glob("*.safetensors")):
-            found[part] = Weights.open(folder / part).stored
-    return found
+    return Weights.open(folder).stored
 
 
 def _clip(width: int, layers: int, heads: int, act: str) -> dict[str, Any]:

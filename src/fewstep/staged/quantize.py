@@ -7,8 +7,10 @@ import importlib.util
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
+from fewstep.staged.outline import Outline
 from fewstep.types import UserError
 
 GROUP = 64
@@ -24,20 +26,24 @@ def check(bits: int, device: str) -> None:
     Raises:
         UserError: it has none, there are no such bits, or torchao is not installed.
     """
-    import torch
-
     if bits not in (32, 16, 8, 4):
         raise UserError(f"bits must be 32, 16, 8 or 4, not {bits}")
+    lack = lacking(bits, device)
+    if lack is not None:
+        raise UserError(f"--bits {bits} needs {lack}")
+
+
+def lacking(bits: int, device: str) -> str | None:
+    """What the device or this installation lacks for so few bits, if anything."""
     if bits >= 16:
-        return
+        return None
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(
-            f"--bits {bits} needs torchao, which is not installed: pip install 'fewstep[torchao]'"
-        )
+        return "torchao, which is not installed: pip install 'fewstep[torchao]'"
     if bits == 4 and device == "cpu":
-        raise UserError("--bits 4 needs a GPU: torchao has no 4-bit kernel for this CPU; give --bits 8")
+        return "a GPU: torchao has no 4-bit kernel for this CPU; give --bits 8"
     if bits == 4 and torch.cuda.get_device_capability()[0] < 8:
-        raise UserError("--bits 4 needs a GPU of compute capability 8.0 or later; give --bits 8")
+        return "a GPU of compute capability 8.0 or later; give --bits 8"
+    return None
 
 
 def quantize(linear: nn.Linear, bits: int, device: str) -> None:
@@ -83,3 +89,19 @@ def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:
         return rows * (columns + wide)
     rows, columns = -(-rows // TILE_OUT) * TILE_OUT, -(-columns // TILE_IN) * TILE_IN
     return rows * columns // 2 + rows * (columns // GROUP) * 2 * wide
+
+
+def quantizable(outline: Outline, part: str, net: Any) -> frozenset[str]:
+    """Names of the linear layers that are stored in few bits: those of the blocks, of the net and of T5.
+
+    What all tokens share, the modulations and the CLIPs keep theirs: they are small, or leave the device.
+    """
+    blocks = {
+        "transformer": ("transformer_blocks.", "single_transformer_blocks."),
+        str(outline.t5): ("encoder.block.",),
+    }.get(part, ())
+    return frozenset(
+        path
+        for path, layer in net.named_modules()
+        if isinstance(layer, nn.Linear) and blocks and path.startswith(blocks) and ".norm" not in path
+    )

@@ -174,7 +174,7 @@ def _told(facts: dict[str, Any], place: Path) -> dict[str, Any]:
 
 def linears(base: Outline) -> dict[str, tuple[int, int]]:
     """Shapes ``(out, in)`` of the linear layers of the base's net."""
-    from fewstep.staged.parts import bare
+    from fewstep.staged.bare import bare
 
     net = bare(base, "transformer", torch.float32)
     return {

@@ -94,13 +94,6 @@ class Weights:
                 return self.entries[known]
         raise UserError(f"{self.folder} lacks weights, among them {name}")
 
-    def __contains__(self, name: str) -> bool:
-        try:
-            self._entry(name)
-        except UserError:
-            return False
-        return True
-
 
 def header(path: Path) -> dict[str, Entry]:
     """The tensors of one ``.safetensors`` file.
