@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter, Token
 
-from fewstep.source import load, shipped
+from fewstep.source import load, shipped, split
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -112,6 +112,7 @@ def generate(
         from fewstep.picture import read_record
 
         record = read_record(again)
+        torch = as_made(record, torch, model)
         given, texts, model = repeat(record, given, texts, model)
     from fewstep.output import names
 
@@ -174,7 +175,8 @@ def repeat(
     """
     from fewstep.picture import file_hash
 
-    if model is None and not (Path(record.model).exists() or record.model in [at.name for at in shipped()]):
+    place = Path(split(record.model)[1])
+    if model is None and not (place.exists() or record.model in [at.name for at in shipped()]):
         # A picture from a stranger must not choose what is downloaded.
         raise UserError(f"that picture was made by {record.model}: say so with --model {record.model}")
     made: dict[str, Any] = {
@@ -189,6 +191,17 @@ def repeat(
         if not Path(path).is_file() or file_hash(path) != record.image_sha256:
             raise UserError(f"its input picture {path} is gone or has changed: give it with --image")
     return {**made, **given}, texts or [record.prompt], record.model if model is None else model
+
+
+def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
+    """How the PyTorch model of ``record`` ran, with what the user gave now on top; ``wish`` for any other."""
+    if record.bits is None or model not in (None, record.model):
+        return wish
+    made: dict[str, Any] = {
+        "bits": record.bits, "student": record.student, "tiny_decoder": record.tiny_decoder,
+        "size": f"{record.size[0]}x{record.size[1]}",
+    }  # fmt: skip
+    return dataclasses.replace(wish, **{name: at for name, at in made.items() if getattr(wish, name) is None})
 
 
 def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:

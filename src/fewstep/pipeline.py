@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Pipeline:
         source: the name or folder that it was loaded by; written into the pictures.
         plan: how it was made to fit a given memory, in lines; none where no memory was given.
         at_once: pictures that run through the net together where nobody says; with a plan no more can.
+        facts: what else records say of how it runs (fields of :class:`fewstep.picture.Record`).
     """
 
     model: Model
@@ -40,6 +41,7 @@ class Pipeline:
     source: str | None = None
     plan: Sequence[str] = ()
     at_once: int = 8
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(
         self,
@@ -132,6 +134,7 @@ class Pipeline:
             guidance=request.guidance,
             negative=request.negative,
             version=__version__,
+            **self.facts,
         )
         if request.image is None:
             return None, record

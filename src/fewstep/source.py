@@ -225,11 +225,12 @@ def _load_torch(
         staged = load_staged(folder, module.__name__.rpartition(".")[2], wish)
     except ImportError as error:
         raise missing_extra(error) or error from None
-    said = name if wish.student is None else f"{name} with {wish.student}"
-    pipe = Pipeline(staged.model, source=said)
+    choice = staged.plan.choice
+    facts = {"bits": choice.bits, "student": wish.student, "tiny_decoder": wish.tiny_decoder}
+    pipe = Pipeline(staged.model, source=name, facts=facts)
     if staged.plan.limit is None:
         return pipe
-    return replace(pipe, plan=staged.lines, at_once=staged.plan.choice.batch)
+    return replace(pipe, plan=staged.lines, at_once=choice.batch)
 
 
 def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:

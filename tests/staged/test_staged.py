@@ -283,6 +283,18 @@ def test_the_plan_is_told_in_two_lines(
     assert len(lines) == 2 and "plan for 64.00 GiB: 32 bits" in lines[0] and "peak" in lines[1]
 
 
+def test_a_picture_of_a_student_is_made_again(folder: Path, tmp_path: Path) -> None:
+    student_of(folder, tmp_path / "run" / "model", t5=False)
+    first, again, whole = (tmp_path / f"{name}.png" for name in ("first", "again", "whole"))
+    model = ("--model", f"sd3:{folder}", "--student", str(tmp_path / "run"))
+    assert run(["generate", PROMPT, "--seed", "1", *model, "--size", "64x32", "-o", str(first)]) == 0
+    assert run(["generate", "--from", str(first), "-o", str(again)]) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert run(["generate", "--from", str(first), "--size", "64", "-o", str(whole)]) == 0
+    with Image.open(whole) as picture:
+        assert picture.size == (64, 64)
+
+
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ("--model", str(folder))
     lora_of(folder, tmp_path / "bare")

@@ -104,21 +104,12 @@ class Plan:
         Args:
             t5: what becomes of T5: ``kept``, ``left out``, or nothing where there never was one.
         """
-        choice = self.choice
         if self.limit is None:
             return []
         stage = max(self.stages, key=lambda name: self.stages[name])
         whole = needed(self)
-        words = [f"{choice.bits} bits"]
-        if t5 == "kept" and choice.text_bits < 16:
-            words.append(f"T5 in {choice.text_bits}")
-        elif t5:
-            words.append(f"T5 {t5}")
-        words.append(STAYING[choice.stay])
-        words.append("decoded whole" if choice.tiles == 1 else f"decoded in tiles, {choice.tiles} a side")
-        words.append(f"{choice.batch} at a time")
         return [
-            f"plan for {size(self.limit)}: {', '.join(words)}",
+            f"plan for {size(self.limit)}: {told(self.choice, t5)}",
             f"peak {size(whole)} of it, in {stage}; {size(self.base)} of that is there before the model",
         ]
 
@@ -128,6 +119,18 @@ STAYING: Mapping[Stay, str] = {
     "codec": "text encoders and net in turn",
     "none": "one part at a time",
 }
+
+
+def told(choice: Choice, t5: str) -> str:
+    """A choice in words; ``t5`` as of :meth:`Plan.told`."""
+    words = [f"{choice.bits} bits"]
+    if t5:
+        few = t5 == "kept" and choice.text_bits < 16
+        words.append(f"T5 in {choice.text_bits}" if few else f"T5 {t5}")
+    words.append(STAYING[choice.stay])
+    words.append("decoded whole" if choice.tiles == 1 else f"decoded in tiles, {choice.tiles} a side")
+    words.append(f"{choice.batch} at a time")
+    return ", ".join(words)
 
 
 def size(count: float) -> str:
@@ -169,7 +172,7 @@ def choose(asked: Asked, stages: Callable[[Choice], Mapping[str, int]], limit: i
         if least is None or needed(plan) < needed(least):
             least = plan
     assert least is not None
-    how = f"{least.choice.bits} bits, {STAYING[least.choice.stay]}, {least.choice.batch} at a time"
+    how = told(least.choice, "kept" if len(asked.text_bits) > 1 else "")
     raise UserError(
         f"--memory {size(limit)} is not enough: the least that works here is {_up(needed(least))} ({how})"
     )
