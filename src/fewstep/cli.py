@@ -99,9 +99,10 @@ def _run(tokens: list[str]) -> int:
 
     from cyclopts import CycloptsError
 
-    from fewstep.source import missing_extra
+    from fewstep.source import hush, missing_extra
     from fewstep.types import UserError
 
+    hush()
     # A bare "-" is a prompt that stands for standard input; the parser would take it for an option.
     tokens = ["/dev/stdin" if token == "-" else token for token in tokens]
     try:
@@ -117,7 +118,7 @@ def _run(tokens: list[str]) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
             raise
-        return _end("the GPU's memory is full: say with --memory how much there is", 2)
+        return _end("the GPU's memory is full: generate --memory and fewstep plan say what fits", 2)
     except ImportError as error:
         missing = missing_extra(error)
         if missing is None:

@@ -96,6 +96,12 @@ def _wish(given: Wished) -> Wish:
     return Wish(**given)
 
 
+def hush() -> None:
+    """Let :data:`NOISY` loggers tell errors alone."""
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def split(name: str) -> tuple[str | None, str]:
     """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
     family, colon, rest = name.partition(":")
@@ -208,8 +214,6 @@ def _load_torch(
     from fewstep.staged import Wish
 
     plain = split(name)[1]
-    for library in NOISY:
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         import torch
 
@@ -256,6 +260,7 @@ def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
     Raises:
         UserError: no family does, it is another than ``wanted``, or the hub does not say whose the model is.
     """
+    hush()
     from fewstep.families import family_of, sd3
 
     if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read
