@@ -18,7 +18,7 @@ FLOORS = {
     0: ("types", "flow"),
     1: ("times", "sample", "guide", "losses", "files"),
     2: ("runtime", "nets", "text", "families", "data", "picture", "request"),
-    3: ("methods", "deploy", "pipeline", "source"),
+    3: ("methods", "deploy", "staged", "pipeline", "source"),
     4: ("train", "evaluate", "bench", "serve", "study", "output"),
     5: ("recipes", "cli", "generate", "show", "__main__", "__init__"),
 }

@@ -99,9 +99,10 @@ def _run(tokens: list[str]) -> int:
 
     from cyclopts import CycloptsError
 
-    from fewstep.source import missing_extra
+    from fewstep.source import hush, missing_extra
     from fewstep.types import UserError
 
+    hush()
     # A bare "-" is a prompt that stands for standard input; the parser would take it for an option.
     tokens = ["/dev/stdin" if token == "-" else token for token in tokens]
     try:
@@ -114,6 +115,10 @@ def _run(tokens: list[str]) -> int:
         return _end(str(error), 2)
     except CycloptsError as error:
         return _end(_explain(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
+            raise
+        return _end("the GPU's memory is full: generate --memory and fewstep plan say what fits", 2)
     except ImportError as error:
         missing = missing_extra(error)
         if missing is None:

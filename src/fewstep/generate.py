@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter, Token
 
-from fewstep.source import load, shipped
+from fewstep.source import load, shipped, split
+from fewstep.staged import Wish
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     Written: TypeAlias = tuple[Path, Record, float]
 
 BATCH = 8
+PLAIN = Wish()
 
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
@@ -69,6 +71,7 @@ def generate(
     json: Annotated[bool, Parameter(negative="")] = False,
     again: Annotated[str | None, Parameter(name="--from")] = None,
     threads: MaybeWhole = None,
+    torch: Wish = PLAIN,
 ) -> None:
     """Draw pictures of prompts, and print the path of each.
 
@@ -86,7 +89,8 @@ def generate(
         negative: What to steer away from, for a model that has guidance.
         image: A picture to start from.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
-        model: A shipped model, a folder, or a hub name (org/name). [default: pocket]
+        model: A shipped model, a folder, or a hub name (org/name); sd3: or flux: in front says its family.
+            [default: pocket]
         backend: Insist on onnx, openvino, executorch or torch.
         output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}
             {steps}. Folders and patterns never overwrite: a taken name gets -2, -3, ….
@@ -95,6 +99,7 @@ def generate(
         json: Print one JSON object a picture instead of its path.
         again: Make this picture again; other options change what they name.
         threads: Processor threads. [default: all cores]
+        torch: How a PyTorch model shall run.
     """
     options = {
         "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
@@ -107,11 +112,16 @@ def generate(
         from fewstep.picture import read_record
 
         record = read_record(again)
+        torch = as_made(record, torch, model)
         given, texts, model = repeat(record, given, texts, model)
     from fewstep.output import names
 
     name = names(output, 1 if grid else len(texts) * number)
-    pipe = load(model, backend, threads)
+    together = max(1, min(BATCH, len(texts) * number)) if record is None else record.batch
+    wish = dataclasses.replace(torch, batch=together, image="image" in given)
+    pipe = load(model, backend, threads, **vars(wish))
+    for line in pipe.plan:
+        print(f"fewstep: {line}", file=sys.stderr)
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
@@ -165,7 +175,8 @@ def repeat(
     """
     from fewstep.picture import file_hash
 
-    if model is None and not (Path(record.model).exists() or record.model in [at.name for at in shipped()]):
+    place = Path(split(record.model)[1])
+    if model is None and not (place.exists() or record.model in [at.name for at in shipped()]):
         # A picture from a stranger must not choose what is downloaded.
         raise UserError(f"that picture was made by {record.model}: say so with --model {record.model}")
     made: dict[str, Any] = {
@@ -180,6 +191,17 @@ def repeat(
         if not Path(path).is_file() or file_hash(path) != record.image_sha256:
             raise UserError(f"its input picture {path} is gone or has changed: give it with --image")
     return {**made, **given}, texts or [record.prompt], record.model if model is None else model
+
+
+def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
+    """How the PyTorch model of ``record`` ran, with what the user gave now on top; ``wish`` for any other."""
+    if record.bits is None or model not in (None, record.model):
+        return wish
+    made: dict[str, Any] = {
+        "bits": record.bits, "student": record.student, "tiny_decoder": record.tiny_decoder,
+        "size": f"{record.size[0]}x{record.size[1]}",
+    }  # fmt: skip
+    return dataclasses.replace(wish, **{name: at for name, at in made.items() if getattr(wish, name) is None})
 
 
 def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
@@ -203,7 +225,7 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
         request = dataclasses.replace(request, jobs=request.jobs * copies)
     with Progress() as progress:
         begun = time.perf_counter()
-        for group in pipe.run(request, on_step=progress, batch=max(copies, BATCH)):
+        for group in pipe.run(request, on_step=progress, batch=max(copies, pipe.at_once)):
             wanted = group[:1] if alone else group
             seconds = (time.perf_counter() - begun) / len(wanted)
             for image in wanted:

@@ -44,6 +44,9 @@ class Record:
         image_sha256: the hash of that file; empty when it came as a Pillow image.
         strength: strength of image-to-image, with an input picture only.
         batch: how many pictures went through the net together. Rounding depends on it.
+        bits: of the net's weights, for a PyTorch model whose parts come and go.
+        student: what was laid over that model, if anything.
+        tiny_decoder: the tiny autoencoder that decoded instead of its own, if any.
         version: of fewstep.
     """
 
@@ -59,6 +62,9 @@ class Record:
     image_sha256: str | None = None
     strength: float | None = None
     batch: int = 1
+    bits: int | None = None
+    student: str | None = None
+    tiny_decoder: str | None = None
     version: str = ""
 
     def json(self) -> str:
@@ -78,10 +84,11 @@ class Record:
             width, height = facts.pop("size")
             made = cls(size=(width, height), **facts)
             texts = (made.prompt, made.model, made.hash, made.version)
-            maybe = (made.negative, made.image, made.image_sha256)
+            maybe = (made.negative, made.image, made.image_sha256, made.student, made.tiny_decoder)
             if not all(type(text) is str for text in texts + tuple(t for t in maybe if t is not None)):
                 raise TypeError("text expected")
-            if not all(type(n) is int for n in (width, height, made.seed, made.steps, made.batch)):
+            bits = 32 if made.bits is None else made.bits
+            if not all(type(n) is int for n in (width, height, made.seed, made.steps, made.batch, bits)):
                 raise TypeError("a whole number expected")
             if not all(type(n) in (int, float, type(None)) for n in (made.guidance, made.strength)):
                 raise TypeError("a number expected")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fewstep.guide import Guided
 from fewstep.picture import Record, decode, fit, read, to_images
 from fewstep.request import MOST_AT_ONCE, Request, check, whole
 from fewstep.runtime.bundle import Bundle
-from fewstep.types import Array, Cond, Model, UserError, Velocity
+from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
 
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], None]
 """``on_step(step, steps, preview)``: ``step`` counts from 1 over all batches of a call, ``steps`` is their
@@ -31,11 +31,17 @@ class Pipeline:
         model: what runs.
         bundle: the bundle that it came from, if it came from one.
         source: the name or folder that it was loaded by; written into the pictures.
+        plan: how it was made to fit a given memory, in lines; none where no memory was given.
+        at_once: pictures that run through the net together where nobody says; with a plan no more can.
+        facts: what else records say of how it runs (fields of :class:`fewstep.picture.Record`).
     """
 
     model: Model
     bundle: Bundle | None = None
     source: str | None = None
+    plan: Sequence[str] = ()
+    at_once: int = 8
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(
         self,
@@ -50,7 +56,7 @@ class Pipeline:
         image: str | Path | Image.Image | None = None,
         strength: float | None = None,
         on_step: OnStep | None = None,
-        batch: int = 8,
+        batch: int | None = None,
     ) -> list[Image.Image]:
         """Draw ``n`` pictures of each prompt.
 
@@ -65,7 +71,7 @@ class Pipeline:
             image: a picture to start from: a path or a Pillow image.
             strength: 0 keeps that picture (encoded and decoded), 1 ignores it; 0.95 when ``None``.
             on_step: sees each step, and can preview it.
-            batch: most pictures that run through the net together, 1 to 64.
+            batch: most pictures that run through the net together, 1 to 64; ``at_once`` when ``None``.
 
         Returns:
             Pillow images, prompt by prompt. ``info["parameters"]`` and ``info["fewstep"]`` say how each was
@@ -86,16 +92,21 @@ class Pipeline:
         return check(self.model, styles, prompts, **options)
 
     def run(
-        self, request: Request, on_step: OnStep | None = None, batch: int = 8
+        self, request: Request, on_step: OnStep | None = None, batch: int | None = None
     ) -> Iterator[list[Image.Image]]:
         """Draw what was checked, one batch after the other.
 
         Raises:
             UserError: the input picture cannot be read, or nothing of a prompt can.
         """
-        batch = whole("batch", batch, 1, MOST_AT_ONCE)
+        batch = self.at_once if batch is None else whole("batch", batch, 1, MOST_AT_ONCE)
+        if self.plan and batch > self.at_once:
+            raise UserError(f"batch must be at most {self.at_once}, which the memory was planned for")
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step must be a function, not {type(on_step).__name__}")
+        if isinstance(self.model.text, Farsighted):
+            away = [] if request.guidance in (None, 1) else [request.negative or ""]
+            self.model.text.prepare([*(text for text, _ in request.jobs), *away])
         start, record = self._start(request)
         groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
         strength = 1 if start is None else request.strength
@@ -123,6 +134,7 @@ class Pipeline:
             guidance=request.guidance,
             negative=request.negative,
             version=__version__,
+            **self.facts,
         )
         if request.image is None:
             return None, record

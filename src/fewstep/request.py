@@ -121,6 +121,22 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
+_UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def memory(text: str) -> int:
+    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if not found or unit is None or float(found[1]) <= 0:
+        raise UserError(f"--memory must be a size such as 24GiB, not {text[:40]}")
+    return int(float(found[1]) * unit)
+
+
 def _told(value: Any) -> str:
     try:
         return str(value)[:40]

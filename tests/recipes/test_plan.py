@@ -16,6 +16,7 @@ import tiny
 import tiny_flux
 from fewstep import cli
 from fewstep.families import sd3
+from fewstep.nets.ledger import KINDS, Ledger
 from fewstep.recipes import plan
 from fewstep.recipes.imagined import PRESETS, Imagined, Shape, net_of, shape_of
 from fewstep.train import memory
@@ -52,13 +53,13 @@ def test_so_it_is_with_flux() -> None:
 
 
 def assert_as_real(shape: Shape, told: plan.Line, lora: int, recompute: bool) -> None:
-    with warnings.catch_warnings(), memory.Ledger() as ledger:
+    with warnings.catch_warnings(), Ledger() as ledger:
         warnings.simplefilter("ignore")  # torch's, about mixed precision on a CPU
         peaks = memory.rehearse(plan.run_of("flash", setting(shape, lora, recompute), "fp32"), ledger, 2)
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
     assert told.turn == turn
     assert told.peak == pytest.approx(peak.total, rel=1e-3)
-    for kind in memory.KINDS:
+    for kind in KINDS:
         assert told.held[kind] == pytest.approx(peak.held[kind], rel=2e-3)
 
 

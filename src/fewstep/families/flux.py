@@ -261,3 +261,12 @@ def save(family: Family, folder: str | Path) -> None:
     told = velocity.guidance if isinstance(velocity, NetVelocity) else GUIDANCE
     facts = {"name": family.name, "steps": family.steps, "guidance": told, "side": family.latent[1]}
     write_folder(family.parts, folder, PIPELINE, facts)
+
+
+def fetched(name: str) -> Path:
+    """The folder of a hub model.
+
+    Raises:
+        UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
+    """
+    return fetch(name, PIPELINE)

@@ -15,6 +15,9 @@ from fewstep.types import UserError
 T5 = ("tokenizer_3", "text_encoder_3")
 """The parts of SD3 that may be absent."""
 
+BF16_UNITS = ("amx_bf16", "avx512_bf16")
+"""What makes a CPU multiply bf16 faster than fp32; any other emulates it, slower."""
+
 FACTS = "fewstep.json"
 """Beside diffusers' own files: name, steps and guidance that the model wants."""
 
@@ -191,9 +194,14 @@ def write_folder(
     try:
         with replacing_folder(target) as fresh:
             kind(**parts).save_pretrained(fresh)
-            (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_facts(facts, fresh)
     except OSError as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from error
+
+
+def write_facts(facts: Mapping[str, Any], folder: Path) -> None:
+    """Write what :func:`read_facts` gives back."""
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def fetch(name: str, pipeline: str, without: Mapping[str, None] | None = None) -> Path:
@@ -242,3 +250,11 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used: {first_line(error)}") from error
+
+
+def bf16_pays(device: str) -> bool:
+    """Whether nets are faster in bf16 than in fp32 there: on any GPU, and on a CPU with units for it."""
+    import torch
+
+    capable = torch.cpu.get_capabilities()
+    return device != "cpu" or any(capable.get(unit, False) for unit in BF16_UNITS)

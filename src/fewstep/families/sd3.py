@@ -235,3 +235,12 @@ def download(name: str, t5: bool | None) -> Path:
         UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
     """
     return fetch(name, "StableDiffusion3Pipeline", dict.fromkeys(T5) if t5 is False else {})
+
+
+def fetched(name: str) -> Path:
+    """The folder of a hub model.
+
+    Raises:
+        UserError: see :func:`download`.
+    """
+    return download(name, None)

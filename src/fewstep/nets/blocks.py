@@ -31,9 +31,15 @@ def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def compiled(block: Any, backend: str = "inductor") -> None:
-    """Compile the block; blocks of one class and shape share what was compiled."""
+def compiled(block: Any, backend: str = "inductor", dynamic: bool | None = None) -> None:
+    """Compile the block; blocks of one class and shape share what was compiled.
+
+    Args:
+        block: the module, changed in place.
+        backend: torch's name of it.
+        dynamic: leave sizes open from the start; ``None`` is torch's own way, when they change.
+    """
     # One version a role, with and without gradient, and a class has blocks of several kinds (the last, those
     # with two attentions): torch would stop at eight.
     torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
-    block.forward = torch.compile(block.forward, backend=backend)
+    block.forward = torch.compile(block.forward, backend=backend, dynamic=dynamic)

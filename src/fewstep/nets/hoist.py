@@ -8,7 +8,8 @@ two: what makes all modulations of a time, and the net that is given them. No we
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -57,6 +58,13 @@ class Hoisted:
         return [step(*pair) for pair in zip(times, made, strict=True)]
 
 
+AtHand = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def _at_hand(layer: nn.Module) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 EMBEDDER = "time_text_embed"
 """What diffusers' MMDiTs call the embedder of time and pooled text, whose result every modulation reads."""
 
@@ -73,13 +81,21 @@ class Modulation(nn.Module):
         """What the net's embedder takes, the pooled text ``[B, P]`` last -> ``[B, M]``."""
         return self.each([told])[0]
 
-    def each(self, steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def each(self, steps: Sequence[Sequence[Tensor]], at_hand: AtHand = _at_hand) -> list[Tensor]:
         """The same for several steps; every layer's weights are read once, where they fit a cache.
 
         Not one product for all steps: its sums could come in another order, and a picture with them.
+
+        Args:
+            steps: what the embedder takes at each of them.
+            at_hand: within its block a layer has its weights; by default all have them.
         """
-        embeddings = [nn.functional.silu(self.embedder(*told)) for told in steps]
-        made = [[layer(embedding) for embedding in embeddings] for layer in self.layers]
+        with at_hand(self.embedder):
+            embeddings = [nn.functional.silu(self.embedder(*told)) for told in steps]
+        made: list[list[Tensor]] = []
+        for layer in self.layers:
+            with at_hand(layer):
+                made.append([layer(embedding) for embedding in embeddings])
         return [torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)]
 
 
@@ -90,7 +106,7 @@ class _Given(nn.Module):
         return told[-1]
 
 
-class _Part(nn.Module):
+class Slice(nn.Module):
     """In a layer's place: its part of all modulations."""
 
     def __init__(self, start: int, size: int) -> None:
@@ -123,7 +139,7 @@ def hoisted(net: Any) -> tuple[Modulation, Any]:
     instead: dict[str, Any] = {EMBEDDER: _Given()}
     for name, norm in norms.items():
         size = norm.linear.out_features
-        instead |= {f"{name}.linear": _Part(at, size), f"{name}.silu": nn.Identity()}
+        instead |= {f"{name}.linear": Slice(at, size), f"{name}.silu": nn.Identity()}
         at += size
     return Modulation(embedder, [norm.linear for norm in norms.values()]), swapped(net, instead)
 

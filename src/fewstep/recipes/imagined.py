@@ -150,29 +150,15 @@ def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
     import diffusers
     import torch
 
+    from fewstep.nets.ledger import renewed
+
     classes = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
     try:
         with torch.device(device):
             net = getattr(diffusers, classes[shape.kind])(**shape.net)
     except (TypeError, ValueError) as error:
         raise UserError(f"{shape.name}: transformer/config.json makes no net ({error})") from error
-    return _renewed(net, getattr(torch, dtype)).eval()
-
-
-def _renewed(net: Any, dtype: Any = None) -> Any:
-    """The net with its weights and buffers copied one by one.
-
-    Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
-    """
-    import torch
-
-    for module in net.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            fresh = p.detach().to(dtype, copy=True)
-            setattr(module, name, torch.nn.Parameter(fresh, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(dtype if buffer.is_floating_point() else None, copy=True))
-    return net
+    return renewed(net, getattr(torch, dtype)).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +166,10 @@ class Bare(Family):
     """A family that is a net alone: no text encoders, no codec."""
 
     def student(self, net: Any, name: str, steps: int) -> Family:
+        from fewstep.nets.ledger import renewed
+
         velocity: Any = self.velocity
-        net = _renewed(net)
+        net = renewed(net)
         return replace(self, net=net, velocity=replace(velocity, net=net), blocks=blocks_of(net))
 
 

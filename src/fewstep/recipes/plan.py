@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,8 @@ from cyclopts import Parameter
 
 from fewstep.recipes.imagined import PATCH, Imagined, Shape, shape_of
 from fewstep.recipes.parts import at_least_one
+from fewstep.request import memory as memory_of
+from fewstep.staged.plan import CONTEXT, FRAGMENTS
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ Method = Literal["flash", "trajectory", "dmd", "tdm", "adversarial", "consistenc
 GIB = 2**30
 RANK = 64
 """Of LoRA roles, where none is told."""
-
-CONTEXT, FRAGMENTS = 0.5 * GIB, 0.03
-"""What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels,
-and the share of the allocator's memory that lies idle between blocks. Assumptions, not measurements."""
 
 COLUMNS = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
 
@@ -129,6 +126,7 @@ def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool =
     """
     import warnings
 
+    from fewstep.nets.ledger import WORKSPACE, imagined
     from fewstep.train import memory
 
     name = ("roles " + str(setting.lora) if setting.lora else "whole nets") + (
@@ -136,11 +134,11 @@ def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool =
     )
     if sys.stderr.isatty():
         print(f"rehearsing: {name}", file=sys.stderr)
-    with warnings.catch_warnings(), memory.imagined(gpu=gpu) as ledger:
+    with warnings.catch_warnings(), imagined(gpu=gpu) as ledger:
         warnings.simplefilter("ignore")  # torch's, about fake tensors
         peaks = memory.rehearse(run_of(method, setting, "bf16" if gpu else "fp32"), ledger)
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
-    line = Line(name, turn, peak.held, memory.WORKSPACE if gpu else 0)
+    line = Line(name, turn, peak.held, WORKSPACE if gpu else 0)
     if not measure:
         return line
     gc.collect()
@@ -195,18 +193,6 @@ def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> li
         bf16 = ", ".join(f"{name} {2 * many / GIB:.2f}" for name, many in shape.beside.items())
         told.append(f"not counted, for sheets and scores alone bring them to the device, in bf16: {bf16}")
     return told
-
-
-def memory_of(text: str) -> float:
-    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``.
-
-    Raises:
-        UserError: it is no such size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G|)\s*", text, re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise UserError(f"--memory must be a size such as 24GiB, not {text}")
-    return float(found[1]) * (10**9 if found[2].lower() == "gb" else GIB)
 
 
 def _side(shape: Shape, size: int | None) -> int:

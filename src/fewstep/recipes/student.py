@@ -280,9 +280,20 @@ class Lesson:
             return decoded(self.teacher, drawn, SHOWN)
 
     def finish(self, nets: Mapping[str, Any]) -> None:
-        """Write the student as a diffusers folder; a role as a LoRA beside it, in ``lora``."""
+        """Write the student as a diffusers folder; a role as a LoRA beside it, in ``lora``, which says how it
+        draws."""
+        from fewstep.families.folder import write_facts
+
         if self.roles is not None:
             self.roles.save("student", self.folder / LORA)
+            facts = {
+                "name": f"{self.teacher.name}-{self.name}",
+                "steps": self.setting.student_steps,
+                "guidance": self.teacher.told,
+                "sampler": self.sampler,
+                "t5": self.setting.drop_t5 < 1,
+            }
+            write_facts(facts, self.folder / LORA)
         self.write(self.weights("student", nets))
 
     def plain(self) -> Any:

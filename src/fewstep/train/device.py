@@ -6,11 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from fewstep.families.folder import bf16_pays
 from fewstep.train.parallel import world
 from fewstep.types import UserError
-
-BF16_UNITS = ("amx_bf16", "avx512_bf16")
-"""What makes a CPU multiply bf16 faster than fp32; any other emulates it, slower."""
 
 SHORT = 256
 """Tokens up to which plain attention is the faster on a CPU."""
@@ -41,13 +39,9 @@ def half(precision: str, device: str) -> bool:
     Raises:
         UserError: the precision is unknown.
     """
-    import torch
-
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"--precision must be auto, fp32 or bf16, not {precision}")
-    if precision != "auto":
-        return precision == "bf16"
-    return device == "cuda" or any(torch.cpu.get_capabilities().get(unit, False) for unit in BF16_UNITS)
+    return bf16_pays(device) if precision == "auto" else precision == "bf16"
 
 
 def attention(device: str, tokens: int) -> AbstractContextManager[object]:

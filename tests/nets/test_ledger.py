@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.train import memory
-from fewstep.train.memory import Ledger
+from fewstep.nets.ledger import ALLOCATED, SUMMED, WIDENED, Ledger, as_on_a_gpu, imagined
 
 
 def test_a_storage_counts_once_until_it_is_let_go() -> None:
@@ -38,7 +37,7 @@ def test_what_autograd_keeps_is_held() -> None:
 
 
 def test_sizes_are_rounded_up_as_an_allocator_does() -> None:
-    with Ledger(unit=memory.ALLOCATED) as ledger:
+    with Ledger(unit=ALLOCATED) as ledger:
         held = torch.zeros(1), torch.zeros(129)
         assert ledger.live["activations"] == 512 + 1024
     del held
@@ -57,7 +56,7 @@ def test_fake_tensors_follow_a_gpus_rules_within_the_block_alone() -> None:
             ]
 
     before = kinds()
-    with memory.as_on_a_gpu():
+    with as_on_a_gpu():
         assert kinds() == [torch.float32] * 3 + [torch.bfloat16]
     assert kinds() == before and torch.bfloat16 in before
 
@@ -73,14 +72,14 @@ def test_the_widened_operations_are_those_of_torchs_table() -> None:
         last = next(i for i, line in enumerate(lines) if not line.endswith("\\"))
         return set(re.findall(r"_\(\s*(\w+)", " ".join(lines[: last + 1])))
 
-    assert {name.partition(".")[0] for name in memory.WIDENED} <= table("AT_FORALL_FP32(")
-    assert {name.partition(".")[0] for name in memory.SUMMED} <= table("AT_FORALL_FP32_SET_OPT_DTYPE(")
+    assert {name.partition(".")[0] for name in WIDENED} <= table("AT_FORALL_FP32(")
+    assert {name.partition(".")[0] for name in SUMMED} <= table("AT_FORALL_FP32_SET_OPT_DTYPE(")
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_attention_on_a_gpu_keeps_no_matrix(kind: torch.dtype) -> None:
     length, width = 4096, 64
-    with memory.imagined(gpu=True) as ledger:
+    with imagined(gpu=True) as ledger:
         q = torch.zeros(1, 2, length, width, dtype=kind, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
         assert q.grad is not None and q.grad.shape == q.shape

@@ -1,0 +1,137 @@
+"""A model put together, its parts where a plan says (floor 3, torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fewstep.families import Family
+from fewstep.nets.hoist import hoisted
+from fewstep.staged.bare import bare
+from fewstep.staged.blocks import compile_blocks
+from fewstep.staged.draws import shift_of
+from fewstep.staged.fill import Source
+from fewstep.staged.model import Codec, Walker
+from fewstep.staged.outline import Outline
+from fewstep.staged.parts import Part, Place
+from fewstep.staged.plan import Asked, Choice
+from fewstep.staged.quantize import quantizable
+from fewstep.staged.student import Student
+from fewstep.staged.text import OneByOne, Text
+from fewstep.staged.weights import Weights
+from fewstep.types import Model
+
+Opened = Callable[[Outline, str], Weights]
+"""(outline, part) -> where the part's weights come from."""
+
+
+def on_disk(outline: Outline, part: str) -> Weights:
+    """The weights of a part in its folder."""
+    return Weights.open(outline.place(part))
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a model is put together of.
+
+    Attributes:
+        outline: its parts.
+        family: its family, of stand-ins.
+        asked: what was planned for.
+        choice: the plan.
+        student: what is laid over the net.
+        device: where it runs.
+        opened: where weights come from.
+    """
+
+    outline: Outline
+    family: Family
+    asked: Asked
+    choice: Choice
+    student: Student | None
+    device: str
+    opened: Opened
+
+    @property
+    def native(self) -> torch.dtype:
+        """What the device computes in."""
+        return torch.float32 if self.asked.native == 32 else torch.bfloat16
+
+    def model(self, compile: bool) -> Model:
+        """The model, with what stays on the device.
+
+        Raises:
+            UserError: weights are missing, or of another shape than configurations say.
+        """
+        outline, family, (height, width) = self.outline, self.family, self.asked.latents
+        net, source = self._net()
+        paths = {id(layer): f"{path}." for path, layer in net.named_modules()}
+        modulation, body = hoisted(net)
+        if compile:
+            compile_blocks(body)
+        apart = (modulation.embedder, *modulation.layers)
+        layers = {id(layer): Part(layer, source, paths[id(layer)]) for layer in apart}
+        others = {part: self._part(part) for part in outline.configs if part != "transformer"}
+        place = Place({"transformer": Part(body, source), **others}, self._stay())
+        if self.choice.stay == "all":
+            for layer in layers.values():
+                layer.come()
+        place.settle()
+        velocity: Any = family.velocity
+        text: Any = family.text
+        encoders = {part: OneByOne(place, part) for part in outline.encoders}
+        return Model(
+            name=family.name,
+            velocity=Walker(place, replace(velocity, net=body), modulation, layers),
+            text=Text(replace(text, parts={**text.parts, **encoders}), self.device, self.native),
+            codec=Codec(place, outline.decoder, self.choice.tiles, self.asked.latents, outline.downscale),
+            latent=(family.latent[0], height, width),
+            downscale=outline.downscale,
+            shift=shift_of(outline, family, self.asked.latents),
+            steps=family.steps,
+            guidance=family.guidance,
+            sampler=family.sampler,
+            lift=lambda array: torch.from_numpy(array).to(self.device),
+            lower=lambda tensor: tensor.detach().float().cpu().numpy(),
+        )
+
+    def _stay(self) -> frozenset[str]:
+        codecs = {self.outline.decoder, *(["vae"] if self.asked.image else [])}
+        everything = {*self.outline.encoders, "transformer", *codecs}
+        return frozenset({"all": everything, "codec": codecs, "none": set[str]()}[self.choice.stay])
+
+    def _net(self) -> tuple[Any, Source]:
+        """The net, and where its weights come from: its own or a student's."""
+        bits = self.choice.bits
+        dtype = {32: torch.float32, 16: torch.bfloat16}.get(bits, self.native)
+        net = bare(self.outline, "transformer", dtype)
+        source = self._source("transformer", net, bits, dtype)
+        if self.student is not None:
+            own = source.weights if self.student.net is None else Weights.open(self.student.net)
+            source = replace(source, weights=own, change=self.student.lora)
+        if self.outline.kind == "sd3":
+            source = replace(source, window=self._cropped(net))
+        return net, source
+
+    def _part(self, part: str) -> Part:
+        bits = self.choice.text_bits if part == self.outline.t5 else self.asked.native
+        module = bare(self.outline, part, self.native)
+        return Part(module, self._source(part, module, bits, self.native))
+
+    def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
+        few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()
+        pixels = self.device == "cpu" and part in ("vae", "decoder")
+        return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
+
+    def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:
+        """Leave of the net's table of positions what the picture needs; what to read of its file."""
+        embed = net.pos_embed
+        most, width = int(embed.pos_embed_max_size), embed.pos_embed.shape[-1]
+        side = self.outline.window(self.asked.latents)
+        start = (most - side) // 2
+        embed.pos_embed_max_size = side
+        embed.pos_embed = torch.empty(1, side * side, width, dtype=embed.pos_embed.dtype, device="meta")
+        return "pos_embed.pos_embed", (most, most, width), (slice(start, start + side),) * 2

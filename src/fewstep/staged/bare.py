@@ -1,0 +1,58 @@
+"""Nets with shapes and no bytes (floor 3, torch)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.staged.outline import Outline
+from fewstep.types import UserError
+
+
+def bare(outline: Outline, part: str, dtype: torch.dtype) -> Any:
+    """A net with the shapes of its weights and none of their bytes, frozen.
+
+    Raises:
+        UserError: its class is unknown, or its configuration makes no net.
+    """
+    from accelerate import init_empty_weights
+
+    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those
+    # of text encoders are counted up when they are made, and in no file.
+    ours = outline.classes[part][0] == "diffusers"
+    with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
+        net = made(outline, part)
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = frozen(parameter.to(dtype))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = buffer.to(dtype)
+    return net.eval()
+
+
+def made(outline: Outline, part: str) -> Any:
+    """A net of its class and configuration, its weights whatever they are.
+
+    Raises:
+        UserError: see :func:`bare`.
+    """
+    library, name = outline.classes[part]
+    kind: Any = getattr(importlib.import_module(library), name, None)
+    if kind is None:
+        raise UserError(f"the installed {library} has no {name}, which is the {part}")
+    config = dict(outline.configs[part])
+    try:
+        if library == "diffusers":
+            return kind.from_config(config)
+        return kind(kind.config_class(**config))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"the configuration of the {part} makes no {name} ({error})") from None
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that does not learn."""
+    return nn.Parameter(tensor, requires_grad=False)

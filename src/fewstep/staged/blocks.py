@@ -1,0 +1,37 @@
+"""Compiled blocks that are given their modulations (floor 3, torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.nets.blocks import compiled
+from fewstep.nets.hoist import Slice
+
+
+def compile_blocks(body: Any, backend: str = "inductor") -> None:
+    """Compile the blocks of a net without its modulations (:func:`fewstep.nets.hoist.hoisted`), in place.
+
+    A block takes its own piece of all modulations, so that blocks of one kind are one code, and sizes of its
+    tensors are left open, so that pictures of other sizes are the same code too.
+    """
+    for block in (*body.transformer_blocks, *getattr(body, "single_transformer_blocks", ())):
+        slices = [layer for layer in block.modules() if isinstance(layer, Slice)]
+        first = min(piece.start for piece in slices)
+        size = max(piece.start + piece.size for piece in slices) - first
+        for piece in slices:
+            piece.start -= first
+        compiled(block, backend, dynamic=True)
+        block.forward = _Piece(block.forward, first, size)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block's forward pass, which is handed its part of ``temb [B, M]``."""
+
+    forward: Any
+    start: int
+    size: int
+
+    def __call__(self, *args: Any, temb: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, temb=temb.narrow(-1, self.start, self.size).contiguous(), **kwargs)

@@ -1,0 +1,97 @@
+"""A model whose parts come to the device when their turn is (floor 3, torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fewstep.families.common import LatentCodec
+from fewstep.flow import fill
+from fewstep.nets.hoist import Modulation
+from fewstep.staged.parts import Part, Place
+from fewstep.types import Array, Cond, Step
+
+
+@dataclass(frozen=True)
+class Walker:
+    """The net: a velocity that makes its modulations for all steps of a walk, for which their layers come.
+
+    Attributes:
+        place: where its part ``transformer`` is, without the modulations.
+        velocity: the family's adapter of it.
+        modulation: what makes them.
+        layers: the parts that its embedder and layers are, by their ids.
+    """
+
+    place: Place
+    velocity: Any
+    modulation: Modulation
+    layers: Mapping[int, Part]
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
+        (made,) = self._modulations([self.velocity.embedded(t, cond.pooled)])
+        self.place.take("transformer")
+        with torch.no_grad():
+            return self.velocity(x_t, t, Cond(cond.context, made))
+
+    def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+        """A step for each of ``times``."""
+        told = [self.velocity.embedded(fill(t, cond.context), cond.pooled) for t in times]
+        return [partial(self._step, *pair, cond) for pair in zip(times, self._modulations(told), strict=True)]
+
+    def _step(self, t: float, made: Array, cond: Cond, x: Array) -> Array:
+        self.place.take("transformer")
+        with torch.no_grad():
+            return self.velocity(x, fill(t, x), Cond(cond.context, made))
+
+    def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
+        with torch.no_grad():
+            self.place.take("transformer")  # whoever had the room before leaves
+            return self.modulation.each(told, lambda layer: self.layers[id(layer)].visit())
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The autoencoder, one picture at a time; another may decode.
+
+    Attributes:
+        place: where its parts are.
+        decoder: the part that decodes.
+        tiles: along a side.
+        latents: (height, width).
+        downscale: pixels per latent along a side.
+    """
+
+    place: Place
+    decoder: str
+    tiles: int
+    latents: tuple[int, int]
+    downscale: int
+
+    def encode(self, images: Array) -> Array:
+        """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]`` float32."""
+        with torch.no_grad():
+            return self._codec("vae").encode(images)
+
+    def decode(self, latents: Array) -> Array:
+        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
+        with torch.no_grad():
+            return self._codec(self.decoder).decode(latents)
+
+    def _codec(self, part: str) -> LatentCodec:
+        return sliced(self.place.take(part), self.tiles, self.latents, self.downscale)
+
+
+def sliced(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
+    """The codec, one picture at a time, each in ``tiles`` x ``tiles`` tiles (with what they overlap)."""
+    vae.enable_slicing()
+    if tiles > 1:
+        vae.enable_tiling()
+        side = -(-max(latents) // tiles)
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * downscale
+    return LatentCodec(vae)

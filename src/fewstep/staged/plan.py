@@ -1,0 +1,183 @@
+"""Which parts are where, and in how many bits, so that a picture fits a given memory (floor 3, no torch).
+
+``--memory`` is the one dial. Of all plans that fit, the one is chosen that loses least, and of those the
+fastest: bits of the net first, then of T5, then whole decoding before tiles, then how much stays on the
+device, then how many pictures run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from fewstep.types import UserError
+
+GIB = 2**30
+CONTEXT, FRAGMENTS = 2**29, 0.03
+"""What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels,
+and the share of the allocator's memory that lies idle between blocks. Assumptions, not measurements."""
+
+Stay = Literal["all", "codec", "none"]
+"""What stays on the device: everything; the codec alone, while text encoders and net come in turn; nothing,
+one part at a time. Below ``all`` the layers of the modulations come one by one."""
+
+STAYS: Sequence[Stay] = ("all", "codec", "none")
+
+TILES = (1, 2, 4)
+"""Tiles along a side in which a picture may be decoded; 1 is whole."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run.
+
+    Attributes:
+        bits: of the net's blocks.
+        text_bits: of T5.
+        tiles: along a side, in which a picture is decoded.
+        stay: what stays on the device.
+        batch: pictures that run together.
+    """
+
+    bits: int
+    text_bits: int
+    tiles: int
+    stay: Stay
+    batch: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is for.
+
+    Attributes:
+        gpu: whether the device is a GPU; otherwise it is this process's memory.
+        native: bits that the device computes in: 32 or 16.
+        bits: those to choose from, most first.
+        text_bits: those of T5 to choose from.
+        batch: pictures that run together at most.
+        rows: rows of the net's batch a picture: 2 where a second pass guides.
+        steps: of a walk.
+        latents: (height, width).
+        image: whether there is a picture to start from.
+    """
+
+    gpu: bool
+    native: int
+    bits: tuple[int, ...]
+    text_bits: tuple[int, ...]
+    batch: int
+    rows: int
+    steps: int
+    latents: tuple[int, int]
+    image: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen.
+
+    Attributes:
+        choice: how to run.
+        stages: bytes on the device in each stage of a picture; empty where no memory was given.
+        base: bytes that are taken before: by this process on a CPU, by the card's context on a GPU.
+        limit: bytes that were allowed, if any.
+        gpu: whether they are a card's.
+    """
+
+    choice: Choice
+    stages: Mapping[str, int] = field(default_factory=dict[str, int])
+    base: int = 0
+    limit: int | None = None
+    gpu: bool = False
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that parts and stages hold, without ``base``."""
+        return max(self.stages.values(), default=0)
+
+    def told(self, t5: str) -> list[str]:
+        """The plan in two lines.
+
+        Args:
+            t5: what becomes of T5: ``kept``, ``left out``, or nothing where there never was one.
+        """
+        if self.limit is None:
+            return []
+        stage = max(self.stages, key=lambda name: self.stages[name])
+        whole = needed(self)
+        return [
+            f"plan for {size(self.limit)}: {told(self.choice, t5)}",
+            f"peak {size(whole)} of it, in {stage}; {size(self.base)} of that is there before the model",
+        ]
+
+
+STAYING: Mapping[Stay, str] = {
+    "all": "all parts stay",
+    "codec": "text encoders and net in turn",
+    "none": "one part at a time",
+}
+
+
+def told(choice: Choice, t5: str) -> str:
+    """A choice in words; ``t5`` as of :meth:`Plan.told`."""
+    words = [f"{choice.bits} bits"]
+    if t5:
+        few = t5 == "kept" and choice.text_bits < 16
+        words.append(f"T5 in {choice.text_bits}" if few else f"T5 {t5}")
+    words.append(STAYING[choice.stay])
+    words.append("decoded whole" if choice.tiles == 1 else f"decoded in tiles, {choice.tiles} a side")
+    words.append(f"{choice.batch} at a time")
+    return ", ".join(words)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: in GiB, and small ones in MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def needed(plan: Plan) -> int:
+    """Bytes that a card, or this process, must have in all."""
+    return int(plan.peak * (1 + (FRAGMENTS if plan.gpu else 0))) + plan.base
+
+
+def choices(asked: Asked) -> Iterator[Choice]:
+    """All ways to run, the one to be preferred first."""
+    batches = [asked.batch]
+    while batches[-1] > 1:
+        batches.append(-(-batches[-1] // 2))
+    for bits, text_bits, tiles, stay, batch in product(asked.bits, asked.text_bits, TILES, STAYS, batches):
+        yield Choice(bits, text_bits, tiles, stay, batch)
+
+
+def choose(asked: Asked, stages: Callable[[Choice], Mapping[str, int]], limit: int, base: int) -> Plan:
+    """The plan that loses least, and is then the fastest, of those that fit.
+
+    Args:
+        asked: what for.
+        stages: of a choice, and bytes on the device in each.
+        limit: bytes allowed in all.
+        base: of those, bytes that are taken before.
+
+    Raises:
+        UserError: nothing fits; the least that would is told.
+    """
+    least: Plan | None = None
+    for choice in choices(asked):
+        plan = Plan(choice, stages(choice), base, limit, asked.gpu)
+        if needed(plan) <= limit:
+            return plan
+        if least is None or needed(plan) < needed(least):
+            least = plan
+    assert least is not None
+    how = told(least.choice, "kept" if len(asked.text_bits) > 1 else "")
+    raise UserError(
+        f"--memory {size(limit)} is not enough: the least that works here is {_up(needed(least))} ({how})"
+    )
+
+
+def _up(count: int) -> str:
+    """A size to give as ``--memory`` so that it is enough: rounded up to whole MiB."""
+    return f"{-(-count // 2**20)}MiB" if count < GIB else f"{-(-count * 100 // GIB) / 100:.2f}GiB"

@@ -1,0 +1,197 @@
+"""What the stages of a picture hold in memory, found by shapes alone (floor 3, torch).
+
+The very modules run on tensors without bytes, and every storage is counted (:mod:`fewstep.nets.ledger`). Of
+weights in 8 bits on a CPU the layers run as torchao runs them. A GPU's kernels of 8 and 4 bits cannot run
+here: what they hold beside the layer's own tensors is written down below.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.nets.hoist import Hoisted, hoisted
+from fewstep.nets.ledger import WORKSPACE, imagined, renewed
+from fewstep.staged.bare import bare, made
+from fewstep.staged.held import Held
+from fewstep.staged.model import sliced
+from fewstep.staged.outline import Outline
+from fewstep.staged.plan import Asked, Choice
+from fewstep.staged.quantize import quantizable
+from fewstep.staged.stages import Counted, Sizes
+from fewstep.types import Cond
+
+FEW = 2
+"""Layers of a text encoder that are rehearsed: the others hold as much, one after the other."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A model's sizes.
+
+    Attributes:
+        outline: of the model; with a tiny decoder, which is its part ``decoder``.
+        family: its family, of stand-ins.
+        asked: what it is to do.
+    """
+
+    outline: Outline
+    family: Any
+    asked: Asked
+
+    @cached_property
+    def held(self) -> Held:
+        """What weights hold."""
+        return Held(self.outline, self.asked)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What a plan asks for, each counted once."""
+        return Sizes(
+            cache(self.held.weights),
+            cache(self.held.layer),
+            cache(self.held.reading),
+            cache(self.encoding),
+            cache(self.stepping),
+            cache(self.decoding),
+            cache(self.coding),
+        )
+
+    def stages(self, choice: Choice) -> dict[str, int]:
+        """Bytes on the device in each stage of a choice."""
+        outline = self.outline
+        counted = Counted(self.asked, self.sizes, outline.encoders, outline.t5, outline.decoder, choice)
+        return counted.stages()
+
+    def encoding(self, part: str, bits: int) -> int:
+        """While it reads a prompt."""
+        clip = not self.outline.classes[part][1].startswith("T5")
+        hidden = {"output_hidden_states": True} if clip and self.outline.kind == "sd3" else {}
+        length = self.outline.words[part]
+        config = self.outline.configs[part]
+        kept = length * config["hidden_size"] * max(config["num_hidden_layers"] - FEW, 0) if hidden else 0
+
+        def run(net: Any) -> Any:
+            return net(torch.zeros(1, length, dtype=torch.long), **hidden)
+
+        return self._beside(part, bits, run) + kept * self.held.dtype(bits).itemsize
+
+    def stepping(self, bits: int, batch: int) -> int:
+        """While it walks: modulations of all steps, and a step."""
+        rows, channels = batch * self.asked.rows, self.family.latent[0]
+        height, width = self.asked.latents
+        config = self.outline.configs["transformer"]
+        words = self.outline.words
+        length = sum(words[part] for part in self.outline.encoders if part == self.outline.t5)
+        if self.outline.kind == "sd3":
+            length += min(words[part] for part in self.outline.encoders if part != self.outline.t5)
+
+        def run(net: Any) -> Any:
+            velocity = type(self.family.velocity)(net)
+            x = torch.zeros(rows, channels, height, width)
+            context = torch.zeros(rows, length, config["joint_attention_dim"])
+            cond = Cond(context, torch.zeros(rows, config["pooled_projection_dim"]))
+            steps = Hoisted(velocity).steps([0.5] * self.asked.steps, cond)
+            return x, [step(x) for step in steps[:1]]
+
+        beside = self._beside("transformer", bits, run)
+        # The rehearsed net has few blocks; the real one is given the modulations of all.
+        short = hoisted(bare(shortened(self.outline, "transformer"), "transformer", torch.float32))[0]
+        left_out = _made(self.held.modulated[0]) - _made(short)
+        beside += self.asked.steps * rows * left_out * self.held.dtype(bits).itemsize
+        tokens = (height // self.outline.patch) * (width // self.outline.patch)
+        workspace = WORKSPACE // 2 if self.asked.gpu else 0  # of one thread
+        return beside + self._kernels(bits, rows * (tokens + length)) + workspace
+
+    def _kernels(self, bits: int, rows: int) -> int:
+        """What a GPU's kernels of few bits hold beside a layer's tensors: of 8 bits the activations in
+        float32 and in integers and the products in 32-bit integers; of 4 bits the activations, filled up."""
+        if not self.asked.gpu or bits >= 16:
+            return 0
+        shapes = [w.shape for w in self.held.tensors["transformer"] if w.few]
+        if bits == 8:
+            return max(rows * (5 * wide + 4 * tall) for tall, wide in shapes)
+        return max(2 * rows * -(-wide // 1024) * 1024 for _, wide in shapes)
+
+    def decoding(self, tiles: int, batch: int) -> int:
+        """While latents become pixels."""
+        channels, (height, width) = self.family.latent[0], self.asked.latents
+
+        def run(net: Any) -> Any:
+            latents = torch.zeros(batch, channels, height, width)
+            codec = sliced(net, tiles, (height, width), self.outline.downscale)
+            return latents, codec.decode(latents).float()
+
+        return self._beside(self.outline.decoder, self.asked.native, run)
+
+    def coding(self, tiles: int) -> int:
+        """While the picture to start from becomes latents."""
+        height, width = self.asked.latents
+        down = self.outline.downscale
+
+        def run(net: Any) -> Any:
+            images = torch.zeros(1, 3, down * height, down * width)
+            return images, sliced(net, tiles, (height, width), down).encode(images)
+
+        return self._beside("vae", self.asked.native, run)
+
+    def _beside(self, part: str, bits: int, run: Callable[[Any], Any]) -> int:
+        """Bytes beside its weights while a part runs, as ``run`` runs it."""
+        with warnings.catch_warnings(), imagined(gpu=self.asked.gpu) as ledger, torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's, about fake tensors
+            short = shortened(self.outline, part)
+            net = renewed(made(short, part), self.held.dtype(bits)).eval()
+            if bits < 16 and not self.asked.gpu:
+                emulate(net, quantizable(short, part, net))
+            ledger.begin(part)
+            before = sum(ledger.live.values())
+            kept = run(net)
+            most = ledger.peaks[part].total - before
+            del kept
+        return most
+
+
+def shortened(outline: Outline, part: str) -> Outline:
+    """The outline with a net of no more blocks than it has kinds of them; the last of SD3's is a kind."""
+    config = dict(outline.configs[part])
+    for name in ("num_layers", "num_hidden_layers", "num_single_layers"):
+        if name in config:
+            config[name] = min(int(config[name]), FEW + (part == "transformer"))
+    if config.get("dual_attention_layers"):
+        config["dual_attention_layers"] = (0,)
+    return replace(outline, configs={**outline.configs, part: config})
+
+
+def emulate(net: Any, names: frozenset[str]) -> None:
+    """Let layers run as torchao runs weights of 8 bits on a CPU: their weight is cast, then multiplied."""
+    for path in names:
+        layer = net.get_submodule(path)
+        weight = layer.weight
+        codes = torch.zeros(weight.shape, dtype=torch.int8)
+        layer.register_buffer("scale", torch.zeros(weight.shape[0], dtype=weight.dtype))
+        layer._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+        layer.forward = _Cast(layer)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    layer: Any
+
+    def __call__(self, x: Any) -> Any:
+        layer = self.layer
+        y = torch.mm(x.reshape(-1, x.shape[-1]), layer.weight.t().to(x.dtype))
+        y = (y * layer.scale).reshape(*x.shape[:-1], -1)
+        if layer.bias is not None:
+            y += layer.bias
+        return y
+
+
+def _made(modulation: Any) -> int:
+    """Numbers of all modulations of a sample at one time."""
+    return sum(layer.out_features for layer in modulation.layers)
