@@ -204,6 +204,7 @@ def test_packages_draw_what_their_family_draws(
 def test_names_and_shapes_are_the_bundles(small: Family, exported: Any) -> None:
     out = exported(16)
     channels, height, width = small.latent
+    assert len({path.stat().st_mode for path in out.rglob("*") if path.is_file()}) == 1
     told = json.loads((out / engine.MANIFEST).read_text())
     given = {
         "text": {"tokens": (1, tiny.LENGTH)},
