@@ -53,7 +53,7 @@ def test_against_the_teacher(tmp_path: Path) -> None:
     assert "kid_teacher" not in rows["painter"].figures
     same = rows["twin"].figures
     assert same["kid_teacher"].value == pytest.approx(0, abs=1e-9)
-    for name in ("seen_top1_ratio", "held_out_top1_ratio", "diversity_ratio"):
+    for name in ("seen_top1_ratio", "seen_top5_ratio", "held_out_top5_ratio", "diversity_ratio"):
         assert (same[name].low, same[name].value, same[name].high) == (1, 1, 1)
     assert rows["stiff"].figures["diversity_ratio"].value == 0
     assert rows["stiff"].figures["kid_teacher"].value > 0

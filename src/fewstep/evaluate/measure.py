@@ -69,7 +69,7 @@ def against(
     denominator is zero is left out.
     """
     figures: Figures = {}
-    for name in ("seen_top1", "held_out_top1", "diversity"):
+    for name in ("seen_top1", "seen_top5", "held_out_top1", "held_out_top5", "diversity"):
         if name in student.per_prompt and name in teacher.per_prompt:
             ratio = estimate.ratio(student.per_prompt[name], teacher.per_prompt[name])
             figures |= {} if ratio is None else {f"{name}_ratio": ratio}

@@ -146,12 +146,13 @@ def _table(results: Results, columns: tuple[tuple[str, str, float], ...], pictur
     rows = [row for row in results.rows if any(name in row.figures for _, name, _ in shown)]
     lines = [["model", "pictures", *(title for title, _, _ in shown)], ["---", *["---:"] * (len(shown) + 1)]]
     for row in rows:
-        cells = [_cell(row.figures.get(name), scale) for _, name, scale in shown]
+        cells = [cell(row.figures.get(name), scale) for _, name, scale in shown]
         lines.append([row.label, str(row.pictures if pictures is None else pictures), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(figure: Estimate | None, scale: float) -> str:
+def cell(figure: Estimate | None, scale: float) -> str:
+    """A figure and its interval; nothing where there is none."""
     if figure is None:
         return ""
     value, low, high = (f"{part * scale:.3g}" for part in (figure.value, figure.low, figure.high))

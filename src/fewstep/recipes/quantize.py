@@ -33,9 +33,12 @@ MEASURED_ON = 4
 """Prompts on which a weight's cost is measured."""
 
 COLUMNS = (
-    ("seen top-5, % of 16 bit", "seen_top5"),
-    ("scenes, % of 16 bit", "scene"),
+    ("seen top-5, % of 16 bit", "seen_top5_ratio", 100),
+    ("held-out top-5, % of 16 bit", "held_out_top5_ratio", 100),
+    ("scenes, % of 16 bit", "scene_ratio", 100),
+    ("KID to 16 bit × 1000", "kid_teacher", 1000),
 )
+"""What a rung's pictures are measured by: title, figure, scale."""
 
 
 def quantize(
@@ -172,6 +175,7 @@ def _report(
     given: Mapping[int, Sequence[int]],
     rounds: int,
 ) -> str:
+    from fewstep.evaluate.report import cell
     from fewstep.runtime.bundle import read
     from fewstep.source import load
 
@@ -180,7 +184,7 @@ def _report(
     seconds, drawn = _timed(pipes, rounds), {number: _drawn(pipe) for number, pipe in pipes.items()}
     _sheet(drawn, output / "sheet.png")
     titles = ["bits", "MB", "% of 16 bit", "a picture, s", "PSNR to 16 bit, dB"]
-    titles += [*(title for title, _ in COLUMNS), "KID to 16 bit × 1000"] if figures else []
+    titles += [title for title, *_ in COLUMNS] if figures else []
     lines = [titles, ["---:"] * len(titles)]
     size = {number: read(output / str(number)).size for number in rungs}
     for number in rungs:
@@ -189,26 +193,18 @@ def _report(
             f"{seconds[number]:.3f}",
             "" if number == FULL else f"{psnr(drawn[FULL], drawn[number]):.1f}",
         ]
-        row += _told(figures[number], figures[FULL]) if figures else []
+        row += [cell(figures[number].get(name), scale) for _, name, scale in COLUMNS] if figures else []
         lines.append(row)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     parts = [
         f"# {pipes[FULL].model.name} in fewer bits",
-        f"A picture is timed warm, the rungs in turn, median of {rounds}.",
+        f"A picture is timed warm, the rungs in turn, median of {rounds}."
+        + (" In brackets: 95% confidence intervals, paired over prompts." if figures else ""),
         table,
     ]
     parts += ["## Where the bits go", "Bits a weight, on average.", _spread(weights, given)]
     parts += ["## What needs them most", _costliest(weights)]
     return "\n\n".join(parts) + "\n"
-
-
-def _told(own: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
-    cells: list[str] = []
-    for _, name in COLUMNS:
-        whole = full[name].value if name in full else 0
-        cells.append(f"{100 * own[name].value / whole:.1f}" if whole else "")
-    kid = own.get("kid_teacher")
-    return [*cells, "" if kid is None else f"{1000 * kid.value:.2f}"]
 
 
 def _spread(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> str:
