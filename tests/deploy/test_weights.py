@@ -91,7 +91,7 @@ def test_a_kernel_has_as_few_bits_as_a_matrix(bits: int, stored: str) -> None:
     assert {stored, stored.replace("kernel", "matrix")} <= names
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("shape", [(96, 64), (72, 64), (64, 72), (128, 128)])
 def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, int]) -> None:
     matrix = RNG.standard_normal(shape).astype(np.float32)
@@ -126,7 +126,7 @@ def test_weights_that_are_spared_keep_their_bits() -> None:
     assert {"matrix.int8", "kernel"} <= {weight.name for weight in made.graph.initializer}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8, 16, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16, 32])
 def test_what_is_said_to_be_left_of_a_weight_is_what_its_graph_unpacks(bits: int) -> None:
     small = shrink(graph(), bits)
     known = {"matrix": stored(MATRIX, bits)[0], "kernel": stored(KERNEL, bits)[0]}
@@ -157,3 +157,13 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     small = shrink(graph(), 8)
     alone, together = run(small, x[:1]), run(small, x)[:1]
     assert np.abs(alone - together).max() <= 1e-5 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8, 16])
+@pytest.mark.parametrize("shape", [(1, 24, 24), (24, 24, 1, 1), (1, 64, 128), (32, 48, 1, 1)])
+def test_axes_of_length_one_change_nothing(bits: int, shape: tuple[int, ...]) -> None:
+    array = RNG.standard_normal(shape).astype(np.float32)
+    flat, _ = stored(array.squeeze(), bits)
+    back, _ = stored(array, bits)
+    assert back.shape == shape
+    assert np.array_equal(back.squeeze(), flat)

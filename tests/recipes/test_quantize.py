@@ -45,7 +45,7 @@ def test_every_rung_is_a_bundle_that_draws(ladder: Path) -> None:
         bits: np.asarray(fewstep.load(ladder / str(bits))("a red disc", seed=1)[0], float) for bits in sizes
     }
     errors = [np.square(drawn[bits] - drawn[16]).mean() for bits in (8, 4)]
-    assert errors[0] <= errors[1]
+    assert errors[0] < min(1, errors[1])
 
 
 def test_the_report_tells_what_was_written(ladder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewstep.deploy import Facts
+from fewstep.deploy.common.graphs import t5_length
 from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import replacing_folder
@@ -46,7 +47,7 @@ def write_bundle(
     with replacing_folder(out) as fresh:
         write(fresh)
         write_tokenizer(family, fresh / "tokenizer.json")
-        if told["text"]["t5"]:
+        if t5_length(family):
             write_t5_tokenizer(family, fresh / T5_TOKENIZER)
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")

@@ -74,7 +74,16 @@ class _Stored:
     nodes: list[Any] = field(default_factory=list[Any])
 
     def put(self, array: np.ndarray, bits: int) -> None:
-        """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow."""
+        """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow.
+
+        Axes of length 1 do not count: an exporter adds some, and what is stored must be what was measured.
+        """
+        matrix = array.squeeze()
+        if bits <= 8 and matrix.ndim == 2 and matrix.shape != array.shape:
+            inner = _Stored(f"{self.name}.matrix", self.tensors, self.nodes)
+            inner.put(matrix, bits)
+            self._node("Reshape", inner.name, self._tensor("whole", np.array(array.shape)), out=self.name)
+            return
         rows = array.reshape(len(array), -1)
         axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
         halves = np.abs(array).max() <= np.finfo(np.float16).max
