@@ -100,6 +100,29 @@ def test_a_bad_option_is_one_line(tmp_path: Path, arguments: list[str], told: st
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--to", "onnx"], "exists and is no bundle"),
+        (["--to", "openvino"], "exists and is no bundle"),
+        (["--to", "coreml"], "exists and is no Core ML export"),
+        (["--to", "diffusers"], "exists and is no diffusers folder"),
+        (["--to", "single"], "must end so"),
+        (["--t5", "keep"], "has no T5: leave --t5 out"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    teacher = Path(__file__).parents[2] / "models" / "pocket-teacher"
+    out = tmp_path / "new" if "--t5" in arguments else tmp_path
+    (tmp_path / "mine.txt").touch()
+    done = said("export", str(teacher), "-o", str(out), *arguments)
+    assert done.returncode == 2 and told in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fewstep.cli import run
 

@@ -72,8 +72,10 @@ def bench(
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
-    from fewstep.source import DEFAULT
+    from fewstep.source import DEFAULT, locate
 
+    for model in models:
+        locate(model)
     new = not output.exists()
     _append(output, [])  # what cannot be written is said before anything is measured
     if new:

@@ -43,6 +43,15 @@ class Target(Protocol):
     BITS: tuple[int, ...]
     T5: bool
 
+    def check(self, out: Path) -> None:
+        """Refuse what is known before a model is loaded.
+
+        Raises:
+            UserError: something else lies at ``out``, or it has a wrong name.
+            ImportError: the engine's tools are not installed.
+        """
+        ...
+
     def export(self, family: Family, out: Path, bits: int, facts: Facts) -> str:
         """Write ``family`` (float32, on the processor) to ``out``, whole or not at all; an earlier export
         there is replaced.

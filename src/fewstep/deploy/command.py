@@ -30,7 +30,7 @@ def export(
 ) -> None:
     """Write a trained model for the program that shall run it.
 
-    A LICENSE file in the source folder goes along.
+    A LICENSE file in the source folder goes along. An earlier export at the same place is replaced.
 
     Args:
         source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
@@ -63,12 +63,15 @@ def export(
 
     if (kind := kind_of(place)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
+    target.check(output)
+    if keeps and not has_t5(place):
+        raise UserError(f"{source} has no T5: leave --t5 out")
     family = load_family(place, t5=keeps)
     family = replace(family, steps=steps or family.steps, name=name or family.name)
     try:
         line = target.export(family, output, bits, facts, **its_bits)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error}") from error
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"{family.name}: {output}, {line}")
 
 
@@ -91,6 +94,14 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
         return True, {"t5_bits": int(asked)}
     can = ["drop", *(["keep"] if few or target.T5 else []), *map(str, sorted(few))]
     raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
+
+
+def has_t5(place: str) -> bool:
+    """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
+    from fewstep.families.folder import read_json
+
+    index = Path(place) / "model_index.json"
+    return not index.is_file() or all(read_json(index).get("text_encoder_3") or [None])
 
 
 def model_of(source: str) -> str:

@@ -54,6 +54,13 @@ SLICED = "common::scaled_dot_product_attention_sliced_q"
 that the table of all against all is never whole."""
 
 
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    if out.exists() and not _ours(out):
+        raise UserError(f"{out} exists and is no Core ML export of fewstep: choose another place")
+    _check_tools()
+
+
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     """Write ``family`` as a folder of ``.mlpackage``: text, modulation, transformer, decoder and encoder.
 
@@ -73,9 +80,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     Raises:
         UserError: something else lies at ``out``, or coremltools does not work here.
     """
-    if out.exists() and not _ours(out):
-        raise UserError(f"{out} exists and is no Core ML export of fewstep: choose another place")
-    _check_tools()
+    check(out)
     with _writing(out), replacing_folder(out) as fresh:
         shapes: dict[str, Any] = {}
         for stem, part in parts(family).items():

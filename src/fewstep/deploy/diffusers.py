@@ -6,10 +6,16 @@ from pathlib import Path
 
 from fewstep.deploy import Facts
 from fewstep.families import Family
+from fewstep.families.folder import check_place
 
 FAMILIES = ("sd3", "flux")
 BITS = (32,)
 T5 = True
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    check_place(out)
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:

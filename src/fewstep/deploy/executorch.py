@@ -6,17 +6,24 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Generator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.bundle import write_bundle
+from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import Part, parts
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
 BITS = (32,)
 T5 = False
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    check_place(out)
+    import_module("executorch")
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:

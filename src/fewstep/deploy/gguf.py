@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.place import fresh_file
+from fewstep.deploy.common.place import check_file, fresh_file
 from fewstep.deploy.common.stability import net_tensors, told
 from fewstep.families import Family
 
@@ -23,6 +23,13 @@ SMALLEST = 1024
 LARGEST = 65504.0
 OUTER = ("pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
 """What all tokens share, left at float16: 1 % of SD3.5 Medium's weights, and its table of positions."""
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    check_file(out, ".gguf", _ours)
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.bundle import write_bundle
+from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import parts, trace, write_graph
 from fewstep.deploy.common.weights import BitsOf, shrink
 from fewstep.families import Family
@@ -16,6 +16,11 @@ FAMILIES = ("sd3",)
 BITS = (8, 4, 6, 16, 32)
 T5 = False
 T5_BITS = BITS
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    check_place(out)
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.bundle import write_bundle
+from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import Part, parts, trace, write_graph
 from fewstep.families import Family
 from fewstep.types import UserError
@@ -26,6 +27,12 @@ GROUP = 32
 
 SHARE = 0.9
 """Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    check_place(out)
+    import_module("fewstep.runtime.openvino")
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.place import fresh_file
+from fewstep.deploy.common.place import check_file, fresh_file
 from fewstep.deploy.common.stability import checkpoint, told
 from fewstep.families import Family
 from fewstep.families.folder import first_line
@@ -15,6 +15,11 @@ from fewstep.types import UserError
 FAMILIES = ("sd3",)
 BITS = (16, 32)
 T5 = True
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.deploy.Target`."""
+    check_file(out, ".safetensors", _ours)
 
 
 def export(family: Family, out: Path, bits: int, facts: Facts) -> str:

@@ -173,6 +173,16 @@ def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:
         )
 
 
+def check_place(target: Path) -> None:
+    """Refuse a place where something else than a diffusers folder lies.
+
+    Raises:
+        UserError: there does.
+    """
+    if target.exists() and not (target / "model_index.json").is_file():
+        raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+
+
 def write_folder(
     parts: Mapping[str, Any], folder: str | Path, pipeline: str, facts: Mapping[str, Any]
 ) -> None:
@@ -189,8 +199,7 @@ def write_folder(
     """
     kind = getattr(importlib.import_module("diffusers"), pipeline)
     target = Path(folder)
-    if target.exists() and not (target / "model_index.json").is_file():
-        raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+    check_place(target)
     try:
         with replacing_folder(target) as fresh:
             kind(**parts).save_pretrained(fresh)

@@ -100,9 +100,7 @@ def _fetch(path: Path, config: str | Path | None, outline: dict[str, Any], lacki
 
     name = str(config or fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
     if config is None and "stable-diffusion-3" not in name:  # what diffusers takes an unknown size for
-        raise UserError(
-            f"{path} is of none of SD3's known sizes; give a diffusers folder of its size as config"
-        )
+        raise UserError(f"{path} is of none of SD3's known sizes; name its diffusers folder instead")
     weights = [f"{part}/*.safetensors" for part in lacking]
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", *weights]))

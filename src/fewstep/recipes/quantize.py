@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,9 +86,9 @@ def quantize(
 
     at_least_one(rounds=rounds, pictures=pictures)
     at_least(0, prompts=prompts, scenes=scenes)
-    rungs = [FULL, *sorted({number for number in bits if number != FULL}, reverse=True)]
-    if odd := [number for number in rungs if number not in onnx.BITS]:
-        raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, sorted(onnx.BITS)))}")
+    rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
+    if odd := [number for number in rungs[1:] if number not in possible]:
+        raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
     if prompts:
         measurable(data, detector, prompts, scenes)
     for number in rungs:
@@ -117,8 +118,14 @@ def _weights(family: Family, made: Mapping[str, Part]) -> list[Weight]:
     found: list[Weight] = []
     for stem, part in made.items():
         _say(f"what each weight of {stem} costs")
-        found += sensitivity(stem, part.module, outcome[stem])
+        found += sensitivity(stem, part.module, outcome[stem], partial(_count, stem))
     return found
+
+
+def _count(stem: str, done: int, total: int) -> None:
+    """A line now and then: of SD3.5 Medium's net each weight is a walk of seconds."""
+    if done % 20 == 0:
+        _say(f"{stem}: {done} of {total} weights")
 
 
 def _bits_of(given: Mapping[str, int]) -> BitsOf:

@@ -174,7 +174,8 @@ def choose(asked: Asked, stages: Callable[[Choice], Mapping[str, int]], limit: i
     assert least is not None
     how = told(least.choice, "kept" if len(asked.text_bits) > 1 else "")
     raise UserError(
-        f"--memory {size(limit)} is not enough: the least that works here is {_up(needed(least))} ({how})"
+        f"--memory {size(limit)} is not enough: the least that works here is {_up(needed(least))} ({how}), "
+        f"{size(base)} of it before the model"
     )
 
 

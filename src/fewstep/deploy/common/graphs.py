@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fewstep.families import Family
 from fewstep.families.sd3 import T5_LENGTH
 
@@ -112,7 +114,7 @@ def _quiet() -> Generator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # constants are folded with numpy
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
             warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
             yield

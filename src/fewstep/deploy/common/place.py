@@ -22,10 +22,15 @@ def fresh_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> Generato
     Raises:
         UserError: another name, or something else lies there.
     """
+    check_file(out, suffix, ours)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(out) as fresh:
+        yield fresh
+
+
+def check_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> None:
+    """Refuse a place where that file must not go, as :func:`fresh_file` does."""
     if out.suffix != suffix:
         raise UserError(f"this target writes a {suffix} file: {out} must end so")
     if out.exists() and not (out.is_file() and ours(out)):
         raise UserError(f"{out} exists and is no export of fewstep: choose another place")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(out) as fresh:
-        yield fresh

@@ -93,13 +93,19 @@ def outcomes(
     }
 
 
-def sensitivity(graph: str, module: Any, outcome: Callable[[], Any]) -> list[Weight]:
+def sensitivity(
+    graph: str,
+    module: Any,
+    outcome: Callable[[], Any],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Weight]:
     """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
 
     Args:
         graph: its name.
         module: the graph, as a torch module.
         outcome: what comes out with the weights that ``module`` has when it is called.
+        on_progress: told how many weights are done, of how many.
     """
     import torch
 
@@ -107,7 +113,9 @@ def sensitivity(graph: str, module: Any, outcome: Callable[[], Any]) -> list[Wei
     with torch.no_grad():
         whole = outcome()
         variance = float((whole - whole.mean()).square().sum())
-        for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+        all_of_them = [*module.named_parameters(), *module.named_buffers()]
+        for done, (name, parameter) in enumerate(all_of_them):
+            on_progress(done, len(all_of_them))
             if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
