@@ -36,7 +36,8 @@ LONG = f"{PROMPT}, two blue cars, and much that no row of tokens has room for"
 
 @pytest.fixture(scope="module")
 def small() -> Family:
-    return sd3.assemble(tiny.parts(with_t5=False), name="small", steps=2, guidance=3.0)
+    config = tiny.SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
+    return sd3.assemble(tiny.parts(config, with_t5=False), name="small", steps=2, guidance=3.0)
 
 
 @pytest.fixture(scope="module")
