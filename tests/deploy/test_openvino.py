@@ -26,9 +26,9 @@ import tiny
 import tiny_flux
 from fewstep import sample
 from fewstep.cli import run
-from fewstep.deploy import Facts
+from fewstep.deploy import Facts, common
 from fewstep.deploy import openvino as engine
-from fewstep.deploy.common import graphs
+from fewstep.deploy.common import graphs, ir
 from fewstep.families import Family, flux, sd3
 from fewstep.runtime.bundle import Bundle, read, seal
 from fewstep.runtime.model import open_bundle
@@ -49,7 +49,7 @@ def bundles(small: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     sd3.save(small, folder / "run" / "model")
     kept = iter([graphs.trace(part) for part in graphs.parts(small).values()] * len(engine.BITS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "trace", lambda part: next(kept))
+        patch.setattr(ir, "trace", lambda part: next(kept))
         for bits in engine.BITS:
             words = ["export", str(folder / "run"), "--to", "openvino", "--bits", str(bits)]
             assert run([*words, "-o", str(folder / str(bits))]) == 0
@@ -141,7 +141,7 @@ def test_weights_too_many_for_one_message(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(graphs, "LARGEST", 20_000)
     part = graphs.parts(small)["modulation"]
-    graph = engine._converted(part)
+    graph = ir.converted(part)
     assert not list(tmp_path.iterdir())
     openvino.save_model(graph, tmp_path / "modulation.xml", compress_to_fp16=False)
     with torch.no_grad():
@@ -193,9 +193,10 @@ def test_what_is_not_installed_is_named(
 ) -> None:  # fmt: skip
     """In one line, and nothing is written; to draw, NNCF is not asked for."""
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ("fewstep.runtime.openvino", "fewstep.deploy.openvino"):
+    for name in ("fewstep.runtime.openvino", "fewstep.deploy.openvino", "fewstep.deploy.common.ir"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(fewstep.runtime, "openvino")
+    monkeypatch.delattr(common, "ir")
     expected = f"fewstep: this needs {module}, which is not installed: pip install 'fewstep[{extra}]'\n"
     model = str(bundles[8].folder.parent / "run")
     capsys.readouterr()
@@ -235,7 +236,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "trace", fail)
+    monkeypatch.setattr(ir, "trace", fail)
     with pytest.raises(KeyboardInterrupt):
         engine.export(small, tmp_path / "b", 4, Facts())
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

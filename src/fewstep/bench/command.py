@@ -18,12 +18,12 @@ from cyclopts import Parameter
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.bench.measure import Record
+    from fewstep.bench.measure import Record, Spec
 
 
 def bench(
     *models: str,
-    against: Path | None = None,
+    against: tuple[Path, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",),
     prompt: str = "a red apple, 3D style",
     steps: tuple[int, ...] = (),
@@ -44,7 +44,8 @@ def bench(
 
     Args:
         models: The models, as generate takes them. [default: the one that ships]
-        against: A diffusers folder for the stock pipeline in eager mode.
+        against: A diffusers folder for the stock pipeline in eager mode, or what `fewstep export --to genai`
+            wrote for OpenVINO GenAI's pipeline; several take their turns.
         dtypes: Of the stock pipeline.
         prompt: What to draw.
         steps: Sampling steps; several are measured one after the other. [default: each model's own]
@@ -63,8 +64,7 @@ def bench(
         return
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
-    if against is not None and not (against / "model_index.json").is_file():
-        raise UserError(f"--against {against}: not a diffusers folder (no model_index.json)")
+    _check(models, against)
     if whole:
         if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:
             raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
@@ -72,10 +72,8 @@ def bench(
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
-    from fewstep.source import DEFAULT, locate
+    from fewstep.source import DEFAULT
 
-    for model in models:
-        locate(model)
     new = not output.exists()
     _append(output, [])  # what cannot be written is said before anything is measured
     if new:
@@ -89,8 +87,8 @@ def bench(
     for number in steps or (None,):
         for many in batch:
             specs = [Spec(model, number, many) for model in models or (DEFAULT,)]
-            if against is not None:
-                specs += [Spec(str(against), number, many, dtype) for dtype in dtypes]
+            for folder in against:
+                specs += _others(folder, number, many, dtypes)
             made = measure(specs, prompt, rounds, threads, device, _say)
             print(_table(made))
             lines = [
@@ -98,6 +96,26 @@ def bench(
             ]
             _append(output, lines)
     print(output)
+
+
+def _check(models: Sequence[str], against: Sequence[Path]) -> None:
+    """Refuse models that are not there, before anything is measured."""
+    from fewstep.source import locate
+
+    for model in models:
+        locate(model)
+    if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:
+        raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
+
+
+def _others(folder: Path, steps: int | None, batch: int, dtypes: Sequence[str]) -> list[Spec]:
+    """Engines of others for what lies in ``folder``."""
+    from fewstep.bench.measure import Spec
+    from fewstep.deploy.genai import is_ours
+
+    if is_ours(folder):
+        return [Spec(str(folder), steps, batch, genai=True)]
+    return [Spec(str(folder), steps, batch, dtype) for dtype in dtypes]
 
 
 def _table(records: Sequence[Record]) -> str:
@@ -147,19 +165,19 @@ def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str
 
 
 def _whole(
-    models: Sequence[str], against: Path | None, prompt: str, steps: int, rounds: int, threads: int
+    models: Sequence[str], against: Sequence[Path], prompt: str, steps: int, rounds: int, threads: int
 ) -> None:
     """Whole processes of one model and the stock pipeline, in turn."""
     from fewstep.bench.stock import paired
     from fewstep.families import sd3
     from fewstep.families.folder import read_index
 
-    if against is None or len(models) > 1:
+    if len(against) != 1 or len(models) > 1:
         raise UserError("--whole compares one model with the stock pipeline: name it with --against")
-    read_index(against, sd3.PIPELINE, sd3.REQUIRED)
+    read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work:
-        result = paired(models[0] if models else None, against, prompt, steps, rounds, cores, Path(work))
+        result = paired(models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work))
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
     for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
         print(f"{name:16}{_spread([c.seconds for c in side]):>30}{max(c.megabytes for c in side):>11.0f} MB")

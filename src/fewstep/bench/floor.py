@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,8 +81,11 @@ def count_openvino(path: Path, batch: int) -> Work:
         shape[0] = batch
     model.reshape(shapes)
     operations, read_ = 0.0, 0.0
+    stored: dict[str, int | None] = {}
     for node in model.get_ordered_ops():
-        if node.get_type_name() not in ("MatMul", "Convolution") or _stored(node) is not None:
+        made_of = [stored[value.get_node().get_name()] for value in node.input_values()]
+        stored[node.get_name()] = _stored(node, made_of)
+        if node.get_type_name() not in ("MatMul", "Convolution") or None not in made_of:
             continue
         weights: list[int] = list(node.get_input_shape(1))
         if node.get_type_name() == "Convolution":
@@ -89,16 +93,16 @@ def count_openvino(path: Path, batch: int) -> Work:
         else:
             inner = weights[-1] if node.get_attributes()["transpose_b"] else weights[-2]
         operations += 2 * prod(node.get_output_shape(0)) * inner
-        read_ += sum(_stored(value.get_node()) or 0 for value in node.input_values())
+        read_ += sum(part or 0 for part in made_of)
     return Work(operations, read_)
 
 
-def _stored(node: Any) -> int | None:
-    """Bytes of the constants that ``node`` is made of; ``None`` where it is made of other things too."""
+def _stored(node: Any, made_of: Sequence[int | None]) -> int | None:
+    """Bytes of the constants that ``node`` is made of, by those of its inputs; ``None`` where it is made of
+    other things too."""
     if node.get_type_name() == "Constant":
         return node.get_byte_size()
-    parts = [_stored(value.get_node()) for value in node.input_values()]
-    return None if not parts or None in parts else sum(part or 0 for part in parts)
+    return None if not made_of or None in made_of else sum(part or 0 for part in made_of)
 
 
 def _inner(node: Any, shapes: dict[str, list[int]]) -> int:

@@ -26,16 +26,19 @@ class Spec:
     """One engine at one setting.
 
     Attributes:
-        model: as ``fewstep generate --model`` takes it; for the stock pipeline a diffusers folder.
+        model: as ``fewstep generate --model`` takes it; for the stock pipeline a diffusers folder, for
+            OpenVINO GenAI's an export.
         steps: of the walk; the model's own where ``None``.
         batch: pictures at once.
-        stock: dtype of the stock pipeline; ``None`` is fewstep.
+        stock: dtype of the stock pipeline; ``None`` is another engine.
+        genai: whether it is OpenVINO GenAI's pipeline; where neither, it is fewstep.
     """
 
     model: str
     steps: int | None
     batch: int
     stock: str | None = None
+    genai: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,4 +228,4 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
 def _place(spec: Spec) -> Path:
     from fewstep.source import locate
 
-    return Path(spec.model) if spec.stock else locate(spec.model)
+    return Path(spec.model) if spec.stock or spec.genai else locate(spec.model)

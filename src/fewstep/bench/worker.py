@@ -107,7 +107,9 @@ class Stock:
         self.dtype = getattr(torch, dtype)
         self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=self.dtype, **absent)
         self.pipe.set_progress_bar_config(disable=True)
-        self.steps = steps or read_facts(Path(model)).get("steps") or 28
+        facts = read_facts(Path(model))
+        self.steps = steps or facts.get("steps") or 28
+        self.guidance = facts.get("guidance")
         self.t5 = not absent
         self.side = self.pipe.transformer.config.sample_size
         self.name = dtype
@@ -117,7 +119,7 @@ class Stock:
         bits = 32 if self.name == "float32" else 16
         pixels = self.side * self.pipe.vae_scale_factor
         engine = f"diffusers eager {self.name}"
-        told = {"steps": self.steps, "guidance": None, "size": [pixels, pixels]}
+        told = {"steps": self.steps, "guidance": self.guidance, "size": [pixels, pixels]}
         return {"engine": engine, "bits": bits, **told}
 
     def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
@@ -140,7 +142,7 @@ class Stock:
                 list(prompts),
                 sigmas=np.linspace(1, 1 / self.steps, self.steps).tolist(),  # the scheduler shifts them
                 num_inference_steps=self.steps,
-                guidance_scale=1.0,
+                guidance_scale=self.guidance or 1.0,
                 latents=torch.from_numpy(noise).to(self.dtype),
                 height=pixels,
                 width=pixels,
@@ -169,8 +171,13 @@ class _timed:
 
 
 def engine(spec: dict[str, Any]) -> Engine:
-    """What a spec asks for: ``model``, ``steps``, ``threads`` and, for the stock pipeline, ``stock``."""
+    """What a spec asks for: ``model``, ``steps``, ``threads`` and, for others' pipelines, ``stock`` or
+    ``genai``."""
     given = spec["model"], spec["steps"], spec["threads"]
+    if spec.get("genai"):
+        from fewstep.bench.genai import GenAI
+
+        return GenAI(*given)
     return Stock(*given, spec["stock"]) if spec.get("stock") else Ours(*given)
 
 

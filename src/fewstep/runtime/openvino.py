@@ -29,14 +29,8 @@ class Graph(Session):
     ENGINE = "OpenVINO"
 
     def _load(self) -> Run:
-        options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-            "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same cores
-        }
-        request: Any = _core().compile_model(self.path, "CPU", options).create_infer_request()
+        compiled = _core().compile_model(self.path, "CPU", properties(self.threads))
+        request: Any = compiled.create_infer_request()
         lock = Lock()  # a request does one thing at a time
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -44,6 +38,17 @@ class Graph(Session):
                 return list(request.infer(dict(feeds), share_inputs=True).values())
 
         return run
+
+
+def properties(threads: int) -> dict[str, Any]:
+    """Of a graph on the processor, as :class:`Graph` describes."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same cores
+    }
 
 
 @cache

@@ -22,7 +22,8 @@ LARGEST = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """One graph to be: a module, an example of its inputs (batch 2), and the names of both ends."""
+    """One graph to be: a module, an example of its inputs (batch 2, or a row that all share), and the names
+    of both ends."""
 
     module: Any
     inputs: Mapping[str, Any]
@@ -88,7 +89,7 @@ def trace(part: Part) -> Any:
             opset_version=OPSET,
             input_names=list(part.inputs),
             output_names=list(part.outputs),
-            dynamic_shapes={name: {0: batch} for name in part.inputs},
+            dynamic_shapes={name: {0: batch} if len(x) > 1 else {} for name, x in part.inputs.items()},
             verbose=False,
         )
     assert program is not None

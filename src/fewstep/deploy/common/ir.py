@@ -1,0 +1,114 @@
+"""OpenVINO's graphs: from a torch module to an ``.xml`` file with its ``.bin``, in few bits (floor 3).
+
+This file imports openvino when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from fewstep.deploy.common.graphs import Part, trace, write_graph
+from fewstep.families import Family
+from fewstep.runtime.openvino import openvino  # which tells nobody
+from fewstep.types import UserError
+
+GROUP = 32
+"""Weights of 4 bits that share a scale."""
+
+SHARE = 0.9
+"""Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
+
+
+def write(part: Part, path: Path, bits: int) -> None:
+    """Write a graph to ``path`` (``.xml``) and its weights beside it, 16 of ``bits`` being float16.
+
+    Raises:
+        ImportError: NNCF, which makes fewer bits, is not installed.
+    """
+    graph = converted(part)
+    if bits < 16:
+        graph = _compressor(bits)(graph)
+    openvino.save_model(graph, path, compress_to_fp16=bits == 16)
+
+
+def check_float16(family: Family) -> None:
+    """OpenVINO would write what is too large as the largest number there is."""
+    import torch
+
+    largest = torch.finfo(torch.float16).max
+    for part, module in family.parts.items():
+        for name, weight in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
+            if weight.abs().max() > largest:
+                raise UserError(f"{part}.{name} has weights too large for float16: give --bits 8")
+
+
+def converted(part: Part) -> Any:
+    """``part`` as an ``openvino.Model`` with a free batch size, by way of ONNX.
+
+    It is read from a file, which may be larger than a protobuf message.
+    """
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file goes before the model does
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        write_graph(trace(part), path)
+        return core.read_model(path)
+
+
+def _compressor(bits: int) -> Callable[[Any], Any]:
+    """A function from an ``openvino.Model`` to itself with smaller weights.
+
+    They become int8 with a scale and a zero point a row; at 4 bits int4 with a scale for each :data:`GROUP`,
+    but for embeddings, kernels, each graph's last matrix and what NNCF finds to lose most (:data:`SHARE`).
+    """
+    import nncf
+
+    nncf.set_log_level(logging.WARNING)
+    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    if bits == 4:
+        adjust = nncf.GroupSizeFallbackMode.ADJUST  # smaller groups where rows are no multiple
+        advanced = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
+        options = {
+            "mode": nncf.CompressWeightsMode.INT4_SYM,
+            "group_size": GROUP,
+            "ratio": SHARE,
+            "advanced_parameters": advanced,
+        }
+
+    def compress(graph: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):  # its bars of progress
+            return nncf.compress_weights(graph, **options)
+
+    return compress
+
+
+def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
+    """Write a tokenizer of transformers as a graph, which cuts and pads to ``length``.
+
+    It cuts twice: GenAI's pipeline switches off the tokenizer's own cutting, and then copies a longer row to
+    where there is room for one of ``length``. What is cut the second time has no end token.
+
+    Raises:
+        ImportError: OpenVINO's tokenizers are not installed.
+    """
+    from openvino import opset13 as ops
+    from openvino_tokenizers import convert_tokenizer
+
+    own = copy.deepcopy(tokenizer)  # the length becomes its attribute
+    graph: Any = convert_tokenizer(own, use_max_padding=True, truncation=True, max_length=length)
+    tokens = graph.output("input_ids").get_node()
+    row = tokens.input_value(0)
+    cut = ops.slice(row, np.array([0]), np.array([length]), np.array([1]), np.array([1]))
+    cut.output(0).set_names(row.get_names())
+    tokens.input(0).replace_source_output(cut.output(0))
+    graph.validate_nodes_and_infer_types()
+    openvino.save_model(graph, folder / "openvino_tokenizer.xml")
