@@ -115,7 +115,9 @@ def timesteps(steps: int, shift: float) -> int:
     """
     exact = shift * (steps - 1) + 1
     if abs(exact - round(exact)) > 1e-6:
-        raise UserError(f"GenAI cannot walk {steps} steps at shift {shift:g}: their product must be whole")
+        raise UserError(
+            f"GenAI cannot walk {steps} steps at shift {shift:g}: the shift times (steps - 1) must be whole"
+        )
     return round(exact)
 
 
