@@ -70,7 +70,71 @@ _OPENERS = (
     "one ",
     "paint ",
     "i would like ",
+    "could you please make ",
+    "i'd love to see ",
+    "need ",
 )
+_CLOSERS = (
+    " please",
+    " pls",
+    ", thanks",
+    ", thank you",
+    " icon",
+    " emoji",
+    " sticker",
+    " clipart",
+    " drawing",
+    " picture",
+)
+_MOODS = (
+    "cute",
+    "little",
+    "big",
+    "small",
+    "tiny",
+    "nice",
+    "beautiful",
+    "simple",
+    "lovely",
+    "cool",
+    "fancy",
+    "single",
+    "detailed",
+    "pretty",
+    "typical",
+    "classic",
+)
+"""Words that people add and that change nothing."""
+_WITHOUT = (
+    "no text",
+    "without text",
+    "no people",
+    "nothing else",
+    "no frame",
+    "without a border",
+    "no shadow",
+    "no words please",
+    "not a photo",
+)
+_OTHERS = (
+    "a cat",
+    "a dog",
+    "a car",
+    "a shark",
+    "an apple",
+    "a house",
+    "a tree",
+    "a bird",
+    "a banana",
+    "a heart",
+    "a horse",
+    "a face",
+    "a star",
+    "a boat",
+    "a flower",
+    "a person",
+)
+"""What is named only to say that it is not wanted."""
 _ON = (
     "on a {} background",
     "on {} background",
@@ -156,19 +220,17 @@ def plural(name: str) -> str:
 def _name(concept: Concept, rng: Rng) -> str:
     """The label mostly, a synonym now and then, or both."""
     draw = rng.random()
-    if not concept.synonyms or draw < 0.72:
+    if not concept.synonyms or draw < 0.64:
         return concept.name
     synonym = _pick(concept.synonyms, rng)
-    return (
-        synonym
-        if draw < 0.9
-        else f"{concept.name} ({synonym})"
-        if draw < 0.95
-        else f"{synonym} {concept.name}"
-    )
+    if draw < 0.9:
+        return synonym
+    return f"{concept.name} ({synonym})" if draw < 0.94 else f"{synonym} {concept.name}"
 
 
 def _article(name: str, rng: Rng) -> str:
+    if rng.random() < 0.08:
+        name = f"{_pick(_MOODS, rng)} {name}"
     draw = rng.random()
     if draw < 0.45:
         return name
@@ -203,6 +265,13 @@ def _arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
 
 def _finish(text: str, rng: Rng) -> str:
     text = _pick(_OPENERS, rng) + text
+    draw = rng.random()
+    if draw < 0.05:
+        text += _pick(_CLOSERS, rng)
+    elif draw < 0.08:
+        text += f", {_pick(_WITHOUT, rng)}"
+    elif draw < 0.09:
+        text += f"{_pick((', not', ', and not', ' instead of', ' without'), rng)} {_pick(_OTHERS, rng)}"
     draw = rng.random()
     if draw < 0.03:
         text = _slip(text, rng)

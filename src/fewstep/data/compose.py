@@ -14,7 +14,7 @@ from fewstep.data.concepts import held_out, held_out_scene
 from fewstep.data.render import Renderings
 
 Rng = np.random.Generator
-VERSION = 2
+VERSION = 3
 """Of what a composer draws: sets of two versions are not mixed."""
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 
