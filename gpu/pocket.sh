@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Pocket on a GPU: data, text encoders, teacher, its walks, student, table of all methods, bundle. Run it again and it
-# goes on where it stopped (gpu/README.md).
+# Pocket on a GPU: data, codec, text encoders, teacher, its walks, student, table of all methods, bundle. Run it again
+# and it goes on where it stopped (gpu/README.md).
 #
-#   gpu/pocket.sh [data] [text] [teacher] [walks] [student] [ablate] [export]    all of them when none is named
+#   gpu/pocket.sh [data] [codec] [text] [teacher] [t5] [walks] [student] [ablate] [export]    all when none is named
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,10 +17,15 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-auto}
 MINUTES=${MINUTES:-9}                     # a command's time: training stops then, saved
 PICTURES=${PICTURES:-40000}
-WORDS=${WORDS:-7000} TEXT_STEPS=${TEXT_STEPS:-15000} TEXT_BATCH=${TEXT_BATCH:-1024} TEXT_LR=${TEXT_LR:-1.5e-3}
-STEPS=${STEPS:-6000} BATCH=${BATCH:-256} LR=${LR:-8e-4}
-WALKS=${WALKS:-16000} WALK_STEPS=${WALK_STEPS:-28} GUIDANCE=${GUIDANCE:-2}
-WARM=${WARM:-3000} STUDENT_STEPS=${STUDENT_STEPS:-3000} SPLIT=${SPLIT:-1000} STUDENT_BATCH=${STUDENT_BATCH:-256}
+CODEC_MINUTES=${CODEC_MINUTES:-1} TEXT_MINUTES=${TEXT_MINUTES:-1.5} TEACHER_MINUTES=${TEACHER_MINUTES:-6} T5_MINUTES=${T5_MINUTES:-0.6}
+CODEC_STEPS=${CODEC_STEPS:-100000} CODEC_BATCH=${CODEC_BATCH:-64} CODEC_LR=${CODEC_LR:-1e-3}
+WORDS=${WORDS:-7000} TEXT_STEPS=${TEXT_STEPS:-100000} TEXT_BATCH=${TEXT_BATCH:-1024} TEXT_LR=${TEXT_LR:-1.5e-3}
+STEPS=${STEPS:-100000} BATCH=${BATCH:-512} LR=${LR:-1.5e-3} COMPILE=${COMPILE---compile}
+T5_STEPS=${T5_STEPS:-100000} T5_LR=${T5_LR:-4e-4}
+WALKS=${WALKS:-8000} WALK_STEPS=${WALK_STEPS:-16} GUIDANCE=${GUIDANCE:-2}
+WARM_MINUTES=${WARM_MINUTES:-1} WARM=${WARM:-100000} WARM_BATCH=${WARM_BATCH:-256} WARM_LR=${WARM_LR:-1e-3}
+STUDENT_MINUTES=${STUDENT_MINUTES:-0.7} STUDENT_STEPS=${STUDENT_STEPS:-3000} SPLIT=${SPLIT:-1000}
+STUDENT_BATCH=${STUDENT_BATCH:-128} STUDENT_LR=${STUDENT_LR:-2e-4}
 SEEDS=${SEEDS:-3} PASSES=${PASSES:-20000} ABLATE_WARM=${ABLATE_WARM:-1000} ABLATE_BATCH=${ABLATE_BATCH:-64}
 PROMPTS=${PROMPTS:-200} SCENES=${SCENES:-120}
 STARTED=$SECONDS
@@ -46,7 +51,8 @@ has() { "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.fi
 
 # Run fewstep until done or until the time is up: `timeout` then sends a Ctrl-C, which saves before it stops.
 timed() {
-  local left=$((60 * MINUTES - (SECONDS - STARTED))) status=0
+  local left status=0
+  left=$(awk "BEGIN { print int(60 * $MINUTES) - ($SECONDS - $STARTED) }")
   [ $left -gt 0 ] || later
   timeout --foreground --signal=INT $left "$PYTHON" -m fewstep "$@" || status=$?
   case $status in
@@ -106,39 +112,58 @@ data() {
   [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --pictures "$PICTURES"
 }
 
+codec() { # a sharper decoder: latents, and all that was trained on them, stay what they are
+  timed train pocket-codec --data "$DATA" --out "$RUNS/codec" --init "$TEACHER/vae" --decoder-only \
+    --minutes "$CODEC_MINUTES" --steps "$CODEC_STEPS" --batch "$CODEC_BATCH" --lr "$CODEC_LR" --device "$DEVICE"
+  mkdir -p "$RUNS/codec/model/vae"
+  mv "$RUNS/codec/model"/*.* "$RUNS/codec/model/vae"
+  bring "$RUNS/codec" codec vae
+}
+
 text() {
   local from=(--codec "$CODEC")
   [ ! -d "$TEACHER" ] || from=(--codec "$TEACHER/vae" --init "$TEACHER")
   timed train pocket-text --data "$DATA" --out "$RUNS/text" "${from[@]}" \
-    --words "$WORDS" --steps "$TEXT_STEPS" --batch "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
-  bring "$RUNS/text" text tokenizer text_encoder text_encoder_2 text_encoder_3
+    --words "$WORDS" --minutes "$TEXT_MINUTES" --steps "$TEXT_STEPS" --batch "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
+  bring "$RUNS/text" text tokenizer text_encoder text_encoder_2
+  bring "$RUNS/text" t5-text tokenizer text_encoder_3
 }
 
 teacher() {
   local from=(--codec "$CODEC")
-  [ ! -d "$TEACHER" ] || from=(--init "$TEACHER")
+  if [ -d "$TEACHER/transformer" ]; then from=(--init "$TEACHER"); elif [ -d "$TEACHER" ]; then from=(--codec "$TEACHER/vae"); fi
   if [ -d "$RUNS/text/model" ]; then
     from+=(--text "$RUNS/text/model")
-  elif [ ! -d "$TEACHER" ]; then
+  elif [ ! -d "$TEACHER/transformer" ]; then
     from+=(--text "$TEXT")
   fi
   timed train pocket-teacher --data "$DATA" --out "$RUNS/teacher" "${from[@]}" \
-    --steps "$STEPS" --batch "$BATCH" --lr "$LR" --device "$DEVICE"
+    --keep-t5 0 --minutes "$TEACHER_MINUTES" --steps "$STEPS" --batch "$BATCH" --lr "$LR" $COMPILE --device "$DEVICE"
   bring "$RUNS/teacher" teacher transformer fewstep.json
 }
 
+t5() { # last the teacher hears T5 now and then: as long as it must hear it, no batch is a compiled one's size
+  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" \
+    --keep-t5 0.4 --minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch "$BATCH" --lr "$T5_LR" --device "$DEVICE"
+  bring "$RUNS/t5" teacher transformer fewstep.json
+}
+
 learnt() { # the teacher that is distilled
-  if [ -d "$RUNS/teacher/model" ]; then echo "$RUNS/teacher/model"; else echo "$TEACHER"; fi
+  if [ -d "$RUNS/t5/model" ]; then echo "$RUNS/t5/model"; elif [ -d "$RUNS/teacher/model" ]; then echo "$RUNS/teacher/model"; else echo "$TEACHER"; fi
 }
 
 walks() {
   timed synthesize --teacher "$(learnt)" --data "$DATA" --out "$RUNS/walks" --number "$WALKS" --steps "$WALK_STEPS" \
-    --student-steps 4 --guidance "$GUIDANCE" --batch 256 --dtype float32 --device "$DEVICE"
+    --student-steps 4 --guidance "$GUIDANCE" --batch 256 --dtype float32 --no-t5 --device "$DEVICE"
 }
 
 student() {
-  timed distill flash --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/student" \
-    --warm "$WARM" --steps "$STUDENT_STEPS" --split "$SPLIT" --batch "$STUDENT_BATCH" --device "$DEVICE"
+  timed distill trajectory --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/warm" --minutes "$WARM_MINUTES" \
+    --steps "$WARM" --batch "$WARM_BATCH" --lr "$WARM_LR" --device "$DEVICE"
+  timed distill flash --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/student" --init "$RUNS/warm/model" --warm 0 \
+    --minutes "$STUDENT_MINUTES" --steps "$STUDENT_STEPS" --split "$SPLIT" --batch "$STUDENT_BATCH" --lr "$STUDENT_LR" \
+    --device "$DEVICE"
+  bring "$RUNS/warm" warm transformer fewstep.json model_index.json
   bring "$RUNS/student" student transformer fewstep.json model_index.json
 }
 
@@ -160,12 +185,12 @@ export_() {
 }
 
 setup
-[ $# -gt 0 ] || set -- data text teacher walks student ablate export
+[ $# -gt 0 ] || set -- data codec text teacher t5 walks student ablate export
 for stage in "$@"; do
   case $stage in
-    data | text | teacher | walks | student | ablate) $stage ;;
+    data | codec | text | teacher | t5 | walks | student | ablate) $stage ;;
     export) export_ ;;
-    *) echo "gpu/pocket.sh: there is no stage $stage: data, text, teacher, walks, student, ablate, export" >&2 && exit 2 ;;
+    *) echo "gpu/pocket.sh: there is no stage $stage: data, codec, text, teacher, t5, walks, student, ablate, export" >&2 && exit 2 ;;
   esac
 done
 ls -l "$OUT"

@@ -33,7 +33,6 @@ from fewstep.staged.load import staged
 from fewstep.staged.outline import SD35_MEDIUM, Outline
 from fewstep.staged.student import Student
 from fewstep.staged.weights import Weights
-from fewstep.types import UserError
 
 PROMPT = "a red apple on a wooden table, morning light"
 STEPS = 4
@@ -178,7 +177,7 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
     budgets = BUDGETS[-1:] if tiny else BUDGETS
     within = [ran(t5, sizes[0], 1, memory=f"{b}GiB") for b in budgets for t5 in (True, False)]
     quick = [] if tiny else [ran(False, side, bits=b, compile=True) for side in sizes for b in (16, 8)]
-    return [*(case for cases in beside for case in cases), *within, *quick]
+    return [*beside[0], *quick, *(case for cases in beside[1:] for case in cases), *within]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -186,6 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--sizes", default="1024,512")
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--skip", type=int, default=0, help="rows that an earlier command has done")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     if not CUDA and not given.tiny:
@@ -197,14 +197,14 @@ def main(arguments: Sequence[str]) -> int:
     sizes = [int(side) for side in given.sizes.split(",")]
     card = torch.cuda.get_device_name() if CUDA else "cpu"
     with (out / "sd35.jsonl").open("w", encoding="utf-8") as file, torch.no_grad():
-        for facts, run in cases(model(given.tiny), sizes, given.times, given.tiny):
+        for facts, run in cases(model(given.tiny), sizes, given.times, given.tiny)[given.skip :]:
             fresh()
             if time.monotonic() > end:
                 row: dict[str, Any] = {"left_out": "no time"}
             else:
                 try:
                     row = run()
-                except (UserError, RuntimeError) as error:  # a row that fails says so; the others go on
+                except Exception as error:  # a row that fails says so; the others go on
                     row = {"error": " ".join(str(error).split())[:300]}
             line = json.dumps({"device": card, "torch": torch.__version__, **facts, **row})
             print(line, flush=True)

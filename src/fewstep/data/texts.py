@@ -25,15 +25,13 @@ class Captions:
     asked: list[list[int] | None]
     labels: list[str]
 
-    def truth(self, rows: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Multi-hot float32 ``[B, K]``, and 1 where it is known, float32 ``[B]``."""
-        hot = np.zeros((len(rows), len(self.labels)), np.float32)
-        known = np.zeros(len(rows), np.float32)
-        for place, row in enumerate(rows):
-            if (asked := self.asked[row]) is not None:
-                hot[place, asked] = 1
-                known[place] = 1
-        return hot, known
+    def table(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Each text's labels, ``[N, most]``: behind the last one, and where nobody knows, ``len(labels)``."""
+        most = max(len(asked or ()) for asked in self.asked)
+        table = np.full((len(self.texts), most), len(self.labels))
+        for row, asked in zip(table, self.asked, strict=True):
+            row[: len(asked or ())] = asked or ()
+        return table
 
 
 def captions(

@@ -39,7 +39,7 @@ def byte_tokenizer(length: int = LENGTH) -> Any:
 
 
 def transformer() -> Any:
-    """The MMDiT: 6 layers of width 192, patches of 2 x 2 latents; positions reach to 256 px."""
+    """The MMDiT: 8 layers of width 256, patches of 2 x 2 latents; positions reach to 256 px."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -47,11 +47,11 @@ def transformer() -> Any:
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=6,
+        num_layers=8,
         attention_head_dim=64,
-        num_attention_heads=3,
+        num_attention_heads=4,
         joint_attention_dim=384,
-        caption_projection_dim=192,
+        caption_projection_dim=256,
         pooled_projection_dim=384,
         pos_embed_max_size=16,
         qk_norm="rms_norm",

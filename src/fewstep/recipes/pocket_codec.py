@@ -25,6 +25,7 @@ def pocket_codec(
     lr: float = 1.5e-3,
     decoder_only: bool = False,
     pictures: int = 9_000,
+    minutes: float = 0.0,
     seed: int = 0,
     device: str = "auto",
     threads: int = 0,
@@ -40,12 +41,21 @@ def pocket_codec(
         lr: Learning rate.
         decoder_only: Keep the encoder as it is, so that latents and all that was trained on them stay valid.
         pictures: How many pictures to learn from (held in memory).
+        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
         seed: Of the weights and the data order.
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     options = Options(
-        steps, lr, decay=0.5, seed=seed, device=device, threads=threads, ema=0.998, sheet_every=1000
+        steps,
+        lr,
+        decay=0.5,
+        seed=seed,
+        device=device,
+        threads=threads,
+        ema=0.998,
+        sheet_every=1000,
+        minutes=minutes,
     )
     at_least_one(batch=batch, pictures=pictures)
 

@@ -29,6 +29,8 @@ def pocket_teacher(
     lr: float = 8e-4,
     drop_caption: float = 0.1,
     keep_t5: float = 0.15,
+    compile: bool = False,
+    minutes: float = 0.0,
     seed: int = 0,
     device: str = "auto",
     threads: int = 0,
@@ -48,6 +50,8 @@ def pocket_teacher(
         lr: Learning rate.
         drop_caption: Share of captions that are dropped, for classifier-free guidance.
         keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
+        compile: Compile the blocks.
+        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
         seed: Of the weights and the data order.
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
@@ -62,13 +66,13 @@ def pocket_teacher(
         ema=0.998,
         sheet_every=500,
         tokens=TOKENS,
+        compile=compile,
+        minutes=minutes,
     )
     at_least_one(batch=batch)
     if init is not None:
         pocket_folder(init)
     shares(drop_caption=drop_caption, keep_t5=keep_t5)
-
-    import torch
 
     from fewstep import times
     from fewstep.families import sd3
@@ -82,7 +86,7 @@ def pocket_teacher(
         weights_of,
     )
     from fewstep.train import captions
-    from fewstep.train.device import pick
+    from fewstep.train.device import held, pick
     from fewstep.train.latents import encode
 
     sources, place = training_shards(data), pick(device)
@@ -94,14 +98,15 @@ def pocket_teacher(
     lines = [*latents.prompts, ""]
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = captions.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
+    seen, heard = held(latents.values, place), kept.held(place)
 
     def batches(step: int, share: Share) -> Batch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         rows = latents.rows(step, batch, seed)
         said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.cut(batch)]
         prompts, rows = [lines[r] for r in said], rows[share.cut(batch)]
-        cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else kept.rows(said)
-        return Batch(torch.from_numpy(latents.values[rows].astype(np.float32)), cond, prompts)
+        cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else heard(said)
+        return Batch(seen(rows), cond, prompts)
 
     def sheet(nets: dict[str, Any]) -> Any:
         return contact_sheet(family, nets["net"], SHOWN, steps=16, guidance=4.0)
@@ -128,4 +133,6 @@ def pocket_teacher(
     # picture tell the net most of it, and what is left is edges: a quarter of the times lies above .9 and a
     # quarter below .5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, times.shifted(times.uniform, SHIFT))
-    return Run("pocket-teacher", out, method, batches, options, about, sheet=sheet, finish=finish)
+    return Run(
+        "pocket-teacher", out, method, batches, options, about, sheet=sheet, finish=finish, bodies=[family]
+    )

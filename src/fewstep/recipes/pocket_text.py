@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def pocket_text(
     batch: int = 128,
     words: int = 7_000,
     lr: float = 1e-3,
+    minutes: float = 0.0,
     seed: int = 0,
     device: str = "auto",
     threads: int = 0,
@@ -48,12 +50,21 @@ def pocket_text(
         batch: Captions an update; T5, which can be left out, sees an eighth of them.
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
+        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
         seed: Of the weights and the data order.
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
     options = Options(
-        steps, lr, seed=seed, device=device, threads=threads, ema=0.99, sheet_every=500, tokens=LENGTH
+        steps,
+        lr,
+        seed=seed,
+        device=device,
+        threads=threads,
+        ema=0.99,
+        sheet_every=500,
+        tokens=LENGTH,
+        minutes=minutes,
     )
     at_least_one(batch=batch, words=words)
     if init is not None:
@@ -62,25 +73,27 @@ def pocket_text(
     import torch
 
     from fewstep.data import render, shards, texts
-    from fewstep.families import pocket
+    from fewstep.families import pocket, sd3
     from fewstep.files import replacing_folder
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner, cells, whole
     from fewstep.recipes.parts import autoencoder_of, decoded, fingerprint, weights_of
+    from fewstep.train.device import held, pick
     from fewstep.train.latents import encode
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
-    family = pocket.build(seed, codec=autoencoder_of(codec))
+    place = pick(device)
+    family = sd3.assemble(pocket.build(seed, codec=autoencoder_of(codec)).parts, name="pocket", device=place)
     latents = encode(
         family, weights_of(codec), sources, data / "latents", family.downscale * family.latent[1]
     )
     side, values = round(pocket.CELLS**0.5), math.prod(family.latent) // pocket.CELLS
-    teacher = _sentence_encoder()
-    known = texts.captions(sources, len(latents), concepts, _words(teacher, words, seed))
     out.mkdir(parents=True, exist_ok=True)
+    chosen = _words(out / f"words-{words}-{seed}.txt", words, seed)
+    known = texts.captions(sources, len(latents), concepts, chosen)
     told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
     tokenizer = _tokenizer_in(init) if init else tokenizer_of(out / f"tokenizer-{told}", known.texts)
-    meaning = _meaning(out / f"meaning-{told}.npy", teacher, known.texts)
+    meaning = _meaning(out / f"meaning-{told}.npy", known.texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clips, t5 = _encoders(init, tokenizer)
@@ -95,7 +108,9 @@ def pocket_text(
             return_tensors="pt",
         ).input_ids
 
-    every = tokens(known.texts)
+    many = len(known.labels)
+    every, asked = tokens(known.texts).to(place), torch.from_numpy(known.table()).to(place)
+    seen, meant = held(latents.values, place), held(meaning, place)
 
     def batches(step: int, share: Share) -> TextBatch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -105,22 +120,22 @@ def pocket_text(
             rng.integers(len(latents), len(known.texts), batch),
         )
         rows, drawn = np.where(drawn, pictures, words)[share.cut(batch)], drawn[share.cut(batch)]
-        ids = every[torch.from_numpy(rows)]
-        seen = torch.from_numpy(latents.values[np.where(drawn, rows, 0)].astype(np.float32))
-        hot, sure = known.truth(rows.tolist())
+        chosen = torch.from_numpy(rows).to(place)
+        ids, labels = every[chosen], asked[chosen]
+        hot = torch.zeros(len(rows), many + 1, device=place).scatter_(1, labels, 1.0)[:, :many]
         return TextBatch(
             [ids, ids, ids[: -(-len(ids) // T5_SHARE)]],
-            torch.from_numpy(meaning[rows].astype(np.float32)),
-            torch.from_numpy(hot),
-            torch.from_numpy(sure),
-            cells(seen, side),
+            meant(rows.tolist()),
+            hot,
+            (labels[:, 0] < many).float(),
+            cells(seen(np.where(drawn, rows, 0).tolist()), side),
             torch.from_numpy(drawn.astype(np.float32)),
         )
 
     def sheet(nets: dict[str, Any]) -> Any:
         """What the CLIPs expect to see."""
         with torch.no_grad():
-            expected = nets["student"]([tokens(SHOWN)] * 3)[1]
+            expected = nets["student"]([tokens(SHOWN).to(place)] * 3)[1]
         return decoded(family, whole(expected, family.latent[0]), SHOWN)
 
     def finish(nets: dict[str, Any]) -> None:
@@ -171,6 +186,7 @@ def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
     return clips, t5
 
 
+@cache
 def _sentence_encoder() -> Any:
     import os
 
@@ -181,20 +197,25 @@ def _sentence_encoder() -> Any:
     return SentenceTransformer(str(minilm.get_model_path()), device="cpu")
 
 
-def _words(teacher: Any, many: int, seed: int) -> list[str]:
-    """English words that the sentence encoder has a token of its own for, ``many`` of them by chance."""
-    vocabulary = teacher.tokenizer.get_vocab()
-    words = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(words))
-    return [words[i] for i in order[:many]]
+def _words(path: Path, many: int, seed: int) -> list[str]:
+    """English words that the sentence encoder has a token of its own for, ``many`` of them by chance; chosen
+    once."""
+    from fewstep.files import write
+
+    if not path.exists():
+        vocabulary = _sentence_encoder().tokenizer.get_vocab()
+        words = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(words))
+        write(path, "\n".join(words[i] for i in order[:many]).encode())
+    return path.read_text().split()
 
 
-def _meaning(path: Path, teacher: Any, lines: Sequence[str]) -> np.ndarray[Any, Any]:
+def _meaning(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
     """Unit vectors of all lines, float16 ``[N, 384]``; computed once."""
     from fewstep.files import replacing_file
 
     if not path.exists():
-        vectors = teacher.encode(
+        vectors = _sentence_encoder().encode(
             list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True
         )
         with replacing_file(path) as fresh:

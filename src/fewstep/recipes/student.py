@@ -51,6 +51,8 @@ class Setting:
         dtype: Of the frozen weights: float32 or bfloat16; what learns is float32.
         recompute: Compute the blocks anew in the backward pass: less memory, a third more time.
         compile: Compile the blocks.
+        minutes: Do as many updates as fit into so many minutes, at most --steps; 0 does --steps. Of a chain
+            each stage has these minutes.
         score_every: Updates between scores by KID to the teacher's samples; 0 scores never.
         seed: Of the data order and of all noise.
         device: auto, cpu or cuda.
@@ -74,6 +76,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     compile: bool = False
+    minutes: float = 0.0
     score_every: int = 0
     seed: int = 0
     device: str = "auto"
@@ -221,6 +224,7 @@ class Lesson:
             "accumulate": setting.accumulate,
             "recompute": setting.recompute,
             "compile": setting.compile,
+            "minutes": setting.minutes,
             "score_every": setting.score_every,
         }
         resolved = Options(setting.steps, setting.lr, **usual | told | options)

@@ -40,6 +40,8 @@ class Options:
         compile: compile the bodies' blocks.
         score_every: steps between scores (see :class:`Run`); 0 scores at the end alone.
         watch: whether figures that leave their bounds (:mod:`fewstep.train.watch`) stop the run.
+        minutes: do as many steps as fit into so many minutes, at most ``steps``; settled once the speed is
+            known (:data:`fewstep.train.trainer.SETTLED`), while the rate is still level. 0 does ``steps``.
 
     Raises:
         UserError: a value out of its range.
@@ -66,12 +68,15 @@ class Options:
     compile: bool = False
     score_every: int = 0
     watch: bool = True
+    minutes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise UserError(f"--accumulate must be at least 1, not {self.accumulate}")
         if self.steps < 1 or self.threads < 0:
             raise UserError("--steps must be at least 1, and --threads at least 0")
+        if not 0 <= self.minutes < 1e6:
+            raise UserError(f"--minutes must be a number of at least 0, not {self.minutes}")
         for rate in (self.lr, *self.rates.values()):
             if not (isfinite(rate) and rate > 0):
                 raise UserError(f"--lr must be a positive number, not {rate}")

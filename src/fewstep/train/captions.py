@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.files import replacing_file
+from fewstep.train.device import held
 from fewstep.types import Cond, TextEncoder, UserError
 
 CHUNK = 250  # captions encoded at once
@@ -27,14 +28,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.pooled)
 
-    def rows(self, rows: Sequence[int]) -> Cond:
-        """Those captions' condition, torch float32."""
-        import torch
-
-        def pick(kept: np.ndarray[Any, Any]) -> Any:
-            return torch.from_numpy(kept[list(rows)].astype(np.float32))
-
-        return Cond(pick(self.context), pick(self.pooled))
+    def held(self, device: str) -> Callable[[Sequence[int]], Cond]:
+        """Rows -> those captions' condition, float32 on ``device``; a GPU keeps them all."""
+        context, pooled = held(self.context, device), held(self.pooled, device)
+        return lambda rows: Cond(context(rows), pooled(rows))
 
 
 def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -> Encoded:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.families.folder import bf16_pays
 from fewstep.train.parallel import world
 from fewstep.types import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHORT = 256
 """Tokens up to which plain attention is the faster on a CPU."""
@@ -58,6 +62,25 @@ def attention(device: str, tokens: int) -> AbstractContextManager[object]:
 
     short = device == "cpu" and 0 < tokens <= SHORT
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+
+
+def held(array: np.ndarray[Any, Any], device: str) -> Callable[[Sequence[int]], Any]:
+    """Rows of an array as float32 tensors on ``device``: a GPU keeps the array, a CPU reads where it lies.
+
+    Args:
+        array: ``[N, ...]``, perhaps on the disk.
+        device: where.
+
+    Returns:
+        ``B`` rows -> a tensor ``[B, ...]``.
+    """
+    import numpy as np
+    import torch
+
+    if device == "cpu":
+        return lambda rows: torch.from_numpy(array[list(rows)].astype(np.float32))
+    whole = torch.from_numpy(np.array(array)).to(device)
+    return lambda rows: whole[torch.tensor(list(rows), device=device)].float()
 
 
 def moved(batch: Any, device: str) -> Any:

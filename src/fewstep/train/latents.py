@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +20,7 @@ from fewstep.train.device import half
 from fewstep.types import Model, UserError
 
 CHUNK = 50  # pictures encoded at once
+READERS = 8  # shards decoded at once beside a GPU, which waits for pictures
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     kept.mkdir(parents=True, exist_ok=True)
     place = model.lift(np.zeros(1, np.float32)).device.type
     mark = "-bf16" if half("auto", place) else ""  # rounding differs: one set, one precision
+    paths = [kept / f"{shard.stem}-{size}-{_told(shard)}{mark}.npz" for shard in sources]
+    fresh = [(shard, path) for shard, path in zip(sources, paths, strict=True) if not path.exists()]
+    with ThreadPoolExecutor(READERS if place == "cuda" else 1) as pool:
+        made = pool.map(partial(_encode_one, model, size, place), fresh)
+        for number, _ in enumerate(made):
+            print(f"latents {number + 1}/{len(fresh)}", file=sys.stderr)
     values: list[Any] = []
     prompts: list[str] = []
-    for number, shard in enumerate(sources):
-        path = kept / f"{shard.stem}-{size}-{_told(shard)}{mark}.npz"
-        if not path.exists():
-            _encode_one(model, shard, path, size, place)
-            print(f"latents {number + 1}/{len(sources)}", file=sys.stderr)
+    for path in paths:
         try:
             with np.load(path) as read:
                 values.append(read["latents"])
@@ -74,9 +79,11 @@ def _told(shard: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def _encode_one(model: Model, shard: Path, path: Path, size: int, place: str) -> None:
+def _encode_one(model: Model, size: int, place: str, job: tuple[Path, Path]) -> None:
+    """A shard into a file."""
     import torch
 
+    shard, path = job
     parts: list[Any] = []
     prompts: list[str] = []
     with torch.no_grad():

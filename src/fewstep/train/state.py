@@ -50,7 +50,9 @@ class State:
         import torch
 
         shown = list(self.averages.values())
-        with _all_of([average.shown for average in shown]), torch.no_grad(), self._autocast(sharded=True):
+        # What is drawn for a sheet has a size of its own: not worth a compilation.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, _all_of([a.shown for a in shown]), torch.no_grad(), self._autocast(sharded=True):
             for net in self.nets.values():
                 net.eval()
             try:
@@ -125,7 +127,7 @@ class State:
         """The gradient of one micro-batch's losses, as its part of their mean."""
         import torch
 
-        randomness = draw(self.run.options.seed, self.step, number, share)
+        randomness = draw(self.run.options.seed, self.step, number, share, self.device)
         # What a net draws for itself (dropout) is a function of the step, too.
         torch.manual_seed(int(np.random.SeedSequence([self.step, number, share.part]).generate_state(1)[0]))
         # The kernel of attention is chosen for the backward pass as well: it may compute blocks anew.
@@ -151,12 +153,13 @@ class State:
         return torch.autocast(self.device, torch.bfloat16, enabled=wanted)
 
 
-def draw(seed: int, step: int, turn: int, share: Share = WHOLE) -> Draw:
-    """The randomness of one turn, for one share of its batch."""
+def draw(seed: int, step: int, turn: int, share: Share = WHOLE, device: str = "cpu") -> Draw:
+    """The randomness of one turn, for one share of its batch; its noise is drawn on ``device``."""
     import torch
 
     key = np.random.SeedSequence([seed, step, turn])
-    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    generator = torch.Generator(device)
+    generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return Draw(np.random.Generator(np.random.Philox(key)), generator, share)
 
 

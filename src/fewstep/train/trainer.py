@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 
-from fewstep.train import Run, parallel
+from fewstep.train import Options, Run, parallel
 from fewstep.train.best import judge
 from fewstep.train.checkpoint import save
 from fewstep.train.log import Log, circumstances
@@ -47,7 +47,7 @@ def _train(run: Run) -> None:
     state = State(run)
     about = run.about | {"options": asdict(options)} | circumstances(state.device)
     with closing(Log(run.folder, run.name, about, state.step)) as log:
-        _loop(run, state, log)
+        run = _loop(run, state, log)
         _look(run, state, log, options.sheet_every, options.score_every, last=True)
     nets = state.finished()
     finish = run.finish
@@ -55,18 +55,21 @@ def _train(run: Run) -> None:
         parallel.by_first(lambda: finish(nets))  # others wait: the next run of a chain reads what it wrote
 
 
-def _loop(run: Run, state: State, log: Log) -> None:
-    """Step until the run's steps are done, saving now and then and at the end."""
-    options, saved, saved_at, watch = run.options, time.monotonic(), state.step, Watch()
+def _loop(run: Run, state: State, log: Log) -> Run:
+    """Step until all is done, saving now and then and at the end. Returns the run, its steps settled."""
+    saved, saved_at, watch = time.monotonic(), state.step, Watch()
+    clock = Clock(state.step, saved)
     watch.recall(log.earlier)
     with _asked_to_stop() as stop:
-        while state.step < options.steps:
+        while state.step < run.options.steps:
             figures = state.advance()
-            line = log.write(state.step, figures, options)
-            if line is not None and options.watch:
+            if run.options.minutes:
+                state.run = run = replace(run, options=clock.settled(run.options, state.step))
+            line = log.write(state.step, figures, run.options)
+            if line is not None and run.options.watch:
                 parallel.by_first(lambda line=line: watch.see(state.step, line))
-            _look(run, state, log, options.sheet_every, options.score_every)
-            due = time.monotonic() - saved > 60 * options.save_minutes
+            _look(run, state, log, run.options.sheet_every, run.options.score_every)
+            due = time.monotonic() - saved > 60 * run.options.save_minutes
             stopping, due = parallel.any_of([bool(stop), due])
             if stopping or due:
                 save(run.folder, state.all(), state.step)
@@ -75,6 +78,45 @@ def _loop(run: Run, state: State, log: Log) -> None:
                 raise KeyboardInterrupt
         if saved_at < state.step:
             save(run.folder, state.all(), state.step)
+    return run
+
+
+SETTLED = 20
+"""Steps that are not timed, for what is compiled or read once, and least steps that are."""
+
+TIMED = 0.05
+"""Share of a run's minutes in which its steps are timed."""
+
+SPARE = 0.97
+"""Of the time: steps are not all equally fast, and what is learnt is to be written."""
+
+
+class Clock:
+    """How many steps fit into a run's minutes.
+
+    Args:
+        step: where the run begins, or goes on.
+        now: the time there, seconds.
+    """
+
+    def __init__(self, step: int, now: float) -> None:
+        self._step, self._begun, self._since = step, now, now
+        self._known = False
+
+    def settled(self, options: Options, step: int) -> Options:
+        """The options, with the number of steps that fits once it is known; the same in every process."""
+        now, timed = time.monotonic(), step - self._step - SETTLED
+        if timed == 0:
+            self._since = now
+        long = now - self._since >= TIMED * 60 * options.minutes
+        if self._known or timed < SETTLED or not parallel.any_of([long])[0]:
+            return options
+        self._known = True
+        left = SPARE * 60 * options.minutes - (now - self._begun)
+        more = max(0.0, left * timed / (now - self._since))
+        steps = int(parallel.means({"steps": min(options.steps, step + more)})["steps"])
+        print(f"fewstep: {steps} steps fit into {options.minutes:g} minutes", file=sys.stderr)
+        return replace(options, steps=steps)
 
 
 def _look(run: Run, state: State, log: Log, sheets: int, scores: int, last: bool = False) -> None:
