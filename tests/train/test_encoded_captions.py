@@ -25,7 +25,7 @@ def refuse(prompts: Sequence[str]) -> Cond:
 
 def test_each_caption_has_its_own_condition(tmp_path: Path) -> None:
     kept = captions.encode(text, "clip", LINES, tmp_path)
-    cond = kept.rows([300, 2, 299])
+    cond = kept.held("cpu")([300, 2, 299])
     assert cond.context.shape == (3, 3, 4) and cond.context.dtype == torch.float32
     assert cond.pooled.flatten().tolist() == [0, 6, 6]
     assert len(kept) == len(LINES) > captions.CHUNK

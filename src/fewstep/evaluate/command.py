@@ -25,6 +25,7 @@ from fewstep.evaluate.produce import Progress
 from fewstep.evaluate.renderings import redraws
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.scenes import load as load_scenes
+from fewstep.evaluate.written import load as load_written
 from fewstep.pipeline import Pipeline
 from fewstep.source import locate
 from fewstep.types import UserError
@@ -64,6 +65,7 @@ def evaluate(
     first_seed: Whole = 0,
     scenes: Whole = 120,
     detector: Path = Path("models/scene-detector"),
+    written: Path | None = None,
     data: Path = Path("data/stickers"),
 ) -> None:
     """Measure models on the same prompts and seeds: KID, retrieval, diversity, scenes, and against a teacher.
@@ -81,6 +83,8 @@ def evaluate(
         first_seed: Seed of the first picture; the others count up from it.
         scenes: How many prompts of scenes to score besides, a picture each: a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes, from `fewstep train scene-detector`.
+        written: Measure prompts that people wrote besides, a picture each, as in docs/handwritten.tsv: lines
+            of a prompt, a tab, and the concepts of which one is expected, with | between them.
         data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """
     if not models:
@@ -90,10 +94,12 @@ def evaluate(
     typed += ["--teacher", teacher] if teacher else []
     typed += ["--prompts", str(prompts), "--seeds", str(seeds), "--first-seed", str(first_seed)]
     typed += ["--scenes", str(scenes), *(["--detector", str(detector)] if scenes else [])]
+    typed += ["--written", str(written)] if written else []
     typed += ["--data", str(data), "-o", str(output)]
     specs = expand(models, steps)
     candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
     references, ceilings = stickers.references(data), redraws(data)
+    prose = load_written(written, references) if written else ()
     with _shown() as progress:
         test = load_scenes(data, detector, scenes) if scenes else None
         results = run(
@@ -106,6 +112,7 @@ def evaluate(
             first_seed=first_seed,
             ceilings=ceilings,
             scenes=test,
+            prose=prose,
             shared=data / "features",
             command=shlex.join(typed),
             on_progress=progress,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from fewstep.data.stickers import Reference
+from fewstep.evaluate import written
 from fewstep.evaluate.cache import Cache
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
 from fewstep.evaluate.measure import against, measure
@@ -20,6 +21,7 @@ from fewstep.evaluate.report import Results, Row, versions, write
 from fewstep.evaluate.scenes import SceneTest
 from fewstep.evaluate.score import joined, score
 from fewstep.evaluate.sheet import sheet
+from fewstep.evaluate.written import Written
 from fewstep.types import UserError
 
 SHEET_PROMPTS = 12
@@ -37,6 +39,7 @@ def evaluate(
     first_seed: int = 0,
     ceilings: Mapping[str, Redraw] | None = None,
     scenes: SceneTest | None = None,
+    prose: Sequence[Written] = (),
     extractor: Extractor | None = None,
     shared: Path | None = None,
     command: str = "",
@@ -48,13 +51,14 @@ def evaluate(
         candidates: the models, labels unique.
         references: the renderings to retrieve among, all of one size; the prompts are drawn from them.
         folder: receives ``results.json``, ``results.md``, a ``sheet-LABEL.png`` each (with scenes, a
-            ``scenes-LABEL.png`` too), and ``cache/``.
+            ``scenes-LABEL.png`` too, and a ``written-LABEL.png`` with written prompts), and ``cache/``.
         teacher: label of the candidate that the others are compared with.
         prompts: how many prompts, half from seen and half from held-out pairs.
         seeds: pictures a prompt.
         first_seed: seed of the first picture; the others count up from it.
         ceilings: by label, what draws real renderings of the same pairs; measured as if they were generated.
         scenes: prompts of scenes to score besides, from :func:`fewstep.evaluate.scenes.load`.
+        prose: prompts that people wrote, to measure besides.
         extractor: features; the open_nsfw pool when absent.
         shared: where the features of renderings are kept, for several runs; ``folder/cache`` when absent.
         command: what was typed, for the record.
@@ -78,6 +82,10 @@ def evaluate(
         scored = score(candidates, scenes, producer, teacher, first_seed)
         rows, pages = joined(rows, scored.rows), scored.sheets
         sheets |= {f"scenes-{slug(label)}": page for label, page in pages.items()}
+    if prose:
+        own = written.score(candidates, prose, producer, gallery, references, teacher, first_seed)
+        rows = joined(rows, own.rows)
+        sheets |= {f"written-{slug(label)}": page for label, page in own.sheets.items()}
     results = Results(
         extractor=producer.extractor.name,
         teacher=teacher,
@@ -86,6 +94,7 @@ def evaluate(
         seeds=seeds,
         first_seed=first_seed,
         scenes=0 if scenes is None else len(scenes.scenes),
+        written=len(prose),
         detector=None if scenes is None else scenes.detector,
         references=len(references),
         concepts=len({reference.concept for reference in references}),

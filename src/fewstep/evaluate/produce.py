@@ -49,7 +49,10 @@ class Producer:
 
     def generated(self, candidate: Candidate, plan: Plan) -> Pictures:
         """All pictures of a candidate, in the order of `Plan.rows`."""
-        prompts, seeds = plan.rows()
+        return self.made(candidate, *plan.rows(), candidate.label)
+
+    def made(self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str) -> Pictures:
+        """Pictures of a candidate and their features, one of each prompt and seed; ``name`` is shown."""
 
         def part(at: int, to: int) -> Arrays:
             origin = [candidate.identity, self.extractor.name, prompts[at:to], seeds[at:to]]
@@ -59,7 +62,7 @@ class Producer:
             images = _checked(candidate, prompts[at:to], seeds[at:to])
             return {"images": images, "features": self.extractor(images)}
 
-        parts = self._chunks(candidate.label, len(prompts), part)
+        parts = self._chunks(name, len(prompts), part)
         return Pictures(*(np.concatenate([part[key] for part in parts]) for key in ("images", "features")))
 
     def drawn(

@@ -48,6 +48,12 @@ SCENES = (
     ("all, % of teacher", "scene_ratio", 100),
 )
 
+WRITTEN = (
+    ("top-1, %", "written_top1", 100),
+    ("top-5, %", "written_top5", 100),
+    ("top-5, % of teacher", "written_top5_ratio", 100),
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,6 +76,7 @@ class Results:
         seeds: pictures a prompt.
         first_seed: seed of the first picture.
         scenes: prompts of scenes, a picture each; 0 where none were scored.
+        written: prompts that people wrote, a picture each; 0 where none were measured.
         detector: name of what judged the scenes.
         references: renderings in the gallery.
         concepts: concepts among them.
@@ -85,6 +92,7 @@ class Results:
     seeds: int
     first_seed: int
     scenes: int
+    written: int
     detector: str | None
     references: int
     concepts: int
@@ -136,6 +144,11 @@ def markdown(results: Results) -> str:
             f"Scene score, {results.scenes} prompts with a picture each, half of them held out, judged by "
             f"{results.detector}:",
             _table(results, SCENES, results.scenes),
+        ]
+    if results.written:
+        parts += [
+            f"{results.written} prompts that people wrote, a picture each; found is one of those they mean:",
+            _table(results, WRITTEN, results.written),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,0 +1,114 @@
+"""Prompts that people wrote: is a concept that a person would expect among the nearest ones?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from fewstep.data.stickers import Reference
+from fewstep.evaluate import estimate
+from fewstep.evaluate.measure import DEPTHS
+from fewstep.evaluate.plan import LAST_SEED, Candidate
+from fewstep.evaluate.produce import Producer
+from fewstep.evaluate.report import Row
+from fewstep.evaluate.retrieval import hits
+from fewstep.evaluate.score import Scored
+from fewstep.evaluate.sheet import sheet
+from fewstep.types import UserError
+
+COLUMNS = 12
+SHOWN = 144
+"""Pictures on a sheet."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt, and the concepts of which one is expected."""
+
+    prompt: str
+    concepts: tuple[str, ...]
+
+
+def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
+    """Lines ``PROMPT<TAB>CONCEPT|CONCEPT``; empty ones and those that begin with ``#`` are skipped.
+
+    Raises:
+        UserError: the file cannot be read, a line has no such form, or nothing is called by that name.
+    """
+    known = {reference.concept for reference in references}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    found: list[Written] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        prompt, tab, rest = line.partition("\t")
+        concepts = tuple(rest.split("|"))
+        if not tab or not prompt.strip():
+            raise UserError(f"{path}, line {number}: give a prompt, a tab, and concepts with | between them")
+        if unknown := [name for name in concepts if name not in known]:
+            raise UserError(f"{path}, line {number}: there is no rendering of {unknown[0]!r}")
+        found.append(Written(prompt, concepts))
+    if not found:
+        raise UserError(f"{path} holds no prompts")
+    return tuple(found)
+
+
+def score(
+    candidates: Sequence[Candidate],
+    written: Sequence[Written],
+    producer: Producer,
+    gallery: NDArray[np.float32],
+    references: Sequence[Reference],
+    teacher: str | None,
+    first_seed: int,
+) -> Scored:
+    """One picture a prompt and candidate: ``written_top1`` and ``written_top5``, and to the teacher's.
+
+    Raises:
+        UserError: the seeds would pass the last one there is.
+    """
+    prompts = [one.prompt for one in written]
+    seeds = [first_seed + row for row in range(len(prompts))]
+    if seeds[-1] > LAST_SEED:
+        raise UserError(f"the seeds of the prompts must lie below {LAST_SEED}, so not from {first_seed}")
+    labels = [reference.concept for reference in references]
+    found: dict[str, dict[int, NDArray[np.float64]]] = {}
+    sheets: dict[str, Image] = {}
+    for candidate in candidates:
+        made = producer.made(candidate, prompts, seeds, f"{candidate.label}, written")
+        found[candidate.label] = {k: any_hit(made.features, written, gallery, labels, k) for k in DEPTHS}
+        said = [
+            f"{'ok' if hit >= 0.5 else 'NO'}: {one.prompt}"
+            for one, hit in zip(written, found[candidate.label][DEPTHS[-1]], strict=True)
+        ]
+        sheets[candidate.label] = sheet(made.images[:SHOWN], said[:SHOWN], COLUMNS)
+    rows: list[Row] = []
+    for label, rates in found.items():
+        figures = {f"written_top{k}": estimate.mean(rate) for k, rate in rates.items()}
+        if teacher is not None and label != teacher:
+            for k, rate in rates.items():
+                ratio = estimate.ratio(rate, found[teacher][k])
+                figures |= {} if ratio is None else {f"written_top{k}_ratio": ratio}
+        rows.append(Row(label, len(prompts), figures))
+    return Scored(tuple(rows), sheets)
+
+
+def any_hit(
+    features: NDArray[np.floating],
+    written: Sequence[Written],
+    gallery: NDArray[np.floating],
+    labels: Sequence[str],
+    k: int,
+) -> NDArray[np.float64]:
+    """Whether one of the expected concepts is among the ``k`` nearest, ``[N]`` in [0, 1]."""
+    most = max(len(one.concepts) for one in written)
+    tries = [[one.concepts[min(at, len(one.concepts) - 1)] for one in written] for at in range(most)]
+    return np.max([hits(features, wanted, gallery, labels, k) for wanted in tries], axis=0)
