@@ -21,6 +21,10 @@ from fewstep.families import pocket, sd3
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "gpu" / "pocket.sh"
 TINY = {
+    "CODEC_STEPS": "2",
+    "CODEC_BATCH": "2",
+    "T5_STEPS": "2",
+    "COMPILE": "",
     "WORDS": "20",
     "TEXT_STEPS": "2",
     "TEXT_BATCH": "8",
@@ -40,11 +44,14 @@ LOGS = ("./log.jsonl", "./run.json")
 LEARNT = {
     "text": [
         *LOGS,
-        *(f"./{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        *(f"./{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")),
         *(f"./{part}/tokenizer.json" for part in ("tokenizer", "tokenizer_2")),
     ],
+    "t5-text": [*LOGS, "./text_encoder_3/model.safetensors"],
+    "codec": [*LOGS, "./vae/diffusion_pytorch_model.safetensors"],
     "teacher": [*LOGS, *NET],
-    "student": [*NET, "./merge.json", *(f"./{part}/log.jsonl" for part in ("1-warm", "2-flash", "3-split"))],
+    "warm": [*LOGS, *NET],
+    "student": [*NET, "./merge.json", *(f"./{part}/log.jsonl" for part in ("2-flash", "3-split"))],
 }
 """What each archive must hold."""
 
@@ -73,19 +80,20 @@ def test_it_is_valid_bash() -> None:
 def test_what_was_learnt_comes_home_in_small_files(tmp_path: Path) -> None:
     tiny_stickers.make(tmp_path / "data")
     sd3.save(pocket.build(), tmp_path / "teacher")
-    done = script(tmp_path, "data", "text", "teacher", "walks", "student")
+    done = script(tmp_path, "data", "codec", "text", "teacher", "t5", "walks", "student")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "out"
     assert all(path.stat().st_size < 16 * 2**20 for path in out.iterdir())
-    for name, steps in (("text", 28), ("teacher", 28), ("student", 4)):
+    for name, steps in (("codec", 28), ("text", 28), ("teacher", 28), ("warm", 4), ("student", 4)):
         whole = tmp_path / f"{name}.tar"
         whole.write_bytes(b"".join(p.read_bytes() for p in sorted(out.glob(f"{name}.tar.*"))))
         with tarfile.open(whole) as tar:
-            assert {"./sheet.png", *LEARNT[name]} <= set(tar.getnames())
+            names = set(tar.getnames())
+            assert {"./sheet.png", *LEARNT[name]} <= names
             tar.extractall(tmp_path / "teacher", filter="data")  # over a complete Pocket
         family = sd3.load(tmp_path / "teacher")
         assert family.steps == steps
-        assert (family.parts["text_encoder_3"] is None) == (name == "student")  # it learnt to do without T5
+        assert (family.parts["text_encoder_3"] is None) == (steps == 4)  # students learnt to do without T5
 
 
 STAND_IN = """#!/usr/bin/env bash
@@ -121,5 +129,6 @@ def test_an_unknown_stage_is_said(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "gpu/pocket.sh: there is no stage techer: data, text, teacher, walks, student, ablate, export\n"
+        == "gpu/pocket.sh: there is no stage techer: data, codec, text, teacher, t5, walks, student, "
+        "ablate, export\n"
     )

@@ -13,14 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.train.held import held
 from tests.train.worker import run_of
 
+from fewstep.train import Options
 from fewstep.train.checkpoint import FOLDER, done
+from fewstep.train.device import held as on_device
 from fewstep.train.legacy import LAST
-from fewstep.train.trainer import State, train
+from fewstep.train.trainer import SETTLED, SPARE, Clock, State, train
 from fewstep.types import Share, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -296,3 +299,30 @@ def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
 def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="8 cannot be cut into 3"):
         train(run_of(tmp_path, 2, accumulate=3))
+
+
+def test_a_run_of_minutes_ends_by_itself(tmp_path: Path) -> None:
+    train(replace(run_of(tmp_path, 10**6, minutes=0.02), sheet=None))
+    reached = done(tmp_path)
+    assert 2 * SETTLED <= reached < 10**6
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == reached
+
+
+def test_steps_fit_into_the_minutes_whatever_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fewstep.train.trainer.time.monotonic", lambda: now[0])
+    options, clock = Options(10**6, 1e-3, minutes=10.0), Clock(100, 0.0)
+    seconds = {101: 60.0}  # the first step compiles, the others take half a second
+    for step in range(101, 100 + 10**4):
+        now[0] += seconds.get(step, 0.5)
+        options = clock.settled(options, step)
+    assert options.steps == 100 + 1 + int((SPARE * 600 - 60) / 0.5)
+    assert Options(10, 1e-3, minutes=0).minutes == 0
+    with pytest.raises(UserError, match="--minutes"):
+        Options(10, 1e-3, minutes=-1)
+
+
+def test_rows_are_read_where_they_lie() -> None:
+    array = np.arange(12, dtype=np.float16).reshape(4, 3)
+    rows = on_device(array, "cpu")([3, 0, 3])
+    assert rows.dtype == torch.float32 and rows[:, 0].tolist() == [9, 0, 9]
