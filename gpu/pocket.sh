@@ -143,7 +143,9 @@ teacher() {
 }
 
 t5() { # last the teacher hears T5 now and then: as long as it must hear it, no batch is a compiled one's size
-  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" \
+  local codec=$CODEC # as the teacher's run names it: latents are kept by their codec's file
+  [ ! -d "$TEACHER" ] || codec=$TEACHER/vae
+  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$codec" \
     --keep-t5 0.4 --minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch "$BATCH" --lr "$T5_LR" --device "$DEVICE"
   bring "$RUNS/t5" teacher transformer fewstep.json
 }

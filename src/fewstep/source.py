@@ -42,7 +42,7 @@ EXTRAS = {
     **{"executorch": "executorch", "torchao": "torchao"},
     **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
 }
-SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*"]
+SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*", "README.md"]
 """Files of a bundle on the hub, where others may lie beside it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

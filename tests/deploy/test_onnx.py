@@ -87,12 +87,15 @@ def test_a_picture_does_not_depend_on_its_batch(export: Any, tmp_path: Path) -> 
 def test_the_manifest_says_what_the_family_says(small: Family, export: Any, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("do what you like")
-    bundle: Bundle = export(tmp_path / "b", license_file=text, about={"styles": ["3D", "flat"]})
+    card = tmp_path / "card"
+    card.write_text("what it cannot do")
+    bundle: Bundle = export(tmp_path / "b", license_file=text, about={"styles": ["3D", "flat"]}, card=card)
     bundle.verify()
     said = (bundle.name, bundle.latent, bundle.downscale, bundle.shift, bundle.steps, bundle.guidance)
     assert said == ("small", small.latent, 8, 3.0, 4, None)
     assert (bundle.length, bundle.styles, bundle.license) == (tiny.LENGTH, ("3D", "flat"), "Apache-2.0")
     assert bundle.path("LICENSE").read_text() == "do what you like"
+    assert bundle.path("README.md").read_text() == "what it cannot do"
 
 
 def test_nothing_of_this_machine_is_in_the_files(export: Any, tmp_path: Path) -> None:

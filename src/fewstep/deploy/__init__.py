@@ -23,11 +23,13 @@ class Facts:
         license: of the weights, such as ``Apache-2.0``.
         license_file: its text, to ship along.
         about: free facts.
+        card: the model card, to ship along.
     """
 
     license: str = "unknown"
     license_file: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    card: Path | None = None
 
 
 class Target(Protocol):

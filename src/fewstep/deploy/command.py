@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fewstep.deploy import Facts
+from fewstep.runtime.bundle import CARD
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def export(
 ) -> None:
     """Write a trained model for the program that shall run it.
 
-    A LICENSE file in the source folder goes along. An earlier export at the same place is replaced.
+    A LICENSE and a model card (README.md) in the source folder go along. An earlier export at the same place
+    is replaced.
 
     Args:
         source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
@@ -116,5 +118,7 @@ def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
 
     text = Path(place) / "LICENSE"
     given = text if text.is_file() else None
+    card = Path(place) / CARD
     told = {} if about is None else read_json(about)
-    return Facts(license or ("unknown" if given is None else "see LICENSE"), given, told)
+    name = license or ("unknown" if given is None else "see LICENSE")
+    return Facts(name, given, told, card if card.is_file() else None)

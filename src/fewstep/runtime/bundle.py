@@ -33,6 +33,8 @@ from fewstep.types import Sampler, UserError
 FORMAT = 2
 """Of 1, the modulations were in the transformer's graph."""
 MANIFEST = "bundle.json"
+CARD = "README.md"
+"""The model card's name, in a bundle as on the hub."""
 LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
 NEEDED = ("text", "modulation", "transformer", "decoder")

@@ -11,7 +11,7 @@ from fewstep.deploy.common.graphs import t5_length
 from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import replacing_folder
-from fewstep.runtime.bundle import MANIFEST, T5_TOKENIZER, Engine, seal
+from fewstep.runtime.bundle import CARD, MANIFEST, T5_TOKENIZER, Engine, seal
 from fewstep.types import UserError
 
 
@@ -51,6 +51,8 @@ def write_bundle(
             write_t5_tokenizer(family, fresh / T5_TOKENIZER)
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        if facts.card is not None:
+            shutil.copyfile(facts.card, fresh / CARD)
         bundle = seal(fresh, told)
     return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
 
