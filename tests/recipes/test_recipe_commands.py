@@ -18,6 +18,7 @@ HELP = {
     "data": ("stickers", "folder"),
     "train pocket-codec": ("--decoder-only", "Crops an update."),
     "train pocket-text": ("--words", "Captions an update;"),
+    "train pocket-words": ("--init", "Prompts an update;"),
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
     "train scene-detector": ("--batch", "Pictures an update."),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),

@@ -23,6 +23,7 @@ from fewstep.recipes.distill import trajectory
 from fewstep.recipes.pocket_codec import pocket_codec
 from fewstep.recipes.pocket_teacher import pocket_teacher
 from fewstep.recipes.pocket_text import pocket_text
+from fewstep.recipes.pocket_words import pocket_words
 from fewstep.recipes.student import Setting
 from fewstep.train.checkpoint import done
 from fewstep.train.trainer import train
@@ -100,6 +101,13 @@ def test_the_teacher_keeps_t5_and_its_codec(made: Made) -> None:
     latents = np.concatenate([np.load(p)["latents"] for p in sorted(made.data.glob("latents/*/*.npz"))])
     assert latents.shape == (24, *family.latent)
     assert abs(float(latents.astype(np.float32).std()) - 1) < 0.3  # what the finished codec scales them to
+
+
+def test_words_leave_encoders_that_a_teacher_takes(made: Made, tmp_path: Path) -> None:
+    train(pocket_words(init=made.teacher, data=made.data, out=tmp_path / "w", steps=2, batch=6, words=20))
+    options: dict[str, Any] = {"data": made.data, "init": made.teacher, "text": tmp_path / "w" / "model"}
+    train(pocket_teacher(out=tmp_path / "t", steps=1, batch=2, keep_t5=0, **options))
+    assert sd3.load(tmp_path / "t" / "model").steps == 28
 
 
 def test_a_finished_run_went_on_when_asked_for_more(made: Made) -> None:

@@ -86,7 +86,7 @@ _CLOSERS = (
     " drawing",
     " picture",
 )
-_MOODS = (
+MOODS = (
     "cute",
     "little",
     "big",
@@ -178,24 +178,24 @@ class Ground:
 
 def sticker(concept: Concept, style: str, ground: Ground, rng: Rng) -> str:
     """A caption of one sticker; about one in six names no style."""
-    thing = _article(_name(concept, rng), rng)
+    thing = article(_name(concept, rng), rng)
     look = _pick(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
-    return _finish(_arrange(thing, look, _background(ground, rng), rng), rng)
+    return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 
 def things(names: Sequence[str], relation: str | None, style: str | None, ground: Ground, rng: Rng) -> str:
     """A caption of a scene of two or more different things: ``names`` joined by ``relation`` or "and"."""
-    parts = [_article(name, rng) for name in names]
+    parts = [article(name, rng) for name in names]
     joined = f" {relation} ".join(parts) if relation else ", ".join(parts[:-1]) + " and " + parts[-1]
     look = _pick(STYLE_WORDS[style], rng) if style and rng.random() < 0.7 else None
-    return _finish(_arrange(joined, look, _background(ground, rng), rng), rng)
+    return finish(arrange(joined, look, background(ground, rng), rng), rng)
 
 
 def counted(concept: Concept, count: int, style: str, ground: Ground, rng: Rng) -> str:
     """A caption of two to four of one thing."""
     look = _pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
     thing = f"{_pick(_NUMBERS[count], rng)} {plural(_name(concept, rng))}"
-    return _finish(_arrange(thing, look, _background(ground, rng), rng), rng)
+    return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 
 def plain(concept: Concept, style: str) -> str:
@@ -228,9 +228,9 @@ def _name(concept: Concept, rng: Rng) -> str:
     return f"{concept.name} ({synonym})" if draw < 0.94 else f"{synonym} {concept.name}"
 
 
-def _article(name: str, rng: Rng) -> str:
+def article(name: str, rng: Rng) -> str:
     if rng.random() < 0.08:
-        name = f"{_pick(_MOODS, rng)} {name}"
+        name = f"{_pick(MOODS, rng)} {name}"
     draw = rng.random()
     if draw < 0.45:
         return name
@@ -239,13 +239,13 @@ def _article(name: str, rng: Rng) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def _background(ground: Ground, rng: Rng) -> str | None:
+def background(ground: Ground, rng: Rng) -> str | None:
     if ground.first is None:
         return _pick(_ON, rng).format(_pick(("white", "plain"), rng)) if rng.random() < 0.06 else None
     return _pick(_ON, rng).format(ground.words)
 
 
-def _arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
+def arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
     """Word order: the thing, its look and its ground, however people put them."""
     comma = ", " if rng.random() < 0.6 else " "
     if look is None:
@@ -263,7 +263,7 @@ def _arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
     return f"{look}: {thing}{tail}" if draw < 0.87 else f"{thing}{tail} {look}"
 
 
-def _finish(text: str, rng: Rng) -> str:
+def finish(text: str, rng: Rng) -> str:
     text = _pick(_OPENERS, rng) + text
     draw = rng.random()
     if draw < 0.05:

@@ -66,6 +66,20 @@ class Learner(nn.Module):
         return views, self.picture(torch.cat(states, -1)[:, -self.cells :])
 
 
+class Clips(nn.Module):
+    """Two CLIPs side by side, as an MMDiT of SD3 reads them."""
+
+    def __init__(self, clips: Sequence[Any]) -> None:
+        super().__init__()
+        self.clips = nn.ModuleList(clips)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, L]`` -> states ``[B, L, D]`` and pooled ``[B, P]``."""
+        outs = [clip(ids, output_hidden_states=True) for clip in self.clips]
+        states = torch.cat([out.hidden_states[-2] for out in outs], -1)
+        return states, torch.cat([out.text_embeds for out in outs], -1)
+
+
 def cells(latents: torch.Tensor, side: int) -> torch.Tensor:
     """Cut ``[B, C, H, W]`` into ``side`` x ``side`` cells, row by row: ``[B, side^2, C H W / side^2]``."""
     b, c, h, w = latents.shape

@@ -50,7 +50,7 @@ def _own(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, 
     return {name: str(value) for name, value in bound.arguments.items() if name != "setting"}
 
 
-for _name in ("pocket-codec", "pocket-text", "pocket-teacher", "scene-detector"):
+for _name in ("pocket-codec", "pocket-text", "pocket-words", "pocket-teacher", "scene-detector"):
     _offer(train, _name, _name.replace("-", "_"), _name.replace("-", "_"))
 for _name in METHODS:
     _offer(distill, _name, "distill", _name)

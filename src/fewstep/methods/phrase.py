@@ -1,0 +1,69 @@
+"""Text encoders that understand more, for a net that need not learn anew (floor 3).
+
+A net was trained on what its encoders say of plain prompts. Whatever else means the same shall make them say
+the same: the states that foretell the picture, and the pooled ones, of the plain prompt. States of the single
+words cannot agree, for the words differ; they keep, on captions of the data set, what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.methods import Draw, Losses, Turn
+
+
+@dataclass(frozen=True)
+class PhraseBatch:
+    """Token ids int64 ``[B, L]`` of what is said and of what is meant: first phrases, then captions as they
+    are.
+
+    Attributes:
+        said: ids.
+        meant: ids; of a caption its own.
+        phrases: how many of the rows are phrases.
+    """
+
+    said: Any
+    meant: Any
+    phrases: int
+
+
+@dataclass(frozen=True)
+class Rephrase:
+    """Minimise the squared distance to what the encoders said of the plain prompt before, over its variance.
+
+    Attributes:
+        student: ids ``[B, L]`` -> states ``[B, L, D]`` and pooled ``[B, P]``.
+        before: the same of the encoders as they were; it does not learn.
+        cells: how many of the last positions foretell the picture.
+    """
+
+    student: Any
+    before: Any
+    cells: int
+
+    @property
+    def nets(self) -> dict[str, Any]:
+        return {"student": self.student}
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", self.losses)]
+
+    def losses(self, batch: PhraseBatch, draw: Draw) -> Losses:
+        """Of phrases and of captions."""
+        import torch
+
+        with torch.no_grad():
+            states, pooled = self.before(batch.meant)
+        own, own_pooled = self.student(batch.said)
+        n, c = batch.phrases, self.cells
+        return {
+            "phrase": _off(own[:n, -c:], states[:n, -c:]) + _off(own_pooled[:n], pooled[:n]),
+            "caption": _off(own[n:], states[n:]) + _off(own_pooled[n:], pooled[n:]),
+        }
+
+
+def _off(own: Any, wanted: Any) -> Any:
+    return (own - wanted).square().mean() / wanted.var()

@@ -1,0 +1,64 @@
+"""People's own words: what is said keeps what is meant."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fewstep.data.captions import COLOURS, STYLE_WORDS
+from fewstep.data.concepts import Concept, held_out
+from fewstep.data.phrases import Phrases, other_names, usual
+
+STYLES = ("3d", "flat", "noto", "twemoji")
+KNOWN = [
+    Concept(name, (synonym,), ("animal",), code, "animal", STYLES)
+    for name, synonym, code in (("dog", "puppy", "1"), ("cat", "pussy", "2"), ("owl", "night bird", "3"))
+]
+PHRASES = Phrases(KNOWN, [["puppy", "doggo"], ["kitty"], []], ["zzyx"])
+
+
+def test_what_is_meant_is_a_plain_prompt_of_what_is_said() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [PHRASES.draw(rng) for _ in range(400)]
+    plain = {f"{c.name}, {words[0]}" for c in KNOWN for words in STYLE_WORDS.values()}
+    for phrase in drawn:
+        meant, _, ground = phrase.meant.partition(" on a ")
+        assert meant in plain
+        assert not ground or ground.removesuffix(" background") in COLOURS
+    assert len({phrase.said for phrase in drawn}) > 300
+    assert any("doggo" in phrase.said and phrase.meant.startswith("dog, ") for phrase in drawn)
+    assert any("zzyx" in phrase.said for phrase in drawn)
+
+
+def test_a_style_that_is_named_is_meant_and_else_the_usual_one() -> None:
+    rng = np.random.default_rng(1)
+    hints = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
+    right = 0
+    for phrase in (PHRASES.draw(rng) for _ in range(300)):
+        name, _, rest = phrase.meant.partition(", ")
+        style = next(s for s, words in STYLE_WORDS.items() if rest.startswith(words[0]))
+        concept = next(c for c in KNOWN if c.name == name)
+        right += hints[style] in phrase.said.lower() or style == usual(concept)
+    assert right >= 295  # a typing slip may hit the style
+
+
+def test_the_usual_style_is_one_that_training_has_seen() -> None:
+    many = [Concept(f"thing {i}", (), (), str(i), "g", STYLES) for i in range(200)]
+    assert all(not held_out(c.name, usual(c)) for c in many)
+    assert {usual(c) for c in many} > {"3d"}
+
+
+def test_words_near_a_name_are_names_and_others_are_not() -> None:
+    def at(angle: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        return np.array([np.cos(angle), np.sin(angle)], np.float32)
+
+    vectors = {
+        "dog": at(0),
+        "puppy": at(0.2),
+        "cat": at(2),
+        "pussy": at(2.2),
+        "owl": at(4),
+        "night bird": at(4),
+    }
+    vectors |= {"hound": at(0.1), "feline": at(1.9), "tax": at(3), "Dog": at(0)}
+    found = other_names(KNOWN, vectors, ["hound", "feline", "tax", "puppy"])
+    assert found == [["puppy", "hound"], ["pussy", "feline"], ["night bird"]]
