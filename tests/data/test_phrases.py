@@ -43,7 +43,8 @@ def test_a_style_that_is_named_is_meant_and_else_the_usual_one() -> None:
 
 def test_the_usual_style_is_one_that_training_has_seen() -> None:
     many = [Concept(f"thing {i}", (), (), str(i), "g", STYLES) for i in range(200)]
-    assert all(not held_out(c.name, usual(c)) for c in many)
+    some = [c for c in many if not all(held_out(c.name, style) for style in STYLES)]
+    assert len(some) > 150 and all(not held_out(c.name, usual(c)) for c in some)
     assert {usual(c) for c in many} > {"3d"}
 
 
@@ -59,6 +60,6 @@ def test_words_near_a_name_are_names_and_others_are_not() -> None:
         "owl": at(4),
         "night bird": at(4),
     }
-    vectors |= {"hound": at(0.1), "feline": at(1.9), "tax": at(3), "Dog": at(0)}
+    vectors |= {"hound": at(0.1), "feline": at(1.9), "tax": at(5.2), "Dog": at(0)}
     found = other_names(KNOWN, vectors, ["hound", "feline", "tax", "puppy"])
     assert found == [["puppy", "hound"], ["pussy", "feline"], ["night bird"]]
