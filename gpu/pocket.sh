@@ -29,6 +29,7 @@ STUDENT_BATCH=${STUDENT_BATCH:-128} STUDENT_LR=${STUDENT_LR:-2e-4}
 SEEDS=${SEEDS:-3} PASSES=${PASSES:-20000} ABLATE_WARM=${ABLATE_WARM:-1000} ABLATE_BATCH=${ABLATE_BATCH:-64}
 PROMPTS=${PROMPTS:-200} SCENES=${SCENES:-120}
 STARTED=$SECONDS
+[ ! -d "$TEACHER" ] || CODEC=$TEACHER/vae TEXT=$TEACHER
 
 setup() {
   mkdir -p "$RUNS" "$OUT"
@@ -113,7 +114,7 @@ data() {
 }
 
 codec() { # a sharper decoder: latents, and all that was trained on them, stay what they are
-  timed train pocket-codec --data "$DATA" --out "$RUNS/codec" --init "$TEACHER/vae" --decoder-only \
+  timed train pocket-codec --data "$DATA" --out "$RUNS/codec" --init "$CODEC" --decoder-only \
     --minutes "$CODEC_MINUTES" --steps "$CODEC_STEPS" --batch "$CODEC_BATCH" --lr "$CODEC_LR" --device "$DEVICE"
   mkdir -p "$RUNS/codec/model/vae"
   mv "$RUNS/codec/model"/*.* "$RUNS/codec/model/vae"
@@ -122,7 +123,7 @@ codec() { # a sharper decoder: latents, and all that was trained on them, stay w
 
 text() {
   local from=(--codec "$CODEC")
-  [ ! -d "$TEACHER" ] || from=(--codec "$TEACHER/vae" --init "$TEACHER")
+  [ ! -d "$TEACHER" ] || from+=(--init "$TEACHER")
   timed train pocket-text --data "$DATA" --out "$RUNS/text" "${from[@]}" \
     --words "$WORDS" --minutes "$TEXT_MINUTES" --steps "$TEXT_STEPS" --batch "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
   bring "$RUNS/text" text tokenizer text_encoder text_encoder_2
@@ -130,28 +131,26 @@ text() {
 }
 
 teacher() {
-  local from=(--codec "$CODEC")
-  if [ -d "$TEACHER/transformer" ]; then from=(--init "$TEACHER"); elif [ -d "$TEACHER" ]; then from=(--codec "$TEACHER/vae"); fi
-  if [ -d "$RUNS/text/model" ]; then
-    from+=(--text "$RUNS/text/model")
-  elif [ ! -d "$TEACHER/transformer" ]; then
-    from+=(--text "$TEXT")
-  fi
+  local text=$TEXT
+  [ ! -d "$RUNS/text/model" ] || text=$RUNS/text/model
+  local from=(--codec "$CODEC" --text "$text")
+  [ ! -d "$TEACHER/transformer" ] || from+=(--init "$TEACHER")
   timed train pocket-teacher --data "$DATA" --out "$RUNS/teacher" "${from[@]}" \
     --keep-t5 0 --minutes "$TEACHER_MINUTES" --steps "$STEPS" --batch "$BATCH" --lr "$LR" $COMPILE --device "$DEVICE"
   bring "$RUNS/teacher" teacher transformer fewstep.json
 }
 
 t5() { # last the teacher hears T5 now and then: as long as it must hear it, no batch is a compiled one's size
-  local codec=$CODEC # as the teacher's run names it: latents are kept by their codec's file
-  [ ! -d "$TEACHER" ] || codec=$TEACHER/vae
-  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$codec" \
+  # The codec by the name that the teacher's run gave it: latents are kept by their codec's file.
+  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$CODEC" \
     --keep-t5 0.4 --minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch "$BATCH" --lr "$T5_LR" --device "$DEVICE"
   bring "$RUNS/t5" teacher transformer fewstep.json
 }
 
 learnt() { # the teacher that is distilled
-  if [ -d "$RUNS/t5/model" ]; then echo "$RUNS/t5/model"; elif [ -d "$RUNS/teacher/model" ]; then echo "$RUNS/teacher/model"; else echo "$TEACHER"; fi
+  local last=$TEACHER run
+  for run in teacher t5; do [ ! -d "$RUNS/$run/model" ] || last=$RUNS/$run/model; done
+  echo "$last"
 }
 
 walks() {

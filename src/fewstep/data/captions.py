@@ -179,7 +179,7 @@ class Ground:
 def sticker(concept: Concept, style: str, ground: Ground, rng: Rng) -> str:
     """A caption of one sticker; about one in six names no style."""
     thing = article(_name(concept, rng), rng)
-    look = _pick(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
+    look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
     return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 
@@ -187,14 +187,14 @@ def things(names: Sequence[str], relation: str | None, style: str | None, ground
     """A caption of a scene of two or more different things: ``names`` joined by ``relation`` or "and"."""
     parts = [article(name, rng) for name in names]
     joined = f" {relation} ".join(parts) if relation else ", ".join(parts[:-1]) + " and " + parts[-1]
-    look = _pick(STYLE_WORDS[style], rng) if style and rng.random() < 0.7 else None
+    look = pick(STYLE_WORDS[style], rng) if style and rng.random() < 0.7 else None
     return finish(arrange(joined, look, background(ground, rng), rng), rng)
 
 
 def counted(concept: Concept, count: int, style: str, ground: Ground, rng: Rng) -> str:
     """A caption of two to four of one thing."""
-    look = _pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
-    thing = f"{_pick(_NUMBERS[count], rng)} {plural(_name(concept, rng))}"
+    look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
+    thing = f"{pick(_NUMBERS[count], rng)} {plural(_name(concept, rng))}"
     return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 
@@ -222,15 +222,16 @@ def _name(concept: Concept, rng: Rng) -> str:
     draw = rng.random()
     if not concept.synonyms or draw < 0.64:
         return concept.name
-    synonym = _pick(concept.synonyms, rng)
+    synonym = pick(concept.synonyms, rng)
     if draw < 0.9:
         return synonym
     return f"{concept.name} ({synonym})" if draw < 0.94 else f"{synonym} {concept.name}"
 
 
 def article(name: str, rng: Rng) -> str:
+    """The name with an article or without, now and then with a word that changes nothing."""
     if rng.random() < 0.08:
-        name = f"{_pick(MOODS, rng)} {name}"
+        name = f"{pick(MOODS, rng)} {name}"
     draw = rng.random()
     if draw < 0.45:
         return name
@@ -240,9 +241,10 @@ def article(name: str, rng: Rng) -> str:
 
 
 def background(ground: Ground, rng: Rng) -> str | None:
+    """A way to ask for the ground; plain white mostly needs none."""
     if ground.first is None:
-        return _pick(_ON, rng).format(_pick(("white", "plain"), rng)) if rng.random() < 0.06 else None
-    return _pick(_ON, rng).format(ground.words)
+        return pick(_ON, rng).format(pick(("white", "plain"), rng)) if rng.random() < 0.06 else None
+    return pick(_ON, rng).format(ground.words)
 
 
 def arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
@@ -264,14 +266,15 @@ def arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
 
 
 def finish(text: str, rng: Rng) -> str:
-    text = _pick(_OPENERS, rng) + text
+    """What people put around a caption: how they begin and end it, their cases and slips."""
+    text = pick(_OPENERS, rng) + text
     draw = rng.random()
     if draw < 0.05:
-        text += _pick(_CLOSERS, rng)
+        text += pick(_CLOSERS, rng)
     elif draw < 0.08:
-        text += f", {_pick(_WITHOUT, rng)}"
+        text += f", {pick(_WITHOUT, rng)}"
     elif draw < 0.09:
-        text += f"{_pick((', not', ', and not', ' instead of', ' without'), rng)} {_pick(_OTHERS, rng)}"
+        text += f"{pick((', not', ', and not', ' instead of', ' without'), rng)} {pick(_OTHERS, rng)}"
     draw = rng.random()
     if draw < 0.03:
         text = _slip(text, rng)
@@ -291,5 +294,6 @@ def _slip(text: str, rng: Rng) -> str:
     return text[:at] + text[at + 1 :] if kind == 1 else text[:at] + text[at : at + 1] + text[at:]
 
 
-def _pick(options: Sequence[Any], rng: Rng) -> Any:
+def pick(options: Sequence[Any], rng: Rng) -> Any:
+    """One of the options, each as likely."""
     return options[int(rng.integers(len(options)))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data import captions, concepts
-from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, Rng
+from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, Rng, pick
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
 
@@ -83,10 +83,10 @@ class Phrases:
         """One of any concept; it names no style in more than half of the cases, and then means the usual."""
         index = int(rng.integers(len(self.concepts)))
         concept = self.concepts[index]
-        style = _one(concept.styles, rng) if rng.random() < 0.45 else None
-        ground = Ground(_one(list(COLOURS), rng)) if rng.random() < 0.2 else Ground()
+        style = pick(concept.styles, rng) if rng.random() < 0.45 else None
+        ground = Ground(pick(list(COLOURS), rng)) if rng.random() < 0.2 else Ground()
         thing = captions.article(self._around(self._name(index, rng), concept, rng), rng)
-        look = None if style is None else _one(STYLE_WORDS[style], rng)
+        look = None if style is None else pick(STYLE_WORDS[style], rng)
         said = captions.arrange(thing, look, captions.background(ground, rng), rng)
         said = captions.finish(said, rng) if rng.random() < 0.5 else said
         where = f" on a {ground.words} background" if ground.words else ""
@@ -96,7 +96,7 @@ class Phrases:
         concept, others = self.concepts[index], self.names[index]
         if not others or rng.random() < 0.45:
             return concept.name
-        return _one(others, rng)
+        return pick(others, rng)
 
     def _around(self, name: str, concept: Concept, rng: Rng) -> str:
         """The name among words that change nothing; its own tags are the likeliest of them."""
@@ -104,15 +104,15 @@ class Phrases:
         if draw < 0.3:
             return name
         if draw < 0.45:
-            return f"{_one(captions.MOODS, rng)} {name}"
+            return f"{pick(captions.MOODS, rng)} {name}"
         if draw < 0.52:
-            return f"{_one(list(COLOURS), rng)} {name}"
+            return f"{pick(list(COLOURS), rng)} {name}"
         if draw < 0.6:
-            return f"{name} {_one(_DOING, rng)}"
-        other = _one(concept.tags, rng) if concept.tags and rng.random() < 0.5 else _one(self.words, rng)
+            return f"{name} {pick(_DOING, rng)}"
+        other = pick(concept.tags, rng) if concept.tags and rng.random() < 0.5 else pick(self.words, rng)
         if draw < 0.72:
             return f"{other} {name}"
-        return f"{name} {_one(_AFTER, rng).format(other)}"
+        return f"{name} {pick(_AFTER, rng).format(other)}"
 
 
 def usual(concept: Concept) -> str:
@@ -144,7 +144,3 @@ def other_names(
         if cosines[nearest] >= NEAR:
             names[at[nearest]].append(word)
     return names
-
-
-def _one(options: Sequence[Any], rng: Rng) -> Any:
-    return options[int(rng.integers(len(options)))]

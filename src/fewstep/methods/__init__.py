@@ -22,8 +22,7 @@ class Draw:
 
     Attributes:
         rng: a ``numpy.random.Generator``.
-        torch: a ``torch.Generator``; where it lies noise is drawn. A GPU draws other numbers than a CPU, in a
-            hundredth of the time.
+        torch: a ``torch.Generator``; where it lies noise is drawn, and a GPU draws other numbers than a CPU.
         share: which part of the batch this is.
     """
 

@@ -73,6 +73,7 @@ def pocket_text(
 
     from fewstep.data import render, shards, texts
     from fewstep.families import pocket, sd3
+    from fewstep.families.common import tokenize
     from fewstep.files import replacing_folder
     from fewstep.methods.text import Distil, TextBatch
     from fewstep.nets.text import Learner, cells, whole
@@ -100,17 +101,9 @@ def pocket_text(
         clips, t5 = _encoders(init, tokenizer)
         student = Learner(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
 
-    def tokens(lines: Sequence[str]) -> Any:
-        return tokenizer(
-            list(lines),
-            padding="max_length",
-            truncation=True,
-            max_length=pocket.LENGTH,
-            return_tensors="pt",
-        ).input_ids
-
     many = len(known.labels)
-    every, asked = tokens(known.texts).to(place), torch.from_numpy(known.table()).to(place)
+    every = tokenize(tokenizer, known.texts, pocket.LENGTH).to(place)
+    asked = torch.from_numpy(known.table()).to(place)
     seen, meant = held(latents.values, place), held(meaning, place)
 
     def batches(step: int, share: Share) -> TextBatch:
@@ -121,8 +114,8 @@ def pocket_text(
             rng.integers(len(latents), len(known.texts), batch),
         )
         rows, drawn = np.where(drawn, pictures, words)[share.cut(batch)], drawn[share.cut(batch)]
-        chosen = torch.from_numpy(rows).to(place)
-        ids, labels = every[chosen], asked[chosen]
+        at = torch.from_numpy(rows).to(place)
+        ids, labels = every[at], asked[at]
         hot = torch.zeros(len(rows), many + 1, device=place).scatter_(1, labels, 1.0)[:, :many]
         return TextBatch(
             [ids, ids, ids[: -(-len(ids) // T5_SHARE)]],
@@ -136,7 +129,7 @@ def pocket_text(
     def sheet(nets: dict[str, Any]) -> Any:
         """What the CLIPs expect to see."""
         with torch.no_grad():
-            expected = nets["student"]([tokens(SHOWN).to(place)] * 3)[1]
+            expected = nets["student"]([tokenize(tokenizer, SHOWN, pocket.LENGTH).to(place)] * 3)[1]
         return decoded(family, whole(expected, family.latent[0]), SHOWN)
 
     def finish(nets: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ def pocket_words(
 
     from fewstep.data import render, shards, texts
     from fewstep.data.phrases import Phrases, other_names
+    from fewstep.families.common import tokenize
     from fewstep.families.folder import read_part
     from fewstep.files import replacing_folder
     from fewstep.methods.phrase import PhraseBatch, Rephrase
@@ -77,12 +77,6 @@ def pocket_words(
     vectors = dict(zip(called, sentences.meaning(out / f"meaning-{told}.npy", called), strict=True))
     phrases = Phrases(concepts, other_names(concepts, vectors, chosen), chosen)
 
-    def tokens(prompts: Sequence[str]) -> Any:
-        ids = tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-        ).input_ids
-        return ids.to(place)
-
     def batches(step: int, share: Share) -> PhraseBatch:
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         kept = [lines[int(i)] for i in rng.integers(0, len(lines), batch // CAPTIONS)]
@@ -90,7 +84,8 @@ def pocket_words(
         drawn, kept = drawn[share.cut(len(drawn))], kept[share.cut(len(kept))]
         said = [phrase.said for phrase in drawn] + kept
         meant = [phrase.meant for phrase in drawn] + kept
-        return PhraseBatch(tokens(said), tokens(meant), len(drawn))
+        ids = [tokenize(tokenizer, prompts, LENGTH).to(place) for prompts in (said, meant)]
+        return PhraseBatch(ids[0], ids[1], len(drawn))
 
     def finish(nets: dict[str, Any]) -> None:
         clips = nets["student"].clips
