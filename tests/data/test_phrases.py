@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+from pathlib import Path
+
 import numpy as np
 
 from fewstep.data.captions import COLOURS, STYLE_WORDS
 from fewstep.data.concepts import Concept, held_out
-from fewstep.data.phrases import Phrases, other_names, usual
+from fewstep.data.phrases import Phrase, Phrases, captions_of, other_names, pairs, usual
 
 STYLES = ("3d", "flat", "noto", "twemoji")
 KNOWN = [
     Concept(name, (synonym,), ("animal",), code, "animal", STYLES)
     for name, synonym, code in (("dog", "puppy", "1"), ("cat", "pussy", "2"), ("owl", "night bird", "3"))
 ]
-PHRASES = Phrases(KNOWN, [["puppy", "doggo"], ["kitty"], []], ["zzyx"])
+PHRASES = Phrases(KNOWN, [["puppy", "doggo"], ["kitty"], []], [[], ["soft purr"], []], ["zzyx"], [])
 
 
 def test_what_is_meant_is_a_plain_prompt_of_what_is_said() -> None:
@@ -26,6 +31,7 @@ def test_what_is_meant_is_a_plain_prompt_of_what_is_said() -> None:
         assert not ground or ground.removesuffix(" background") in COLOURS
     assert len({phrase.said for phrase in drawn}) > 300
     assert any("doggo" in phrase.said and phrase.meant.startswith("dog, ") for phrase in drawn)
+    assert any("soft purr" in phrase.said and phrase.meant.startswith("cat, ") for phrase in drawn)
     assert any("zzyx" in phrase.said for phrase in drawn)
 
 
@@ -63,3 +69,31 @@ def test_words_near_a_name_are_names_and_others_are_not() -> None:
     vectors |= {"hound": at(0.1), "feline": at(1.9), "tax": at(5.2), "Dog": at(0)}
     found = other_names(KNOWN, vectors, ["hound", "feline", "tax", "puppy"])
     assert found == [["puppy", "hound"], ["pussy", "feline"], ["night bird"]]
+
+
+def test_pairs_are_of_a_concepts_tag_and_another_word_each_once() -> None:
+    found = pairs(KNOWN, ["zzyx"], 200, np.random.default_rng(0))
+    assert len(found) == len(set(found)) > 3
+    tags = {"animal", "dog", "cat", "owl"}
+    assert all(len(p.split()) == 2 and tags & set(p.split()) and len(set(p.split())) == 2 for p in found)
+    assert {"zzyx animal", "zzyx dog", "dog zzyx"} <= set(found)
+
+
+def test_a_caption_of_one_thing_that_names_no_style_means_the_usual_one(tmp_path: Path) -> None:
+    dog = {"concept": "dog", "style": "noto"}
+    truths = [
+        {"prompt": "a puppy on red", "objects": [dog], "ground": "red"},
+        {"prompt": "a puppy", "objects": [dog], "ground": "plain white"},
+        {"prompt": "Noto puppy", "objects": [dog], "ground": "plain white"},
+        {"prompt": "two dogs", "objects": [dog, dog], "ground": "plain white"},
+    ]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for row, truth in enumerate(truths):
+            data = json.dumps(truth).encode()
+            entry = tarfile.TarInfo(f"{row}.json")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    told, bare = captions_of([tmp_path / "0.tar"], KNOWN)
+    assert told == ["Noto puppy", "two dogs"]
+    plain = f"dog, {STYLE_WORDS[usual(KNOWN[0])][0]}"
+    assert bare == [Phrase("a puppy on red", f"{plain} on a red background"), Phrase("a puppy", plain)]

@@ -104,7 +104,11 @@ def test_the_teacher_keeps_t5_and_its_codec(made: Made) -> None:
 
 
 def test_words_leave_encoders_that_a_teacher_takes(made: Made, tmp_path: Path) -> None:
-    train(pocket_words(init=made.teacher, data=made.data, out=tmp_path / "w", steps=2, batch=6, words=20))
+    train(
+        pocket_words(
+            init=made.teacher, data=made.data, out=tmp_path / "w", steps=2, batch=6, words=20, sayings=40
+        )
+    )
     options: dict[str, Any] = {"data": made.data, "init": made.teacher, "text": tmp_path / "w" / "model"}
     train(pocket_teacher(out=tmp_path / "t", steps=1, batch=2, keep_t5=0, **options))
     assert sd3.load(tmp_path / "t" / "model").steps == 28

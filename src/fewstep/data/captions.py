@@ -277,7 +277,7 @@ def finish(text: str, rng: Rng) -> str:
         text += f"{pick((', not', ', and not', ' instead of', ' without'), rng)} {pick(_OTHERS, rng)}"
     draw = rng.random()
     if draw < 0.03:
-        text = _slip(text, rng)
+        text = slip(text, rng)
     elif draw < 0.06:
         text = text.upper()
     elif draw < 0.12:
@@ -285,7 +285,7 @@ def finish(text: str, rng: Rng) -> str:
     return text + ("." if rng.random() < 0.04 else "")
 
 
-def _slip(text: str, rng: Rng) -> str:
+def slip(text: str, rng: Rng) -> str:
     """One typing slip: two neighbours swapped, a letter dropped or doubled."""
     at = int(rng.integers(0, max(1, len(text) - 1)))
     kind = int(rng.integers(3))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from fewstep.data import captions, concepts
 from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, Rng, pick
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
+from fewstep.data.texts import HINTS, truths_of
 
 NEAR = 0.6
 """Cosine of two sentence vectors from which on a word names a concept."""
@@ -72,15 +75,21 @@ class Phrases:
     Attributes:
         concepts: what can be asked for.
         names: by concept, what else people call it.
+        sayings: by concept, pairs of words that mean it.
         words: what is said beside it and changes nothing.
+        bare: captions of the data set that name no style.
     """
 
     concepts: Sequence[Concept]
     names: Sequence[Sequence[str]]
+    sayings: Sequence[Sequence[str]]
     words: Sequence[str]
+    bare: Sequence[Phrase]
 
     def draw(self, rng: Rng) -> Phrase:
         """One of any concept; it names no style in more than half of the cases, and then means the usual."""
+        if self.bare and rng.random() < 0.2:
+            return pick(self.bare, rng)
         index = int(rng.integers(len(self.concepts)))
         concept = self.concepts[index]
         style = pick(concept.styles, rng) if rng.random() < 0.45 else None
@@ -89,14 +98,13 @@ class Phrases:
         look = None if style is None else pick(STYLE_WORDS[style], rng)
         said = captions.arrange(thing, look, captions.background(ground, rng), rng)
         said = captions.finish(said, rng) if rng.random() < 0.5 else said
-        where = f" on a {ground.words} background" if ground.words else ""
-        return Phrase(said, captions.plain(concept, style or usual(concept)) + where)
+        said = captions.slip(said, rng) if rng.random() < 0.04 else said
+        return Phrase(said, _meant(concept, style, ground.words))
 
     def _name(self, index: int, rng: Rng) -> str:
-        concept, others = self.concepts[index], self.names[index]
-        if not others or rng.random() < 0.45:
-            return concept.name
-        return pick(others, rng)
+        draw = rng.random()
+        others = () if draw < 0.4 else self.names[index] if draw < 0.75 else self.sayings[index]
+        return pick(others or (self.concepts[index].name,), rng)
 
     def _around(self, name: str, concept: Concept, rng: Rng) -> str:
         """The name among words that change nothing; its own tags are the likeliest of them."""
@@ -113,6 +121,11 @@ class Phrases:
         if draw < 0.72:
             return f"{other} {name}"
         return f"{name} {pick(_AFTER, rng).format(other)}"
+
+
+def _meant(concept: Concept, style: str | None, ground: str | None) -> str:
+    where = f" on a {ground} background" if ground else ""
+    return captions.plain(concept, style or usual(concept)) + where
 
 
 def usual(concept: Concept) -> str:
@@ -144,3 +157,33 @@ def other_names(
         if cosines[nearest] >= NEAR:
             names[at[nearest]].append(word)
     return names
+
+
+def pairs(known: Sequence[Concept], words: Sequence[str], many: int, rng: Rng) -> list[str]:
+    """Two words each, as people put them together: a tag of a concept behind another one or behind, now and
+    then before, one of ``words``. Most mean nothing."""
+    tagged = [concept for concept in known if concept.tags]
+    found: dict[str, None] = {}
+    for _ in range(many):
+        concept = pick(tagged, rng)
+        head = pick((*concept.tags, concept.name), rng)
+        other = pick(concept.tags if rng.random() < 0.5 else words, rng)
+        if other != head:
+            found[f"{other} {head}" if rng.random() < 0.75 else f"{head} {other}"] = None
+    return list(found)
+
+
+def captions_of(shards: Sequence[Path], known: Sequence[Concept]) -> tuple[list[str], list[Phrase]]:
+    """The captions of the shards: those that say all there is to know, and those of one thing that name no
+    style, with the usual style meant."""
+    by_name = {concept.name: concept for concept in known}
+    told: list[str] = []
+    bare: list[Phrase] = []
+    for truth in chain.from_iterable(map(truths_of, shards)):
+        said, objects = truth["prompt"], truth["objects"]
+        if len(objects) > 1 or HINTS[objects[0]["style"]] in said.lower():
+            told.append(said)
+        else:
+            ground = None if truth["ground"] == "plain white" else truth["ground"]
+            bare.append(Phrase(said, _meant(by_name[objects[0]["concept"]], None, ground)))
+    return told, bare

@@ -16,6 +16,9 @@ from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
 
+HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
+"""Style -> letters that each of its wordings holds, in lower case."""
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -42,7 +45,7 @@ def captions(
     place = {label: i for i, label in enumerate(labels)}
     texts: list[str] = []
     asked: list[list[int] | None] = []
-    for truth in islice(chain.from_iterable(map(_truths, shards)), many):
+    for truth in islice(chain.from_iterable(map(truths_of, shards)), many):
         texts.append(truth["prompt"])
         asked.append(_asked(truth, place) if "objects" in truth else None)
     for concept in concepts:
@@ -58,14 +61,13 @@ def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
     """Concepts always; styles and grounds only where the caption says them (else nobody could know)."""
     said = truth["prompt"].lower()
     found = {place[o["concept"]] for o in truth["objects"]}
-    hints = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
-    found |= {place[f"style {o['style']}"] for o in truth["objects"] if hints[o["style"]] in said}
+    found |= {place[f"style {o['style']}"] for o in truth["objects"] if HINTS[o["style"]] in said}
     grounds = truth["ground"].removesuffix(" gradient").split(" to ")
     found |= {place[f"ground {g}"] for g in grounds if g in COLOURS and g in said}
     return sorted(found)
 
 
-def _truths(shard: Path) -> list[dict[str, Any]]:
+def truths_of(shard: Path) -> list[dict[str, Any]]:
     """The ``.json`` entries of a shard, or its captions alone, without decoding a picture."""
     out: dict[str, dict[str, Any]] = {}
     with tarfile.open(shard) as tar:
@@ -81,6 +83,6 @@ def _truths(shard: Path) -> list[dict[str, Any]]:
 
 def prompts_of(shards: Sequence[Path], many: int, seed: int) -> list[str]:
     """``many`` captions of the shards by chance, in an order that only ``seed`` decides."""
-    lines = [truth["prompt"] for truth in chain.from_iterable(map(_truths, shards))]
+    lines = [truth["prompt"] for truth in chain.from_iterable(map(truths_of, shards))]
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lines))
     return [lines[int(order[i % len(lines)])] for i in range(many)]

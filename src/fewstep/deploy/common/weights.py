@@ -24,7 +24,11 @@ GROUP = 64
 """Codes that share a scale, where they have less than 8 bits."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-"""How codes are laid down: their low bits, as many codes a byte as there is room for, then the high ones."""
+"""How codes are laid down: their low bits, as many codes a byte as there is room for, then the high ones.
+
+A byte holds codes that lie far apart, so that one shift moves a long row of bytes: of neighbours in a byte,
+onnxruntime unpacks half as many a second.
+"""
 
 TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
@@ -126,8 +130,8 @@ class _Stored:
         below, made = 0, ""
         for width in PLANES[bits]:
             part = (codes >> below) & (2**width - 1)
-            shifts = np.arange(0, 8, width, dtype=np.uint8)
-            packed = np.bitwise_or.reduce(part.reshape(-1, len(shifts)) << shifts, axis=1, keepdims=True)
+            shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+            packed = np.bitwise_or.reduce(part.reshape(len(shifts), -1) << shifts, axis=0, keepdims=True)
             bytes_, by = self._tensor(f"plane{width}", packed), self._tensor(f"shifts{width}", shifts)
             moved = self._node("BitShift", bytes_, by, direction="RIGHT")
             plane = self._node("BitwiseAnd", moved, self._tensor(f"mask{width}", np.uint8(2**width - 1)))
