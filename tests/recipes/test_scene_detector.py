@@ -16,6 +16,7 @@ from fewstep.evaluate.detector import Finder
 from fewstep.methods import Draw
 from fewstep.methods.detector import Detect
 from fewstep.nets.detector import STRIDE
+from fewstep.recipes.parts import Means
 from fewstep.recipes.scene_detector import collate, scene_detector
 from fewstep.runtime.graph import Graph
 from fewstep.train.trainer import train
@@ -58,7 +59,7 @@ def test_perfect_maps_cost_nothing(data: Path) -> None:
 
 
 def test_the_recipe_leaves_a_graph_that_says_what_the_net_says(data: Path, tmp_path: Path) -> None:
-    run = scene_detector(data=data, out=tmp_path, steps=2, batch=2, threads=1)
+    run = scene_detector(data=data, out=tmp_path, steps=2, batch=2, means=Means(threads=1))
     train(run)
     assert json.loads((tmp_path / "model/detector.json").read_text())["size"] == 128
     pictures = np.stack([Crowds(render.load(data, 128))(i)[0].transpose(2, 0, 1) for i in range(3)])

@@ -103,7 +103,7 @@ class Phrases:
 
     def _name(self, index: int, rng: Rng) -> str:
         draw = rng.random()
-        others = () if draw < 0.4 else self.names[index] if draw < 0.75 else self.sayings[index]
+        others = () if draw < 0.4 else self.names[index] if draw < 0.85 else self.sayings[index]
         return pick(others or (self.concepts[index].name,), rng)
 
     def _around(self, name: str, concept: Concept, rng: Rng) -> str:

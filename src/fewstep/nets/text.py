@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,13 +72,43 @@ class Clips(nn.Module):
 
     def __init__(self, clips: Sequence[Any]) -> None:
         super().__init__()
-        self.clips = nn.ModuleList(clips)
+        self.clips: Any = nn.ModuleList(clips)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, L]`` -> states ``[B, L, D]`` and pooled ``[B, P]``."""
         outs = [clip(ids, output_hidden_states=True) for clip in self.clips]
         states = torch.cat([out.hidden_states[-2] for out in outs], -1)
         return states, torch.cat([out.text_embeds for out in outs], -1)
+
+    def deepened(self, layers: int) -> Clips:
+        """A copy of each with so many layers below its own; it says what it said until they learn."""
+        return Clips([_deepened(clip, layers) for clip in self.clips])
+
+    def lowest(self, layers: int) -> nn.Module:
+        """Token embeddings and the lowest layers: the very parameters, in a module of their own."""
+        texts = [clip.text_model for clip in self.clips]
+        return nn.ModuleList(
+            nn.ModuleList([text.embeddings.token_embedding, *text.encoder.layers[:layers]]) for text in texts
+        )
+
+
+def _deepened(clip: Any, layers: int) -> Any:
+    """Above the new layers, which add nothing to the residual stream yet, lie those of ``clip``."""
+    deep = type(clip)(
+        type(clip.config)(
+            **{**clip.config.to_dict(), "num_hidden_layers": layers + len(clip.text_model.encoder.layers)}
+        )
+    )
+    state = deep.state_dict()
+    for name, value in clip.state_dict().items():
+        state[re.sub(r"(?<=encoder\.layers\.)\d+", lambda at: str(int(at[0]) + layers), name)] = value
+    deep.load_state_dict(state)
+    with torch.no_grad():
+        for layer in deep.text_model.encoder.layers[:layers]:
+            for last in (layer.self_attn.out_proj, layer.mlp.fc2):
+                last.weight.zero_()
+                last.bias.zero_()
+    return deep
 
 
 def cells(latents: torch.Tensor, side: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import gc
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from cyclopts import App
@@ -47,7 +47,7 @@ def _own(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, 
     """A recipe's own options, resolved, for ``run.json``; what all share it tells itself."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    return {name: str(value) for name, value in bound.arguments.items() if name != "setting"}
+    return {name: str(value) for name, value in bound.arguments.items() if not is_dataclass(value)}
 
 
 for _name in ("pocket-codec", "pocket-text", "pocket-words", "pocket-teacher", "scene-detector"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,27 @@ from fewstep.types import Cond, UserError
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 """The run folder's option."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Means:
+    """How long a part is trained, and on what.
+
+    Attributes:
+        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
+        seed: Of the weights, the data order and all noise.
+        device: auto, cpu or cuda.
+        threads: Torch threads; 0 leaves torch's choice.
+    """
+
+    minutes: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+
+
+MEANS = Means()
 
 SHOWN = (
     "a red apple, 3D style",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import Out, at_least_one
+from fewstep.recipes.parts import MEANS, Means, Out, at_least_one
 from fewstep.train import Options, Run
 from fewstep.types import Share
 
@@ -25,10 +26,7 @@ def pocket_codec(
     lr: float = 1.5e-3,
     decoder_only: bool = False,
     pictures: int = 9_000,
-    minutes: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int = 0,
+    means: Means = MEANS,
 ) -> Run:
     """Train Pocket's autoencoder on crops of stickers and scenes.
 
@@ -41,21 +39,15 @@ def pocket_codec(
         lr: Learning rate.
         decoder_only: Keep the encoder as it is, so that latents and all that was trained on them stay valid.
         pictures: How many pictures to learn from (held in memory).
-        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
-        seed: Of the weights and the data order.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
+        means: How long, and on what.
     """
     options = Options(
         steps,
         lr,
         decay=0.5,
-        seed=seed,
-        device=device,
-        threads=threads,
+        **asdict(means),
         ema=0.998,
         sheet_every=1000,
-        minutes=minutes,
     )
     at_least_one(batch=batch, pictures=pictures)
 
@@ -70,11 +62,11 @@ def pocket_codec(
     seen = _pixels(shards.find(data / "train"), pictures)
     shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(means.seed)
         vae = autoencoder_of(init) if init else pocket.autoencoder()
 
     def batches(step: int, share: Share) -> Any:
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
         room = seen.shape[-1] - CROP + 1
         places = zip(rng.integers(0, len(seen), batch), *rng.integers(0, room, (2, batch)), strict=True)
         crops = np.stack([seen[i, :, y : y + CROP, x : x + CROP] for i, y, x in places])

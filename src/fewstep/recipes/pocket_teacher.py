@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.families.pocket import TOKENS
-from fewstep.recipes.parts import SHOWN, Out, at_least_one, pocket_folder, shares
+from fewstep.recipes.parts import MEANS, SHOWN, Means, Out, at_least_one, pocket_folder, shares
 from fewstep.train import Options, Run
 from fewstep.types import Batch, Share
 
@@ -30,10 +31,7 @@ def pocket_teacher(
     drop_caption: float = 0.1,
     keep_t5: float = 0.15,
     compile: bool = False,
-    minutes: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int = 0,
+    means: Means = MEANS,
 ) -> Run:
     """Train Pocket's MMDiT.
 
@@ -51,23 +49,17 @@ def pocket_teacher(
         drop_caption: Share of captions that are dropped, for classifier-free guidance.
         keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
         compile: Compile the blocks.
-        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
-        seed: Of the weights and the data order.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
+        means: How long, and on what.
     """
     options = Options(
         steps,
         lr,
         warmup=200,
-        seed=seed,
-        device=device,
-        threads=threads,
+        **asdict(means),
         ema=0.998,
         sheet_every=500,
         tokens=TOKENS,
         compile=compile,
-        minutes=minutes,
     )
     at_least_one(batch=batch)
     if init is not None:
@@ -89,9 +81,9 @@ def pocket_teacher(
     from fewstep.train.device import held, pick
     from fewstep.train.latents import encode
 
-    sources, place = training_shards(data), pick(device)
+    sources, place = training_shards(data), pick(means.device)
     codec = codec or (init / "vae" if init else Path("runs/pocket-codec/model"))
-    family = pocket_of(codec, text or init or Path("runs/pocket-text/model"), init, seed, place)
+    family = pocket_of(codec, text or init or Path("runs/pocket-text/model"), init, means.seed, place)
     size = family.downscale * family.latent[1]
     latents = encode(family, weights_of(codec), sources, data / "latents", size)
 
@@ -101,8 +93,8 @@ def pocket_teacher(
     seen, heard = held(latents.values, place), kept.held(place)
 
     def batches(step: int, share: Share) -> Batch:
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        rows = latents.rows(step, batch, seed)
+        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
+        rows = latents.rows(step, batch, means.seed)
         said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.cut(batch)]
         prompts, rows = [lines[r] for r in said], rows[share.cut(batch)]
         cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else heard(said)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.families.pocket import LENGTH
-from fewstep.recipes.parts import SHOWN, Out, at_least_one, pocket_folder
+from fewstep.recipes.parts import MEANS, SHOWN, Means, Out, at_least_one, pocket_folder
 from fewstep.train import Options, Run
 from fewstep.types import Share
 
@@ -32,10 +33,7 @@ def pocket_text(
     batch: int = 128,
     words: int = 7_000,
     lr: float = 1e-3,
-    minutes: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int = 0,
+    means: Means = MEANS,
 ) -> Run:
     """Train the tokenizer, both CLIPs and the T5 of Pocket.
 
@@ -49,21 +47,15 @@ def pocket_text(
         batch: Captions an update; T5, which can be left out, sees an eighth of them.
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
-        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
-        seed: Of the weights and the data order.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
+        means: How long, and on what.
     """
     options = Options(
         steps,
         lr,
-        seed=seed,
-        device=device,
-        threads=threads,
+        **asdict(means),
         ema=0.99,
         sheet_every=500,
         tokens=LENGTH,
-        minutes=minutes,
     )
     at_least_one(batch=batch, words=words)
     if init is not None:
@@ -84,20 +76,22 @@ def pocket_text(
     from fewstep.train.latents import encode
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
-    place = pick(device)
-    family = sd3.assemble(pocket.build(seed, codec=autoencoder_of(codec)).parts, name="pocket", device=place)
+    place = pick(means.device)
+    family = sd3.assemble(
+        pocket.build(means.seed, codec=autoencoder_of(codec)).parts, name="pocket", device=place
+    )
     latents = encode(
         family, weights_of(codec), sources, data / "latents", family.downscale * family.latent[1]
     )
     side, values = round(pocket.CELLS**0.5), math.prod(family.latent) // pocket.CELLS
     out.mkdir(parents=True, exist_ok=True)
-    chosen = words_of(out / f"words-{words}-{seed}.txt", words, seed)
+    chosen = words_of(out / f"words-{words}-{means.seed}.txt", words, means.seed)
     known = texts.captions(sources, len(latents), concepts, chosen)
     told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
     tokenizer = _tokenizer_in(init) if init else tokenizer_of(out / f"tokenizer-{told}", known.texts)
     meaning = meaning_of(out / f"meaning-{told}.npy", known.texts)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(means.seed)
         clips, t5 = _encoders(init, tokenizer)
         student = Learner(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
 
@@ -107,7 +101,7 @@ def pocket_text(
     seen, meant = held(latents.values, place), held(meaning, place)
 
     def batches(step: int, share: Share) -> TextBatch:
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
         drawn = rng.random(batch) < DRAWN
         pictures, words = (
             rng.integers(0, len(latents), batch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from fewstep.families.pocket import CELLS, LENGTH
-from fewstep.recipes.parts import Out, at_least, at_least_one, pocket_folder
+from fewstep.recipes.parts import MEANS, Means, Out, at_least, at_least_one, pocket_folder
 from fewstep.train import Options, Run
 from fewstep.types import Share
 
 CAPTIONS = 2
 """Of so many rows one is a caption of the data set, of which what is said shall stay."""
 
-DRAWN = 4
-"""Of so many rows one goes through the MMDiT."""
-
 KEPT = 3.0
 """Weight of the captions."""
+
+PLAIN = 0.3
+"""Share of the captions that are plain prompts: what phrases mean must itself stay."""
 
 EMPTY = 0.02
 """Share of the captions that are the empty prompt, which guidance leads away from."""
@@ -36,11 +37,9 @@ def pocket_words(
     batch: int = 128,
     words: int = 20_000,
     sayings: int = 60_000,
-    lr: float = 5e-4,
-    minutes: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int = 0,
+    layers: int = 2,
+    lr: float = 6e-4,
+    means: Means = MEANS,
 ) -> Run:
     """Teach the CLIPs of a trained Pocket more ways to say a thing. Its MMDiT stays valid.
 
@@ -52,23 +51,20 @@ def pocket_words(
         batch: Prompts an update; half are captions, which the encoders shall read as before.
         words: How many of the sentence encoder's own words to learn with.
         sayings: How many pairs of words to try as names.
+        layers: Layers that are laid below those of the CLIPs. They and the embeddings learn; the others,
+            which know the pictures, stay.
         lr: Learning rate.
-        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
-        seed: Of the data order.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
+        means: How long, and on what.
     """
-    options = Options(
-        steps, lr, seed=seed, device=device, threads=threads, ema=0.99, tokens=LENGTH, minutes=minutes
-    )
+    options = Options(steps, lr, **asdict(means), ema=0.99, tokens=LENGTH)
     at_least(2, batch=batch)
-    at_least_one(words=words, sayings=sayings)
+    at_least_one(words=words, sayings=sayings, layers=layers)
     pocket_folder(init)
 
-    import copy
+    import torch
 
-    from fewstep import times
-    from fewstep.data import render, shards
+    from fewstep.data import captions, render, shards
+    from fewstep.data.captions import Rng
     from fewstep.data.captions import pick as choice
     from fewstep.data.phrases import Phrases, captions_of, other_names, pairs
     from fewstep.families import sd3
@@ -81,15 +77,19 @@ def pocket_words(
     from fewstep.recipes.parts import fingerprint
     from fewstep.train.device import pick
 
-    place = pick(device)
+    place = pick(means.device)
     concepts = render.load(data, 128).concepts
     told, bare = captions_of(shards.find(data / "train"), concepts)
+    plain = [captions.plain(concept, style) for concept in concepts for style in concept.styles]
     tokenizer = read_part(init, "tokenizer", ("transformers", "CLIPTokenizer"))
     family = sd3.load(init, device=place, t5=False)
     before = Clips([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(means.seed)
+        student = before.deepened(layers).to(place).requires_grad_(False)
     out.mkdir(parents=True, exist_ok=True)
-    chosen = sentences.words(out / f"words-{words}-{seed}.txt", words, seed)
-    tried = pairs(concepts, chosen, sayings, np.random.Generator(np.random.Philox(key=seed)))
+    chosen = sentences.words(out / f"words-{words}-{means.seed}.txt", words, means.seed)
+    tried = pairs(concepts, chosen, sayings, np.random.Generator(np.random.Philox(key=means.seed)))
     called = [*dict.fromkeys([n for c in concepts for n in (c.name, *c.synonyms)] + chosen + tried)]
     mark = hashlib.sha256("\n".join(called).encode()).hexdigest()[:12]
     vectors = dict(zip(called, sentences.meaning(out / f"meaning-{mark}.npy", called), strict=True))
@@ -101,9 +101,13 @@ def pocket_words(
         bare,
     )
 
+    def said_as_ever(rng: Rng) -> str:
+        draw = rng.random()
+        return "" if draw < EMPTY else choice(plain if draw < EMPTY + PLAIN else told, rng)
+
     def batches(step: int, share: Share) -> PhraseBatch:
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        kept = [choice(told, rng) if rng.random() >= EMPTY else "" for _ in range(batch // CAPTIONS)]
+        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
+        kept = [said_as_ever(rng) for _ in range(batch // CAPTIONS)]
         drawn = [phrases.draw(rng) for _ in range(batch - len(kept))]
         drawn, kept = drawn[share.cut(len(drawn))], kept[share.cut(len(kept))]
         said = [phrase.said for phrase in drawn] + kept
@@ -112,9 +116,8 @@ def pocket_words(
         return PhraseBatch(ids[0], ids[1], len(drawn))
 
     def finish(nets: dict[str, Any]) -> None:
-        clips = nets["student"].clips
         with replacing_folder(out / "model") as folder:
-            for name, part in zip(("text_encoder", "text_encoder_2"), clips, strict=True):
+            for name, part in zip(("text_encoder", "text_encoder_2"), student.clips, strict=True):
                 part.save_pretrained(folder / name)
             for name in ("tokenizer", "tokenizer_2"):
                 tokenizer.save_pretrained(folder / name)
@@ -124,19 +127,10 @@ def pocket_words(
         "data": str(data),
         "init": str(init),
         "batch": batch,
+        "layers": layers,
         "made_of": {"text encoders": fingerprint(before), "words": mark},
     }
-    method = Rephrase(
-        copy.deepcopy(before).requires_grad_(True),
-        before,
-        CELLS,
-        heard=partial(_heard, family.net),
-        velocity=family.velocity,
-        latent=family.latent,
-        times=times.grid(4, family.shift)[:-1],
-        every=DRAWN,
-        kept=KEPT,
-    )
+    method = Rephrase(student.lowest(layers), student, before, CELLS, partial(_heard, family.net), KEPT)
     return Run("pocket-words", out, method, batches, options, about, finish=finish)
 
 

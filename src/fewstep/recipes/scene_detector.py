@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import Out, at_least_one
+from fewstep.recipes.parts import MEANS, Means, Out, at_least_one
 from fewstep.train import Options, Run
 from fewstep.types import Share
 
@@ -25,9 +26,7 @@ def scene_detector(
     steps: int = 1_500,
     batch: int = 24,
     lr: float = 2e-3,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int = 0,
+    means: Means = MEANS,
 ) -> Run:
     """Train the detector that judges scenes, on renderings alone.
 
@@ -37,11 +36,9 @@ def scene_detector(
         steps: Updates in all.
         batch: Pictures an update.
         lr: Learning rate.
-        seed: Of the weights and the data order.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
+        means: How long, and on what.
     """
-    options = Options(steps, lr, decay=0.6, seed=seed, device=device, threads=threads, ema=0.99, clip=5.0)
+    options = Options(steps, lr, decay=0.6, **asdict(means), ema=0.99, clip=5.0)
     at_least_one(batch=batch)
 
     import torch
@@ -52,9 +49,9 @@ def scene_detector(
     from fewstep.methods.detector import Detect
     from fewstep.nets.detector import Detector
 
-    crowds = Crowds(render.load(data, SIZE), SIZE, seed)
+    crowds = Crowds(render.load(data, SIZE), SIZE, means.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(means.seed)
         net: Any = Detector()
         net = net.to(memory_format=torch.channels_last)
 
