@@ -82,5 +82,5 @@ def test_new_layers_change_nothing_until_they_learn_and_then_they_alone_do() -> 
         total.backward()
         optimizer.step()
     last = {name: float(loss.detach()) for name, loss in method.losses(batch, DRAW).items()}
-    assert last["phrase"] < 0.5 * first and last["caption"] < 0.3
+    assert last["phrase"] < 0.5 * first and last["caption"] < 0.5
     assert all(torch.equal(p, kept[n]) for n, p in student.named_parameters() if n in kept)
