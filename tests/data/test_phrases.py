@@ -93,7 +93,15 @@ def test_a_caption_of_one_thing_that_names_no_style_means_the_usual_one(tmp_path
             entry = tarfile.TarInfo(f"{row}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    told, bare = captions_of([tmp_path / "0.tar"], KNOWN)
-    assert told == ["Noto puppy", "two dogs"]
+    told, several, bare = captions_of([tmp_path / "0.tar"], KNOWN)
+    assert (told, several) == (["Noto puppy"], ["two dogs"])
     plain = f"dog, {STYLE_WORDS[usual(KNOWN[0])][0]}"
     assert bare == [Phrase("a puppy on red", f"{plain} on a red background"), Phrase("a puppy", plain)]
+
+
+def test_a_colour_beside_a_thing_that_exists_in_colours_is_not_said_in_vain() -> None:
+    books = [Concept(name, ("book",), (), name, "object", STYLES) for name in ("blue book", "green book")]
+    coloured = Phrases([*books, KNOWN[0]], [["book"], ["book"], []], [[], [], []], ["zzyx"], [])
+    said = [coloured.draw(np.random.default_rng(seed)).said.lower() for seed in range(600)]
+    assert not any(f"{colour} book" in one for one in said for colour in ("red", "teal", "black"))
+    assert any(f"{colour} dog" in one for one in said for colour in COLOURS)

@@ -144,7 +144,7 @@ _ON = (
     "{} background",
     "in front of a {} backdrop",
 )
-_NUMBERS = {2: ("two", "2", "a pair of", "two"), 3: ("three", "3", "three"), 4: ("four", "4", "four")}
+NUMBERS = {2: ("two", "2", "a pair of", "two"), 3: ("three", "3", "three"), 4: ("four", "4", "four")}
 _IRREGULAR = {
     "person": "people",
     "man": "men",
@@ -194,7 +194,7 @@ def things(names: Sequence[str], relation: str | None, style: str | None, ground
 def counted(concept: Concept, count: int, style: str, ground: Ground, rng: Rng) -> str:
     """A caption of two to four of one thing."""
     look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
-    thing = f"{pick(_NUMBERS[count], rng)} {plural(_name(concept, rng))}"
+    thing = f"{pick(NUMBERS[count], rng)} {plural(_name(concept, rng))}"
     return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 

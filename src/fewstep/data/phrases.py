@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fewstep.data.texts import HINTS, truths_of
 NEAR = 0.6
 """Cosine of two sentence vectors from which on a word names a concept."""
 
+# No "and" and no "next to": those ask for a second thing.
 _AFTER = (
     "in the {}",
     "on a {}",
@@ -31,8 +33,6 @@ _AFTER = (
     "from the {}",
     "at {}",
     "of {}",
-    "and {}",
-    "next to a {}",
     "to {}",
     "like a {}",
     "under the {}",
@@ -101,6 +101,12 @@ class Phrases:
         said = captions.slip(said, rng) if rng.random() < 0.04 else said
         return Phrase(said, _meant(concept, style, ground.words))
 
+    @cached_property
+    def _coloured(self) -> set[str]:
+        """What concepts of its colours are of: "book", for there is a blue book and a green one."""
+        halves = (concept.name.partition(" ") for concept in self.concepts)
+        return {thing for colour, _, thing in halves if colour in COLOURS}
+
     def _name(self, index: int, rng: Rng) -> str:
         draw = rng.random()
         others = () if draw < 0.4 else self.names[index] if draw < 0.85 else self.sayings[index]
@@ -113,7 +119,7 @@ class Phrases:
             return name
         if draw < 0.45:
             return f"{pick(captions.MOODS, rng)} {name}"
-        if draw < 0.52:
+        if draw < 0.52 and name not in self._coloured:
             return f"{pick(list(COLOURS), rng)} {name}"
         if draw < 0.6:
             return f"{name} {pick(_DOING, rng)}"
@@ -173,17 +179,22 @@ def pairs(known: Sequence[Concept], words: Sequence[str], many: int, rng: Rng) -
     return list(found)
 
 
-def captions_of(shards: Sequence[Path], known: Sequence[Concept]) -> tuple[list[str], list[Phrase]]:
-    """The captions of the shards: those that say all there is to know, and those of one thing that name no
-    style, with the usual style meant."""
+def captions_of(
+    shards: Sequence[Path], known: Sequence[Concept]
+) -> tuple[list[str], list[str], list[Phrase]]:
+    """The captions of the shards: those of one thing and its style, those of several things, and those of one
+    thing that name no style, with the usual style meant."""
     by_name = {concept.name: concept for concept in known}
     told: list[str] = []
+    several: list[str] = []
     bare: list[Phrase] = []
     for truth in chain.from_iterable(map(truths_of, shards)):
         said, objects = truth["prompt"], truth["objects"]
-        if len(objects) > 1 or HINTS[objects[0]["style"]] in said.lower():
+        if len(objects) > 1:
+            several.append(said)
+        elif HINTS[objects[0]["style"]] in said.lower():
             told.append(said)
         else:
             ground = None if truth["ground"] == "plain white" else truth["ground"]
             bare.append(Phrase(said, _meant(by_name[objects[0]["concept"]], None, ground)))
-    return told, bare
+    return told, several, bare

@@ -18,11 +18,12 @@ from fewstep.types import Share
 CAPTIONS = 2
 """Of so many rows one is a caption of the data set, of which what is said shall stay."""
 
-KEPT = 3.0
+KEPT = 5.0
 """Weight of the captions."""
 
-PLAIN = 0.3
-"""Share of the captions that are plain prompts: what phrases mean must itself stay."""
+KINDS = (0.3, 0.3, 0.4)
+"""Shares of the captions: plain prompts, for what phrases mean must itself stay; stickers; scenes, which are
+the first to suffer."""
 
 EMPTY = 0.02
 """Share of the captions that are the empty prompt, which guidance leads away from."""
@@ -79,7 +80,7 @@ def pocket_words(
 
     place = pick(means.device)
     concepts = render.load(data, 128).concepts
-    told, bare = captions_of(shards.find(data / "train"), concepts)
+    told, several, bare = captions_of(shards.find(data / "train"), concepts)
     plain = [captions.plain(concept, style) for concept in concepts for style in concept.styles]
     tokenizer = read_part(init, "tokenizer", ("transformers", "CLIPTokenizer"))
     family = sd3.load(init, device=place, t5=False)
@@ -93,17 +94,19 @@ def pocket_words(
     called = [*dict.fromkeys([n for c in concepts for n in (c.name, *c.synonyms)] + chosen + tried)]
     mark = hashlib.sha256("\n".join(called).encode()).hexdigest()[:12]
     vectors = dict(zip(called, sentences.meaning(out / f"meaning-{mark}.npy", called), strict=True))
+    counts = {said for words in captions.NUMBERS.values() for said in words}
     phrases = Phrases(
         concepts,
         other_names(concepts, vectors, chosen),
         other_names(concepts, vectors, tried),
-        chosen,
+        [word for word in chosen if word not in counts],
         bare,
     )
 
     def said_as_ever(rng: Rng) -> str:
-        draw = rng.random()
-        return "" if draw < EMPTY else choice(plain if draw < EMPTY + PLAIN else told, rng)
+        if rng.random() < EMPTY:
+            return ""
+        return choice((plain, told, several)[rng.choice(3, p=KINDS)], rng)
 
     def batches(step: int, share: Share) -> PhraseBatch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
