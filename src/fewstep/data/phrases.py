@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +187,7 @@ def captions_of(
     told: list[str] = []
     several: list[str] = []
     bare: list[Phrase] = []
-    for truth in chain.from_iterable(map(truths_of, shards)):
+    for truth in truths_of(shards):
         said, objects = truth["prompt"], truth["objects"]
         if len(objects) > 1:
             several.append(said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -45,7 +45,7 @@ def captions(
     place = {label: i for i, label in enumerate(labels)}
     texts: list[str] = []
     asked: list[list[int] | None] = []
-    for truth in islice(chain.from_iterable(map(truths_of, shards)), many):
+    for truth in islice(truths_of(shards), many):
         texts.append(truth["prompt"])
         asked.append(_asked(truth, place) if "objects" in truth else None)
     for concept in concepts:
@@ -67,8 +67,12 @@ def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
     return sorted(found)
 
 
-def truths_of(shard: Path) -> list[dict[str, Any]]:
-    """The ``.json`` entries of a shard, or its captions alone, without decoding a picture."""
+def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The ``.json`` entries of the shards, or their captions alone, without decoding a picture."""
+    return chain.from_iterable(map(_truths, shards))
+
+
+def _truths(shard: Path) -> list[dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     with tarfile.open(shard) as tar:
         for entry in tar:
@@ -83,6 +87,6 @@ def truths_of(shard: Path) -> list[dict[str, Any]]:
 
 def prompts_of(shards: Sequence[Path], many: int, seed: int) -> list[str]:
     """``many`` captions of the shards by chance, in an order that only ``seed`` decides."""
-    lines = [truth["prompt"] for truth in chain.from_iterable(map(truths_of, shards))]
+    lines = [truth["prompt"] for truth in truths_of(shards)]
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lines))
     return [lines[int(order[i % len(lines)])] for i in range(many)]

@@ -65,12 +65,9 @@ def pocket_words(
     import torch
 
     from fewstep.data import captions, render, shards
-    from fewstep.data.captions import Rng
-    from fewstep.data.captions import pick as choice
     from fewstep.data.phrases import Phrases, captions_of, other_names, pairs
     from fewstep.families import sd3
     from fewstep.families.common import tokenize
-    from fewstep.families.folder import read_part
     from fewstep.files import replacing_folder
     from fewstep.methods.phrase import PhraseBatch, Rephrase
     from fewstep.nets.text import Clips
@@ -82,8 +79,8 @@ def pocket_words(
     concepts = render.load(data, 128).concepts
     told, several, bare = captions_of(shards.find(data / "train"), concepts)
     plain = [captions.plain(concept, style) for concept in concepts for style in concept.styles]
-    tokenizer = read_part(init, "tokenizer", ("transformers", "CLIPTokenizer"))
     family = sd3.load(init, device=place, t5=False)
+    tokenizer = family.parts["tokenizer"]
     before = Clips([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(means.seed)
@@ -103,10 +100,10 @@ def pocket_words(
         bare,
     )
 
-    def said_as_ever(rng: Rng) -> str:
+    def said_as_ever(rng: captions.Rng) -> str:
         if rng.random() < EMPTY:
             return ""
-        return choice((plain, told, several)[rng.choice(3, p=KINDS)], rng)
+        return captions.pick((plain, told, several)[rng.choice(3, p=KINDS)], rng)
 
     def batches(step: int, share: Share) -> PhraseBatch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
