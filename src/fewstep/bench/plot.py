@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -97,14 +97,17 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     if not scored:
         raise UserError("none of the records is of a model that was evaluated, by its label MODEL@STEPS")
     figure, axis = plt.subplots(figsize=(9, 5.5))
-    for record, score in scored:
-        spot = axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.55)
-        face: Any = np.asarray(spot.get_facecolor())[0]
-        axis.annotate(
-            f"{label(record)}\n{record['peak'] / 1e9:.2f} GB", (_seconds(record), score),
-            textcoords="offset points", xytext=(8, 6), fontsize=7, color=face[:3],
-        )  # fmt: skip
+    colours: Any = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(scored)))
+    for colour, (record, score) in zip(colours, scored, strict=True):
+        told = f"{label(record)}: {_seconds(record):.3g} s, {record['peak'] / 1e9:.2f} GB"
+        axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.6, color=[colour], label=told)
+    # Beside the picture: bubbles of rungs that cost alike lie on each other, and their labels would too.
+    legend = axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    for handle in legend.legend_handles:
+        cast("Any", handle).set_sizes([60])
     axis.set_xscale("log")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
     axis.set_xlabel("seconds a picture, warm")
     axis.set_ylabel(name)
     axis.margins(0.2)
