@@ -30,6 +30,7 @@ from fewstep.deploy import Facts, common
 from fewstep.deploy import openvino as engine
 from fewstep.deploy.common import graphs, ir
 from fewstep.families import Family, flux, sd3
+from fewstep.runtime import openvino as runtime
 from fewstep.runtime.bundle import Bundle, read, seal
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.openvino import Graph, openvino
@@ -74,6 +75,52 @@ def test_a_bundle_draws_what_its_family_draws(
 def test_a_picture_does_not_depend_on_its_batch(bundles: dict[int, Bundle], bits: int) -> None:
     model = open_bundle(bundles[bits], threads=1)
     assert np.abs(draw(model)[1:2] - draw(model, slice(1, 2))).max() < 1e-4  # a grey level is 8e-3
+
+
+@pytest.fixture(scope="module")
+def coarse(bundles: dict[int, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of 16 bits, told to compute in bfloat16."""
+    folder = tmp_path_factory.mktemp("coarse") / "16"
+    shutil.copytree(bundles[16].folder, folder)
+    told = json.loads((folder / "bundle.json").read_text()) | {"compute": "bfloat16"}
+    return seal(folder, {name: value for name, value in told.items() if name not in ("format", "files")})
+
+
+def test_in_bfloat16_a_picture_is_nearly_the_same_and_the_same_in_every_batch(
+    theirs: np.ndarray, coarse: Bundle
+) -> None:
+    model = open_bundle(coarse, threads=1)
+    assert psnr(theirs, draw(model)) > 38
+    assert np.abs(draw(model)[1:2] - draw(model, slice(1, 2))).max() < 1e-4
+
+
+def test_bfloat16_is_asked_for_where_the_processor_multiplies_it_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = runtime.properties(1, "bfloat16")["INFERENCE_PRECISION_HINT"]
+    has_it = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert asked == ("bf16" if has_it else "f32")
+    assert runtime.properties(1)["INFERENCE_PRECISION_HINT"] == "f32"
+
+    class Older:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr(runtime, "_core", Older)
+    assert runtime.properties(1, "bfloat16")["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_the_command_line_writes_what_it_shall_compute_in(
+    small: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sd3.save(small, tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), "--compute", "bfloat16", "-o", str(tmp_path / "out")]
+    assert run([*words, "--to", "openvino", "--bits", "16"]) == 0
+    assert read(tmp_path / "out").compute == "bfloat16"
+    shutil.rmtree(tmp_path / "out")
+    assert run(words) == 2
+    assert "--compute for onnx must be float32, not bfloat16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_encoder_encodes(small: Family, bundles: dict[int, Bundle]) -> None:

@@ -57,6 +57,8 @@ class Ours:
         bundle = self.pipe.bundle
         bits = bundle.about.get("bits") if bundle else 32
         runs = bundle.engine if bundle else "torch"
+        if bundle and bundle.compute != "float32":
+            runs += f" {bundle.compute}"
         told = {"steps": self.steps, "guidance": self.model.guidance, "size": list(self.pipe.size)}
         return {"engine": f"fewstep {runs}", "bits": bits, **told}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from fewstep.families import Family
+from fewstep.runtime.bundle import Compute
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Facts:
         license_file: its text, to ship along.
         about: free facts.
         card: the model card, to ship along.
+        compute: what its graphs compute in.
     """
 
     license: str = "unknown"
     license_file: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     card: Path | None = None
+    compute: Compute = "float32"
 
 
 class Target(Protocol):
@@ -82,6 +85,17 @@ class Keeper(Target, Protocol):
     ) -> str:
         """As any target's; ``t5_bits`` a weight of T5, as all others where ``None``."""
         ...
+
+
+@runtime_checkable
+class Computer(Target, Protocol):
+    """A target whose graphs can compute in something else than float32.
+
+    Attributes:
+        COMPUTES: in what, float32 among them.
+    """
+
+    COMPUTES: tuple[Compute, ...]
 
 
 def targets() -> dict[str, Target]:

@@ -9,9 +9,11 @@ from fewstep.deploy import Facts
 from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import parts
 from fewstep.families import Family
+from fewstep.runtime.bundle import Compute
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 16)
+COMPUTES: tuple[Compute, ...] = ("float32", "bfloat16")
 T5 = False
 T5_BITS = BITS
 

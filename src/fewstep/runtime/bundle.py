@@ -47,6 +47,8 @@ SUFFIXES: Mapping[Engine, tuple[str, ...]] = {
     "executorch": (".pte",),
 }
 """What an engine's graph is made of, the file that it is loaded by first."""
+Compute = Literal["float32", "bfloat16"]
+"""What a graph computes in, whatever its weights are stored in."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Bundle:
         name: the model's name.
         family: its architecture, such as ``sd3``.
         engine: what runs its graphs.
+        compute: what they compute in, where the engine has the choice and the processor can.
         license: its licence.
         latent: latent shape ``(C, H, W)``.
         downscale: pixels per latent cell along a side.
@@ -84,6 +87,7 @@ class Bundle:
     name: str
     family: str
     engine: Engine
+    compute: Compute
     license: str
     latent: tuple[int, int, int]
     downscale: int
@@ -197,6 +201,9 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
     sampler, engine = facts.get("sampler", "euler"), facts.get("engine", "onnx")
     if sampler not in get_args(Sampler):
         raise ValueError("sampler")
+    compute = facts.get("compute", "float32")
+    if compute not in get_args(Compute):
+        raise ValueError("compute")
     if engine not in SUFFIXES:
         raise UserError(f"{folder} is for {str(engine)[:40]!r}, which this fewstep does not know: upgrade it")
     return Bundle(
@@ -204,6 +211,7 @@ def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
         name=str(facts["name"]),
         family=str(facts["family"]),
         engine=engine,
+        compute=compute,
         license=str(facts["license"]),
         latent=(channels, height, width),
         downscale=downscale,

@@ -130,7 +130,7 @@ def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
     if bundle.engine == "openvino":
         from fewstep.runtime import openvino
 
-        return openvino.Graph(path, threads)
+        return openvino.Graph(path, threads, bundle.compute)
     if bundle.engine == "executorch":
         from fewstep.runtime import executorch
 

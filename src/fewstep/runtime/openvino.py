@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 
+from fewstep.runtime.bundle import Compute
 from fewstep.runtime.session import Run, Session
 
 # Imported with this at hand, OpenVINO and NNCF write an id into the home folder and tell Google Analytics of
@@ -22,14 +24,24 @@ import openvino  # noqa: E402
 class Graph(Session):
     """One OpenVINO graph on the processor: an ``.xml`` file, its weights beside it in the ``.bin``.
 
-    It computes in float32 whatever its weights are stored in. Activations are not quantized on the way: their
-    scales would come from rows of one batch, and a picture would depend on its neighbours.
+    It computes in float32 unless told otherwise, whatever its weights are stored in. Activations are not
+    quantized on the way: their scales would come from rows of one batch, and a picture would depend on its
+    neighbours.
+
+    Args:
+        path: the ``.xml`` file.
+        threads: threads inside one operator.
+        compute: bfloat16 where the processor multiplies it, else float32 all the same.
     """
 
     ENGINE = "OpenVINO"
 
+    def __init__(self, path: Path, threads: int, compute: Compute = "float32") -> None:
+        super().__init__(path, threads)
+        self.compute: Compute = compute
+
     def _load(self) -> Run:
-        compiled = _core().compile_model(self.path, "CPU", properties(self.threads))
+        compiled = _core().compile_model(self.path, "CPU", properties(self.threads, self.compute))
         request: Any = compiled.create_infer_request()
         lock = Lock()  # a request does one thing at a time
 
@@ -40,10 +52,11 @@ class Graph(Session):
         return run
 
 
-def properties(threads: int) -> dict[str, Any]:
+def properties(threads: int, compute: Compute = "float32") -> dict[str, Any]:
     """Of a graph on the processor, as :class:`Graph` describes."""
+    able = compute == "bfloat16" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "INFERENCE_PRECISION_HINT": "bf16" if able else "f32",  # untold it would be bf16 wherever it can
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,

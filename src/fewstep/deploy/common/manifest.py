@@ -23,6 +23,7 @@ def described(family: Family, facts: Facts, bits: int) -> dict[str, Any]:
         "guidance": family.guidance,
         "sampler": family.sampler,
         "text": {"length": text_length(family), "t5": t5_length(family)},
+        **({} if facts.compute == "float32" else {"compute": facts.compute}),
         "about": {"bits": bits, **facts.about},
     }
 
