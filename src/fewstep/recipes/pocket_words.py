@@ -1,4 +1,4 @@
-"""People's own words for Pocket: of any phrasing its encoders learn to say what they say of the plain one."""
+"""People's own words for Pocket: its encoders learn to answer any phrasing as they do the plain prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fewstep.types import Share
 CAPTIONS = 2
 """Of so many rows one is a caption of the data set, of which what is said shall stay."""
 
-KEPT = 5.0
+KEPT = 15.0
 """Weight of the captions."""
 
 KINDS = (0.3, 0.3, 0.4)
@@ -34,7 +34,7 @@ def pocket_words(
     init: Path = Path("models/pocket-teacher"),
     data: Path = Path("data/stickers"),
     out: Out = Path("runs/pocket-words"),
-    steps: int = 3000,
+    steps: int = 9000,
     batch: int = 128,
     words: int = 20_000,
     sayings: int = 60_000,
