@@ -82,7 +82,7 @@ def test_the_slow_commands_exist(tmp_path: Path) -> None:
             assert os.access(ROOT / words[0], os.X_OK), f"{words[0]} is no script"
             continue
         assert words[0] == "fewstep", f"the README runs {words[0]}"
-        named = [bool(re.fullmatch(r"[a-z][a-z-]*", word)) for word in words]
+        named = [*(bool(re.fullmatch(r"[a-z][a-z-]*", word)) for word in words), False]
         commands = words[1 : named.index(False)]
         said = fewstep([*commands, "--help"], tmp_path).stdout
         missing = [word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word) and word not in said]

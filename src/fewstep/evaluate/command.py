@@ -70,7 +70,7 @@ def evaluate(
 ) -> None:
     """Measure models on the same prompts and seeds: KID, retrieval, diversity, scenes, and against a teacher.
 
-    A model is NAME[@STEPS[xGUIDANCE]], for example pocket@4 or models/pocket-teacher@28x4.5; NAME is what
+    A model is NAME[@STEPS[xGUIDANCE]], for example pocket@4 or models/pocket-teacher@16x2; NAME is what
     `fewstep generate --model` takes. An interrupted evaluation goes on where it stopped.
 
     Args:

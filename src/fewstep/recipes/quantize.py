@@ -65,8 +65,9 @@ def quantize(
 
     Args:
         source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
-        output: Folder of the bundles, named after their bits, of report.md and sheet.png.
-        bits: Of the rungs below 16.
+        output: Folder for the bundles, named after their bits, report.md and sheet.png; bundles there are
+            replaced.
+        bits: To write besides 16.
         prompts: Prompts of single stickers that are measured; 0 leaves out all that needs data.
         pictures: Pictures a prompt.
         scenes: Prompts of scenes; a multiple of 12, or 0 for none.
