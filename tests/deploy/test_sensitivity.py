@@ -23,7 +23,7 @@ from fewstep.deploy.common.sensitivity import (
     outcomes,
     sensitivity,
 )
-from fewstep.deploy.common.weights import GROUP, stored
+from fewstep.deploy.common.weights import GROUP, Choice, stored
 from fewstep.families import sd3
 
 
@@ -63,7 +63,7 @@ def test_a_cost_is_the_change_of_what_comes_out(
 ) -> None:
     """Measured at one width, foretold at the others: of noise-like errors within a few percent."""
     net, x, (weight, _) = two
-    back, size = stored(net.a.weight.detach().numpy(), bits)
+    back, size = stored(net.a.weight.detach().numpy(), Choice(bits))
     with torch.no_grad():
         y = net(x)
         known = (x @ (torch.from_numpy(back) - net.a.weight).T).square().sum() / (y - y.mean()).square().sum()

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.deploy.common.weights import GROUP, TRIED, shrink, stored, to_groups, to_int8
+from fewstep.deploy.common.weights import GROUP, TRIED, Choice, shrink, stored, to_groups, to_int8
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)
@@ -122,14 +122,14 @@ def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, in
 
 
 def test_weights_that_are_spared_keep_their_bits() -> None:
-    made = shrink(graph(), 4, lambda array: 8 if array.ndim == 2 else 32)
+    made = shrink(graph(), 4, lambda array: Choice(8 if array.ndim == 2 else 32))
     assert {"matrix.int8", "kernel"} <= {weight.name for weight in made.graph.initializer}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16, 32])
 def test_what_is_said_to_be_left_of_a_weight_is_what_its_graph_unpacks(bits: int) -> None:
     small = shrink(graph(), bits)
-    known = {"matrix": stored(MATRIX, bits)[0], "kernel": stored(KERNEL, bits)[0]}
+    known = {"matrix": stored(MATRIX, Choice(bits))[0], "kernel": stored(KERNEL, Choice(bits))[0]}
     model = graph()
     for weight in model.graph.initializer:
         if weight.name in known:
@@ -147,7 +147,7 @@ def test_what_float16_cannot_hold_stays_float32() -> None:
 
 
 def test_what_a_scale_cannot_say_keeps_more_bits() -> None:
-    back, _ = stored(1e6 * MATRIX, 4)
+    back, _ = stored(1e6 * MATRIX, Choice(4))
     np.testing.assert_allclose(back, 1e6 * MATRIX, atol=1e6 * np.abs(MATRIX).max() / 127)
 
 
@@ -163,7 +163,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("shape", [(1, 24, 24), (24, 24, 1, 1), (1, 64, 128), (32, 48, 1, 1)])
 def test_axes_of_length_one_change_nothing(bits: int, shape: tuple[int, ...]) -> None:
     array = RNG.standard_normal(shape).astype(np.float32)
-    flat, _ = stored(array.squeeze(), bits)
-    back, _ = stored(array, bits)
+    flat, _ = stored(array.squeeze(), Choice(bits))
+    back, _ = stored(array, Choice(bits))
     assert back.shape == shape
     assert np.array_equal(back.squeeze(), flat)

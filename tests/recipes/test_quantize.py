@@ -12,6 +12,7 @@ from tests.recipes import taught
 import fewstep
 from fewstep.cli import run
 from fewstep.deploy.common import sensitivity, weights
+from fewstep.recipes.parts import SHOWN
 from fewstep.runtime.bundle import read
 
 pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokens.PromptWarning")
@@ -24,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
 
 
 def quantize(made: taught.Taught, out: Path, *words: str) -> int:
-    own = words if "--prompts" in words else ("--prompts", "0", *words)
+    own = words if "--prompts" in words else ("--prompts", "0", "--data", str(out / "none"), *words)
     return run(["quantize", str(made.teacher), "-o", str(out), *own])
 
 
@@ -42,10 +43,11 @@ def test_every_rung_is_a_bundle_that_draws(ladder: Path) -> None:
     sizes = {bits: read(ladder / str(bits)).size for bits in (16, 8, 4)}
     assert sizes[16] > sizes[8] >= sizes[4]  # few of so small a net's weights have groups
     drawn = {
-        bits: np.asarray(fewstep.load(ladder / str(bits))("a red disc", seed=1)[0], float) for bits in sizes
+        bits: np.stack([fewstep.load(ladder / str(bits))(prompt, seed=1)[0] for prompt in SHOWN[:4]])
+        for bits in sizes
     }
-    errors = [np.square(drawn[bits] - drawn[16]).mean() for bits in (8, 4)]
-    assert errors[0] < min(1, errors[1])
+    errors = [np.square(drawn[bits].astype(float) - drawn[16]).mean() for bits in (8, 4)]
+    assert errors[0] < min(2, errors[1] / 5)
 
 
 def test_the_report_tells_what_was_written(ladder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.deploy import Facts
 from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import parts, trace, write_graph
-from fewstep.deploy.common.weights import BitsOf, shrink
+from fewstep.deploy.common.weights import Choose, shrink
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -54,12 +54,12 @@ def write_traced(
     out: Path,
     bits: int,
     facts: Facts,
-    bits_of: BitsOf | None = None,
+    choose: Choose | None = None,
 ) -> str:
-    """The same of graphs that are traced already, with some weights in other bits (see ``shrink``)."""
+    """The same of graphs that are traced already, some weights stored in another way (see ``shrink``)."""
 
     def write(folder: Path) -> None:
         for stem, model in traced.items():
-            write_graph(shrink(model, bits, bits_of), folder / f"{stem}.onnx")
+            write_graph(shrink(model, bits, choose), folder / f"{stem}.onnx")
 
     return write_bundle(family, out, bits, facts, "onnx", write)

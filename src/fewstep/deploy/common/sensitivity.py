@@ -12,13 +12,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from fewstep import sample, times
 from fewstep.deploy.common.graphs import Part
-from fewstep.deploy.common.weights import GROUP, SMALLEST, stored
+from fewstep.deploy.common.heard import Heard, listening
+from fewstep.deploy.common.weights import GROUP, SMALLEST, Choice, stored
 from fewstep.families import Family
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
@@ -30,7 +32,11 @@ to 4.9). Any other rung takes its own and a scale a group."""
 
 MEASURED = 4
 """Bits whose cost is measured; a small error's square passes through a net in proportion, so that of the
-others follows from the weight's own squared error."""
+others follows from the squared error of the layer's outputs, or of the weight itself where its inputs are not
+known."""
+
+READ = 16
+"""Prompts that are drawn at a time while the layers are listened to."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,11 @@ class Weight:
 
 
 def outcomes(
-    family: Family, parts: Mapping[str, Part], prompts: Sequence[str]
+    family: Family, parts: Mapping[str, Part], prompts: Sequence[str], seed: int = 0
 ) -> dict[str, Callable[[], Any]]:
     """For every graph, what comes out when all weights are as they are now: tensors ``[B, ...]``.
 
-    The prompts are drawn with seed ``i`` for prompt ``i``, by Euler steps without guidance.
+    Prompt ``i`` is drawn with seed ``seed + i``, by Euler steps without guidance.
     """
     import torch
 
@@ -68,7 +74,7 @@ def outcomes(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=parts["text"].inputs["tokens"].shape[1],
     ).input_ids  # fmt: skip
-    noise = family.lift(sample.noises(range(rows), family.latent))
+    noise = family.lift(sample.noises(range(seed, seed + rows), family.latent))
 
     def walked(context: Any, pooled: Any) -> Any:
         x = noise
@@ -93,11 +99,35 @@ def outcomes(
     }
 
 
+def heard(
+    family: Family,
+    parts: Mapping[str, Part],
+    prompts: Sequence[str],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[tuple[str, str], Heard]:
+    """What meets each weight while the prompts are drawn: by graph and name.
+
+    Args:
+        family: of the ``parts``.
+        parts: its graphs.
+        prompts: as many as there are; each adds rows.
+        on_progress: told how many prompts are done, of how many.
+    """
+    import torch
+
+    with torch.no_grad(), listening({stem: part.module for stem, part in parts.items()}) as told:
+        for begin in range(0, len(prompts), READ):
+            on_progress(begin, len(prompts))
+            outcomes(family, parts, prompts[begin : begin + READ], begin)["encoder"]()
+        return told()
+
+
 def sensitivity(
     graph: str,
     module: Any,
     outcome: Callable[[], Any],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    heard: Mapping[str, Heard] = MappingProxyType({}),
 ) -> list[Weight]:
     """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
 
@@ -106,6 +136,7 @@ def sensitivity(
         module: the graph, as a torch module.
         outcome: what comes out with the weights that ``module`` has when it is called.
         on_progress: told how many weights are done, of how many.
+        heard: what met some weights, by name.
     """
     import torch
 
@@ -119,9 +150,12 @@ def sensitivity(
             if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            array = parameter.detach().numpy().copy()
-            made = {bits: stored(array, bits) for bits in WIDTHS}
-            lost = {bits: float(np.square(back - array).sum()) for bits, (back, _) in made.items()}
+            array, its = parameter.detach().numpy().copy(), heard.get(name)
+            made = {bits: stored(array, Choice(bits, its)) for bits in WIDTHS}
+            lost = {
+                bits: its.lost(back) if its else float(np.square(back - array).sum())
+                for bits, (back, _) in made.items()
+            }
             with _replaced(parameter, made[MEASURED][0]):
                 moved = float((outcome() - whole).square().sum()) / variance
             unit = moved / lost[MEASURED] if lost[MEASURED] else 0.0

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fewstep.deploy.common.heard import Heard
+
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
 
@@ -34,17 +36,30 @@ TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
 
 
-BitsOf = Callable[[np.ndarray], int | None]
-"""Bits of a weight that are not the others'; ``None`` for no word of its own."""
+@dataclass(frozen=True)
+class Choice:
+    """How a weight is stored.
+
+    Attributes:
+        bits: an element.
+        heard: what met it, where that is known: codes with a scale a group then make up for one another.
+    """
+
+    bits: int
+    heard: Heard | None = None
 
 
-def shrink(model: Any, bits: int, bits_of: BitsOf | None = None) -> Any:
+Choose = Callable[[np.ndarray], Choice | None]
+"""How a weight is stored if not as the others; ``None`` for no word of its own."""
+
+
+def shrink(model: Any, bits: int, choose: Choose | None = None) -> Any:
     """A copy of an ``onnx.ModelProto`` with its weights stored in fewer bits each.
 
     Args:
         model: what :func:`fewstep.deploy.common.graphs.trace` gives.
         bits: 2, 3, 4, 5, 6, 8, 16 or 32 a weight.
-        bits_of: weights that are stored in other bits.
+        choose: weights that are stored in another way.
     """
     import onnx
     from onnx import numpy_helper
@@ -59,7 +74,7 @@ def shrink(model: Any, bits: int, bits_of: BitsOf | None = None) -> Any:
             stored.append(weight)
             continue
         made, array = _Stored(weight.name), numpy_helper.to_array(weight)
-        made.put(array, (bits_of(array) if bits_of else None) or bits)
+        made.put(array, (choose(array) if choose else None) or Choice(bits))
         stored += made.tensors
         unpack += made.nodes
     nodes = [*unpack, *graph.node]
@@ -77,22 +92,22 @@ class _Stored:
     tensors: list[Any] = field(default_factory=list[Any])
     nodes: list[Any] = field(default_factory=list[Any])
 
-    def put(self, array: np.ndarray, bits: int) -> None:
-        """Store ``array`` in ``bits`` a weight, or in the fewest above that its shape and range allow.
+    def put(self, array: np.ndarray, how: Choice) -> None:
+        """Store ``array`` as chosen, or in the fewest bits above that its shape and range allow.
 
         Axes of length 1 do not count: an exporter adds some, and what is stored must be what was measured.
         """
-        matrix = array.squeeze()
+        bits, matrix = how.bits, array.squeeze()
         if bits <= 8 and matrix.ndim == 2 and matrix.shape != array.shape:
             inner = _Stored(f"{self.name}.matrix", self.tensors, self.nodes)
-            inner.put(matrix, bits)
+            inner.put(matrix, how)
             self._node("Reshape", inner.name, self._tensor("whole", np.array(array.shape)), out=self.name)
             return
         rows = array.reshape(len(array), -1)
         axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
         halves = np.abs(array).max() <= np.finfo(np.float16).max
         if bits in PLANES and axes and halves:
-            self._grouped(array, bits, axes)
+            self._grouped(array, how, axes)
         elif bits <= 8:
             self._scaled(array, (0, 1) if array.ndim == 2 else (1,))
         elif bits < 32 and halves:
@@ -108,10 +123,12 @@ class _Stored:
         real = self._node("Cast", self._tensor("int8", codes), to=FLOAT)
         self._node("Mul", real, self._tensor("scale", scale), out=self.name)
 
-    def _grouped(self, array: np.ndarray, bits: int, axes: Sequence[int]) -> None:
-        """Fewer bits, a scale a group of :data:`GROUP` along the axis that loses less."""
-        rows = array.reshape(len(array), -1)
-        tried = {axis: to_groups(rows.T if axis == 0 else rows, bits) for axis in axes}
+    def _grouped(self, array: np.ndarray, how: Choice, axes: Sequence[int]) -> None:
+        """Fewer bits, a scale a :data:`GROUP`: along the inputs heard, or the axis that loses less."""
+        rows, bits, factor = array.reshape(len(array), -1), how.bits, None
+        if how.heard and (inputs := 0 if how.heard.turned(array) else 1) in axes:
+            axes, factor = [inputs], how.heard.factor
+        tried = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
         axis = min(tried, key=lambda each: tried[each][2])
         codes, scale, _ = tried[axis]
         real = self._node("Cast", self._whole(codes, bits), to=FLOAT)
@@ -157,15 +174,15 @@ class _Stored:
         return name
 
 
-def stored(array: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
-    """What is left of a weight that was stored in ``bits``, float32, as its graph will unpack it; and the
-    bytes that it takes."""
+def stored(array: np.ndarray, how: Choice) -> tuple[np.ndarray, int]:
+    """What is left of a weight that was stored so, float32, as its graph will unpack it; and the bytes that
+    it takes."""
     import onnx
     from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
     made = _Stored("weight")
-    made.put(array, bits)
+    made.put(array, how)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.tensors}
     size = sum(tensor.nbytes for tensor in tensors.values())
     if not made.nodes:
@@ -203,20 +220,49 @@ def to_int8(matrix: np.ndarray, axes: Sequence[int] = (0, 1)) -> tuple[np.ndarra
     return codes, scale
 
 
-def to_groups(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, float]:
+def to_groups(
+    matrix: np.ndarray, bits: int, factor: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Codes with a scale a group, so that ``(codes - 2^(bits - 1)) * scale`` is near ``matrix``.
 
-    The scale of a group is the one of :data:`TRIED` that loses least.
+    The scale of a group is the one of :data:`TRIED` that loses least. With ``factor`` what is near are the
+    products with the inputs that were heard: the columns behind one make up for its error before they are
+    rounded themselves (GPTQ; Frantar et al., arXiv 2210.17323, section 3).
 
     Args:
         matrix: float32 ``[R, C]``; :data:`GROUP` divides ``C``.
         bits: of a code.
+        factor: of the ``C`` inputs (:attr:`fewstep.deploy.common.heard.Heard.factor`).
 
     Returns:
         uint8 codes ``[R C]``, rows one after the other; float16 scales ``[R C / GROUP, 1]``; the sum of
         squared errors.
     """
-    groups, half = matrix.reshape(-1, GROUP), 2 ** (bits - 1)
+    half, count = 2 ** (bits - 1), matrix.shape[1]
+    left = matrix.copy()
+    codes, scales = np.empty_like(left), np.empty((len(left), count // GROUP), np.float32)
+    for begin in range(0, count, GROUP):
+        group = left[:, begin : begin + GROUP]  # a view
+        scale = _scale(group, half)
+        scales[:, begin // GROUP] = scale[:, 0]
+        if factor is None:
+            codes[:, begin : begin + GROUP] = _codes(group, scale, half)
+            continue
+        errors = np.empty_like(group)
+        for at in range(GROUP):
+            row, column = factor[begin + at].astype(np.float32), group[:, at : at + 1]
+            code = _codes(column, scale, half)
+            codes[:, begin + at] = code[:, 0]
+            errors[:, at] = ((column - code * scale) / row[begin + at])[:, 0]
+            group[:, at + 1 :] -= np.outer(errors[:, at], row[begin + at + 1 : begin + GROUP])
+        left[:, begin + GROUP :] -= errors @ factor[begin : begin + GROUP, begin + GROUP :].astype(np.float32)
+    whole = (codes.reshape(-1, GROUP) * scales.reshape(-1, 1)).reshape(matrix.shape)
+    packed = (codes + half).astype(np.uint8).reshape(-1)
+    return packed, scales.reshape(-1, 1).astype(np.float16), float(np.square(whole - matrix).sum())
+
+
+def _scale(groups: np.ndarray, half: int) -> np.ndarray:
+    """Of each group (a row) the scale that loses least, as float16 can say it, ``[N, 1]``."""
     peak = np.abs(groups).max(1, keepdims=True)
     best, least = np.ones_like(peak), np.full_like(peak, np.inf)
     for share in TRIED:
@@ -224,8 +270,7 @@ def to_groups(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, fl
         scale[scale == 0] = 1  # a group of zeros, or of less than float16 can say
         error = np.square(_codes(groups, scale, half) * scale - groups).sum(1, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    codes = _codes(groups, best, half) + half
-    return codes.astype(np.uint8).reshape(-1), best.astype(np.float16), float(least.sum())
+    return best
 
 
 def _codes(groups: np.ndarray, scale: np.ndarray, half: int) -> np.ndarray:
