@@ -131,33 +131,37 @@ class _Stored:
         tried = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
         axis = min(tried, key=lambda each: tried[each][2])
         codes, scale, _ = tried[axis]
-        real = self._node("Cast", self._whole(codes, bits), to=FLOAT)
-        middle = self._node("Sub", real, self._tensor("middle", np.float32(2 ** (bits - 1))))
-        groups = self._node("Reshape", middle, self._tensor("groups", np.array([-1, GROUP])))
-        scales = self._node("Cast", self._tensor("scale", scale), to=FLOAT)
-        scaled = self._node("Mul", groups, scales)
-        shape = self._tensor("shape", np.array(array.shape if axis == 1 else array.shape[::-1]))
-        if axis == 1:
-            self._node("Reshape", scaled, shape, out=self.name)
-        else:
-            self._node("Transpose", self._node("Reshape", scaled, shape), perm=[1, 0], out=self.name)
+        groups = (-1, GROUP)
+        if axis == 0:  # laid down as they are used: a column of the array has its scales below one another
+            groups = (-1, GROUP, rows.shape[1])
+            codes, scale = codes.reshape(groups[2], -1).T, scale.reshape(groups[2], -1).T[:, None]
+        real = self._node("Cast", self._signed(codes.reshape(-1), bits, groups), to=FLOAT)
+        unit = self._tensor("unit", np.float32(2.0 ** (bits - 8)))
+        unit = self._node("Mul", self._node("Cast", self._tensor("scale", scale), to=FLOAT), unit)
+        shape = self._tensor("shape", np.array(array.shape))
+        self._node("Reshape", self._node("Mul", real, unit), shape, out=self.name)
 
-    def _whole(self, codes: np.ndarray, bits: int) -> str:
-        """Codes ``[N]`` of their packed planes, uint8."""
-        below, made = 0, ""
+    def _signed(self, codes: np.ndarray, bits: int, shape: Sequence[int]) -> str:
+        """Codes ``[N]`` of their packed planes, as the upper bits of int8.
+
+        What onnxruntime folds away it holds until a whole graph is folded: bytes, as long as they can be.
+        """
+        signed = (codes ^ 2 ** (bits - 1)).astype(np.uint8)
+        below, made, laid = 0, "", self._tensor("groups", np.array(shape))
         for width in PLANES[bits]:
-            part = (codes >> below) & (2**width - 1)
+            part = (signed >> below) & (2**width - 1)
             shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
             packed = np.bitwise_or.reduce(part.reshape(len(shifts), -1) << shifts, axis=0, keepdims=True)
-            bytes_, by = self._tensor(f"plane{width}", packed), self._tensor(f"shifts{width}", shifts)
-            moved = self._node("BitShift", bytes_, by, direction="RIGHT")
-            plane = self._node("BitwiseAnd", moved, self._tensor(f"mask{width}", np.uint8(2**width - 1)))
-            plane = self._node("Reshape", plane, self._tensor(f"flat{width}", np.array([-1])))
-            if below:
-                high = self._node("BitShift", plane, self._tensor("up", np.uint8(below)), direction="LEFT")
-                plane = self._node("BitwiseOr", made, high)
-            below, made = below + width, plane
-        return made
+            bytes_, by = self._tensor(f"plane{width}", packed), self._tensor(f"shifts{width}", shifts[::-1])
+            moved, upper = self._node("BitShift", bytes_, by, direction="LEFT"), 256 - 2 ** (8 - width)
+            plane = self._node("BitwiseAnd", moved, self._tensor(f"mask{width}", np.uint8(upper)))
+            plane = self._node("Reshape", plane, laid)
+            below += width
+            if below < bits:
+                down = self._tensor(f"down{width}", np.uint8(bits - below))
+                plane = self._node("BitShift", plane, down, direction="RIGHT")
+            made = self._node("BitwiseOr", made, plane) if made else plane
+        return self._node("Cast", made, to=INT8)
 
     def _tensor(self, kind: str, array: ArrayLike) -> str:
         from onnx import numpy_helper
@@ -195,8 +199,8 @@ def stored(array: np.ndarray, how: Choice) -> tuple[np.ndarray, int]:
     return np.asarray(back, np.float32), size
 
 
-FLOAT = 1
-"""``onnx.TensorProto.FLOAT``, which need not be imported to say so."""
+FLOAT, INT8 = 1, 3
+"""``onnx.TensorProto.FLOAT`` and ``INT8``, which need not be imported to say so."""
 
 
 def to_int8(matrix: np.ndarray, axes: Sequence[int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
