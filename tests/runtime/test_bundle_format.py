@@ -59,7 +59,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "deep JSON": (lambda at: (at / "bundle.json").write_text("[" * 100_000), "not JSON"),
     "odd styles": (lambda at: edit(at, about={"styles": 5}), "incomplete or damaged"),
-    "odd arithmetic": (lambda at: edit(at, compute="int8"), "incomplete or damaged"),
+    "odd arithmetic": (lambda at: edit(at, compute="int3"), "incomplete or damaged"),
     "no files": (lambda at: edit(at, files={}), "no text.onnx"),
     "missing file": (lambda at: (at / "text.onnx").unlink(), "text.onnx is missing"),
     "cut file": (lambda at: (at / "decoder.onnx").write_bytes(b"x" * 100), "has 100 bytes instead of"),

@@ -42,7 +42,8 @@ def export(
         bits: Bits a weight. [default: the target's own]
         t5: What becomes of T5: drop, keep, or the bits a weight that it is kept in (bundles for onnx and
             openvino). [default: dropped from bundles]
-        compute: What the graphs compute in; bfloat16 (openvino) is faster on processors that multiply it.
+        compute: What the graphs compute in; bfloat16 and, with 8 or 4 bits, int8 (openvino) are faster on
+            processors that multiply them.
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.

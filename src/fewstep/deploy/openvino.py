@@ -10,10 +10,11 @@ from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import parts
 from fewstep.families import Family
 from fewstep.runtime.bundle import Compute
+from fewstep.types import UserError
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 16)
-COMPUTES: tuple[Compute, ...] = ("float32", "bfloat16")
+COMPUTES: tuple[Compute, ...] = ("float32", "bfloat16", "int8")
 T5 = False
 T5_BITS = BITS
 
@@ -30,25 +31,33 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
     Args:
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's.
+        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's. Text encoders have 16
+            where ``facts.compute`` is int8.
         facts: what it tells of itself.
-        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; ``bits`` where ``None``.
+        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; those of the other texts where
+            ``None``.
 
     Returns:
         What there is now, in a line.
 
     Raises:
-        UserError: something else lies at ``out``, or float16 has no room for a weight.
+        UserError: something else lies at ``out``, float16 has no room for a weight, or int8 is asked of
+            weights of 16 bits.
         ImportError: OpenVINO or NNCF is not installed.
     """
     from fewstep.deploy.common import ir
 
-    if 16 in (bits, t5_bits):
+    if facts.compute == "int8" and bits == 16:
+        raise UserError("--compute int8 multiplies weights of 8 or 4 bits: give --bits 8")
+    # What quantizes activations makes levels of a last digit, and texts in fewer bits are not the same to the
+    # last digit in every batch.
+    texts = 16 if facts.compute == "int8" else bits
+    own = {"text": texts, "t5": t5_bits or texts}
+    if 16 in (bits, *own.values()):
         ir.check_float16(family)
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
-            own = t5_bits or bits if stem == "t5" else bits
-            ir.write(part, folder / f"{stem}.xml", own)
+            ir.write(part, folder / f"{stem}.xml", own.get(stem, bits))
 
     return write_bundle(family, out, bits, facts, "openvino", write)

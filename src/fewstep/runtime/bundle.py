@@ -47,8 +47,8 @@ SUFFIXES: Mapping[Engine, tuple[str, ...]] = {
     "executorch": (".pte",),
 }
 """What an engine's graph is made of, the file that it is loaded by first."""
-Compute = Literal["float32", "bfloat16"]
-"""What a graph computes in, whatever its weights are stored in."""
+Compute = Literal["float32", "bfloat16", "int8"]
+"""What graphs compute in, whatever their weights are stored in; int8 are the net's matrix products alone."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
     if bundle.engine == "openvino":
         from fewstep.runtime import openvino
 
-        return openvino.Graph(path, threads, bundle.compute)
+        return openvino.Graph(path, threads, openvino.of_graph(stem, bundle.compute))
     if bundle.engine == "executorch":
         from fewstep.runtime import executorch
 
