@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import fewstep
 from fewstep.cli import run
 from fewstep.deploy.common import sensitivity, weights
 from fewstep.recipes.parts import SHOWN
+from fewstep.recipes.quantize import LISTENED_TO
 from fewstep.runtime.bundle import read
 
 pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokens.PromptWarning")
@@ -62,6 +65,26 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
         least = sum(min(weight["bytes"].values()) for weight in told)
         assert taken <= max(least, sum(weight["size"] for weight in told) * sensitivity.HELD[int(bits)] / 8)
     assert (ladder / "sheet.png").stat().st_size > 1000
+
+
+def test_captions_are_listened_to_and_a_folder_without_is_told_of(
+    made: taught.Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+
+    def heard(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
+        drawn.extend(prompts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity, "heard", heard)
+    words = ["quantize", str(made.teacher), "-o", str(tmp_path / "out"), "--prompts", "0", "--data"]
+    assert run([*words, str(made.shards)]) == 130
+    assert len(drawn) == LISTENED_TO
+    assert set(drawn) == set(taught.PROMPTS)
+    (tmp_path / "empty").mkdir()
+    assert run([*words, str(tmp_path / "empty")]) == 2
+    assert "no .tar shards" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

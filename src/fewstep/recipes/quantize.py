@@ -17,7 +17,7 @@ from cyclopts import Parameter
 
 from fewstep import files
 from fewstep.bench.likeness import psnr
-from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable
+from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable, training_shards
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -77,17 +77,19 @@ def quantize(
         pictures: Pictures a prompt.
         scenes: Prompts of scenes; a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes.
-        data: Folder that `fewstep data stickers` filled.
+        data: Folder that `fewstep data stickers` filled; where it is there, its captions are drawn to hear
+            what meets each weight, else the prompts of the sheet.
         rounds: Pictures that are timed, of all rungs in turn.
         name: The model's name; by default what the source calls itself.
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along.
     """
+    from fewstep.data.texts import prompts_of
     from fewstep.deploy import onnx
     from fewstep.deploy.command import facts_of, model_of
     from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
-    from fewstep.deploy.common.sensitivity import allotted
+    from fewstep.deploy.common.sensitivity import allotted, heard
     from fewstep.source import load_family
 
     at_least_one(rounds=rounds, pictures=pictures)
@@ -99,13 +101,14 @@ def quantize(
         measurable(data, detector, prompts, scenes)
     for number in rungs:
         check_place(output / str(number))
+    said = prompts_of(training_shards(data), LISTENED_TO, 0) if data.is_dir() else SHOWN
     facts = facts_of(place := model_of(source), license, about)
     family = load_family(place, t5=False)
     family = replace(family, name=name or family.name)
     made = parts(family)
     _say("tracing")
     traced = {stem: trace(part) for stem, part in made.items()}
-    met = _heard(family, made, data)
+    met = heard(family, made, said, partial(_count, "listening to the layers", "prompts"))
     weights = _weights(family, made, met)
     given = {number: allotted(weights, number) for number in rungs if number < FULL}
     for number in rungs:
@@ -117,16 +120,6 @@ def quantize(
     figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, data)
     files.write(output / "report.md", _report(output, rungs, figures, weights, given, rounds).encode())
     print(output / "report.md")
-
-
-def _heard(family: Family, made: Mapping[str, Part], data: Path) -> dict[tuple[str, str], Heard]:
-    """On captions of the data set where there is one, else on the prompts of the sheet."""
-    from fewstep.data.texts import prompts_of
-    from fewstep.deploy.common.sensitivity import heard
-    from fewstep.recipes.parts import training_shards
-
-    prompts = prompts_of(training_shards(data), LISTENED_TO, 0) if data.is_dir() else SHOWN
-    return heard(family, made, prompts, partial(_count, "listening to the layers", "prompts"))
 
 
 def _weights(family: Family, made: Mapping[str, Part], met: Mapping[tuple[str, str], Heard]) -> list[Weight]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Heard:
     """A layer's weight and the inputs that met it.
 
     Attributes:
-        weight: float32, its first axis the outputs.
+        weight: float32, its first axis the outputs; the layer's own memory.
         gram: sums of products of its inputs, float32 ``[I, I]``; ``I`` are all axes but the first.
     """
 
@@ -43,12 +43,17 @@ class Heard:
         off = (back - self.weight).reshape(len(back), -1)
         return float(((off @ self.gram) * off).sum())
 
-    @cached_property
+    @property
     def factor(self) -> np.ndarray:
-        """Upper triangular, float64 ``[I, I]``: the Cholesky factor of the damped inverse of ``gram``."""
-        whole = self.gram.astype(np.float64)
-        whole[np.diag_indices_from(whole)] += DAMPING * whole.diagonal().mean()
-        return np.linalg.cholesky(np.linalg.inv(whole)).T
+        """Upper triangular, float32 ``[I, I]``: the Cholesky factor of the damped inverse of ``gram``."""
+        return _factor(self)
+
+
+@lru_cache(maxsize=1)  # asked for at every width of one weight after the other; of SD3.5 they are gigabytes
+def _factor(heard: Heard) -> np.ndarray:
+    whole = heard.gram.astype(np.float64)
+    whole[np.diag_indices_from(whole)] += DAMPING * whole.diagonal().mean()
+    return np.linalg.cholesky(np.linalg.inv(whole)).T.astype(np.float32)
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def listening(modules: Mapping[str, Any]) -> Generator[Callable[[], dict[tuple[s
     hooks = [layer.register_forward_pre_hook(hook(key)) for key, layer in layers.items()]
     try:
         yield lambda: {
-            key: Heard(layers[key].weight.detach().numpy().copy(), gram.numpy())
+            key: Heard(layers[key].weight.detach().numpy(), gram.numpy())
             for key, gram in sums.items()
             if gram.any()
         }

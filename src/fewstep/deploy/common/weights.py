@@ -254,12 +254,12 @@ def to_groups(
             continue
         errors = np.empty_like(group)
         for at in range(GROUP):
-            row, column = factor[begin + at].astype(np.float32), group[:, at : at + 1]
+            row, column = factor[begin + at], group[:, at : at + 1]
             code = _codes(column, scale, half)
             codes[:, begin + at] = code[:, 0]
             errors[:, at] = ((column - code * scale) / row[begin + at])[:, 0]
             group[:, at + 1 :] -= np.outer(errors[:, at], row[begin + at + 1 : begin + GROUP])
-        left[:, begin + GROUP :] -= errors @ factor[begin : begin + GROUP, begin + GROUP :].astype(np.float32)
+        left[:, begin + GROUP :] -= errors @ factor[begin : begin + GROUP, begin + GROUP :]
     whole = (codes.reshape(-1, GROUP) * scales.reshape(-1, 1)).reshape(matrix.shape)
     packed = (codes + half).astype(np.uint8).reshape(-1)
     return packed, scales.reshape(-1, 1).astype(np.float16), float(np.square(whole - matrix).sum())
