@@ -41,9 +41,8 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 def label(record: Line) -> str:
     """A record's engine in a few words."""
-    bits = f", {record['bits']} bit" if record.get("bits") else ""
     batch = f", {record['batch']} at once" if record["batch"] > 1 else ""
-    return f"{Path(record['model']).name} {record['engine']}{bits}, {record['steps']} steps{batch}"
+    return f"{_model(record)}, {record['steps']} steps{batch}"
 
 
 def latency(records: Sequence[Line], path: Path) -> None:
@@ -77,7 +76,9 @@ def latency(records: Sequence[Line], path: Path) -> None:
 
 
 def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, path: Path) -> None:
-    """Quality against latency; a bubble's area is its process's memory.
+    """Quality against latency; a bubble's area is its process's memory, the number in it its steps.
+
+    A model's bubbles have one colour and are joined in the order of their steps.
 
     Args:
         records: those whose ``MODEL@STEPS`` is not scored are left out.
@@ -96,11 +97,21 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     scored = [(record, scores[_evaluated(record)]) for record in records if _evaluated(record) in scores]
     if not scored:
         raise UserError("none of the records is of a model that was evaluated, by its label MODEL@STEPS")
+    several = len({_device(record) for record, _ in scored}) > 1
+    walks: dict[str, list[tuple[Line, float]]] = {}
+    for record, score in sorted(scored, key=lambda pair: pair[0]["steps"]):
+        told = f"{_model(record)}{f' ({_device(record)})' if several else ''}"
+        walks.setdefault(told, []).append((record, score))
     figure, axis = plt.subplots(figsize=(9, 5.5))
-    colours: Any = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(scored)))
-    for colour, (record, score) in zip(colours, scored, strict=True):
-        told = f"{label(record)}: {_seconds(record):.3g} s, {record['peak'] / 1e9:.2f} GB"
-        axis.scatter(_seconds(record), score, s=record["peak"] / 2e6, alpha=0.6, color=[colour], label=told)
+    colours: Any = plt.get_cmap("tab10")
+    for order, (told, walk) in enumerate(walks.items()):
+        x, y = [_seconds(record) for record, _ in walk], [score for _, score in walk]
+        memory, colour = [record["peak"] for record, _ in walk], [colours(order % 10)]
+        held = f"{min(memory) / 1e9:.2f} GB" if len(walk) == 1 else f"{max(memory) / 1e9:.2f} GB at most"
+        axis.plot(x, y, color=colour[0], alpha=0.4, lw=1)
+        axis.scatter(x, y, [size / 2e6 for size in memory], colour, alpha=0.5, label=f"{told}: {held}")
+        for (record, _), *place in zip(walk, x, y, strict=True):
+            axis.annotate(str(record["steps"]), place, ha="center", va="center", fontsize=7)
     # Beside the picture: bubbles of rungs that cost alike lie on each other, and their labels would too.
     legend = axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     for handle in legend.legend_handles:
@@ -108,7 +119,7 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     axis.set_xscale("log")
     for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         ticks(lambda value, _: f"{value:g}")
-    axis.set_xlabel("seconds a picture, warm")
+    axis.set_xlabel("seconds a picture, warm (in the bubble: steps)")
     axis.set_ylabel(name)
     axis.margins(0.2)
     axis.spines[["top", "right"]].set_visible(False)
@@ -129,6 +140,12 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
     if not found:
         raise UserError(f"{path} has no figure {name}")
     return found
+
+
+def _model(record: Line) -> str:
+    """What draws, in a few words."""
+    bits = f", {record['bits']} bit" if record.get("bits") else ""
+    return f"{Path(record['model']).name} {record['engine']}{bits}"
 
 
 def _seconds(record: Line) -> float:
