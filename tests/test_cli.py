@@ -241,13 +241,20 @@ def test_a_closed_pipe_ends_quietly(at: Path) -> None:
     assert not list((at / "out").glob(".*"))
 
 
-def test_ctrl_c_ends_at_once_with_whole_pictures(at: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, b"fewstep: interrupted\n"), (signal.SIGTERM, 143, b"fewstep: terminated\n")],
+)
+def test_ctrl_c_and_sigterm_end_at_once_with_whole_pictures(
+    at: Path, number: signal.Signals, status: int, said: bytes
+) -> None:
     with start_many() as process:
         assert process.stdout is not None
         process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (130, b"fewstep: interrupted\n")
+    assert (process.returncode, errors) == (status, said)
+    assert not list((at / "out").glob(".*"))
     made = list((at / "out").iterdir())
     assert 0 < len(made) < 20000
     for path in made:

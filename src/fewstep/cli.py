@@ -8,6 +8,7 @@ status  meaning
 0       done
 2       bad input or a closed pipe; one line on standard error says what was wrong
 130     Ctrl-C
+143     SIGTERM
 ======  ==========================================================================
 """
 
@@ -17,6 +18,7 @@ import errno
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,6 +48,7 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """The program ``fewstep``: run its arguments, then leave."""
+    signal.signal(signal.SIGTERM, _terminate)  # trainings have handlers of their own
     if sys.argv[1:2] != ["generate"]:
         sys.exit(run(sys.argv[1:]))
     gc.set_threshold(100_000)  # imports allocate much and free little: 15 ms of looking in vain
@@ -56,6 +59,14 @@ def main() -> NoReturn:
     os._exit(status)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run ``fewstep`` with ``arguments`` in this process and return its exit status."""
     if sys.stderr is None:  # closed by whoever started us
@@ -64,8 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run(list(arguments))
-    except KeyboardInterrupt:
-        status = _end("interrupted", 130)
+    except KeyboardInterrupt as error:
+        status = _end(*(("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)))
     except BrokenPipeError:
         status = 2  # nobody is left to tell
     except SystemExit as error:

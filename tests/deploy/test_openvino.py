@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import fewstep.runtime
 import tiny
 import tiny_flux
 from fewstep import sample
+from fewstep.bench import device
 from fewstep.cli import run
 from fewstep.deploy import Facts, common
 from fewstep.deploy import openvino as engine
@@ -35,6 +37,9 @@ from fewstep.runtime.bundle import Bundle, read, seal
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.openvino import Graph, openvino
 from fewstep.types import UserError
+
+INTEGERS = "avx512_vnni" in device.describe()["instructions"]
+"""Without such instructions activations may stay as they are."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,8 @@ def test_computed_coarsely_a_picture_is_nearly_the_same_and_the_same_in_every_ba
     theirs: np.ndarray, coarse: Bundle
 ) -> None:
     model = open_bundle(coarse, threads=1)
+    net, text = model.velocity.graph, model.text.graph
+    assert (net.compute, text.compute) == (coarse.compute, runtime.of_graph("text", coarse.compute))
     assert psnr(theirs, draw(model)) > 38
     together, alone = draw(model)[1:2], draw(model, slice(1, 2))
     if coarse.compute == "bfloat16":
@@ -110,6 +117,9 @@ def test_in_int8_each_token_has_scales_of_its_own(tmp_path: Path) -> None:
     x[1:] *= 100
     (together,) = graph(input=x)
     np.testing.assert_array_equal(alone, together[:1])
+    if INTEGERS:  # that it is done at all: the same weights with whole activations
+        (whole,) = Graph(tmp_path / "g.xml", threads=1)(input=x)
+        assert 1e-4 < np.abs(together - whole).max() / np.abs(whole).max() < 0.03
     with torch.no_grad():
         known = layer(torch.from_numpy(x)).numpy()
     assert np.abs(together - known).max() < 0.03 * np.abs(known).max()
@@ -128,6 +138,19 @@ def test_of_a_bundle_in_int8_texts_stay_float32() -> None:
     for compute in ("float32", "bfloat16"):
         assert runtime.of_graph("text", compute) == compute
         assert runtime.properties(1, compute)["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"
+
+
+def test_of_a_bundle_in_int8_texts_have_16_bits_and_modulations_8(
+    small: Family, bundles: dict[int, Bundle], tmp_path: Path
+) -> None:
+    engine.export(small, tmp_path / "b", 4, Facts(compute="int8"))
+    bundle = read(tmp_path / "b")
+    sizes = {stem: bundle.files[f"{stem}.bin"].bytes for stem in ("text", "modulation", "transformer")}
+    assert sizes["text"] == bundles[16].files["text.bin"].bytes
+    assert sizes["transformer"] == bundles[4].files["transformer.bin"].bytes
+    assert sizes["modulation"] == bundles[8].files["modulation.bin"].bytes  # of 4 a batch would be told
+    fours = draw(open_bundle(bundles[4], threads=1))
+    assert psnr(fours, draw(open_bundle(bundle, threads=1))) > 25  # its texts are better, and that is all
 
 
 def test_bfloat16_is_asked_for_where_the_processor_multiplies_it_and_nowhere_else(
@@ -161,7 +184,8 @@ def test_bfloat16_is_refused_where_the_engine_has_no_choice(
 ) -> None:
     sd3.save(small, tmp_path / "model")
     assert run(["export", str(tmp_path / "model"), "--compute", "bfloat16", "-o", str(tmp_path / "out")]) == 2
-    assert "--compute for onnx must be float32, not bfloat16" in capsys.readouterr().err
+    told = "--compute for onnx must be float32, not bfloat16: that takes --to openvino"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -337,6 +361,26 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
     large = sd3.assemble(tiny.parts(with_t5=False), name="large")
     with torch.no_grad():
         large.net.proj_out.weight[0, 0] = 1e5
-    with pytest.raises(UserError, match=r"transformer\.proj_out\.weight has weights too large for float16"):
+    told = r"transformer\.proj_out\.weight has weights too large for float16: give --bits 8"
+    with pytest.raises(UserError, match=told):
         engine.export(large, tmp_path / "b", 16, Facts())
-    assert not list(tmp_path.iterdir())
+    engine.export(large, tmp_path / "b", 8, Facts(compute="int8"))  # whose texts alone are float16
+    with torch.no_grad():
+        large.parts["text_encoder"].text_projection.weight[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"text_encoder\.text_projection\.weight .* give --compute float32"):
+        engine.export(large, tmp_path / "c", 8, Facts(compute="int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    """Under a limit on the size of files, which the system enforces as it does a disk's."""
+    layer = torch.nn.Linear(64, 64).eval()
+    graph = ir.converted(graphs.Part(layer, {"input": torch.zeros(2, 64)}, ("y",)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write g\.xml: is the disk full\?"):
+            ir.save(graph, tmp_path / "g.xml", half=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    ir.save(graph, tmp_path / "g.xml", half=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import fewstep
 from fewstep.cli import run
 from fewstep.deploy.common import sensitivity, weights
 from fewstep.recipes.parts import SHOWN
-from fewstep.recipes.quantize import LISTENED_TO
+from fewstep.recipes.quantize import CALIBRATED_ON
 from fewstep.runtime.bundle import read
 
 pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokens.PromptWarning")
@@ -28,16 +28,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
 
 
 def quantize(made: taught.Taught, out: Path, *words: str) -> int:
-    own = words if "--prompts" in words else ("--prompts", "0", "--data", str(out / "none"), *words)
+    own = words if "--prompts" in words else ("--prompts", "0", *words)
     return run(["quantize", str(made.teacher), "-o", str(out), *own])
+
+
+OBSERVED: dict[str, set[str]] = {}
+"""Weights of each graph whose inputs were known when their cost was measured."""
 
 
 @pytest.fixture(scope="module")
 def ladder(made: taught.Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("ladder")
+    out, real = tmp_path_factory.mktemp("ladder"), sensitivity.sensitivity
+
+    def spy(graph: str, module: Any, outcome: Any, on_progress: Any, inputs: Mapping[str, Any]) -> Any:
+        OBSERVED[graph] = set(inputs)
+        return real(graph, module, outcome, on_progress, inputs)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (weights, sensitivity):
             patch.setattr(module, "SMALLEST", 256)
+        patch.setattr(sensitivity, "sensitivity", spy)
+        patch.chdir(out)  # where there are no stickers
         assert quantize(made, out, "--rounds", "1", "--bits", "8", "--bits", "4") == 0
     return out
 
@@ -64,22 +75,25 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
         taken = sum(weight["bytes"][str(weight["given"][bits])] for weight in told)
         least = sum(min(weight["bytes"].values()) for weight in told)
         assert taken <= max(least, sum(weight["size"] for weight in told) * sensitivity.HELD[int(bits)] / 8)
+    assert f"Calibrated on {len(SHOWN)} prompts of the sheet" in report
+    observed = [weight for weight in told if weight["name"] in OBSERVED[weight["graph"]]]
+    assert {weight["graph"] for weight in observed} == {weight["graph"] for weight in told}
     assert (ladder / "sheet.png").stat().st_size > 1000
 
 
-def test_captions_are_listened_to_and_a_folder_without_is_told_of(
+def test_captions_are_drawn_and_a_folder_without_is_told_of(
     made: taught.Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[str] = []
 
-    def heard(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
+    def calibrated(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
         drawn.extend(prompts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sensitivity, "heard", heard)
+    monkeypatch.setattr(sensitivity, "calibrated", calibrated)
     words = ["quantize", str(made.teacher), "-o", str(tmp_path / "out"), "--prompts", "0", "--data"]
     assert run([*words, str(made.shards)]) == 130
-    assert len(drawn) == LISTENED_TO
+    assert len(drawn) == CALIBRATED_ON
     assert set(drawn) == set(taught.PROMPTS)
     (tmp_path / "empty").mkdir()
     assert run([*words, str(tmp_path / "empty")]) == 2
@@ -93,6 +107,7 @@ def test_captions_are_listened_to_and_a_folder_without_is_told_of(
         (["--bits", "5"], "--bits 5"),
         (["--rounds", "0"], "--rounds"),
         (["--prompts", "9", "--data", "no"], "no renderings"),
+        (["--prompts", "0", "--data", "no"], "no: no .tar shards there"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_written(
@@ -101,3 +116,13 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     assert quantize(made, tmp_path / "out", *words) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused_at_once(
+    made: taught.Taught, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "deeper"):
+        assert quantize(made, place) == 2
+        assert capsys.readouterr().err == f"fewstep: {tmp_path / 'mine'} is a file: give a folder\n"
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from fewstep.files import replacing_file
 from fewstep.types import UserError
 
@@ -110,8 +108,8 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
         held = f"{min(memory) / 1e9:.2f} GB" if len(walk) == 1 else f"{max(memory) / 1e9:.2f} GB at most"
         axis.plot(x, y, color=colour[0], alpha=0.4, lw=1)
         axis.scatter(x, y, [size / 2e6 for size in memory], colour, alpha=0.5, label=f"{told}: {held}")
-        for (record, _), *place in zip(walk, x, y, strict=True):
-            axis.annotate(str(record["steps"]), place, ha="center", va="center", fontsize=7)
+        for (record, score), seconds in zip(walk, x, strict=True):
+            axis.annotate(str(record["steps"]), (seconds, score), ha="center", va="center", fontsize=7)
     # Beside the picture: bubbles of rungs that cost alike lie on each other, and their labels would too.
     legend = axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     for handle in legend.legend_handles:

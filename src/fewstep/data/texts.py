@@ -15,6 +15,7 @@ import numpy as np
 from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
+from fewstep.types import UserError
 
 HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
 """Style -> letters that each of its wordings holds, in lower case."""
@@ -68,20 +69,33 @@ def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
 
 
 def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The ``.json`` entries of the shards, or their captions alone, without decoding a picture."""
+    """The ``.json`` entries of the shards, or their captions alone, without decoding a picture.
+
+    Each has a ``prompt``.
+
+    Raises:
+        UserError: a shard is cut short, empty or no tar, or a caption is missing or no text.
+    """
     return chain.from_iterable(map(_truths, shards))
 
 
 def _truths(shard: Path) -> list[dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
-    with tarfile.open(shard) as tar:
-        for entry in tar:
-            stem, _, ending = entry.name.rpartition(".")
-            if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
-                data = file.read().decode()
-                out.setdefault(stem, {}).update(
-                    json.loads(data) if ending == "json" else {"prompt": data.strip()}
-                )
+    try:
+        with tarfile.open(shard) as tar:
+            for entry in tar:
+                stem, _, ending = entry.name.rpartition(".")
+                if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
+                    data = file.read().decode()
+                    out.setdefault(stem, {}).update(
+                        json.loads(data) if ending == "json" else {"prompt": data.strip()}
+                    )
+    except (tarfile.TarError, OSError, EOFError, ValueError, TypeError) as error:
+        raise UserError(f"{shard}: cut short or no tar of captions ({error}); write it again") from error
+    if not out:
+        raise UserError(f"{shard}: no captions (.txt) in it; write it again")
+    if dumb := next((stem for stem, truth in out.items() if "prompt" not in truth), None):
+        raise UserError(f"{shard}: {dumb} has no caption (.txt)")
     return list(out.values())
 
 

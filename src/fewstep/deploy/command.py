@@ -62,7 +62,10 @@ def export(
         few = ", ".join(map(str, sorted(target.BITS)))
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
     if compute not in (can := target.COMPUTES if isinstance(target, Computer) else ("float32",)):
-        raise UserError(f"--compute for {to} must be {' or '.join(can)}, not {compute}")
+        able = [name for name, t in known.items() if isinstance(t, Computer) and compute in t.COMPUTES]
+        raise UserError(
+            f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
+        )
     keeps, its_bits = _t5(t5, to, target)
     facts = replace(facts_of(place := model_of(source), license, about), compute=compute)
 

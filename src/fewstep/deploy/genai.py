@@ -69,7 +69,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     from fewstep.deploy.common.stock import stock_parts
 
     if bits == 16:
-        ir.check_float16(family)
+        ir.check_float16(family.parts, "--bits 8")
     with replacing_folder(out) as fresh:
         for name in ("tokenizer", "tokenizer_2"):
             (fresh / name).mkdir()

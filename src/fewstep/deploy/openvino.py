@@ -31,8 +31,8 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
     Args:
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's. Text encoders have 16
-            where ``facts.compute`` is int8.
+        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's. Where
+            ``facts.compute`` is int8 text encoders (T5 too, unless told otherwise) have 16, modulations 8.
         facts: what it tells of itself.
         t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; those of the other texts where
             ``None``.
@@ -49,12 +49,14 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
 
     if facts.compute == "int8" and bits == 16:
         raise UserError("--compute int8 multiplies weights of 8 or 4 bits: give --bits 8")
-    # What quantizes activations makes levels of a last digit, and texts in fewer bits are not the same to the
-    # last digit in every batch.
-    texts = 16 if facts.compute == "int8" else bits
-    own = {"text": texts, "t5": t5_bits or texts}
-    if 16 in (bits, *own.values()):
-        ir.check_float16(family)
+    # What quantizes activations makes levels of a last digit, and texts in fewer bits than 16, modulations in
+    # fewer than 8, are not the same to the last digit in every batch.
+    texts, modulation = (16, 8) if facts.compute == "int8" else (bits, bits)
+    own = {"text": texts, "t5": t5_bits or texts, "modulation": modulation}
+    of_part = {"text_encoder": texts, "text_encoder_2": texts, "text_encoder_3": own["t5"]}
+    halves = {name: part for name, part in family.parts.items() if of_part.get(name, bits) == 16}
+    other = "--compute float32" if facts.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
+    ir.check_float16(halves, other)
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():

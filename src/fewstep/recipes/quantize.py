@@ -21,8 +21,8 @@ from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable, tra
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
+    from fewstep.deploy.common.calibration import Inputs
     from fewstep.deploy.common.graphs import Part
-    from fewstep.deploy.common.heard import Heard
     from fewstep.deploy.common.sensitivity import Weight
     from fewstep.deploy.common.weights import Choose
     from fewstep.families import Family
@@ -34,9 +34,9 @@ FULL = 16
 MEASURED_ON = 4
 """Prompts on which a weight's cost is measured."""
 
-LISTENED_TO = 256
-"""Captions of the data set that are drawn to hear what meets each weight. Pocket in 4 bits, at 12, 32, 128
-and 384: 32.4, 32.9, 33.8 and 33.9 dB."""
+CALIBRATED_ON = 256
+"""Captions of the data set that are drawn for the inputs of each weight. Pocket in 4 bits, with the bits of a
+rung before: 12, 32, 128 and 384 brought 2.0, 2.5, 3.4 and 3.5 dB."""
 
 COLUMNS = (
     ("seen top-5, % of 16 bit", "seen_top5_ratio", 100),
@@ -52,12 +52,12 @@ def quantize(
     /,
     *,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
-    bits: tuple[int, ...] = (8, 6, 4),
+    bits: Annotated[tuple[int, ...], Parameter(negative="")] = (8, 6, 4),
     prompts: int = 100,
     pictures: int = 2,
     scenes: int = 60,
     detector: Path = Path("models/scene-detector"),
-    data: Path = Path("data/stickers"),
+    data: Path | None = None,
     rounds: int = 10,
     name: str | None = None,
     license: str | None = None,
@@ -70,15 +70,15 @@ def quantize(
 
     Args:
         source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
-        output: Folder for the bundles, named after their bits, report.md and sheet.png; bundles there are
-            replaced.
+        output: Folder for the bundles, named after their bits, report.md, sheet.png and sensitivity.json;
+            what an earlier ladder left there is replaced.
         bits: To write besides 16.
-        prompts: Prompts of single stickers that are measured; 0 leaves out all that needs data.
+        prompts: Prompts of single stickers that are measured; 0 leaves out all figures of them and of scenes.
         pictures: Pictures a prompt.
         scenes: Prompts of scenes; a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes.
-        data: Folder that `fewstep data stickers` filled; where it is there, its captions are drawn to hear
-            what meets each weight, else the prompts of the sheet.
+        data: Folder that `fewstep data stickers` filled, data/stickers unless told. Its captions are drawn
+            for the inputs of each weight; without it the prompts of the sheet.
         rounds: Pictures that are timed, of all rungs in turn.
         name: The model's name; by default what the source calls itself.
         license: Name of the weights' licence, such as Apache-2.0.
@@ -89,59 +89,72 @@ def quantize(
     from fewstep.deploy.command import facts_of, model_of
     from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
-    from fewstep.deploy.common.sensitivity import allotted, heard
-    from fewstep.source import load_family
+    from fewstep.deploy.common.place import check_folder
+    from fewstep.deploy.common.sensitivity import allotted, calibrated
+    from fewstep.source import kind_of, load_family
 
     at_least_one(rounds=rounds, pictures=pictures)
     at_least(0, prompts=prompts, scenes=scenes)
     rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
     if odd := [number for number in rungs[1:] if number not in possible]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
+    folder = data or Path("data/stickers")
     if prompts:
-        measurable(data, detector, prompts, scenes)
+        measurable(folder, detector, prompts, scenes)
+    captions, told = SHOWN, "prompts of the sheet, without data (see --data)"
+    if data or folder.is_dir():
+        captions, told = prompts_of(training_shards(folder), CALIBRATED_ON, 0), f"captions of {folder}"
+    check_folder(output)
     for number in rungs:
         check_place(output / str(number))
-    said = prompts_of(training_shards(data), LISTENED_TO, 0) if data.is_dir() else SHOWN
     facts = facts_of(place := model_of(source), license, about)
+    if (kind := kind_of(place)) not in onnx.FAMILIES:
+        raise UserError(f"{source} is of the family {kind}, of which there are no bundles")
     family = load_family(place, t5=False)
     family = replace(family, name=name or family.name)
     made = parts(family)
     _say("tracing")
     traced = {stem: trace(part) for stem, part in made.items()}
-    met = heard(family, made, said, partial(_count, "listening to the layers", "prompts"))
-    weights = _weights(family, made, met)
+    _say(f"calibrating on {len(captions)} {told}")
+    inputs = calibrated(family, made, captions, partial(_count, "calibrating", "prompts"))
+    weights = _weights(family, made, inputs)
     given = {number: allotted(weights, number) for number in rungs if number < FULL}
     for number in rungs:
         _say(f"{number} bits")
-        onnx.write_traced(
-            family, traced, output / str(number), number, facts, _chosen(weights, given.get(number, ()), met)
-        )
+        choose = _chosen(weights, given.get(number, ()), inputs)
+        try:
+            onnx.write_traced(family, traced, output / str(number), number, facts, choose)
+        except OSError as error:
+            raise UserError(f"cannot write {output / str(number)}: {error.strerror or error}") from error
     files.write(output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode())
-    figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, data)
-    files.write(output / "report.md", _report(output, rungs, figures, weights, given, rounds).encode())
+    figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder)
+    report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
+    files.write(output / "report.md", report.encode())
     print(output / "report.md")
 
 
-def _weights(family: Family, made: Mapping[str, Part], met: Mapping[tuple[str, str], Heard]) -> list[Weight]:
+def _weights(
+    family: Family, made: Mapping[str, Part], inputs: Mapping[tuple[str, str], Inputs]
+) -> list[Weight]:
     from fewstep.deploy.common.sensitivity import outcomes, sensitivity
 
     outcome = outcomes(family, made, SHOWN[:MEASURED_ON])
     found: list[Weight] = []
     for stem, part in made.items():
         _say(f"what each weight of {stem} costs")
-        its = {name: each for (graph, name), each in met.items() if graph == stem}
+        its = {name: each for (graph, name), each in inputs.items() if graph == stem}
         found += sensitivity(stem, part.module, outcome[stem], partial(_count, stem, "weights"), its)
     return found
 
 
 def _count(what: str, things: str, done: int, total: int) -> None:
-    """A line now and then: of SD3.5 Medium's net each weight is a walk of seconds."""
+    """A line now and then: each is a walk."""
     if done % 20 == 0:
         _say(f"{what}: {done} of {total} {things}")
 
 
 def _chosen(
-    weights: Sequence[Weight], bits: Sequence[int], met: Mapping[tuple[str, str], Heard]
+    weights: Sequence[Weight], bits: Sequence[int], inputs: Mapping[tuple[str, str], Inputs]
 ) -> Choose | None:
     """How the weights of a rung are stored; ``None`` for a rung in which all are alike."""
     from fewstep.deploy.common.sensitivity import digest
@@ -150,7 +163,7 @@ def _chosen(
     if not bits:
         return None
     chosen = {
-        each.digest: Choice(b, met.get((each.graph, each.name)))
+        each.digest: Choice(b, inputs.get((each.graph, each.name)))
         for each, b in zip(weights, bits, strict=True)
     }
 
@@ -204,6 +217,7 @@ def _report(
     weights: Sequence[Weight],
     given: Mapping[int, Sequence[int]],
     rounds: int,
+    calibration: str,
 ) -> str:
     from fewstep.evaluate.report import cell
     from fewstep.runtime.bundle import read
@@ -229,7 +243,8 @@ def _report(
     parts = [
         f"# {pipes[FULL].model.name} in fewer bits",
         f"A picture is timed warm, the rungs in turn, median of {rounds}."
-        + (" In brackets: 95% confidence intervals, paired over prompts." if figures else ""),
+        + (" In brackets: 95% confidence intervals, paired over prompts." if figures else "")
+        + f" Calibrated on {calibration}.",
         table,
     ]
     parts += ["## Where the bits go", "Bits a weight, on average.", _spread(weights, given)]

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fewstep.deploy.common.graphs import Part, trace, write_graph
-from fewstep.families import Family
 from fewstep.runtime.openvino import openvino  # which tells nobody
 from fewstep.types import UserError
 
@@ -32,23 +31,29 @@ def write(part: Part, path: Path, bits: int) -> None:
     """Write a graph to ``path`` (``.xml``) and its weights beside it, 16 of ``bits`` being float16.
 
     Raises:
+        UserError: it cannot be written.
         ImportError: NNCF, which makes fewer bits, is not installed.
     """
     graph = converted(part)
     if bits < 16:
         graph = _compressor(bits)(graph)
-    openvino.save_model(graph, path, compress_to_fp16=bits == 16)
+    save(graph, path, bits == 16)
 
 
-def check_float16(family: Family) -> None:
-    """OpenVINO would write what is too large as the largest number there is."""
+def check_float16(parts: Mapping[str, Any], instead: str) -> None:
+    """OpenVINO would write what is too large as the largest number there is.
+
+    Args:
+        parts: modules by name, and what is none.
+        instead: what is to be given where one of them has such a weight.
+    """
     import torch
 
     largest = torch.finfo(torch.float16).max
-    for part, module in family.parts.items():
+    for part, module in parts.items():
         for name, weight in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
             if weight.abs().max() > largest:
-                raise UserError(f"{part}.{name} has weights too large for float16: give --bits 8")
+                raise UserError(f"{part}.{name} has weights too large for float16: give {instead}")
 
 
 def converted(part: Part) -> Any:
@@ -91,6 +96,18 @@ def _compressor(bits: int) -> Callable[[Any], Any]:
     return compress
 
 
+def save(graph: Any, path: Path, half: bool) -> None:
+    """Write a graph, its weights in float16 where ``half``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        openvino.save_model(graph, path, compress_to_fp16=half)
+    except RuntimeError as error:  # it does not say why: an error of C++'s streams
+        raise UserError(f"cannot write {path.name}: is the disk full? ({error})") from error
+
+
 def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
     """Write a tokenizer of transformers as a graph, which cuts and pads to ``length``.
 
@@ -111,4 +128,4 @@ def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
     cut.output(0).set_names(row.get_names())
     tokens.input(0).replace_source_output(cut.output(0))
     graph.validate_nodes_and_infer_types()
-    openvino.save_model(graph, folder / "openvino_tokenizer.xml")
+    save(graph, folder / "openvino_tokenizer.xml", True)

@@ -1,7 +1,8 @@
-"""Where an export that is one file goes (floor 3)."""
+"""Where exports go (floor 3)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,12 @@ def check_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> None:
         raise UserError(f"this target writes a {suffix} file: {out} must end so")
     if out.exists() and not (out.is_file() and ours(out)):
         raise UserError(f"{out} exists and is no export of fewstep: choose another place")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before hours are spent on what it is for."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file: give a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write to {there}: give another folder")

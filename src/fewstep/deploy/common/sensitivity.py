@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fewstep import sample, times
+from fewstep.deploy.common.calibration import Inputs, observing
 from fewstep.deploy.common.graphs import Part
-from fewstep.deploy.common.heard import Heard, listening
 from fewstep.deploy.common.weights import GROUP, SMALLEST, Choice, stored
 from fewstep.families import Family
 
@@ -35,8 +35,11 @@ MEASURED = 4
 others follows from the squared error of the layer's outputs, or of the weight itself where its inputs are not
 known."""
 
-READ = 16
-"""Prompts that are drawn at a time while the layers are listened to."""
+PIXELS = 16 * 128 * 128
+"""Drawn at a time in calibration: a decoder holds some 4 kB for each."""
+
+APART = 1000
+"""First seed of calibration: no other measure draws its pictures."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +102,29 @@ def outcomes(
     }
 
 
-def heard(
+def calibrated(
     family: Family,
     parts: Mapping[str, Part],
     prompts: Sequence[str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[tuple[str, str], Heard]:
+) -> dict[tuple[str, str], Inputs]:
     """What meets each weight while the prompts are drawn: by graph and name.
 
     Args:
         family: of the ``parts``.
         parts: its graphs.
-        prompts: as many as there are; each adds rows.
+        prompts: of whatever kind will be drawn; time is in proportion to them, memory is not, but to the
+            square of each layer's inputs.
         on_progress: told how many prompts are done, of how many.
     """
     import torch
 
-    with torch.no_grad(), listening({stem: part.module for stem, part in parts.items()}) as told:
-        for begin in range(0, len(prompts), READ):
+    _, height, width = family.latent
+    rows = max(1, PIXELS // (height * width * family.downscale**2))
+    with torch.no_grad(), observing({stem: part.module for stem, part in parts.items()}) as told:
+        for begin in range(0, len(prompts), rows):
             on_progress(begin, len(prompts))
-            outcomes(family, parts, prompts[begin : begin + READ], begin)["encoder"]()
+            outcomes(family, parts, prompts[begin : begin + rows], APART + begin)["encoder"]()
         return told()
 
 
@@ -127,7 +133,7 @@ def sensitivity(
     module: Any,
     outcome: Callable[[], Any],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    heard: Mapping[str, Heard] = MappingProxyType({}),
+    inputs: Mapping[str, Inputs] = MappingProxyType({}),
 ) -> list[Weight]:
     """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
 
@@ -136,7 +142,8 @@ def sensitivity(
         module: the graph, as a torch module.
         outcome: what comes out with the weights that ``module`` has when it is called.
         on_progress: told how many weights are done, of how many.
-        heard: what met some weights, by name.
+        inputs: of some weights, by name. These are rounded by them, and lose as much as their layer's
+            outputs; the others as much as themselves.
     """
     import torch
 
@@ -150,7 +157,7 @@ def sensitivity(
             if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            array, its = parameter.detach().numpy().copy(), heard.get(name)
+            array, its = parameter.detach().numpy().copy(), inputs.get(name)
             made = {bits: stored(array, Choice(bits, its)) for bits in WIDTHS}
             lost = {
                 bits: its.lost(back) if its else float(np.square(back - array).sum())

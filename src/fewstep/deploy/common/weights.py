@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewstep.deploy.common.heard import Heard
+from fewstep.deploy.common.calibration import Inputs
 
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
@@ -35,6 +35,9 @@ onnxruntime unpacks half as many a second.
 TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
 
+LARGEST = float(np.finfo(np.float16).max)
+"""Scale of a group. With what the columns before it leave it to make up for, its peak can be larger."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -42,11 +45,11 @@ class Choice:
 
     Attributes:
         bits: an element.
-        heard: what met it, where that is known: codes with a scale a group then make up for one another.
+        inputs: that met it, where they are known: codes with a scale a group then make up for one another.
     """
 
     bits: int
-    heard: Heard | None = None
+    inputs: Inputs | None = None
 
 
 Choose = Callable[[np.ndarray], Choice | None]
@@ -105,7 +108,7 @@ class _Stored:
             return
         rows = array.reshape(len(array), -1)
         axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
-        halves = np.abs(array).max() <= np.finfo(np.float16).max
+        halves = np.abs(array).max() <= LARGEST
         if bits in PLANES and axes and halves:
             self._grouped(array, how, axes)
         elif bits <= 8:
@@ -124,10 +127,11 @@ class _Stored:
         self._node("Mul", real, self._tensor("scale", scale), out=self.name)
 
     def _grouped(self, array: np.ndarray, how: Choice, axes: Sequence[int]) -> None:
-        """Fewer bits, a scale a :data:`GROUP`: along the inputs heard, or the axis that loses less."""
+        """Fewer bits, a scale a :data:`GROUP`: along the inputs if they are known, or the axis that loses
+        less."""
         rows, bits, factor = array.reshape(len(array), -1), how.bits, None
-        if how.heard and (inputs := 0 if how.heard.turned(array) else 1) in axes:
-            axes, factor = [inputs], how.heard.factor
+        if how.inputs and (along := 0 if how.inputs.turned(array) else 1) in axes:
+            axes, factor = [along], how.inputs.factor()
         tried = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
         axis = min(tried, key=lambda each: tried[each][2])
         codes, scale, _ = tried[axis]
@@ -230,17 +234,17 @@ def to_groups(
     """Codes with a scale a group, so that ``(codes - 2^(bits - 1)) * scale`` is near ``matrix``.
 
     The scale of a group is the one of :data:`TRIED` that loses least. With ``factor`` what is near are the
-    products with the inputs that were heard: the columns behind one make up for its error before they are
+    products with the inputs of calibration: the columns behind one make up for its error before they are
     rounded themselves (GPTQ; Frantar et al., arXiv 2210.17323, section 3).
 
     Args:
         matrix: float32 ``[R, C]``; :data:`GROUP` divides ``C``.
         bits: of a code.
-        factor: of the ``C`` inputs (:attr:`fewstep.deploy.common.heard.Heard.factor`).
+        factor: of the ``C`` inputs (:meth:`fewstep.deploy.common.calibration.Inputs.factor`).
 
     Returns:
         uint8 codes ``[R C]``, rows one after the other; float16 scales ``[R C / GROUP, 1]``; the sum of
-        squared errors.
+        squared errors of the elements, whatever ``factor`` is.
     """
     half, count = 2 ** (bits - 1), matrix.shape[1]
     left = matrix.copy()
@@ -270,7 +274,7 @@ def _scale(groups: np.ndarray, half: int) -> np.ndarray:
     peak = np.abs(groups).max(1, keepdims=True)
     best, least = np.ones_like(peak), np.full_like(peak, np.inf)
     for share in TRIED:
-        scale = (peak * share / (half - 1)).astype(np.float16).astype(np.float32)
+        scale = np.minimum(peak * share / (half - 1), LARGEST).astype(np.float16).astype(np.float32)
         scale[scale == 0] = 1  # a group of zeros, or of less than float16 can say
         error = np.square(_codes(groups, scale, half) * scale - groups).sum(1, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)

@@ -1,0 +1,57 @@
+"""Captions with their truth, read without the pictures."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fewstep.data.texts import prompts_of, truths_of
+from fewstep.types import UserError
+
+
+def shard(path: Path, entries: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in entries.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_captions_are_drawn_by_chance_that_the_seed_decides(tmp_path: Path) -> None:
+    first = shard(tmp_path / "a.tar", {f"{i}.txt": f"a disc {i}\n".encode() for i in range(20)})
+    truth = {"x.png": b"", "x.txt": b"a ring", "x.json": b'{"objects": []}'}
+    second = shard(tmp_path / "b.tar", truth)
+    assert list(truths_of([second])) == [{"prompt": "a ring", "objects": []}]
+    drawn = prompts_of([first, second], 21, 0)
+    assert sorted(drawn) == sorted(["a ring", *(f"a disc {i}" for i in range(20))])
+    assert prompts_of([first, second], 30, 0)[:21] == drawn != prompts_of([first, second], 21, 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({}, "no captions"),
+        ({"x.png": b"picture"}, "no captions"),
+        ({"x.json": b'{"objects": []}'}, r"x has no caption \(\.txt\)"),
+        ({"x.txt": b"\xff\xfe"}, "no tar of captions"),
+        ({"x.txt": b"a", "x.json": b"{"}, "no tar of captions"),
+        ({"x.txt": b"a", "x.json": b"[1]"}, "no tar of captions"),
+    ],
+)
+def test_what_is_no_shard_of_captions_is_one_clear_line(
+    tmp_path: Path, entries: dict[str, bytes], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"broken.tar: .*{said}"):
+        prompts_of([shard(tmp_path / "broken.tar", entries)], 3, 0)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 700])
+def test_a_shard_cut_short_is_one_clear_line(tmp_path: Path, kept: int) -> None:
+    path = shard(tmp_path / "a.tar", {"x.txt": b"a" * 600})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="cut short"):
+        prompts_of([path], 3, 0)
