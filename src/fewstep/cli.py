@@ -34,7 +34,7 @@ COMMANDS = {
     "models": ("fewstep.show:models", "List the models that are installed."),
     "data": ("fewstep.data.command:app", "Make training data."),
     "synthesize": ("fewstep.data.synthesis.command:synthesize", "Write a teacher's samples as shards."),
-    "train": ("fewstep.recipes.command:train", "Train codec, text encoders and teacher."),
+    "train": ("fewstep.recipes.command:train", "Train Pocket's parts, and what judges scenes."),
     "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
     "plan": ("fewstep.recipes.plan:plan", "Print the GPU memory that a distillation's step needs."),
     "variance": ("fewstep.recipes.variance:variance", "Measure how noisy the gradient of matching is."),

@@ -48,7 +48,7 @@ class TestWithout:
 
     def test_other_bits_are_one_clear_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.run(["export", "x", "--to", "executorch", "--bits", "6", "-o", str(tmp_path / "b")]) == 2
-        line = "bits for executorch must be one of 32, not 6"
+        line = "bits for executorch must be one of 8, 32, not 6"
         assert line in " ".join(capsys.readouterr().err.split())
 
     def test_something_else_is_not_overwritten(self, small: Family, tmp_path: Path) -> None:
@@ -86,6 +86,23 @@ def test_a_bundle_draws_what_its_family_draws(small: Family, bundle: Bundle) -> 
     theirs, ours = draw(small), draw(open_bundle(bundle, threads=1))
     assert theirs.std() > 0.05
     assert psnr(theirs, ours) > 60
+
+
+def test_in_8_bits_it_is_smaller_and_nearly_the_same_and_the_same_alone(
+    small: Family, bundle: Bundle, tmp_path: Path
+) -> None:
+    engine.export(small, tmp_path / "b", 8, Facts())
+    eight = read(tmp_path / "b")
+    for stem in ("text", "decoder", "encoder"):
+        assert eight.files[f"{stem}.pte"].bytes == bundle.files[f"{stem}.pte"].bytes
+    for stem in engine.QUANTIZED:
+        data = eight.path(f"{stem}.pte").read_bytes()
+        assert len(data) < 0.9 * bundle.files[f"{stem}.pte"].bytes  # few of so small a net's are matrices
+        assert b"XnnpackBackend" in data
+    model = open_bundle(eight, threads=1)
+    drawn = draw(model)
+    assert 35 < psnr(draw(small), drawn) < 60
+    assert np.array_equal(drawn[1:2], draw(model, slice(1, 2)))
 
 
 def test_a_picture_is_the_same_alone(bundle: Bundle) -> None:
@@ -126,7 +143,8 @@ def test_the_command_line_draws(bundle: Bundle, tmp_path: Path) -> None:
 
     folder, out = str(bundle.folder), str(tmp_path / "p.png")
     assert cli.run(["generate", "a red apple", "--model", folder, "--seed", "1", "-o", out]) == 0
-    assert Image.open(out).size == (64, 64)
+    with Image.open(out) as picture:
+        assert picture.size == (64, 64)
 
 
 def test_a_damaged_program_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
-from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
 from fewstep.runtime.session import Run, Session
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns of itself: experimental
+    from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
 _LOCK = Lock()
 """Held by whoever loads or runs: all programs of a process share a pool of threads and XNNPACK's memory."""
