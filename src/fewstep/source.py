@@ -79,10 +79,7 @@ def load(
     if backend not in (None, *get_args(Backend)):
         raise UserError(f"unknown backend {backend!r}: give one of {', '.join(get_args(Backend))}")
     if backend is not None and backend != kind:
-        hint = "give a diffusers folder"
-        if backend != "torch":
-            hint = f"`fewstep export --to {backend}` makes a bundle of a diffusers folder"
-        raise UserError(f"model {name} runs on {kind}, not on {backend}: {hint}")
+        raise UserError(f"model {name} runs on {kind}, not on {backend}: {_way(name, kind, backend)}")
     given = _wish(wish) if wish else None
     if bundle is None:
         return _load_torch(name, place, threads, given, family)
@@ -90,6 +87,15 @@ def load(
     if odd:
         raise UserError(f"model {plain} is a bundle, and {odd[0]} is for PyTorch models: leave it out")
     return _load_bundle(name, bundle, threads)
+
+
+def _way(name: str, kind: Backend, wanted: Backend) -> str:
+    """What to do about a model for another engine than the one wanted."""
+    if wanted == "torch":
+        return "give a diffusers folder"
+    if (kind, wanted) == ("onnx", "openvino"):
+        return f"`fewstep export {name} --to openvino` makes a bundle of it"
+    return f"`fewstep export --to {wanted}` makes a bundle of a diffusers folder"
 
 
 def _wish(given: Wished) -> Wish:
@@ -139,6 +145,15 @@ def locate(name: str) -> Path:
         return _fetch(name)
     have = ", ".join(names) or "none are installed"
     raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
+
+
+def bundle_of(source: str) -> Bundle | None:
+    """The bundle that a source is; ``None`` for a PyTorch model.
+
+    Raises:
+        UserError: there is no such model, or the bundle is damaged.
+    """
+    return _bundle(locate(split(source)[1]))
 
 
 def load_family(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from fewstep.families import Family
-from fewstep.runtime.bundle import Compute
+from fewstep.runtime.bundle import Bundle, Compute
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,23 @@ class Computer(Target, Protocol):
     """
 
     COMPUTES: tuple[Compute, ...]
+
+
+@runtime_checkable
+class Converter(Target, Protocol):
+    """A target that can be made of a bundle for onnxruntime as well, without PyTorch."""
+
+    def convert(self, bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:
+        """Write ``bundle`` anew; the rest as :meth:`Target.export`.
+
+        Args:
+            bundle: for onnxruntime.
+            out: where it goes.
+            bits: of ``BITS``, a weight; those of the bundle are rounded once more.
+            told: what it shall tell of itself: the fields of ``bundle.json`` but ``format``, ``files`` and
+                ``engine``.
+        """
+        ...
 
 
 def targets() -> dict[str, Target]:

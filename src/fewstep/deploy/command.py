@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -13,7 +14,11 @@ from fewstep.runtime.bundle import CARD, Compute
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.deploy import Target
+    from fewstep.deploy import Converter, Target
+    from fewstep.runtime.bundle import Bundle
+
+UNPACKED = 16
+"""Bits that the weights of a bundle have in another one: they have been rounded once."""
 
 
 def export(
@@ -36,10 +41,11 @@ def export(
     is replaced.
 
     Args:
-        source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file.
+        source: A run's folder, a diffusers folder, a hub name, or a Stability .safetensors file; for openvino
+            also a bundle, such as pocket, which needs no PyTorch.
         output: What to write: a folder, or a file where the target is one.
         to: What it is for (docs/deploy.md); onnx is a bundle, which generates without PyTorch.
-        bits: Bits a weight. [default: the target's own]
+        bits: Bits a weight. [default: the target's own; 16 of a bundle]
         t5: What becomes of T5: drop, keep, or the bits a weight that it is kept in (bundles for onnx and
             openvino). [default: dropped from bundles]
         compute: What the graphs compute in; bfloat16 and, with 8 or 4 bits, int8 (openvino) are faster on
@@ -49,7 +55,8 @@ def export(
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
-    from fewstep.deploy import Computer, targets
+    from fewstep.deploy import Computer, Converter, targets
+    from fewstep.families.folder import read_json
 
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
@@ -57,8 +64,7 @@ def export(
     if to not in known:
         raise UserError(f"there is no target {to}: give one of {', '.join(known)}")
     target = known[to]
-    bits = target.BITS[0] if bits is None else bits
-    if bits not in target.BITS:
+    if bits not in (None, *target.BITS):
         few = ", ".join(map(str, sorted(target.BITS)))
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
     if compute not in (can := target.COMPUTES if isinstance(target, Computer) else ("float32",)):
@@ -67,10 +73,19 @@ def export(
             f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
         )
     keeps, its_bits = _t5(t5, to, target)
-    facts = replace(facts_of(place := model_of(source), license, about), compute=compute)
 
-    from fewstep.source import kind_of, load_family
+    from fewstep.source import bundle_of, kind_of, load_family
 
+    place = model_of(source)
+    if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
+        if t5 is not None:
+            raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+        given = {"name": name, "steps": steps, "license": license, "compute": compute}
+        more = {} if about is None else read_json(about)
+        _converted(bundle, target, output, bits or UNPACKED, given, more)
+        return
+    bits = bits or target.BITS[0]
+    facts = replace(facts_of(place, license, about), compute=compute)
     if (kind := kind_of(place)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
     target.check(output)
@@ -83,6 +98,22 @@ def export(
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"{family.name}: {output}, {line}")
+
+
+def _converted(
+    bundle: Bundle, target: Converter, output: Path, bits: int, given: Mapping[str, Any], about: Any
+) -> None:
+    if bundle.engine != "onnx":
+        raise UserError(f"model {bundle.name} is a bundle for {bundle.engine}: give one for onnx")
+    target.check(output)
+    told = bundle.told()
+    told |= {key: value for key, value in given.items() if value is not None}
+    told["about"] = {**told.get("about", {}), **about, "bits": bits}
+    try:
+        line = target.convert(bundle, output, bits, told)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    print(f"{told['name']}: {output}, {line}")
 
 
 def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[str, int]]:

@@ -1,15 +1,18 @@
-"""A torch family as a bundle of OpenVINO graphs, which generates without torch (floor 3)."""
+"""A torch family, or a bundle for onnxruntime, as a bundle of OpenVINO graphs, which generates without torch
+(floor 3)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fewstep.deploy import Facts
-from fewstep.deploy.common.bundle import check_place, write_bundle
+from fewstep.deploy.common.bundle import check_place, rewrite_bundle, write_bundle
 from fewstep.deploy.common.graphs import parts
 from fewstep.families import Family
-from fewstep.runtime.bundle import Compute
+from fewstep.runtime.bundle import Bundle, Compute
 from fewstep.types import UserError
 
 FAMILIES = ("sd3",)
@@ -47,19 +50,52 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
     """
     from fewstep.deploy.common import ir
 
-    if facts.compute == "int8" and bits == 16:
-        raise UserError("--compute int8 multiplies weights of 8 or 4 bits: give --bits 8")
-    # What quantizes activations makes levels of a last digit, and texts in fewer bits than 16, modulations in
-    # fewer than 8, are not the same to the last digit in every batch.
-    texts, modulation = (16, 8) if facts.compute == "int8" else (bits, bits)
-    own = {"text": texts, "t5": t5_bits or texts, "modulation": modulation}
-    of_part = {"text_encoder": texts, "text_encoder_2": texts, "text_encoder_3": own["t5"]}
+    own = _bits(bits, facts.compute) | ({"t5": t5_bits} if t5_bits else {})
+    of_part = {"text_encoder": own["text"], "text_encoder_2": own["text"], "text_encoder_3": own["t5"]}
     halves = {name: part for name, part in family.parts.items() if of_part.get(name, bits) == 16}
     other = "--compute float32" if facts.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
     ir.check_float16(halves, other)
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
-            ir.write(part, folder / f"{stem}.xml", own.get(stem, bits))
+            with ir.converted(part) as graph:
+                ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
 
     return write_bundle(family, out, bits, facts, "openvino", write)
+
+
+def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:
+    """See :class:`fewstep.deploy.Converter`.
+
+    Raises:
+        UserError: something else lies at ``out``, int8 is asked of weights of 16 bits, or the bundle is
+            damaged.
+        ImportError: OpenVINO is not installed, or NNCF, which makes fewer bits than 16.
+    """
+    from fewstep.deploy.common import ir
+
+    own = _bits(bits, told.get("compute", "float32"))
+
+    def write(folder: Path) -> None:
+        for name in bundle.files:
+            stem, _, ending = name.rpartition(".")
+            if ending == "onnx":
+                with ir.folded(bundle.path(name)) as graph:
+                    ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
+
+    return rewrite_bundle(bundle, out, bits, {**told, "engine": "openvino"}, write)
+
+
+def _bits(bits: int, compute: Compute) -> dict[str, int]:
+    """Of the graphs that have others than the rest.
+
+    What quantizes activations makes levels of a last digit, and texts in fewer bits than 16, modulations in
+    fewer than 8, are not the same to the last digit in every batch.
+
+    Raises:
+        UserError: int8 is asked of weights of 16 bits.
+    """
+    if compute == "int8" and bits == 16:
+        raise UserError("--compute int8 multiplies weights of 8 or 4 bits: give --bits 8")
+    texts, modulation = (16, 8) if compute == "int8" else (bits, bits)
+    return {"text": texts, "t5": texts, "modulation": modulation}

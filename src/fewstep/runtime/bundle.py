@@ -111,6 +111,11 @@ class Bundle:
         """Bytes of all files that the description lists."""
         return sum(stamp.bytes for stamp in self.files.values())
 
+    def told(self) -> dict[str, Any]:
+        """What its ``bundle.json`` tells, but ``format`` and ``files``: what :func:`seal` takes."""
+        facts: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
+        return {key: value for key, value in facts.items() if key not in ("format", "files")}
+
     def path(self, name: str) -> Path:
         """Where a file of the bundle lies.
 

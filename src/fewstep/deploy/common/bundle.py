@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import t5_length
 from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import replacing_folder
-from fewstep.runtime.bundle import CARD, MANIFEST, T5_TOKENIZER, Engine, seal
+from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, seal
 from fewstep.types import UserError
 
 
@@ -55,6 +56,29 @@ def write_bundle(
             shutil.copyfile(facts.card, fresh / CARD)
         bundle = seal(fresh, told)
     return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
+
+
+def rewrite_bundle(
+    bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any], write: Callable[[Path], None]
+) -> str:
+    """Write ``bundle`` with other graphs; its tokenizers, licence and card go along.
+
+    Args:
+        bundle: for onnxruntime; its files are verified first.
+        out: as ``bits`` and ``write`` in :func:`write_bundle`, and what is returned and raised.
+        bits: a weight.
+        told: the fields of ``bundle.json`` but ``format`` and ``files``.
+        write: writes the graphs into a folder.
+    """
+    check_place(out)
+    bundle.verify()
+    with replacing_folder(out) as fresh:
+        write(fresh)
+        for name in bundle.files:
+            if not name.endswith((*SUFFIXES[bundle.engine], ".data")):
+                shutil.copyfile(bundle.path(name), fresh / name)
+        written = seal(fresh, told)
+    return f"{written.size / 1e6:.1f} MB, {bits}-bit weights"
 
 
 def check_place(out: Path) -> None:

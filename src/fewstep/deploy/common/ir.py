@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,17 +27,39 @@ SHARE = 0.9
 """Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
 
 
-def write(part: Part, path: Path, bits: int) -> None:
-    """Write a graph to ``path`` (``.xml``) and its weights beside it, 16 of ``bits`` being float16.
+def write(graph: Any, path: Path, bits: int) -> None:
+    """Write an ``openvino.Model`` to ``path`` (``.xml``) and its weights beside it, 16 of ``bits`` being
+    float16.
 
     Raises:
         UserError: it cannot be written.
         ImportError: NNCF, which makes fewer bits, is not installed.
     """
-    graph = converted(part)
     if bits < 16:
         graph = _compressor(bits)(graph)
     save(graph, path, bits == 16)
+
+
+@contextlib.contextmanager
+def folded(path: Path) -> Generator[Any]:
+    """A graph of a bundle for onnxruntime as an ``openvino.Model``, its weights unpacked to float32.
+
+    onnxruntime unpacks them, as it does to draw: OpenVINO reads the operators that do it, and draws something
+    else (2026.4).
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / "graph.onnx"
+        options.optimized_model_filepath = str(plain)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "graph.onnx.data"
+        )
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        yield _read(plain)
 
 
 def check_float16(parts: Mapping[str, Any], instead: str) -> None:
@@ -56,17 +78,23 @@ def check_float16(parts: Mapping[str, Any], instead: str) -> None:
                 raise UserError(f"{part}.{name} has weights too large for float16: give {instead}")
 
 
-def converted(part: Part) -> Any:
+@contextlib.contextmanager
+def converted(part: Part) -> Generator[Any]:
     """``part`` as an ``openvino.Model`` with a free batch size, by way of ONNX.
 
-    It is read from a file, which may be larger than a protobuf message.
+    It is read from a file, which may be larger than a protobuf message; its weights are read when they are
+    needed, so that it holds no longer than the file.
     """
-    core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file goes before the model does
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         write_graph(trace(part), path)
-        return core.read_model(path)
+        yield _read(path)
+
+
+def _read(path: Path) -> Any:
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # not every system lets go of a file that is mapped
+    return core.read_model(path)
 
 
 def _compressor(bits: int) -> Callable[[Any], Any]:
@@ -104,8 +132,10 @@ def save(graph: Any, path: Path, half: bool) -> None:
     """
     try:
         openvino.save_model(graph, path, compress_to_fp16=half)
-    except RuntimeError as error:  # it does not say why: an error of C++'s streams
-        raise UserError(f"cannot write {path.name}: is the disk full? ({error})") from error
+    except RuntimeError as error:
+        if "iostream" not in str(error):  # which is all that it tells of a file that cannot be written
+            raise
+        raise UserError(f"cannot write {path.name}: is the disk full?") from error
 
 
 def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
