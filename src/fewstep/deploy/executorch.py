@@ -21,8 +21,7 @@ FAMILIES = ("sd3",)
 BITS = (32, 8)
 T5 = False
 QUANTIZED = ("modulation", "transformer")
-"""Graphs whose linear layers have 8 bits. The text encoders lose too much, and XNNPACK has no kernels of
-convolutions whose activations are measured as they come."""
+"""Graphs whose linear layers have 8 bits. The text encoders lose too much; the codec has few."""
 
 
 def check(out: Path) -> None:
