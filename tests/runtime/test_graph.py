@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from fewstep.runtime.graph import Graph
 from fewstep.runtime.model import open_bundle
+from fewstep.source import SHIPPED
 from fewstep.types import Model, UserError, Velocity
 from tiny_bundle import write_bundle
 
@@ -60,3 +64,22 @@ def test_a_bundle_without_encoder_still_draws(tmp_path: Path) -> None:
     images = model.codec.decode(np.zeros((1, *model.latent), np.float32))
     with pytest.raises(UserError, match=r"model tiny has no encoder\.onnx"):
         model.codec.encode(images)
+
+
+GRAPH = f"""
+import numpy as np
+from pathlib import Path
+from fewstep.runtime.graph import Graph
+latents = np.zeros((1, 16, 16, 16), np.float32)
+Graph(Path({str(SHIPPED / "pocket" / "decoder.onnx")!r}), 1)(latents=latents)
+"""
+FEATURES = "from fewstep.evaluate.features import OpenNsfwPool; OpenNsfwPool()"
+
+
+@pytest.mark.parametrize("code", [GRAPH, FEATURES], ids=["graph", "features"])
+def test_onnxruntime_tells_nobody_and_leaves_no_id(tmp_path: Path, code: str) -> None:
+    """Its own notice says that it does, unless told otherwise before it is imported."""
+    places = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    inherited = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=inherited | places)
+    assert not list(tmp_path.rglob("*"))

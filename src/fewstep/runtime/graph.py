@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import onnxruntime as ort
 
 from fewstep.runtime.session import Run, Session
+
+# Imported without this, onnxruntime (1.32) writes an id into the home folder and tells Microsoft of each use,
+# without asking. Who imports it elsewhere takes it from here.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
 
 
 class Graph(Session):

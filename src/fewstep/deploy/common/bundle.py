@@ -71,6 +71,8 @@ def rewrite_bundle(
         write: writes the graphs into a folder.
     """
     check_place(out)
+    if out.exists() and out.samefile(bundle.folder):
+        raise UserError(f"{out} is the bundle itself: choose another place")
     bundle.verify()
     with replacing_folder(out) as fresh:
         write(fresh)

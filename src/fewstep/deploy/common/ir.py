@@ -46,11 +46,14 @@ def folded(path: Path) -> Generator[Any]:
 
     onnxruntime unpacks them, as it does to draw: OpenVINO reads the operators that do it, and draws something
     else (2026.4).
-    """
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    Raises:
+        UserError: it is no such graph, or there is no room for it.
+    """
+    from fewstep.runtime.graph import ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "graph.onnx"
@@ -58,8 +61,15 @@ def folded(path: Path) -> Generator[Any]:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "graph.onnx.data"
         )
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        yield _read(plain)
+        try:
+            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            graph = _read(plain)
+        except Exception as error:  # the engines' exceptions share no narrower base
+            why = " ".join(str(error).split())[:200]
+            if "Failed to write" in why:
+                raise UserError(f"cannot write to {folder}: is the disk full? ({why})") from error
+            raise UserError(f"{path} cannot be unpacked by onnxruntime: {why}") from error
+        yield graph
 
 
 def check_float16(parts: Mapping[str, Any], instead: str) -> None:

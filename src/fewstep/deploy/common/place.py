@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from fewstep.files import replacing_file
 from fewstep.types import UserError
@@ -42,5 +42,8 @@ def check_folder(out: Path) -> None:
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is a file: give a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"cannot write to {there}: give another folder")
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {there} ({error.strerror}): give another folder") from error
