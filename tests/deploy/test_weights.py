@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fewstep.deploy.common.weights import GROUP, TRIED, Choice, shrink, stored, to_groups, to_int8
+from fewstep.runtime.graph import ort
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((96, 64)).astype(np.float32)
@@ -40,7 +40,7 @@ def graph(matrix: np.ndarray = MATRIX) -> Any:
 
 def run(model: Any, x: np.ndarray) -> np.ndarray:
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.deploy import Facts
+from fewstep.deploy.common.place import writing
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
@@ -93,10 +94,8 @@ def export(
         raise UserError(f"{source} has no T5: leave --t5 out")
     family = load_family(place, t5=keeps)
     family = replace(family, steps=steps or family.steps, name=name or family.name)
-    try:
+    with writing(output):
         line = target.export(family, output, bits, facts, **its_bits)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"{family.name}: {output}, {line}")
 
 
@@ -109,10 +108,8 @@ def _converted(
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
-    try:
+    with writing(output):
         line = target.convert(bundle, output, bits, told)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"{told['name']}: {output}, {line}")
 
 

@@ -89,7 +89,7 @@ def quantize(
     from fewstep.deploy.command import facts_of, model_of
     from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
-    from fewstep.deploy.common.place import check_folder
+    from fewstep.deploy.common.place import check_folder, writing
     from fewstep.deploy.common.sensitivity import allotted, calibrated
     from fewstep.source import kind_of, load_family
 
@@ -122,10 +122,8 @@ def quantize(
     for number in rungs:
         _say(f"{number} bits")
         choose = _chosen(weights, given.get(number, ()), inputs)
-        try:
+        with writing(output / str(number)):
             onnx.write_traced(family, traced, output / str(number), number, facts, choose)
-        except OSError as error:
-            raise UserError(f"cannot write {output / str(number)}: {error.strerror or error}") from error
     files.write(output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode())
     figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder)
     report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")

@@ -58,11 +58,11 @@ class Session(ABC):
         assert self._maker is not None
         self._maker.join()
         if self._run is None:
-            raise UserError(f"{self.path} cannot be loaded by {self.ENGINE}: {_reason(self._error)}")
+            raise UserError(f"{self.path} cannot be loaded by {self.ENGINE}: {reason(self._error)}")
         try:
             return self._run(feeds)
         except Exception as error:  # as in _make
-            raise UserError(f"{self.path} does not fit its bundle: {_reason(error)}") from error
+            raise UserError(f"{self.path} does not fit its bundle: {reason(error)}") from error
 
     @abstractmethod
     def _load(self) -> Run:
@@ -75,5 +75,6 @@ class Session(ABC):
             self._error = error
 
 
-def _reason(error: Exception | None) -> str:
+def reason(error: Exception | None) -> str:
+    """What an engine said, in one line that is not too long."""
     return " ".join(str(error).split())[:200]

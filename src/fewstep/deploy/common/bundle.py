@@ -43,9 +43,8 @@ def write_bundle(
     Raises:
         UserError: something else lies at ``out``.
     """
-    check_place(out)
-    told = described(family, facts, bits) | {"engine": engine}
-    with replacing_folder(out) as fresh:
+
+    def fill(fresh: Path) -> None:
         write(fresh)
         write_tokenizer(family, fresh / "tokenizer.json")
         if t5_length(family):
@@ -54,8 +53,8 @@ def write_bundle(
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
         if facts.card is not None:
             shutil.copyfile(facts.card, fresh / CARD)
-        bundle = seal(fresh, told)
-    return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
+
+    return _sealed(out, bits, described(family, facts, bits) | {"engine": engine}, fill)
 
 
 def rewrite_bundle(
@@ -70,17 +69,25 @@ def rewrite_bundle(
         told: the fields of ``bundle.json`` but ``format`` and ``files``.
         write: writes the graphs into a folder.
     """
-    check_place(out)
     if out.exists() and out.samefile(bundle.folder):
         raise UserError(f"{out} is the bundle itself: choose another place")
     bundle.verify()
-    with replacing_folder(out) as fresh:
+
+    def fill(fresh: Path) -> None:
         write(fresh)
         for name in bundle.files:
             if not name.endswith((*SUFFIXES[bundle.engine], ".data")):
                 shutil.copyfile(bundle.path(name), fresh / name)
-        written = seal(fresh, told)
-    return f"{written.size / 1e6:.1f} MB, {bits}-bit weights"
+
+    return _sealed(out, bits, told, fill)
+
+
+def _sealed(out: Path, bits: int, told: Mapping[str, Any], fill: Callable[[Path], None]) -> str:
+    check_place(out)
+    with replacing_folder(out) as fresh:
+        fill(fresh)
+        bundle = seal(fresh, told)
+    return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
 
 
 def check_place(out: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fewstep.deploy.common.graphs import Part, trace, write_graph
 from fewstep.runtime.openvino import openvino  # which tells nobody
+from fewstep.runtime.session import reason
 from fewstep.types import UserError
 
 GROUP = 32
@@ -65,7 +66,7 @@ def folded(path: Path) -> Generator[Any]:
             ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             graph = _read(plain)
         except Exception as error:  # the engines' exceptions share no narrower base
-            why = " ".join(str(error).split())[:200]
+            why = reason(error)
             if "Failed to write" in why:
                 raise UserError(f"cannot write to {folder}: is the disk full? ({why})") from error
             raise UserError(f"{path} cannot be unpacked by onnxruntime: {why}") from error

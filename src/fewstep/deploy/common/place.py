@@ -37,6 +37,19 @@ def check_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> None:
         raise UserError(f"{out} exists and is no export of fewstep: choose another place")
 
 
+@contextmanager
+def writing(out: Path) -> Generator[None]:
+    """Say of an export that cannot be written where it was to go.
+
+    Raises:
+        UserError: the block met an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+
+
 def check_folder(out: Path) -> None:
     """Refuse a folder that cannot be made or written to, before hours are spent on what it is for."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
