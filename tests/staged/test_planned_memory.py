@@ -62,7 +62,9 @@ WEIGHTS = {"text_encoder": 800, "transformer": 400, "modulation": 200, "vae": 40
     ("limit", "expected"),
     [
         (2000, Choice(32, 32, 1, "all", 4)),
-        (1400, Choice(32, 32, 1, "codec", 4)),
+        (1400, Choice(32, 32, 1, "encoders", 4)),
+        (1250, Choice(32, 32, 1, "net", 4)),
+        (1000, Choice(32, 32, 1, "codec", 4)),
         (830, Choice(32, 32, 1, "none", 4)),
         (500, Choice(32, 8, 1, "codec", 4)),
         (420, Choice(32, 8, 1, "none", 2)),

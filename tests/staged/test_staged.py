@@ -25,6 +25,7 @@ from fewstep.guide import Guided
 from fewstep.nets.roles import FILE, Roles
 from fewstep.staged import Wish
 from fewstep.staged.load import load
+from fewstep.staged.plan import STAYS
 from fewstep.types import UserError
 
 PROMPT = "a red apple"
@@ -72,7 +73,7 @@ def pixels(model: Any, latents: torch.Tensor, plain: bool = False) -> torch.Tens
         return model.codec.decode(latents)
 
 
-@pytest.mark.parametrize("stay", ["all", "codec", "none"])
+@pytest.mark.parametrize("stay", STAYS)
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_a_staged_picture_is_the_plain_one_to_the_bit(
     folder: Path, stay: Any, guidance: float | None, monkeypatch: pytest.MonkeyPatch
@@ -90,8 +91,10 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
     here = {name for name, part in velocity.place.parts.items() if part.here}
     if stay == "none":
         assert here == {"vae"}
-    if stay == "codec":
+    if stay in ("codec", "net"):
         assert here == {"vae", "transformer"}
+    made_by = [layer for layer in velocity.layers.values() if layer.here]
+    assert bool(made_by) == (stay == "all")
     assert torch.equal(walked(made.model, guidance), expected)  # what left comes back the same
 
 

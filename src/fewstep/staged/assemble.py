@@ -11,7 +11,7 @@ import torch
 from fewstep.families import Family
 from fewstep.nets.hoist import hoisted
 from fewstep.staged.bare import bare
-from fewstep.staged.blocks import compile_blocks
+from fewstep.staged.blocks import compile_blocks, compile_decoder, compile_encoder
 from fewstep.staged.draws import shift_of
 from fewstep.staged.fill import Source
 from fewstep.staged.model import Codec, Walker
@@ -45,6 +45,7 @@ class Assembly:
         student: what is laid over the net.
         device: where it runs.
         opened: where weights come from.
+        compile: the net's blocks, text encoders and decoder.
     """
 
     outline: Outline
@@ -54,13 +55,14 @@ class Assembly:
     student: Student | None
     device: str
     opened: Opened
+    compile: bool
 
     @property
     def native(self) -> torch.dtype:
         """What the device computes in."""
         return torch.float32 if self.asked.native == 32 else torch.bfloat16
 
-    def model(self, compile: bool) -> Model:
+    def model(self) -> Model:
         """The model, with what stays on the device.
 
         Raises:
@@ -70,7 +72,7 @@ class Assembly:
         net, source = self._net()
         paths = {id(layer): f"{path}." for path, layer in net.named_modules()}
         modulation, body = hoisted(net)
-        if compile:
+        if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
         layers = {id(layer): Part(layer, source, paths[id(layer)]) for layer in apart}
@@ -100,8 +102,10 @@ class Assembly:
 
     def _stay(self) -> frozenset[str]:
         codecs = {self.outline.decoder, *(["vae"] if self.asked.image else [])}
-        everything = {*self.outline.encoders, "transformer", *codecs}
-        return frozenset({"all": everything, "codec": codecs, "none": set[str]()}[self.choice.stay])
+        net = {"transformer", *codecs}
+        parts = {*self.outline.encoders, *net}
+        staying = {"all": parts, "encoders": parts, "net": net, "codec": codecs, "none": set[str]()}
+        return frozenset(staying[self.choice.stay])
 
     def _net(self) -> tuple[Any, Source]:
         """The net, and where its weights come from: its own or a student's."""
@@ -119,11 +123,15 @@ class Assembly:
     def _part(self, part: str) -> Part:
         bits = self.choice.text_bits if part == self.outline.t5 else self.asked.native
         module = bare(self.outline, part, self.native)
+        if self.compile and part in self.outline.encoders:
+            compile_encoder(module)
+        if self.compile and part == self.outline.decoder:
+            compile_decoder(module)
         return Part(module, self._source(part, module, bits, self.native))
 
     def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
         few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()
-        pixels = self.device == "cpu" and part in ("vae", "decoder")
+        pixels = part in ("vae", "decoder") and (self.device == "cpu" or self.compile)
         return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:

@@ -1,4 +1,4 @@
-"""Compiled blocks that are given their modulations (floor 3, torch)."""
+"""Parts compiled (floor 3, torch): blocks that are given their modulations, text encoders, decoders."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def compile_blocks(body: Any, backend: str = "inductor") -> None:
             piece.start -= first
         compiled(block, backend, dynamic=True)
         block.forward = _Piece(block.forward, first, size)
+
+
+def compile_encoder(encoder: Any, backend: str = "inductor") -> None:
+    """Compile the layers of a CLIP or a T5, in place."""
+    stack = getattr(encoder, "text_model", encoder).encoder
+    for layer in stack.block if hasattr(stack, "block") else stack.layers:
+        compiled(layer, backend)
+
+
+def compile_decoder(vae: Any, backend: str = "inductor") -> None:
+    """Compile the decoder of an autoencoder, in place: norms and what follows them in one pass, and in the
+    layout that a GPU convolves in."""
+    compiled(vae.decoder, backend)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewstep.families.common import LatentCodec
 from fewstep.flow import fill
@@ -51,7 +52,7 @@ class Walker:
 
     def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
         with torch.no_grad():
-            self.place.take("transformer")  # whoever had the room before leaves
+            self.place.alone("transformer")
             return self.modulation.each(told, lambda layer: self.layers[id(layer)].visit())
 
 
@@ -90,6 +91,9 @@ class Codec:
 def sliced(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
     """The codec, one picture at a time, each in ``tiles`` x ``tiles`` tiles (with what they overlap)."""
     vae.enable_slicing()
+    for layer in vae.modules():
+        if isinstance(layer, nn.SiLU):  # what a norm gave, which nobody reads again
+            layer.inplace = True
     if tiles > 1:
         vae.enable_tiling()
         side = -(-max(latents) // tiles)

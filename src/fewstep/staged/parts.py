@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.staged.bare import frozen
 from fewstep.staged.fill import Source
 from fewstep.staged.process import trim
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor in the CPU's memory, and where a module has it."""
+
+    held: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+
 @dataclass
 class Part:
     """A module that has its weights on the device for a while.
 
-    On a CPU they are let go and read again. From a GPU they go to the CPU's memory, and come back from there.
+    On a CPU they are let go and read again. What has left a GPU once is kept in the CPU's memory, where the
+    GPU can read it by itself, and comes back from there.
 
     Attributes:
         module: with or without weights.
@@ -32,7 +42,7 @@ class Part:
     source: Source
     prefix: str = ""
     here: bool = False
-    _aside: bool = field(default=False, repr=False)
+    _aside: list[_Kept] = field(default_factory=list[_Kept], repr=False)
 
     def come(self) -> Any:
         """The module, on the device.
@@ -42,7 +52,7 @@ class Part:
         """
         if not self.here:
             if self._aside:
-                self.module.to(self.source.device)
+                self._put(lambda tensor: tensor.to(self.source.device, non_blocking=True))
             else:
                 self.source.fill(self.module, self.prefix)
             self.here = True
@@ -54,8 +64,9 @@ class Part:
             return
         self.here = False
         if self.source.device != "cpu":
-            self.module.to("cpu")
-            self._aside = True
+            if not self._aside:
+                self._aside = self._kept()
+            self._put(lambda tensor: tensor)
             return
         for layer in self.module.modules():
             for name, old in layer.named_parameters(recurse=False):
@@ -63,6 +74,27 @@ class Part:
             for name, old in layer.named_buffers(recurse=False):
                 if name not in layer._non_persistent_buffers_set:  # those are in no file
                     layer._buffers[name] = self._empty(old)
+
+    def _kept(self) -> list[_Kept]:
+        copies: dict[int, Tensor] = {}  # a tied weight is one tensor in several places
+        kept: list[_Kept] = []
+        for layer in self.module.modules():
+            for held in (layer._parameters, layer._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        copies.setdefault(id(tensor), tensor)
+                        kept.append(_Kept(held, name, tensor))
+        copies = {key: _pinned(tensor) for key, tensor in copies.items()}
+        return [_Kept(one.held, one.name, copies[id(one.tensor)]) for one in kept]
+
+    def _put(self, moved: Callable[[Tensor], Tensor]) -> None:
+        made: dict[int, Tensor] = {}
+        for one in self._aside:
+            key = id(one.tensor)
+            if key not in made:
+                tensor = moved(one.tensor)
+                made[key] = frozen(tensor) if isinstance(one.tensor, nn.Parameter) else tensor
+            one.held[one.name] = made[key]
 
     def _empty(self, old: Tensor) -> Tensor:
         return torch.empty(old.shape, dtype=self.source.dtype, device="meta")
@@ -77,6 +109,17 @@ class Part:
         finally:
             if guest:
                 self.go()
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in memory that the GPU reads by itself, or in any other where the system gives no more of that;
+    torchao's weights know no such memory."""
+    data = tensor.detach()
+    copy = data.to("cpu")
+    if type(data) is Tensor:
+        with suppress(RuntimeError):
+            copy = copy.pin_memory()
+    return frozen(copy) if isinstance(tensor, nn.Parameter) else copy
 
 
 @dataclass
@@ -102,6 +145,11 @@ class Place:
         if not part.here and name not in self.stay:
             self.leave(other for other in self.parts if other not in self.stay)
         return part.come()
+
+    def alone(self, name: str) -> Any:
+        """The same for a part that needs the room even where it stays itself."""
+        self.leave(other for other in self.parts if other not in self.stay and other != name)
+        return self.take(name)
 
     def leave(self, names: Iterable[str]) -> None:
         """Let parts go, and give the memory back to the system."""

@@ -19,11 +19,12 @@ CONTEXT, FRAGMENTS = 2**29, 0.03
 """What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels,
 and the share of the allocator's memory that lies idle between blocks. Assumptions, not measurements."""
 
-Stay = Literal["all", "codec", "none"]
-"""What stays on the device: everything; the codec alone, while text encoders and net come in turn; nothing,
-one part at a time. Below ``all`` the layers of the modulations come one by one."""
+Stay = Literal["all", "encoders", "net", "codec", "none"]
+"""What stays on the device: everything; all but the modulations, whose layers come one by one there and in
+all below; net and codec, while text encoders come in turn; the codec alone, while text encoders and net do;
+nothing, one part at a time."""
 
-STAYS: Sequence[Stay] = ("all", "codec", "none")
+STAYS: Sequence[Stay] = ("all", "encoders", "net", "codec", "none")
 
 TILES = (1, 2, 4)
 """Tiles along a side in which a picture may be decoded; 1 is whole."""
@@ -116,6 +117,8 @@ class Plan:
 
 STAYING: Mapping[Stay, str] = {
     "all": "all parts stay",
+    "encoders": "all parts stay but modulations",
+    "net": "net and codec stay, text encoders in turn",
     "codec": "text encoders and net in turn",
     "none": "one part at a time",
 }

@@ -23,7 +23,7 @@ from fewstep.staged.held import Held
 from fewstep.staged.model import sliced
 from fewstep.staged.outline import Outline
 from fewstep.staged.plan import Asked, Choice
-from fewstep.staged.quantize import quantizable
+from fewstep.staged.quantize import pack, quantizable
 from fewstep.staged.stages import Counted, Sizes
 from fewstep.types import Cond
 
@@ -110,14 +110,12 @@ class Rehearsal:
         return beside + self._kernels(bits, rows * (tokens + length)) + workspace
 
     def _kernels(self, bits: int, rows: int) -> int:
-        """What a GPU's kernels of few bits hold beside a layer's tensors: of 8 bits the activations in
-        float32 and in integers and the products in 32-bit integers; of 4 bits the activations, filled up."""
-        if not self.asked.gpu or bits >= 16:
+        """What a GPU's kernels of 8 bits hold beside a layer's tensors: the activations in float32 and in
+        integers, and the products in 32-bit integers."""
+        if not self.asked.gpu or bits != 8:
             return 0
         shapes = [w.shape for w in self.held.tensors["transformer"] if w.few]
-        if bits == 8:
-            return max(rows * (5 * wide + 4 * tall) for tall, wide in shapes)
-        return max(2 * rows * -(-wide // 1024) * 1024 for _, wide in shapes)
+        return max(rows * (5 * wide + 4 * tall) for tall, wide in shapes)
 
     def decoding(self, tiles: int, batch: int) -> int:
         """While latents become pixels."""
@@ -147,8 +145,8 @@ class Rehearsal:
             warnings.simplefilter("ignore")  # torch's, about fake tensors
             short = shortened(self.outline, part)
             net = renewed(made(short, part), self.held.dtype(bits)).eval()
-            if bits < 16 and not self.asked.gpu:
-                emulate(net, quantizable(short, part, net))
+            if bits == 4 or (bits == 8 and not self.asked.gpu):
+                emulate(net, quantizable(short, part, net), bits)
             ledger.begin(part)
             before = sum(ledger.live.values())
             kept = run(net)
@@ -168,10 +166,13 @@ def shortened(outline: Outline, part: str) -> Outline:
     return replace(outline, configs={**outline.configs, part: config})
 
 
-def emulate(net: Any, names: frozenset[str]) -> None:
-    """Let layers run as torchao runs weights of 8 bits on a CPU: their weight is cast, then multiplied."""
+def emulate(net: Any, names: frozenset[str], bits: int) -> None:
+    """Let layers run in 4 bits, or as torchao runs weights of 8 on a CPU: they are cast, then multiplied."""
     for path in names:
         layer = net.get_submodule(path)
+        if bits == 4:
+            pack(layer)
+            continue
         weight = layer.weight
         codes = torch.zeros(weight.shape, dtype=torch.int8)
         layer.register_buffer("scale", torch.zeros(weight.shape[0], dtype=weight.dtype))

@@ -62,7 +62,13 @@ class Counted:
         choice, sizes = self.choice, self.sizes
         names = [*self.encoders, "transformer", *self._codecs]
         everything = [*names, "modulation"]
-        beside = {"all": everything, "codec": self._codecs, "none": []}[choice.stay]
+        beside = {
+            "all": everything,
+            "encoders": names,
+            "net": ["transformer", *self._codecs],
+            "codec": self._codecs,
+            "none": [],
+        }[choice.stay]
 
         def with_others(*parts: str) -> int:
             return self._held(list({*beside, *parts}))
@@ -77,10 +83,9 @@ class Counted:
         found["the modulations"] = with_others("transformer") + layer
         found["the steps"] = with_others("transformer") + sizes.stepping(choice.bits, choice.batch)
         # A codec that stays comes to where the net is, or the encoder that read last.
-        net, last = list[str](), list[str]()
-        if choice.stay == "codec":
-            net = ["transformer"]
-            last = [max((*self.encoders, "transformer"), key=lambda part: self._held([part]))]
+        net = ["transformer"] if choice.stay == "codec" else []
+        guests = [*self.encoders, *net] if choice.stay in ("net", "codec") else []
+        last = [max(guests, key=lambda part: self._held([part]))] if guests else []
         found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:
             found["encoding the picture"] = with_others("vae", *last) + sizes.coding(choice.tiles)
