@@ -4,8 +4,8 @@
     OUT=out python gpu/sd35.py [--minutes 9] [--sizes 1024,512] [--tiny]
 
 Writes JSON lines to ``$OUT/sd35.jsonl``: seconds of a picture (median of a few, after one that is not
-counted) and peaks of ``torch.cuda.max_memory_allocated``, planned ones beside them. ``--tiny`` is a rehearsal
-on a CPU.
+counted), peaks of ``torch.cuda.max_memory_allocated`` and what recordings keep beside it, planned ones beside
+them, and what each stage takes and holds. ``--tiny`` is a rehearsal on a CPU.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from fewstep.families.pocket import byte_tokenizer
@@ -30,8 +36,10 @@ from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
 from fewstep.staged.bare import bare, made
 from fewstep.staged.load import staged
+from fewstep.staged.model import Codec, Walker
 from fewstep.staged.outline import SD35_MEDIUM, Outline
 from fewstep.staged.student import Student
+from fewstep.staged.text import Text
 from fewstep.staged.weights import Weights
 
 PROMPT = "a red apple on a wooden table, morning light"
@@ -42,18 +50,25 @@ STUDENT = Student("random", STEPS, None, "euler", 3.0, t5=True)
 
 @dataclass(frozen=True)
 class Random(Weights):
-    """Weights of a part drawn where they are asked for."""
+    """Weights of a part, drawn where they are asked for: the same ones whoever asks."""
 
     shapes: dict[str, tuple[int, ...]]
     device: str
 
     def read(self, name: str) -> Tensor:
-        scale = 1.0 if name.endswith("norm.weight") else 0.02
-        return scale * torch.randn(self.shapes[name], device=self.device, dtype=torch.bfloat16)
+        shape = self.shapes[name]
+        scale = (
+            0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
+        )  # so that outputs are as inputs
+        return scale * self._drawn(name, shape)
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
         height, width = (len(range(*part.indices(side))) for part, side in zip(cut, shape, strict=False))
-        return torch.randn(height, width, shape[-1], device=self.device, dtype=torch.bfloat16)
+        return self._drawn(name, (height, width, shape[-1]))
+
+    def _drawn(self, name: str, shape: Sequence[int]) -> Tensor:
+        dice = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.folder}/{name}".encode()))
+        return torch.randn(shape, generator=dice, device=self.device, dtype=torch.bfloat16)
 
 
 def random(outline: Outline, part: str) -> Weights:
@@ -99,8 +114,6 @@ def small(outline: Outline) -> Outline:
 
 def stock(outline: Outline, side: int) -> Callable[[], Any]:
     """Stock diffusers in eager bf16, all of it on the device."""
-    from diffusers import StableDiffusion3Pipeline
-
     parts: dict[str, Any] = dict(outline.others)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -132,17 +145,75 @@ def ours(outline: Outline, side: int, **wish: Any) -> tuple[Callable[[], Any], d
     return draw, facts
 
 
-def timed(draw: Callable[[], Any], times: int) -> dict[str, float]:
-    """Median seconds, and the peak of all calls and of what made them."""
+def timed(draw: Callable[[], Any], times: int) -> dict[str, Any]:
+    """Median seconds, the peak of all calls and of what made them, and what each stage takes."""
     seconds: list[float] = []
     for _ in range(times + 1):
         begun = time.perf_counter()
         draw()
-        if CUDA:
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated() if CUDA else 0
-    return {"seconds": statistics.median(seconds[1:]), "first": seconds[0], "measured_gib": peak / 2**30}
+    peak = torch.cuda.max_memory_allocated() + recorded() if CUDA else 0
+    told = {"seconds": statistics.median(seconds[1:]), "first": seconds[0], "measured_gib": peak / 2**30}
+    return told | staged_times(draw)
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def recorded() -> int:
+    """Bytes that recordings keep, which the allocator does not count as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(
+        s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0)
+    )
+
+
+STAGES = (
+    (Text, "prepare", "text"), (Walker, "_modulations", "modulations"), (Walker, "_moved", "steps"),
+    (Codec, "decode", "decode"), (StableDiffusion3Pipeline, "encode_prompt", "text"),
+    (SD3Transformer2DModel, "forward", "steps"), (AutoencoderKL, "decode", "decode"),
+)  # fmt: skip
+"""What the stages of a picture are called, ours and stock's."""
+
+
+def staged_times(draw: Callable[[], Any]) -> dict[str, Any]:
+    """Milliseconds and peak of each stage, in a picture of its own that waits for each to end."""
+    spent: dict[str, float] = {}
+    peaks: dict[str, float] = {}
+    inside: list[str] = []
+
+    def watched(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            if inside:
+                return function(*args, **options)
+            synchronize()
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            inside.append(stage)
+            begun = time.perf_counter()
+            try:
+                out = function(*args, **options)
+                synchronize()
+            finally:
+                inside.clear()
+            spent[stage] = spent.get(stage, 0.0) + 1000 * (time.perf_counter() - begun)
+            if CUDA:
+                peaks[stage] = max(peaks.get(stage, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+            return out
+
+        return run
+
+    with ExitStack() as stack:
+        for owner, name, stage in STAGES:
+            stack.enter_context(patch.object(owner, name, watched(getattr(owner, name), stage)))
+        draw()
+    return {
+        "stages_ms": {stage: round(ms, 1) for stage, ms in spent.items()},
+        "stages_gib": {stage: round(gib, 2) for stage, gib in peaks.items()},
+    }
 
 
 def fresh() -> None:
@@ -163,7 +234,11 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
     def ran(t5: bool, side: int, many: int = times, **wish: Any) -> Case:
         def run() -> dict[str, Any]:
             draw, facts = ours(whole if t5 else clips, side, **wish)
-            return {**facts, **timed(draw, many)}
+            pixels = np.asarray(draw()[0], np.float32)
+            usual = pictures.setdefault((t5, side), pixels)
+            away = float(np.square(pixels - usual).mean())
+            told = {"psnr": 10 * math.log10(255**2 / away) if away else None}
+            return {**facts, **timed(draw, many), **told, "contrast": float(pixels.std())}
 
         return {"who": "ours", "t5": t5, "size": side, **wish}, run
 
@@ -172,12 +247,23 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
             stock(whole if t5 else clips, side), times
         )
 
-    sides = [(t5, side) for t5 in (False, True) for side in sizes]
-    beside = [[stocks(*at), *(ran(*at, bits=bits) for bits in (16, 8, 4))] for at in sides]
+    def quick(t5: bool, side: int, **wish: Any) -> Case:
+        return ran(t5, side, **wish, compile=not tiny)
+
+    pictures: dict[tuple[bool, int], np.ndarray] = {}  # of the first row of its kind, for the others' PSNR
+    large, *smaller = sizes
+    few = [] if tiny else [quick(False, large, bits=4, memory="3.25GiB")]
+    plain = [ran(False, large, 2, bits=bits) for bits in ((16,) if tiny else (16, 8, 4))]
     budgets = BUDGETS[-1:] if tiny else BUDGETS
-    within = [ran(t5, sizes[0], 1, memory=f"{b}GiB") for b in budgets for t5 in (True, False)]
-    quick = [] if tiny else [ran(False, side, bits=b, compile=True) for side in sizes for b in (16, 8)]
-    return [*beside[0], *quick, *(case for cases in beside[1:] for case in cases), *within]
+    within = [ran(t5, large, 1, memory=f"{gib}GiB") for t5 in (False, True) for gib in budgets]
+    return [
+        *(stocks(False, large), quick(False, large, bits=16, memory="7GiB"), quick(False, large, bits=16)),
+        *few, *plain,
+        *(case for side in smaller for case in (stocks(False, side), quick(False, side, bits=16))),
+        *within,
+        *(stocks(True, large), quick(True, large, bits=16)),
+        *([] if tiny else [quick(False, large, bits=8)]),
+    ]  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:

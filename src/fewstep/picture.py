@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from fewstep import files
-from fewstep.types import UserError
+from fewstep.types import Array, UserError
 
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
 
@@ -230,8 +230,17 @@ def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def to_images(pixels: np.ndarray) -> list[Image.Image]:
     """``[B, 3, h, w]``, about [-1, 1] -> ``B`` Pillow images."""
-    levels = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-    return [Image.fromarray(level) for level in np.ascontiguousarray(levels.transpose(0, 2, 3, 1))]
+    return from_levels(levels(pixels))
+
+
+def levels(pixels: Array) -> Array:
+    """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are."""
+    return ((pixels + 1) * 127.5).round().clip(0, 255)
+
+
+def from_levels(levels: np.ndarray) -> list[Image.Image]:
+    """``[B, 3, h, w]`` of whole numbers from 0 to 255 -> ``B`` Pillow images."""
+    return [Image.fromarray(level) for level in np.ascontiguousarray(levels.transpose(0, 2, 3, 1), np.uint8)]
 
 
 def contact_sheet(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fewstep import __version__, flow, sample, times
 from fewstep.guide import Guided
-from fewstep.picture import Record, decode, fit, read, to_images
+from fewstep.picture import Record, decode, fit, from_levels, levels, read
 from fewstep.request import MOST_AT_ONCE, Request, check, whole
 from fewstep.runtime.bundle import Bundle
 from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
@@ -184,7 +184,8 @@ class _Walk:
         return Guided(self.model.velocity, uncond, self.request.guidance)
 
     def _decode(self, latents: Array) -> list[Image.Image]:
-        return to_images(np.asarray(self.model.lower(self.model.codec.decode(latents)), np.float32))
+        pixels = self.model.codec.decode(latents)
+        return from_levels(np.asarray(self.model.lower(levels(pixels)), np.float32))
 
     def _report(self, index: int, t_next: float, x0: Array) -> None:
         if self.on_step is not None:

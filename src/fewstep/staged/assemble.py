@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from fewstep.families import Family
 from fewstep.nets.hoist import hoisted
+from fewstep.staged.again import Again
 from fewstep.staged.bare import bare
 from fewstep.staged.blocks import compile_blocks, compile_decoder, compile_encoder
 from fewstep.staged.draws import shift_of
@@ -46,6 +47,7 @@ class Assembly:
         device: where it runs.
         opened: where weights come from.
         compile: the net's blocks, text encoders and decoder.
+        spare: bytes that are free of the planned peak until a picture is decoded.
     """
 
     outline: Outline
@@ -56,6 +58,7 @@ class Assembly:
     device: str
     opened: Opened
     compile: bool
+    spare: int
 
     @property
     def native(self) -> torch.dtype:
@@ -75,21 +78,25 @@ class Assembly:
         if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
-        layers = {id(layer): Part(layer, source, paths[id(layer)]) for layer in apart}
+        stays = self.choice.stay == "all"
+        layers = {id(layer): Part(layer, source, paths[id(layer)], stays) for layer in apart}
         others = {part: self._part(part) for part in outline.configs if part != "transformer"}
         place = Place({"transformer": Part(body, source), **others}, self._stay())
-        if self.choice.stay == "all":
+        if stays:
             for layer in layers.values():
                 layer.come()
         place.settle()
         velocity: Any = family.velocity
         text: Any = family.text
-        encoders = {part: OneByOne(place, part) for part in outline.encoders}
+        again = Again() if self.compile and self.device != "cpu" else None
+        settled = {part: again if part in place.stay else None for part in place.parts}
+        encoders = {part: OneByOne(place, part, settled[part]) for part in outline.encoders}
+        codec = Codec(place, outline.decoder, self.choice.tiles, self.asked.latents, outline.downscale)
         return Model(
             name=family.name,
-            velocity=Walker(place, replace(velocity, net=body), modulation, layers),
+            velocity=Walker(place, replace(velocity, net=body), modulation, layers, settled["transformer"]),
             text=Text(replace(text, parts={**text.parts, **encoders}), self.device, self.native),
-            codec=Codec(place, outline.decoder, self.choice.tiles, self.asked.latents, outline.downscale),
+            codec=replace(codec, meanwhile=self._meanwhile(layers.values())),
             latent=(family.latent[0], height, width),
             downscale=outline.downscale,
             shift=shift_of(outline, family, self.asked.latents),
@@ -99,6 +106,19 @@ class Assembly:
             lift=lambda array: torch.from_numpy(array).to(self.device),
             lower=lambda tensor: tensor.detach().float().cpu().numpy(),
         )
+
+    def _meanwhile(self, layers: Iterable[Part]) -> list[Part]:
+        """The first of the modulations' layers, as many as there is room for while nothing is decoded."""
+        if self.device == "cpu" or self.choice.stay == "all":
+            return []
+        found: list[Part] = []
+        room = self.spare
+        for part in layers:
+            room -= sum(weight.nbytes for weight in part.module.parameters())
+            if room < 0:
+                break
+            found.append(part)
+        return found
 
     def _stay(self) -> frozenset[str]:
         codecs = {self.outline.decoder, *(["vae"] if self.asked.image else [])}
@@ -131,7 +151,7 @@ class Assembly:
 
     def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
         few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()
-        pixels = part in ("vae", "decoder") and (self.device == "cpu" or self.compile)
+        pixels = part in ("vae", "decoder")
         return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:

@@ -30,7 +30,8 @@ class Source:
         quantized: names of the linear layers that are stored in ``bits``.
         change: what is done to weights first.
         window: a table of which a part is enough: its name, its shape and the part.
-        pixels: lay kernels ``channels_last``, which a CPU convolves in twice the speed and without copies.
+        pixels: lay kernels ``channels_last``, which a CPU convolves in twice the speed and without copies,
+            and a GPU with copies of one image instead of two.
     """
 
     weights: Weights

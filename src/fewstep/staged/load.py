@@ -82,7 +82,9 @@ def staged(base: Outline, student: Student | None, wish: Wish, opened: Opened = 
     family = family_of(outline, student)
     asked = _asked(wish, outline, family, device)
     plan = _plan(outline, family, asked, wish)
-    model = Assembly(outline, family, asked, plan.choice, student, device, opened, wish.compile).model()
+    model = Assembly(
+        outline, family, asked, plan.choice, student, device, opened, wish.compile, plan.spare
+    ).model()
     t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
     return Staged(model, plan, plan.told(t5))
 
@@ -104,6 +106,7 @@ def _asked(wish: Wish, outline: Outline, family: Family, device: str) -> Asked:
         steps=family.steps,
         latents=latents_of(wish.size, outline, family),
         image=wish.image,
+        compile=wish.compile,
     )
 
 

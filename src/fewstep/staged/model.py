@@ -13,6 +13,7 @@ from torch import nn
 from fewstep.families.common import LatentCodec
 from fewstep.flow import fill
 from fewstep.nets.hoist import Modulation
+from fewstep.staged.again import Again
 from fewstep.staged.parts import Part, Place
 from fewstep.types import Array, Cond, Step
 
@@ -26,19 +27,19 @@ class Walker:
         velocity: the family's adapter of it.
         modulation: what makes them.
         layers: the parts that its embedder and layers are, by their ids.
+        again: what steps at once, where the net stays in its place.
     """
 
     place: Place
     velocity: Any
     modulation: Modulation
     layers: Mapping[int, Part]
+    again: Again | None = None
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
         (made,) = self._modulations([self.velocity.embedded(t, cond.pooled)])
-        self.place.take("transformer")
-        with torch.no_grad():
-            return self.velocity(x_t, t, Cond(cond.context, made))
+        return self._moved(x_t, t, cond.context, made)
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
@@ -46,9 +47,17 @@ class Walker:
         return [partial(self._step, *pair, cond) for pair in zip(times, self._modulations(told), strict=True)]
 
     def _step(self, t: float, made: Array, cond: Cond, x: Array) -> Array:
+        return self._moved(x, fill(t, x), cond.context, made)
+
+    def _moved(self, *inputs: Array) -> Array:
         self.place.take("transformer")
         with torch.no_grad():
-            return self.velocity(x, fill(t, x), Cond(cond.context, made))
+            if self.again is None:
+                return self._run(*inputs)
+            return self.again("transformer", self._run, *inputs)
+
+    def _run(self, x: Array, t: Array, context: Array, made: Array) -> Array:
+        return self.velocity(x, t, Cond(context, made))
 
     def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
         with torch.no_grad():
@@ -66,6 +75,7 @@ class Codec:
         tiles: along a side.
         latents: (height, width).
         downscale: pixels per latent along a side.
+        meanwhile: parts that the next picture begins with, for which there is room unless one is decoded.
     """
 
     place: Place
@@ -73,6 +83,7 @@ class Codec:
     tiles: int
     latents: tuple[int, int]
     downscale: int
+    meanwhile: Sequence[Part] = ()
 
     def encode(self, images: Array) -> Array:
         """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]`` float32."""
@@ -81,8 +92,13 @@ class Codec:
 
     def decode(self, latents: Array) -> Array:
         """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
+        for part in self.meanwhile:
+            part.go()
         with torch.no_grad():
-            return self._codec(self.decoder).decode(latents)
+            pixels = self._codec(self.decoder).decode(latents)
+        for part in self.meanwhile:
+            part.approach()
+        return pixels
 
     def _codec(self, part: str) -> LatentCodec:
         return sliced(self.place.take(part), self.tiles, self.latents, self.downscale)

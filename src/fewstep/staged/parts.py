@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,14 +36,17 @@ class Part:
         module: with or without weights.
         source: of the weights.
         prefix: where the module lies in its net, with a dot at the end.
+        stays: after a visit.
         here: whether it has them.
     """
 
     module: Any
     source: Source
     prefix: str = ""
+    stays: bool = False
     here: bool = False
     _aside: list[_Kept] = field(default_factory=list[_Kept], repr=False)
+    _arrival: Any = field(default=None, repr=False)
 
     def come(self) -> Any:
         """The module, on the device.
@@ -56,12 +60,35 @@ class Part:
             else:
                 self.source.fill(self.module, self.prefix)
             self.here = True
+        self._arrive()
         return self.module
+
+    def approach(self) -> None:
+        """Begin to come back to a GPU, which does other things meanwhile."""
+        if self.here or not self._aside:
+            return
+        path = _path(self.source.device)
+        path.wait_stream(torch.cuda.current_stream())  # whoever had the room has used it until then
+
+        def begun(tensor: Tensor) -> Tensor:
+            room = torch.empty_like(tensor, device=self.source.device)
+            with torch.cuda.stream(path):
+                return room.copy_(tensor, non_blocking=True)
+
+        self._put(begun)
+        self._arrival = path.record_event()
+        self.here = True
+
+    def _arrive(self) -> None:
+        if self._arrival is not None:
+            torch.cuda.current_stream().wait_event(self._arrival)
+            self._arrival = None
 
     def go(self) -> None:
         """Leave the device."""
         if not self.here:
             return
+        self._arrive()
         self.here = False
         if self.source.device != "cpu":
             if not self._aside:
@@ -101,14 +128,19 @@ class Part:
 
     @contextmanager
     def visit(self) -> Generator[None]:
-        """Within the block the module has its weights; it leaves, if it has come for this."""
-        guest = not self.here
+        """Within the block the module has its weights; it leaves afterwards, unless it stays."""
         self.come()
         try:
             yield
         finally:
-            if guest:
+            if not self.stays:
                 self.go()
+
+
+@cache
+def _path(device: str) -> Any:
+    """The stream on which weights come while the device works on another."""
+    return torch.cuda.Stream(device)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -156,5 +188,5 @@ class Place:
         gone = [self.parts[name] for name in names if self.parts[name].here]
         for part in gone:
             part.go()
-        if gone:
+        if any(part.source.device == "cpu" for part in gone):
             trim()

@@ -15,9 +15,10 @@ from typing import Literal
 from fewstep.types import UserError
 
 GIB = 2**30
-CONTEXT, FRAGMENTS = 2**29, 0.03
-"""What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels,
-and the share of the allocator's memory that lies idle between blocks. Assumptions, not measurements."""
+CONTEXT, FRAGMENTS = 700 * 2**20, 0.03
+"""What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels
+(695 MiB on an H200; smaller cards need less), and the share of the allocator's memory that lies idle between
+blocks (an assumption)."""
 
 Stay = Literal["all", "encoders", "net", "codec", "none"]
 """What stays on the device: everything; all but the modulations, whose layers come one by one there and in
@@ -63,6 +64,7 @@ class Asked:
         steps: of a walk.
         latents: (height, width).
         image: whether there is a picture to start from.
+        compile: whether it runs compiled, and on a GPU from recordings.
     """
 
     gpu: bool
@@ -74,6 +76,7 @@ class Asked:
     steps: int
     latents: tuple[int, int]
     image: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Plan:
     def peak(self) -> int:
         """Most bytes that parts and stages hold, without ``base``."""
         return max(self.stages.values(), default=0)
+
+    @property
+    def spare(self) -> int:
+        """Bytes of ``peak`` that nothing holds but decoding, and reading of weights."""
+        others = [n for stage, n in self.stages.items() if not stage.startswith(("decoding", "reading"))]
+        return self.peak - max(others, default=0)
 
     def told(self, t5: str) -> list[str]:
         """The plan in two lines.

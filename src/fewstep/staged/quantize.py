@@ -1,5 +1,8 @@
-"""Fewer bits a weight (floor 3, torch): 8 by torchao; 4 packed here, for torchao's kernels of 4 bits are made
-for a few rows, and a picture's thousands take them ten times what unpacking and a usual product take."""
+"""Fewer bits a weight (floor 3, torch).
+
+On a GPU weights are unpacked here, where they meet thousands of tokens: torchao's kernels of few bits are
+made for a few rows (on an H200 a picture took them six times as long as 16 bits).
+"""
 
 from __future__ import annotations
 
@@ -34,34 +37,30 @@ def check(bits: int, device: str) -> None:
 
 def lacking(bits: int, device: str) -> str | None:
     """What the device or this installation lacks for so few bits, if anything."""
-    if bits >= 16:
+    if bits >= 16 or device != "cpu":
         return None
-    if bits == 8 and importlib.util.find_spec("torchao") is None:
-        return "torchao, which is not installed: pip install 'fewstep[torchao]'"
-    if bits == 4 and device == "cpu":
+    if bits == 4:
         return "a GPU; give --bits 8"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao, which is not installed: pip install 'fewstep[torchao]'"
     return None
 
 
 def quantize(linear: nn.Linear, bits: int, device: str) -> None:
-    """Store the weight of a layer in so few bits, in place.
+    """Store the weight of a layer in so few bits, in place: on a CPU by torchao, on a GPU by :func:`pack`.
 
     Args:
         linear: the layer, its weight on ``device``.
         bits: 8 or 4.
         device: ``cpu`` or ``cuda``.
     """
-    if bits == 4:
-        pack(linear)
+    if device != "cpu":
+        pack(linear, bits)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ao: Any = importlib.import_module("torchao.quantization")
-        if device == "cpu":
-            config: Any = ao.Int8WeightOnlyConfig(version=2)
-        else:
-            config = ao.Int8DynamicActivationInt8WeightConfig(version=2)
-        ao.quantize_(linear, config, filter_fn=_linear)
+        ao.quantize_(linear, ao.Int8WeightOnlyConfig(version=2), filter_fn=_linear)
 
 
 def _linear(module: nn.Module, name: str) -> bool:
@@ -84,12 +83,20 @@ def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:
     return rows * columns // 2 + rows * (columns // group_of(columns)) * 2 * wide
 
 
-class Packed(nn.Linear):
-    """A linear layer whose weights have 4 bits, two in a byte, between the least and the most of their group.
+class InBytes(nn.Linear):
+    """A linear layer whose weights have 8 bits, with a scale a row; it is made of another (:func:`pack`)."""
 
-    It is made of another (:func:`pack`), and unpacks its weights where it multiplies: as exact as they are in
-    the precision of the layer, and as fast as that but for reading them.
-    """
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``[rows, columns]``, unpacked."""
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
+class InNibbles(nn.Linear):
+    """The same in 4 bits, two weights in a byte, between the least and the most of their group."""
 
     codes: Tensor
     low: Tensor
@@ -102,19 +109,30 @@ class Packed(nn.Linear):
         return torch.addcmul(self.low, halves.to(self.scale.dtype), self.scale).flatten(1)
 
 
-def pack(linear: nn.Linear) -> None:
-    """Make a layer ``[rows, columns]``, its columns even, a :class:`Packed` one, in place."""
+def pack(linear: nn.Linear, bits: int) -> None:
+    """Make a layer one of 8 or 4 bits, in place; of 4 where its columns are even.
+
+    A product costs what it does in 16 bits and the unpacking of its weights, a few hundredths of that where
+    there are thousands of tokens.
+    """
     weight = linear.weight.detach()
-    groups = weight.float().unflatten(1, (-1, group_of(weight.shape[1])))
-    low = groups.amin(-1, keepdim=True).to(weight.dtype)
-    scale = ((groups.amax(-1, keepdim=True) - low.float()) / 15).to(weight.dtype)
-    steps = scale.float().clamp(min=torch.finfo(torch.float32).tiny)  # a group of one value has none
-    codes = groups.sub(low.float()).div_(steps).round_().clamp_(0, 15).to(torch.uint8)
-    first, second = codes.chunk(2, dim=-1)
-    del linear._parameters["weight"]
-    for name, tensor in (("codes", first | second << 4), ("low", low), ("scale", scale)):
+    dtype, wide = weight.dtype, weight.float()
+    least = torch.finfo(torch.float32).tiny  # a row of zeros, or a group of one value, has no scale
+    if bits == 8:
+        scale = (wide.abs().amax(-1, keepdim=True) / 127).to(dtype)
+        codes = wide.div_(scale.float().clamp(min=least)).round_().clamp_(-127, 127).to(torch.int8)
+        held = {"codes": codes, "scale": scale}
+    else:
+        groups = wide.unflatten(1, (-1, group_of(weight.shape[1])))
+        low = groups.amin(-1, keepdim=True).to(dtype)
+        scale = ((groups.amax(-1, keepdim=True) - low.float()) / 15).to(dtype)
+        steps = groups.sub(low.float()).div_(scale.float().clamp(min=least))
+        first, second = steps.round_().clamp_(0, 15).to(torch.uint8).chunk(2, dim=-1)
+        held = {"codes": first | second << 4, "low": low, "scale": scale}
+    del linear.weight
+    for name, tensor in held.items():
         linear.register_buffer(name, tensor)
-    linear.__class__ = Packed
+    linear.__class__ = InBytes if bits == 8 else InNibbles
 
 
 def group_of(columns: int) -> int:
@@ -131,9 +149,9 @@ def quantizable(outline: Outline, part: str, net: Any) -> frozenset[str]:
         "transformer": ("transformer_blocks.", "single_transformer_blocks."),
         str(outline.t5): ("encoder.block.",),
     }.get(part, ())
-    return frozenset(  # fmt: skip
+    return frozenset(
         path
         for path, layer in net.named_modules()
-        if isinstance(layer, nn.Linear) and layer.in_features % 2 == 0  # two weights a byte
-        and blocks and path.startswith(blocks) and ".norm" not in path
+        if isinstance(layer, nn.Linear) and blocks and path.startswith(blocks) and ".norm" not in path
+        if layer.in_features % 2 == 0  # 4 bits lie two in a byte
     )

@@ -1,24 +1,25 @@
 """What the stages of a picture hold in memory, found by shapes alone (floor 3, torch).
 
 The very modules run on tensors without bytes, and every storage is counted (:mod:`fewstep.nets.ledger`). Of
-weights in 8 bits on a CPU the layers run as torchao runs them. A GPU's kernels of 8 and 4 bits cannot run
-here: what they hold beside the layer's own tensors is written down below.
+weights in few bits the layers run as they do on a GPU, or as torchao runs them on a CPU.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from fewstep.nets.hoist import Hoisted, hoisted
 from fewstep.nets.ledger import WORKSPACE, imagined, renewed
-from fewstep.staged.bare import bare, made
+from fewstep.staged.bare import bare, frozen, made
 from fewstep.staged.held import Held
 from fewstep.staged.model import sliced
 from fewstep.staged.outline import Outline
@@ -26,6 +27,9 @@ from fewstep.staged.plan import Asked, Choice
 from fewstep.staged.quantize import pack, quantizable
 from fewstep.staged.stages import Counted, Sizes
 from fewstep.types import Cond
+
+CONVOLVING = 2**28
+"""Bytes that cuDNN's convolutions work with beside their tensors (on an H200, in ``channels_last``)."""
 
 FEW = 2
 """Layers of a text encoder that are rehearsed: the others hold as much, one after the other."""
@@ -105,17 +109,7 @@ class Rehearsal:
         short = hoisted(bare(shortened(self.outline, "transformer"), "transformer", torch.float32))[0]
         left_out = _made(self.held.modulated[0]) - _made(short)
         beside += self.asked.steps * rows * left_out * self.held.dtype(bits).itemsize
-        tokens = (height // self.outline.patch) * (width // self.outline.patch)
-        workspace = WORKSPACE // 2 if self.asked.gpu else 0  # of one thread
-        return beside + self._kernels(bits, rows * (tokens + length)) + workspace
-
-    def _kernels(self, bits: int, rows: int) -> int:
-        """What a GPU's kernels of 8 bits hold beside a layer's tensors: the activations in float32 and in
-        integers, and the products in 32-bit integers."""
-        if not self.asked.gpu or bits != 8:
-            return 0
-        shapes = [w.shape for w in self.held.tensors["transformer"] if w.few]
-        return max(rows * (5 * wide + 4 * tall) for tall, wide in shapes)
+        return beside + (WORKSPACE // 2 if self.asked.gpu else 0)  # of one thread
 
     def decoding(self, tiles: int, batch: int) -> int:
         """While latents become pixels."""
@@ -126,7 +120,15 @@ class Rehearsal:
             codec = sliced(net, tiles, (height, width), self.outline.downscale)
             return latents, codec.decode(latents).float()
 
-        return self._beside(self.outline.decoder, self.asked.native, run)
+        beside = self._beside(self.outline.decoder, self.asked.native, run)
+        if not self.asked.gpu:
+            return beside
+        if not self.asked.compile:
+            return beside + CONVOLVING
+        widths = self.outline.configs[self.outline.decoder].get("block_out_channels", [0])
+        pixels = height * width * self.outline.downscale**2 // tiles**2
+        # Compiled code writes a block's scaled sum over one of its summands.
+        return beside - widths[0] * pixels * self.held.dtype(self.asked.native).itemsize
 
     def coding(self, tiles: int) -> int:
         """While the picture to start from becomes latents."""
@@ -141,18 +143,45 @@ class Rehearsal:
 
     def _beside(self, part: str, bits: int, run: Callable[[Any], Any]) -> int:
         """Bytes beside its weights while a part runs, as ``run`` runs it."""
-        with warnings.catch_warnings(), imagined(gpu=self.asked.gpu) as ledger, torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            imagined(gpu=self.asked.gpu) as ledger,
+            torch.no_grad(),
+            ExitStack() as stack,
+        ):
             warnings.simplefilter("ignore")  # torch's, about fake tensors
             short = shortened(self.outline, part)
             net = renewed(made(short, part), self.held.dtype(bits)).eval()
-            if bits == 4 or (bits == 8 and not self.asked.gpu):
-                emulate(net, quantizable(short, part, net), bits)
+            if self.asked.gpu and not self.asked.compile and part in ("vae", "decoder"):
+                stack.enter_context(_converting(net))
+            if bits < 16:
+                emulate(net, quantizable(short, part, net), bits, self.asked.gpu)
             ledger.begin(part)
             before = sum(ledger.live.values())
             kept = run(net)
             most = ledger.peaks[part].total - before
             del kept
         return most
+
+
+@contextmanager
+def _converting(net: Any) -> Generator[None]:
+    """As a GPU runs an autoencoder that is not compiled: it convolves in ``channels_last`` and norms in the
+    usual layout, and makes copies to change between them."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight = frozen(layer.weight.contiguous(memory_format=torch.channels_last))
+    functional = nn.functional
+    convolve, norm = functional.conv2d, functional.group_norm
+
+    def convolved(image: Any, *rest: Any, **options: Any) -> Any:
+        return convolve(image.contiguous(memory_format=torch.channels_last), *rest, **options)
+
+    def normed(image: Any, *rest: Any, **options: Any) -> Any:
+        return norm(image.contiguous(), *rest, **options)
+
+    with patch.object(functional, "conv2d", convolved), patch.object(functional, "group_norm", normed):
+        yield
 
 
 def shortened(outline: Outline, part: str) -> Outline:
@@ -166,12 +195,13 @@ def shortened(outline: Outline, part: str) -> Outline:
     return replace(outline, configs={**outline.configs, part: config})
 
 
-def emulate(net: Any, names: frozenset[str], bits: int) -> None:
-    """Let layers run in 4 bits, or as torchao runs weights of 8 on a CPU: they are cast, then multiplied."""
+def emulate(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None:
+    """Let layers run as they do on a GPU, or as torchao runs weights of 8 bits on a CPU: they are cast, then
+    multiplied."""
     for path in names:
         layer = net.get_submodule(path)
-        if bits == 4:
-            pack(layer)
+        if gpu:
+            pack(layer, bits)
             continue
         weight = layer.weight
         codes = torch.zeros(weight.shape, dtype=torch.int8)

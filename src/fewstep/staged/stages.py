@@ -59,7 +59,7 @@ class Counted:
 
     def stages(self) -> dict[str, int]:
         """Bytes on the device in each."""
-        choice, sizes = self.choice, self.sizes
+        choice, sizes, asked = self.choice, self.sizes, self.asked
         names = [*self.encoders, "transformer", *self._codecs]
         everything = [*names, "modulation"]
         beside = {
@@ -73,6 +73,8 @@ class Counted:
         def with_others(*parts: str) -> int:
             return self._held(list({*beside, *parts}))
 
+        step = sizes.stepping(choice.bits, choice.batch)
+        recorded = step if asked.gpu and asked.compile and "transformer" in beside else 0
         found: dict[str, int] = {}
         for part in names:
             others = [other for other in beside if other != part]
@@ -81,7 +83,7 @@ class Counted:
             found[f"the prompt ({part})"] = with_others(part) + sizes.encoding(part, self._bits(part))
         layer = 0 if choice.stay == "all" else sizes.layer(choice.bits)
         found["the modulations"] = with_others("transformer") + layer
-        found["the steps"] = with_others("transformer") + sizes.stepping(choice.bits, choice.batch)
+        found["the steps"] = with_others("transformer") + step
         # A codec that stays comes to where the net is, or the encoder that read last.
         net = ["transformer"] if choice.stay == "codec" else []
         guests = [*self.encoders, *net] if choice.stay in ("net", "codec") else []
@@ -89,4 +91,5 @@ class Counted:
         found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:
             found["encoding the picture"] = with_others("vae", *last) + sizes.coding(choice.tiles)
-        return found
+        # A recording of the steps keeps what they need.
+        return {stage: size + (recorded if stage != "the steps" else 0) for stage, size in found.items()}

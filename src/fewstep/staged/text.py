@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.staged.again import Again
 from fewstep.staged.parts import Place
 from fewstep.types import Cond, TextEncoder
 
@@ -39,10 +41,17 @@ class Text:
         self.prepare(prompts)
         rows = [self._known[text] for text in prompts]
         context, pooled = (
-            torch.cat([getattr(row, name) for row in rows]).to(self.device).float()
+            torch.cat([getattr(row, name).to(self.device, non_blocking=True) for row in rows]).float()
             for name in ("context", "pooled")
         )
         return Cond(context, pooled)
+
+    def _kept(self, array: Tensor) -> Tensor:
+        """In the CPU's memory; nobody waits until a GPU has written it, for it alone reads it."""
+        array = array.to(self.dtype)
+        if self.device == "cpu":
+            return array
+        return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=True)
 
     def forget(self) -> None:
         """Forget all prompts."""
@@ -53,7 +62,7 @@ class Text:
         new = [text for text in dict.fromkeys(prompts) if text not in self._known]
         if not new:
             return
-        made = self.encode(new).map(lambda array: array.to("cpu", self.dtype))
+        made = self.encode(new).map(self._kept)
         for row, text in enumerate(new):
             self._known[text] = made[row : row + 1]
         while len(self._known) > max(CACHED, len(set(prompts))):
@@ -68,10 +77,12 @@ class OneByOne:
     Attributes:
         place: where it comes.
         name: of its part.
+        again: what reads at once, where the encoder stays in its place.
     """
 
     place: Place
     name: str
+    again: Again | None = None
 
     @property
     def config(self) -> Any:
@@ -88,7 +99,12 @@ class OneByOne:
     def __call__(self, ids: Tensor, **options: Any) -> Rows:
         """Token ids ``[B, L]`` -> what the encoder gives for each."""
         encoder = self.place.take(self.name)
-        return Rows([_short(encoder(row, **options)) for row in ids.split(1)])
+
+        def read(row: Tensor) -> Any:
+            return _short(encoder(row, **options))
+
+        once = read if self.again is None else partial(self.again, self.name, read)
+        return Rows([once(row) for row in ids.split(1)])
 
 
 def _short(out: Any) -> Any:
