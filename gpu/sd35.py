@@ -145,17 +145,18 @@ def ours(outline: Outline, side: int, **wish: Any) -> tuple[Callable[[], Any], d
     return draw, facts
 
 
-def timed(draw: Callable[[], Any], times: int) -> dict[str, Any]:
-    """Median seconds, the peak of all calls and of what made them, and what each stage takes."""
+def timed(draw: Callable[[], Any], times: int) -> tuple[dict[str, Any], Any]:
+    """Median seconds, the peak of all calls and of what made them, what each stage takes; and a picture."""
     seconds: list[float] = []
+    made: Any = None
     for _ in range(times + 1):
         begun = time.perf_counter()
-        draw()
+        made = draw()
         synchronize()
         seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated() + recorded() if CUDA else 0
+    peak = torch.cuda.max_memory_allocated() + recorded() - LEFT[0] if CUDA else 0
     told = {"seconds": statistics.median(seconds[1:]), "first": seconds[0], "measured_gib": peak / 2**30}
-    return told | staged_times(draw)
+    return told | staged_times(draw), made
 
 
 def synchronize() -> None:
@@ -201,7 +202,8 @@ def staged_times(draw: Callable[[], Any]) -> dict[str, Any]:
                 inside.clear()
             spent[stage] = spent.get(stage, 0.0) + 1000 * (time.perf_counter() - begun)
             if CUDA:
-                peaks[stage] = max(peaks.get(stage, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+                held = (torch.cuda.max_memory_allocated() - LEFT[0]) / 2**30
+                peaks[stage] = max(peaks.get(stage, 0.0), held)
             return out
 
         return run
@@ -216,11 +218,16 @@ def staged_times(draw: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
+LEFT = [0]
+"""Bytes that earlier rows left on the card (workspaces, what was recorded): no row's own."""
+
+
 def fresh() -> None:
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        LEFT[0] = torch.cuda.memory_allocated()
 
 
 Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
@@ -234,18 +241,20 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
     def ran(t5: bool, side: int, many: int = times, **wish: Any) -> Case:
         def run() -> dict[str, Any]:
             draw, facts = ours(whole if t5 else clips, side, **wish)
-            pixels = np.asarray(draw()[0], np.float32)
+            row, made = timed(draw, many)
+            pixels = np.asarray(made[0], np.float32)
             usual = pictures.setdefault((t5, side), pixels)
             away = float(np.square(pixels - usual).mean())
             told = {"psnr": 10 * math.log10(255**2 / away) if away else None}
-            return {**facts, **timed(draw, many), **told, "contrast": float(pixels.std())}
+            return {**facts, **row, **told, "contrast": float(pixels.std())}
 
         return {"who": "ours", "t5": t5, "size": side, **wish}, run
 
     def stocks(t5: bool, side: int) -> Case:
-        return {"who": "stock", "t5": t5, "size": side}, lambda: timed(
-            stock(whole if t5 else clips, side), times
-        )
+        def run() -> dict[str, Any]:
+            return timed(stock(whole if t5 else clips, side), times)[0]
+
+        return {"who": "stock", "t5": t5, "size": side}, run
 
     def quick(t5: bool, side: int, **wish: Any) -> Case:
         return ran(t5, side, **wish, compile=not tiny)

@@ -78,7 +78,7 @@ class NetVelocity:
             encoder_hidden_states=cond.context.to(dtype),
             pooled_projections=cond.pooled.to(dtype),
             txt_ids=t.new_zeros(cond.context.shape[1], 3),
-            img_ids=positions(rows, columns).to(t),
+            img_ids=positions(rows, columns, t.device).to(t.dtype),
             return_dict=False,
         )[0]
         return unpack(v.float(), rows, columns)
@@ -105,17 +105,18 @@ def unpack(tokens: Array, rows: int, columns: int) -> Array:
     return torch.nn.functional.pixel_shuffle(patches, PATCH)
 
 
-def positions(rows: int, columns: int) -> Array:
+def positions(rows: int, columns: int, device: Any = None) -> Array:
     """Where each token lies, ``(0, row, column)``, for the net's rotary embedding (arXiv 2104.09864).
 
     Words stand at (0, 0, 0).
 
     Returns:
-        ``[rows columns, 3]`` float32, in the order of :func:`pack`.
+        ``[rows columns, 3]`` float32, in the order of :func:`pack`, made on ``device``.
     """
     import torch
 
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    with torch.device(device or "cpu"):
+        return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
 
 
 @dataclass(frozen=True)

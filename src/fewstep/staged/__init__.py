@@ -2,7 +2,8 @@
 
 ``outline`` is what configurations say of a model, and ``student`` what is laid over it. ``held`` and
 ``rehearse`` find by shapes what parts and ``stages`` of a picture hold; ``plan`` chooses. ``parts`` come and
-go, and are filled (``fill``) with ``weights``; ``assemble`` makes a model of them, and ``load`` does it all.
+go, and are filled (``fill``) with ``weights``; ``blocks`` and ``again`` make them quick; ``assemble`` makes a
+model of them, and ``load`` does it all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Wish:
         tiny_decoder: A folder with a tiny autoencoder (TAESD3) to decode with.
         size: Pixels, such as 768 or 1344x768, width first. [default: the model's own]
         device: auto, cpu or cuda.
-        compile: Compile the blocks of the net; the first picture then takes longer.
+        compile: Compile text encoders, net and decoder, and on a GPU record what it is told; the first
+            picture then takes a minute longer.
         batch: Pictures that run together and that memory is planned for.
         image: Whether memory is planned for a picture to start from.
     """

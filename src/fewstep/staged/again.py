@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,13 +58,19 @@ class Again:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         ours = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
+        aside = _aside()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM):
                 run(*ours)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             outputs = run(*ours)
         return _Recorded(graph, ours, outputs)
+
+
+@cache
+def _aside() -> Any:
+    """The stream on which all is recorded: cuBLAS keeps a workspace for each that it was used on."""
+    return torch.cuda.Stream()

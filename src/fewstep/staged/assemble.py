@@ -18,7 +18,7 @@ from fewstep.staged.fill import Source
 from fewstep.staged.model import Codec, Walker
 from fewstep.staged.outline import Outline
 from fewstep.staged.parts import Part, Place
-from fewstep.staged.plan import Asked, Choice
+from fewstep.staged.plan import Asked, Choice, Plan
 from fewstep.staged.quantize import quantizable
 from fewstep.staged.student import Student
 from fewstep.staged.text import OneByOne, Text
@@ -42,23 +42,26 @@ class Assembly:
         outline: its parts.
         family: its family, of stand-ins.
         asked: what was planned for.
-        choice: the plan.
+        plan: what runs where.
         student: what is laid over the net.
         device: where it runs.
         opened: where weights come from.
         compile: the net's blocks, text encoders and decoder.
-        spare: bytes that are free of the planned peak until a picture is decoded.
     """
 
     outline: Outline
     family: Family
     asked: Asked
-    choice: Choice
+    plan: Plan
     student: Student | None
     device: str
     opened: Opened
     compile: bool
-    spare: int
+
+    @property
+    def choice(self) -> Choice:
+        """How to run."""
+        return self.plan.choice
 
     @property
     def native(self) -> torch.dtype:
@@ -112,7 +115,7 @@ class Assembly:
         if self.device == "cpu" or self.choice.stay == "all":
             return []
         found: list[Part] = []
-        room = self.spare
+        room = self.plan.spare
         for part in layers:
             room -= sum(weight.nbytes for weight in part.module.parameters())
             if room < 0:
@@ -151,7 +154,9 @@ class Assembly:
 
     def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
         few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()
-        pixels = part in ("vae", "decoder")
+        # What a GPU does not compile changes layouts around each norm: less memory, and more time.
+        sparing = self.device == "cpu" or self.compile or self.plan.limit is not None
+        pixels = part in ("vae", "decoder") and sparing
         return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:

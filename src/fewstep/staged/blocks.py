@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ def compile_encoder(encoder: Any, backend: str = "inductor") -> None:
 def compile_decoder(vae: Any, backend: str = "inductor") -> None:
     """Compile the decoder of an autoencoder, in place: norms and what follows them in one pass, and in the
     layout that a GPU convolves in."""
+    warnings.filterwarnings("ignore", message="(?s).*functools.lru_cache", module="torch._dynamo")
     for norm in vae.decoder.modules():
         if type(norm) is nn.GroupNorm:
             norm.__class__ = ByChannel

@@ -82,9 +82,7 @@ def staged(base: Outline, student: Student | None, wish: Wish, opened: Opened = 
     family = family_of(outline, student)
     asked = _asked(wish, outline, family, device)
     plan = _plan(outline, family, asked, wish)
-    model = Assembly(
-        outline, family, asked, plan.choice, student, device, opened, wish.compile, plan.spare
-    ).model()
+    model = Assembly(outline, family, asked, plan, student, device, opened, wish.compile).model()
     t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
     return Staged(model, plan, plan.told(t5))
 

@@ -28,9 +28,6 @@ from fewstep.staged.quantize import pack, quantizable
 from fewstep.staged.stages import Counted, Sizes
 from fewstep.types import Cond
 
-CONVOLVING = 2**28
-"""Bytes that cuDNN's convolutions work with beside their tensors (on an H200, in ``channels_last``)."""
-
 FEW = 2
 """Layers of a text encoder that are rehearsed: the others hold as much, one after the other."""
 
@@ -121,10 +118,8 @@ class Rehearsal:
             return latents, codec.decode(latents).float()
 
         beside = self._beside(self.outline.decoder, self.asked.native, run)
-        if not self.asked.gpu:
+        if not (self.asked.gpu and self.asked.compile):
             return beside
-        if not self.asked.compile:
-            return beside + CONVOLVING
         widths = self.outline.configs[self.outline.decoder].get("block_out_channels", [0])
         pixels = height * width * self.outline.downscale**2 // tiles**2
         # Compiled code writes a block's scaled sum over one of its summands.
