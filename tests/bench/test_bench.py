@@ -159,6 +159,15 @@ def test_bad_input_is_one_clear_line(
     assert message in capfd.readouterr().err
 
 
+def test_a_missing_library_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fewstep.bench.command.find_spec", lambda name: None)
+    assert run(["bench"]) == 2
+    said = capfd.readouterr()
+    assert "pip install 'fewstep[bench]'" in said.err and not said.out
+
+
 def record(model: str, seconds: float, processor: str) -> dict[str, Any]:
     return {
         "model": model, "engine": "fewstep onnx", "bits": 8, "steps": 4, "batch": 1, "peak": 3e8,

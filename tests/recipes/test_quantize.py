@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.recipes import taught
 
 import fewstep
@@ -115,6 +117,25 @@ def test_what_cannot_be_is_told_before_anything_is_written(
 ) -> None:
     assert quantize(made, tmp_path / "out", *words) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_given_is_looked_at_before_anything_is_traced(
+    made: taught.Taught, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "about.json").write_text('{"styles": "3D"}')
+    assert quantize(made, tmp_path / "out", "--about", str(tmp_path / "about.json")) == 2
+    assert '"styles" must be a list of words' in capsys.readouterr().err
+    shard = sorted(made.shards.glob("*.tar"))[0]
+    assert quantize(made, tmp_path / "out", "--prompts", "9", "--data", str(shard)) == 2
+    assert "a shard has captions, and nothing to measure by" in capsys.readouterr().err
+    shutil.copytree(made.teacher, tmp_path / "broken")
+    file = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"][0, 0] = float("nan")
+    save_file(weights, file)
+    assert run(["quantize", str(tmp_path / "broken"), "-o", str(tmp_path / "out"), "--prompts", "0"]) == 2
+    assert "transformer: the weight proj_out.weight has NaN" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

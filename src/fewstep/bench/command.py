@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -99,9 +100,13 @@ def bench(
 
 
 def _check(models: Sequence[str], against: Sequence[Path]) -> None:
-    """Refuse models that are not there, before anything is measured."""
+    """Refuse models that are not there, before anything is measured, and a missing library."""
     from fewstep.source import locate
 
+    if find_spec("onnx") is None:
+        raise UserError(
+            "a bundle's floor is counted with onnx, which is not installed: pip install 'fewstep[bench]'"
+        )
     for model in models:
         locate(model)
     if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:

@@ -156,5 +156,8 @@ def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
     given = text if text.is_file() else None
     card = Path(place) / CARD
     told = {} if about is None else read_json(about)
+    styles = told.get("styles", [])
+    if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
+        raise UserError(f'{about}: "styles" must be a list of words')
     name = license or ("unknown" if given is None else "see LICENSE")
     return Facts(name, given, told, card if card.is_file() else None)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fewstep.families import Family
 from fewstep.families.sd3 import T5_LENGTH
+from fewstep.types import UserError
 
 OPSET = 20
 LARGEST = 2**31 - 2**20
@@ -43,12 +44,28 @@ def t5_length(family: Family) -> int:
     return min(T5_LENGTH, family.parts["tokenizer_3"].model_max_length)
 
 
+def check_finite(name: str, part: Any) -> None:
+    """Refuse a net, called ``name``, that draws nothing: one with a weight that is no number."""
+    for path, weight in part.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{name}: the weight {path} has NaN or infinite numbers, so the model draws nothing"
+            )
+
+
 def parts(family: Family) -> dict[str, Part]:
-    """The graphs of a model as torch modules, with examples of what goes in: five, or six with T5."""
+    """The graphs of a model as torch modules, with examples of what goes in: five, or six with T5.
+
+    Raises:
+        UserError: a weight is no number.
+    """
     import torch
 
     from fewstep.deploy.common import modules
 
+    for name, part in family.parts.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite(name, part)
     channels, height, width = family.latent
     length = text_length(family)
     tokens = torch.zeros(2, length, dtype=torch.int64)
