@@ -227,7 +227,7 @@ def fresh() -> None:
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        LEFT[0] = torch.cuda.memory_allocated()
+        LEFT[0] = torch.cuda.memory_allocated() + recorded()
 
 
 Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,10 +22,18 @@ from fewstep.families import flux, sd3
 from fewstep.nets.hoist import hoisted
 from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
+from fewstep.staged.again import Again, _Recorded
+from fewstep.staged.assemble import Assembly, on_disk
 from fewstep.staged.blocks import ByChannel, compile_decoder, compile_encoder
+from fewstep.staged.draws import family_of
+from fewstep.staged.fill import Source
 from fewstep.staged.load import load
-from fewstep.staged.plan import STAYS
-from fewstep.staged.quantize import InBytes, InNibbles, in_bytes, pack
+from fewstep.staged.model import Codec
+from fewstep.staged.outline import read
+from fewstep.staged.parts import Part, Shelf
+from fewstep.staged.plan import STAYS, Asked, Choice, Plan
+from fewstep.staged.quantize import InBytes, InNibbles, in_bytes, pack, quantize
+from fewstep.staged.stages import Counted, Sizes
 from fewstep.types import Cond
 
 
@@ -115,22 +124,242 @@ def test_a_norm_by_channel_is_the_norm(layout: torch.memory_format) -> None:
 
 
 def test_compiled_parts_are_the_parts() -> None:
+    compiled: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(name)
+        return graph.forward
+
     parts = tiny.parts()
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    for part in (*names, "vae"):
         parts[part].eval()
     ids = torch.randint(0, 90, (1, 7))
     latents = torch.randn(1, parts["vae"].config.latent_channels, 8, 8)
     with torch.no_grad():
-        words = {name: parts[name](ids)[0] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        words = {name: parts[name](ids)[0] for name in names}
         pixels = parts["vae"].decode(latents)[0]
         for name, expected in words.items():
             before = parts[name].state_dict().keys()
-            compile_encoder(parts[name], backend="eager")
+            compile_encoder(parts[name], backend=backend)
             assert torch.allclose(parts[name](ids)[0], expected, atol=1e-5)
             assert parts[name].state_dict().keys() == before
-        compile_decoder(parts["vae"], backend="eager")
+        name = "vae"
+        compile_decoder(parts["vae"], backend=backend)
         assert torch.allclose(parts["vae"].decode(latents)[0], pixels, atol=1e-4)
         assert any(isinstance(layer, ByChannel) for layer in parts["vae"].modules())
+    assert set(compiled) == {*names, "vae"}
+
+
+# --- parts that leave a GPU; "cpu:0" is the CPU taken for one ---
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.out = nn.Linear(4, 6)
+        self.out.weight = self.words.weight
+        self.few = nn.Linear(4, 4)
+        self.image = nn.Conv2d(2, 2, 3)
+        self.image.weight.data = self.image.weight.data.to(memory_format=torch.channels_last)
+        pack(self.few, 4)
+
+
+def gone(module: nn.Module) -> tuple[Part, dict[str, torch.Tensor]]:
+    """A part that has left once, and what it held."""
+    source = Source(cast("Any", None), "cpu:0", torch.float32)
+    part = Part(module, source, here=True)
+    held = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    part.go()
+    return part, held
+
+
+def test_what_left_a_gpu_comes_back_the_same() -> None:
+    part, held = gone(Tied())
+    assert not part.here
+    aside = part.module.image.weight.data_ptr()
+    assert part.module.image.weight.is_contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        net = part.come()
+        assert part.here and net.out.weight is net.words.weight
+        assert all(torch.equal(tensor, held[name]) for name, tensor in net.state_dict().items())
+        part.go()
+        assert part.module.image.weight.data_ptr() == aside  # it is not copied again
+
+
+def test_who_is_interrupted_on_the_way_is_still_where_he_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, held = gone(Tied())
+    calls = iter([False, False, True])
+
+    def moved(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+        if next(calls, False):
+            raise KeyboardInterrupt
+        return tensor.clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", moved)
+        with pytest.raises(KeyboardInterrupt):
+            part.come()
+    assert not part.here
+    assert all(one.held[one.name].data_ptr() == one.tensor.data_ptr() for one in part._aside)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in part.come().state_dict().items())
+    fresh = Part(Tied(), part.source, here=True)
+
+    def refused(self: Any, tensor: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "copy", refused)
+        with pytest.raises(MemoryError):
+            fresh.go()
+    assert fresh.here
+
+
+def test_a_reading_that_was_broken_off_begins_again() -> None:
+    linear = nn.Linear(8, 4)
+    whole = linear.weight.detach().clone()
+    for _ in range(2):
+        quantize(linear, 4, "cuda")
+        assert (linear.weight - whole).abs().max() < 0.05
+
+
+def test_a_shelf_holds_many_in_a_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.staged.parts.CHUNK", 4096)
+    shelf = Shelf()
+    tensors = [torch.randn(n, dtype=torch.bfloat16) for n in (300, 700, 5, 3000, 40)]
+    copies = [shelf.copy(tensor) for tensor in tensors]
+    assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))
+    pieces = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert sorted(pieces.values()) == [4096, 4096, 6144]  # what is larger than a piece has one of its own
+
+
+# --- what is recorded ---
+
+
+class Graph:
+    """In a CUDA graph's place: ``replay`` runs what was run while it was recorded."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.replay: Any = None
+
+
+def recording(monkeypatch: pytest.MonkeyPatch) -> Again:
+    again = Again()
+
+    def record(run: Any, inputs: Sequence[torch.Tensor]) -> _Recorded:
+        ours = [tensor.clone() for tensor in inputs]
+        outputs, graph = run(*ours), Graph()
+
+        def replay() -> None:
+            graph.replays += 1
+            for old, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(run(*ours)), strict=True):
+                old.copy_(new)
+
+        graph.replay = replay
+        return _Recorded(graph, ours, outputs)
+
+    monkeypatch.setattr(again, "_record", record)
+    return again
+
+
+def test_what_is_told_again_is_told_of_other_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = recording(monkeypatch)
+    one, two = torch.ones(2), torch.full((2,), 5.0)
+    first = again("double", lambda x: {"y": 2 * x}, one)
+    second = again("double", lambda x: {"y": 2 * x}, two)
+    assert torch.equal(first["y"], 2 * one)  # a result is the caller's
+    assert torch.equal(second["y"], 2 * two) and torch.equal(one, torch.ones(2))
+    assert torch.equal(again("triple", lambda x: 3 * x, one), 3 * one)
+    assert len(again._made) == 2
+    assert again("double", lambda x: {"y": 2 * x}, torch.ones(1))["y"].shape == (1,)
+    assert len(again._made) == 3  # the smaller one needs no more memory
+    again("double", lambda x: {"y": 2 * x}, torch.ones(9))
+    assert len(again._made) == 1  # the larger one does
+
+
+# --- what is planned of it ---
+
+SIZES = Sizes(
+    weights=lambda part, bits: {"text_encoder": 30, "transformer": 50, "modulation": 20, "vae": 5}[part],
+    layer=lambda bits: 2,
+    reading=lambda part, bits: 1,
+    encoding=lambda part, bits: 3,
+    stepping=lambda bits, batch: 7,
+    decoding=lambda tiles, batch: 40,
+    coding=lambda tiles: 11,
+)
+
+
+def planned(stay: Any, **asked: Any) -> Plan:
+    what = Asked(
+        gpu=True, native=16, bits=(16,), text_bits=(16,), batch=1, rows=1, steps=4, latents=(8, 8), **asked
+    )
+    choice = Choice(16, 16, 1, stay, 1)
+    return Plan(choice, Counted(what, SIZES, ["text_encoder"], None, "vae", choice).stages(), gpu=True)
+
+
+def test_a_recording_is_counted_where_the_net_stays() -> None:
+    for stay in STAYS:
+        kept = 7 if stay in ("all", "encoders", "net") else 0
+        for stage, size in planned(stay).stages.items():
+            more = 0 if stage.startswith("reading") else kept
+            assert planned(stay, compile=True).stages[stage] == size + more, (stay, stage)
+
+
+def test_who_comes_first_may_still_be_there_when_a_picture_is_encoded() -> None:
+    at = {stay: planned(stay, image=True).stages["encoding the picture"] for stay in STAYS}
+    assert at == {"all": 116, "encoders": 96, "net": 96, "codec": 66, "none": 16}
+
+
+def test_what_decoding_needs_is_spare_until_then() -> None:
+    assert planned("encoders").stages["decoding"] == 125
+    assert planned("encoders").spare == 125 - 92  # the steps hold 85 + 7
+    part = [Part(nn.Linear(2, 2, bias=False), cast("Any", None)) for _ in range(4)]  # of 16 bytes
+    assembly: Any = Assembly(
+        *[cast("Any", None)] * 3, planned("encoders"), None, "cuda", cast("Any", None), True
+    )
+    assert assembly._meanwhile(part) == part[:2]
+    assert replace(assembly, plan=planned("all"))._meanwhile(part) == []
+    assert replace(assembly, device="cpu")._meanwhile(part) == []
+
+
+def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
+    said: list[str] = []
+
+    class Layer:
+        def go(self) -> None:
+            said.append("go")
+
+        def approach(self) -> None:
+            said.append("approach")
+
+    class Decoder:
+        def take(self, name: str) -> Any:
+            said.append(name)
+            return tiny.parts()["vae"].eval()
+
+    codec = Codec(cast("Any", Decoder()), "vae", 1, (8, 8), 8, cast("Any", [Layer()]))
+    codec.decode(torch.zeros(1, tiny.parts()["vae"].config.latent_channels, 8, 8))
+    assert said == ["go", "vae", "approach"]
+
+
+def test_only_what_stays_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sd3.save(sd3.assemble(tiny.parts(), name="base", steps=3, guidance=None), tmp_path / "base")
+    base = read(tmp_path / "base", "sd3")
+    family = family_of(base, None)
+    assemble = importlib.import_module("fewstep.staged.assemble")
+    for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
+        monkeypatch.setattr(assemble, name, lambda net: None)
+    asked = Asked(True, 32, (32,), (32,), batch=1, rows=1, steps=3, latents=(8, 8), compile=True)
+    for stay in STAYS:
+        plan = Plan(Choice(32, 32, 1, stay, 1), gpu=True)
+        model: Any = Assembly(base, family, asked, plan, None, "cpu:0", on_disk, True).model()
+        net = stay in ("all", "encoders", "net")
+        assert (model.velocity.again is not None) == net, stay
+        readers = [model.text.encode.parts[name].again for name in base.encoders]
+        assert all((reader is not None) == (stay in ("all", "encoders")) for reader in readers), stay
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -145,6 +374,10 @@ def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)  # what is compiled is another test's
     monkeypatch.setattr("fewstep.staged.plan.STAYS", (stay,))
-    ours = Pipeline(load(tmp_path / "base", "sd3", Wish(memory="64GiB", compile=True)).model)
+    model: Any = load(tmp_path / "base", "sd3", Wish(memory="64GiB", compile=True)).model
+    ours = Pipeline(model)
     for _ in range(3):
         assert abs(np.asarray(ours("a red apple", seed=1)[0], int) - expected).max() <= 1
+    assert bool(model.velocity.again and model.velocity.again._made) == (stay in ("all", "encoders", "net"))
+    assert all(part.here and part._arrival is not None for part in model.codec.meanwhile)
+    assert bool(model.codec.meanwhile) == (stay == "encoders")

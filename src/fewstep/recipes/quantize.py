@@ -103,9 +103,7 @@ def quantize(
         check_place(output / str(number))
     folder = data or Path("data/stickers")
     if prompts and folder.is_file():
-        raise UserError(
-            f"--data {folder}: a shard has captions, and nothing to measure by; give its folder"
-        )
+        raise UserError(f"--data {folder}: a shard has captions, and nothing to measure by; give its folder")
     if prompts:
         measurable(folder, detector, prompts, scenes)
     captions, told = SHOWN, "prompts of the sheet, without data (see --data)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ class Again:
     """Recordings of computations on a GPU, a recording for each kind of input.
 
     Recorded is where tensors lie, too: only for modules whose weights stay where they are. All recordings
-    share their memory, which is why results are copied.
+    share their memory, so that they need what the largest of them does; that is why results are copied, and
+    why all are made anew when a larger one comes.
     """
 
     _made: dict[Any, _Recorded] = field(default_factory=dict[Any, _Recorded])
     _pool: Any = None
+    _lock: Any = field(default_factory=Lock)
 
     def __call__(self, name: str, run: Callable[..., Any], *inputs: Tensor) -> Any:
         """What ``run`` makes of ``inputs``.
@@ -46,28 +49,40 @@ class Again:
             inputs: tensors on the GPU.
         """
         kind = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        if kind not in self._made:
-            self._made[kind] = self._record(run, inputs)
-        made = self._made[kind]
-        for ours, given in zip(made.inputs, inputs, strict=True):
-            ours.copy_(given)
-        made.graph.replay()
-        return pytree.tree_map_only(Tensor, torch.clone, made.outputs)
+        with self._lock:
+            if kind not in self._made:
+                if any(
+                    name == other[0] and size(inputs) > size(one.inputs) for other, one in self._made.items()
+                ):
+                    self._made.clear()
+                    self._pool = None
+                self._made[kind] = self._record(run, inputs)
+            made = self._made[kind]
+            for ours, given in zip(made.inputs, inputs, strict=True):
+                ours.copy_(given)
+            made.graph.replay()
+            return pytree.tree_map_only(Tensor, torch.clone, made.outputs)
 
     def _record(self, run: Callable[..., Any], inputs: Sequence[Tensor]) -> _Recorded:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         ours = [tensor.clone() for tensor in inputs]
-        aside = _aside()
-        aside.wait_stream(torch.cuda.current_stream())
+        aside, usual = _aside(), torch.cuda.current_stream()
+        aside.wait_stream(usual)
         with torch.cuda.stream(aside):
             for _ in range(WARM):
                 run(*ours)
-        torch.cuda.current_stream().wait_stream(aside)
+        usual.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local")
+        with torch.cuda.stream(usual), recording:  # a recording that fails does not go back by itself
             outputs = run(*ours)
         return _Recorded(graph, ours, outputs)
+
+
+def size(tensors: Sequence[Tensor]) -> int:
+    """Numbers of all tensors."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @cache

@@ -17,7 +17,7 @@ from fewstep.staged.draws import shift_of
 from fewstep.staged.fill import Source
 from fewstep.staged.model import Codec, Walker
 from fewstep.staged.outline import Outline
-from fewstep.staged.parts import Part, Place
+from fewstep.staged.parts import Part, Place, Shelf
 from fewstep.staged.plan import Asked, Choice, Plan
 from fewstep.staged.quantize import quantizable
 from fewstep.staged.student import Student
@@ -81,10 +81,10 @@ class Assembly:
         if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
-        stays = self.choice.stay == "all"
-        layers = {id(layer): Part(layer, source, paths[id(layer)], stays) for layer in apart}
-        others = {part: self._part(part) for part in outline.configs if part != "transformer"}
-        place = Place({"transformer": Part(body, source), **others}, self._stay())
+        stays, shelf = self.choice.stay == "all", Shelf()
+        layers = {id(layer): Part(layer, source, shelf, paths[id(layer)], stays) for layer in apart}
+        others = {part: self._part(part, shelf) for part in outline.configs if part != "transformer"}
+        place = Place({"transformer": Part(body, source, shelf), **others}, self._stay())
         if stays:
             for layer in layers.values():
                 layer.come()
@@ -143,14 +143,14 @@ class Assembly:
             source = replace(source, window=self._cropped(net))
         return net, source
 
-    def _part(self, part: str) -> Part:
+    def _part(self, part: str, shelf: Shelf) -> Part:
         bits = self.choice.text_bits if part == self.outline.t5 else self.asked.native
         module = bare(self.outline, part, self.native)
         if self.compile and part in self.outline.encoders:
             compile_encoder(module)
         if self.compile and part == self.outline.decoder:
             compile_decoder(module)
-        return Part(module, self._source(part, module, bits, self.native))
+        return Part(module, self._source(part, module, bits, self.native), shelf)
 
     def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
         few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()

@@ -11,14 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.nets.ledger import ALLOCATED
 from fewstep.staged.bare import frozen
 from fewstep.staged.fill import Source
 from fewstep.staged.process import trim
 
+CHUNK = 2**28
+"""Bytes of the CPU's memory that are asked for at once: of memory that a GPU reads by itself torch gives
+powers of two, for a weight up to twice what it needs."""
+
+
+@dataclass
+class Shelf:
+    """The CPU's memory for weights that have left a GPU, which reads them there by itself; where the system
+    gives no more of such memory, any other."""
+
+    _chunk: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _used: int = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor, copied here; it has no gaps."""
+        size = -(-tensor.nbytes // ALLOCATED) * ALLOCATED
+        if self._used + size > len(self._chunk):
+            self._chunk, self._used = _pinned(max(CHUNK, size)), 0
+        room = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype)
+        self._used += size
+        return room.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _pinned(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(size, dtype=torch.uint8)
+
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor in the CPU's memory, and where a module has it."""
+    """A tensor on the shelf, and where a module has it."""
 
     held: dict[str, Any]
     name: str
@@ -29,12 +59,13 @@ class _Kept:
 class Part:
     """A module that has its weights on the device for a while.
 
-    On a CPU they are let go and read again. What has left a GPU once is kept in the CPU's memory, where the
-    GPU can read it by itself, and comes back from there.
+    On a CPU they are let go and read again. What has left a GPU once is kept on a shelf, and comes back from
+    there.
 
     Attributes:
         module: with or without weights.
         source: of the weights.
+        shelf: for those that leave a GPU.
         prefix: where the module lies in its net, with a dot at the end.
         stays: after a visit.
         here: whether it has them.
@@ -42,6 +73,7 @@ class Part:
 
     module: Any
     source: Source
+    shelf: Shelf = field(default_factory=Shelf)
     prefix: str = ""
     stays: bool = False
     here: bool = False
@@ -56,7 +88,7 @@ class Part:
         """
         if not self.here:
             if self._aside:
-                self._put(lambda tensor: tensor.to(self.source.device, non_blocking=True))
+                self._fetch(lambda tensor: tensor.to(self.source.device, non_blocking=True))
             else:
                 self.source.fill(self.module, self.prefix)
             self.here = True
@@ -64,7 +96,7 @@ class Part:
         return self.module
 
     def approach(self) -> None:
-        """Begin to come back to a GPU, which does other things meanwhile."""
+        """Begin to come back to a GPU that does other things meanwhile; where it has no room, do not."""
         if self.here or not self._aside:
             return
         path = _path(self.source.device)
@@ -72,12 +104,14 @@ class Part:
 
         def begun(tensor: Tensor) -> Tensor:
             room = torch.empty_like(tensor, device=self.source.device)
+            room.record_stream(path)  # so that nobody else gets it while it is written
             with torch.cuda.stream(path):
                 return room.copy_(tensor, non_blocking=True)
 
-        self._put(begun)
-        self._arrival = path.record_event()
-        self.here = True
+        with suppress(torch.OutOfMemoryError):
+            self._fetch(begun)
+            self._arrival = path.record_event()
+            self.here = True
 
     def _arrive(self) -> None:
         if self._arrival is not None:
@@ -89,18 +123,18 @@ class Part:
         if not self.here:
             return
         self._arrive()
-        self.here = False
         if self.source.device != "cpu":
             if not self._aside:
                 self._aside = self._kept()
             self._put(lambda tensor: tensor)
-            return
-        for layer in self.module.modules():
-            for name, old in layer.named_parameters(recurse=False):
-                layer._parameters[name] = frozen(self._empty(old))
-            for name, old in layer.named_buffers(recurse=False):
-                if name not in layer._non_persistent_buffers_set:  # those are in no file
-                    layer._buffers[name] = self._empty(old)
+        else:
+            for layer in self.module.modules():
+                for name, old in layer.named_parameters(recurse=False):
+                    layer._parameters[name] = frozen(self._empty(old))
+                for name, old in layer.named_buffers(recurse=False):
+                    if name not in layer._non_persistent_buffers_set:  # those are in no file
+                        layer._buffers[name] = self._empty(old)
+        self.here = False
 
     def _kept(self) -> list[_Kept]:
         copies: dict[int, Tensor] = {}  # a tied weight is one tensor in several places
@@ -108,11 +142,21 @@ class Part:
         for layer in self.module.modules():
             for held in (layer._parameters, layer._buffers):
                 for name, tensor in held.items():
-                    if tensor is not None:
-                        copies.setdefault(id(tensor), tensor)
-                        kept.append(_Kept(held, name, tensor))
-        copies = {key: _pinned(tensor) for key, tensor in copies.items()}
-        return [_Kept(one.held, one.name, copies[id(one.tensor)]) for one in kept]
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in copies:
+                        copy = self.shelf.copy(tensor.detach())
+                        copies[id(tensor)] = frozen(copy) if isinstance(tensor, nn.Parameter) else copy
+                    kept.append(_Kept(held, name, copies[id(tensor)]))
+        return kept
+
+    def _fetch(self, moved: Callable[[Tensor], Tensor]) -> None:
+        """Put what ``moved`` makes of the tensors aside, all or none of it."""
+        try:
+            self._put(moved)
+        except BaseException:
+            self._put(lambda tensor: tensor)
+            raise
 
     def _put(self, moved: Callable[[Tensor], Tensor]) -> None:
         made: dict[int, Tensor] = {}
@@ -141,17 +185,6 @@ class Part:
 def _path(device: str) -> Any:
     """The stream on which weights come while the device works on another."""
     return torch.cuda.Stream(device)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in memory that the GPU reads by itself, or in any other where the system gives no more of that;
-    torchao's weights know no such memory."""
-    data = tensor.detach()
-    copy = data.to("cpu")
-    if type(data) is Tensor:
-        with suppress(RuntimeError):
-            copy = copy.pin_memory()
-    return frozen(copy) if isinstance(tensor, nn.Parameter) else copy
 
 
 @dataclass

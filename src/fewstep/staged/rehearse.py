@@ -118,12 +118,12 @@ class Rehearsal:
             return latents, codec.decode(latents).float()
 
         beside = self._beside(self.outline.decoder, self.asked.native, run)
-        if not (self.asked.gpu and self.asked.compile):
+        if not (self.asked.gpu and self.asked.compile) or self.outline.decoder != "vae":
             return beside
-        widths = self.outline.configs[self.outline.decoder].get("block_out_channels", [0])
-        pixels = height * width * self.outline.downscale**2 // tiles**2
         # Compiled code writes a block's scaled sum over one of its summands.
-        return beside - widths[0] * pixels * self.held.dtype(self.asked.native).itemsize
+        narrowest = self.outline.configs["vae"]["block_out_channels"][0]
+        pixels = height * width * self.outline.downscale**2 // tiles**2
+        return beside - narrowest * pixels * self.held.dtype(self.asked.native).itemsize
 
     def coding(self, tiles: int) -> int:
         """While the picture to start from becomes latents."""

@@ -91,5 +91,7 @@ class Counted:
         found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:
             found["encoding the picture"] = with_others("vae", *last) + sizes.coding(choice.tiles)
-        # A recording of the steps keeps what they need.
-        return {stage: size + (recorded if stage != "the steps" else 0) for stage, size in found.items()}
+        # A recording of the steps keeps what they need, beside those of another kind that is tried first.
+        return {
+            stage: size + (0 if stage.startswith("reading") else recorded) for stage, size in found.items()
+        }
