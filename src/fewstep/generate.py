@@ -122,6 +122,8 @@ def generate(
     pipe = load(model, backend, threads, **vars(wish))
     for line in pipe.plan:
         print(f"fewstep: {line}", file=sys.stderr)
+    if torch.compile:
+        print("fewstep: compiling while the first picture is drawn, about a minute", file=sys.stderr)
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
