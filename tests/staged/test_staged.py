@@ -25,7 +25,7 @@ from fewstep.guide import Guided
 from fewstep.nets.roles import FILE, Roles
 from fewstep.staged import Wish
 from fewstep.staged.load import load
-from fewstep.staged.plan import STAYS
+from fewstep.staged.plan import STAYS, Plan
 from fewstep.types import UserError
 
 PROMPT = "a red apple"
@@ -73,12 +73,13 @@ def pixels(model: Any, latents: torch.Tensor, plain: bool = False) -> torch.Tens
         return model.codec.decode(latents)
 
 
-@pytest.mark.parametrize("stay", STAYS)
+@pytest.mark.parametrize(("stay", "staying"), [*((stay, 0) for stay in STAYS), ("encoders", 3)])
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_a_staged_picture_is_the_plain_one_to_the_bit(
-    folder: Path, stay: Any, guidance: float | None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, stay: Any, staying: int, guidance: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewstep.staged.plan.STAYS", (stay,))
+    monkeypatch.setattr(Plan, "filled", lambda plan, layers: replace(plan, staying=staying))
     plain = plainly(folder)
     expected = walked(plain, guidance)
     made = load(folder, "sd3", Wish(memory="64GiB"))
@@ -93,8 +94,8 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
         assert here == {"vae"}
     if stay in ("codec", "net"):
         assert here == {"vae", "transformer"}
-    made_by = [layer for layer in velocity.layers.values() if layer.here]
-    assert bool(made_by) == (stay == "all")
+    layers = [layer.here for layer in velocity.layers.values()]
+    assert layers == [stay == "all"] * (len(layers) - staying) + [True] * staying
     assert torch.equal(walked(made.model, guidance), expected)  # what left comes back the same
 
 

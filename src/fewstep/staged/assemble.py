@@ -81,12 +81,16 @@ class Assembly:
         if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
-        stays, shelf = self.choice.stay == "all", Shelf()
-        layers = {id(layer): Part(layer, source, shelf, paths[id(layer)], stays) for layer in apart}
+        shelf = Shelf()
+        leaving = 0 if self.choice.stay == "all" else len(apart) - self.plan.staying
+        layers = {
+            id(layer): Part(layer, source, shelf, paths[id(layer)], stays=index >= leaving)
+            for index, layer in enumerate(apart)
+        }
         others = {part: self._part(part, shelf) for part in outline.configs if part != "transformer"}
         place = Place({"transformer": Part(body, source, shelf), **others}, self._stay())
-        if stays:
-            for layer in layers.values():
+        for layer in layers.values():
+            if layer.stays:
                 layer.come()
         place.settle()
         velocity: Any = family.velocity
@@ -111,12 +115,12 @@ class Assembly:
         )
 
     def _meanwhile(self, layers: Iterable[Part]) -> list[Part]:
-        """The first of the modulations' layers, as many as there is room for while nothing is decoded."""
-        if self.device == "cpu" or self.choice.stay == "all":
+        """Of the modulations' layers that leave as many as there is room for while nothing is decoded."""
+        if self.device == "cpu":
             return []
         found: list[Part] = []
         room = self.plan.spare
-        for part in layers:
+        for part in (layer for layer in layers if not layer.stays):
             room -= sum(weight.nbytes for weight in part.module.parameters())
             if room < 0:
                 break

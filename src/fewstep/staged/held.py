@@ -86,10 +86,14 @@ class Held:
         return sum(self._of(weight, bits) for weight in self.tensors[part])
 
     def layer(self, bits: int) -> int:
-        """The largest of what comes one by one of the modulations: a layer, or what embeds the time."""
+        """The largest of :meth:`layers`."""
+        return max(self.layers(bits))
+
+    def layers(self, bits: int) -> list[int]:
+        """What comes one by one of the modulations: what embeds the time, and each layer."""
         modulation = self.modulated[0]
         apart = (self._listed("modulation", one) for one in (modulation.embedder, *modulation.layers))
-        return max(sum(self._of(weight, bits) for weight in one) for one in apart)
+        return [sum(self._of(weight, bits) for weight in one) for one in apart]
 
     def reading(self, part: str, bits: int) -> int:
         """At most while a part is read: a tensor as its file has it, beside what is made of it."""

@@ -114,10 +114,11 @@ def _plan(outline: Outline, family: Family, asked: Asked, wish: Wish) -> Plan:
         return Plan(Choice(asked.bits[0], asked.native, 1, "all", asked.batch), gpu=asked.gpu)
     if not asked.gpu:
         give_back_at_once()
-    stages = Rehearsal(outline, family, asked).stages
-    stages(next(choices(asked)))  # what torch imports for it is in memory from here on
+    rehearsal = Rehearsal(outline, family, asked)
+    rehearsal.stages(next(choices(asked)))  # what torch imports for it is in memory from here on
     gc.collect()
-    return choose(asked, stages, bytes_of(wish.memory), CONTEXT if asked.gpu else resident())
+    plan = choose(asked, rehearsal.stages, bytes_of(wish.memory), CONTEXT if asked.gpu else resident())
+    return plan.filled(rehearsal.held.layers(plan.choice.bits))
 
 
 def device_of(name: str) -> str:

@@ -8,7 +8,7 @@ device, then how many pictures run together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -19,6 +19,9 @@ CONTEXT, FRAGMENTS = 700 * 2**20, 0.03
 """What a card needs beyond what torch's allocator has given out: bytes of the CUDA context and its kernels
 (695 MiB on an H200; smaller cards need less), and the share of the allocator's memory that lies idle between
 blocks (an assumption)."""
+
+CAUTION = 0.1
+"""The share of what is held that stays free where layers could have it."""
 
 Stay = Literal["all", "encoders", "net", "codec", "none"]
 """What stays on the device: everything; all but the modulations, whose layers come one by one there and in
@@ -89,6 +92,7 @@ class Plan:
         base: bytes that are taken before: by this process on a CPU, by the card's context on a GPU.
         limit: bytes that were allowed, if any.
         gpu: whether they are a card's.
+        staying: how many of the modulations' layers, the last ones, stay although the others come one by one.
     """
 
     choice: Choice
@@ -96,6 +100,7 @@ class Plan:
     base: int = 0
     limit: int | None = None
     gpu: bool = False
+    staying: int = 0
 
     @property
     def peak(self) -> int:
@@ -118,10 +123,28 @@ class Plan:
             return []
         stage = max(self.stages, key=lambda name: self.stages[name])
         whole = needed(self)
+        layers = f", {self.staying} layers of the modulations stay" if self.staying else ""
         return [
-            f"plan for {size(self.limit)}: {told(self.choice, t5)}",
+            f"plan for {size(self.limit)}: {told(self.choice, t5)}{layers}",
             f"peak {size(whole)} of it, in {stage}; {size(self.base)} of that is there before the model",
         ]
+
+    def filled(self, layers: Sequence[int]) -> Plan:
+        """The plan, with as many of the modulations' layers staying as there is room for with caution: what
+        is counted may be a little less than what is held.
+
+        Args:
+            layers: bytes of each.
+        """
+        if self.limit is None or self.choice.stay == "all":
+            return self
+        room = (self.limit - self.base) / (1 + CAUTION) - self.peak
+        kept, staying = 0, 0
+        for layer in reversed(layers):
+            if kept + layer > room:
+                break
+            kept, staying = kept + layer, staying + 1
+        return replace(self, staying=staying, stages={s: held + kept for s, held in self.stages.items()})
 
 
 STAYING: Mapping[Stay, str] = {
