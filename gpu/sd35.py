@@ -278,7 +278,7 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--sizes", default="1024,512")
+    parser.add_argument("--sizes", help="[default: 1024,512; of --tiny 64,32]")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--skip", type=int, default=0, help="rows that an earlier command has done")
     parser.add_argument("--tiny", action="store_true")
@@ -289,7 +289,8 @@ def main(arguments: Sequence[str]) -> int:
     end = time.monotonic() + 60 * given.minutes
     out = Path(os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
-    sizes = [int(side) for side in given.sizes.split(",")]
+    sizes = [int(side) for side in (given.sizes or ("64,32" if given.tiny else "1024,512")).split(",")]
+    drawn = 0
     card = torch.cuda.get_device_name() if CUDA else "cpu"
     with (out / "sd35.jsonl").open("w", encoding="utf-8") as file, torch.no_grad():
         for facts, run in cases(model(given.tiny), sizes, given.times, given.tiny)[given.skip :]:
@@ -299,13 +300,14 @@ def main(arguments: Sequence[str]) -> int:
             else:
                 try:
                     row = run()
+                    drawn += 1
                 except Exception as error:  # a row that fails says so; the others go on
                     row = {"error": " ".join(str(error).split())[:300]}
             line = json.dumps({"device": card, "torch": torch.__version__, **facts, **row})
             print(line, flush=True)
             file.write(line + "\n")
             file.flush()
-    return 0
+    return 0 if drawn else 1
 
 
 CUDA = torch.cuda.is_available()

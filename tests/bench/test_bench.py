@@ -201,3 +201,17 @@ def test_equal_pictures_have_no_noise_and_one_step_off_has_48_dB() -> None:
     picture = np.full((1, 4, 4, 3), 7, np.uint8)
     assert psnr(picture, picture) is None
     assert psnr(picture, picture + 1) == pytest.approx(48.13, abs=0.01)
+
+
+def test_a_torch_model_runs_as_it_is_asked_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sd3.save(sd3.assemble(tiny.parts(), name="base", steps=2, guidance=None), tmp_path / "base")
+    model, out = f"sd3:{tmp_path / 'base'}", tmp_path / "b.jsonl"
+    words = ["--rounds", "2", "--threads", "1", "-o", str(out)]
+    assert run(["bench", model, *words]) == 0
+    assert run(["bench", model, *words, "--bits", "16", "--size", "48"]) == 0
+    plain, wished = records(out)
+    assert (plain["bits"], wished["bits"]) == (32, 16)
+    assert wished["size"] == [48, 48] != plain["size"]
+    for record in (plain, wished):
+        assert record["device_peak"] == 0 and "gpu" in record["device"]
+        assert record["seconds"]["text"][1] > 1e-3  # the prompt is read in each round

@@ -130,6 +130,8 @@ def test_what_is_given_is_looked_at_before_anything_is_traced(
     assert quantize(made, tmp_path / "out", "--prompts", "9", "--data", str(shard)) == 2
     assert "a shard has captions, and nothing to measure by" in capsys.readouterr().err
     shutil.copytree(made.teacher, tmp_path / "broken")
+    assert quantize(made, tmp_path / "broken") == 2
+    assert f"{tmp_path / 'broken'} is a model: choose another folder" in capsys.readouterr().err
     file = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.weight"][0, 0] = float("nan")

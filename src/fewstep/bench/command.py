@@ -8,18 +8,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.staged import Wish
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.bench.measure import Record, Spec
+
+PLAIN = Wish()
 
 
 def bench(
@@ -37,6 +40,7 @@ def bench(
     records: tuple[Path, ...] = (),
     quality: Path | None = None,
     figure: str = "kid_teacher",
+    torch: Wish = PLAIN,
 ) -> None:
     """Measure what generation costs here, stage by stage, all engines in turn; or draw what was measured.
 
@@ -59,6 +63,8 @@ def bench(
         records: Their files. [default: --output]
         quality: A results.json of `fewstep evaluate`, for quality.png.
         figure: Which of its figures.
+        torch: How a PyTorch model shall run, and the stock pipeline where; without any of these words both do
+            in float32 (or --dtypes) on the CPU.
     """
     if plot is not None:
         _draw(plot, records or (output,), quality, figure)
@@ -73,7 +79,7 @@ def bench(
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
-    from fewstep.source import DEFAULT
+    from fewstep.source import DEFAULT, bundle_of
 
     new = not output.exists()
     _append(output, [])  # what cannot be written is said before anything is measured
@@ -87,9 +93,13 @@ def bench(
     )
     for number in steps or (None,):
         for many in batch:
-            specs = [Spec(model, number, many) for model in models or (DEFAULT,)]
+            wish = vars(replace(torch, batch=many)) if torch.named() else {}
+            specs = [
+                Spec(model, number, many, wish={} if bundle_of(model) else wish)
+                for model in models or (DEFAULT,)
+            ]
             for folder in against:
-                specs += _others(folder, number, many, dtypes)
+                specs += _others(folder, number, many, dtypes, wish)
             made = measure(specs, prompt, rounds, threads, device, _say)
             print(_table(made))
             lines = [
@@ -101,26 +111,28 @@ def bench(
 
 def _check(models: Sequence[str], against: Sequence[Path]) -> None:
     """Refuse models that are not there, before anything is measured, and a missing library."""
-    from fewstep.source import locate
+    from fewstep.source import locate, split
 
     if find_spec("onnx") is None:
         raise UserError(
             "a bundle's floor is counted with onnx, which is not installed: pip install 'fewstep[bench]'"
         )
     for model in models:
-        locate(model)
+        locate(split(model)[1])
     if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:
         raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
 
 
-def _others(folder: Path, steps: int | None, batch: int, dtypes: Sequence[str]) -> list[Spec]:
+def _others(
+    folder: Path, steps: int | None, batch: int, dtypes: Sequence[str], wish: Mapping[str, Any]
+) -> list[Spec]:
     """Engines of others for what lies in ``folder``."""
     from fewstep.bench.measure import Spec
     from fewstep.deploy.genai import is_ours
 
     if is_ours(folder):
         return [Spec(str(folder), steps, batch, genai=True)]
-    return [Spec(str(folder), steps, batch, dtype) for dtype in dtypes]
+    return [Spec(str(folder), steps, batch, dtype, wish=wish) for dtype in dtypes]
 
 
 def _table(records: Sequence[Record]) -> str:

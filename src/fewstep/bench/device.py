@@ -53,7 +53,19 @@ def describe() -> dict[str, Any]:
         "cores": cores(),
         "memory": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str | None:
+    """The name of the graphics card that its driver tells, if any."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else None
 
 
 def rates(threads: int) -> Rates:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Spec:
         batch: pictures at once.
         stock: dtype of the stock pipeline; ``None`` is another engine.
         genai: whether it is OpenVINO GenAI's pipeline; where neither, it is fewstep.
+        wish: how a PyTorch model shall run (fields of :class:`fewstep.staged.Wish`); on the CPU in float32
+            where nothing is said.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Spec:
     batch: int
     stock: str | None = None
     genai: bool = False
+    wish: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Record:
         cold: seconds from the start of its process to its first pictures.
         seconds: stage -> median, least and most over the rounds, warm, of a whole batch.
         peak: most memory of its process, bytes.
+        device_peak: most that its tensors took of a GPU, bytes; 0 where it used none.
         disk: bytes of its model's files.
         floor: stage -> least seconds that this device could take, where the graph was counted.
         psnr: of its first picture to the first engine's, dB; ``None`` for itself, where they are equal, and
@@ -74,6 +78,7 @@ class Record:
     cold: float
     seconds: dict[str, list[float]]
     peak: int
+    device_peak: int
     disk: int
     floor: dict[str, float]
     psnr: float | None
@@ -209,6 +214,7 @@ def _record(
         cold=first["since"],
         seconds=seconds,
         peak=last["peak"],
+        device_peak=last["device_peak"],
         disk=sum(path.stat().st_size for path in files),
         floor=floors,
         psnr=alike,
@@ -226,6 +232,6 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def _place(spec: Spec) -> Path:
-    from fewstep.source import locate
+    from fewstep.source import locate, split
 
-    return Path(spec.model) if spec.stock or spec.genai else locate(spec.model)
+    return Path(spec.model) if spec.stock or spec.genai else locate(split(spec.model)[1])

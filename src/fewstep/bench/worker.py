@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,21 @@ class Stages:
         """Do ``work`` and add its time to a stage's."""
         begun = time.perf_counter()
         made = work()
+        settled()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
         return made
+
+
+def cuda() -> Any:
+    """torch's CUDA where something here has used it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def settled() -> None:
+    """Wait until a GPU has done what it was told: only then is a stage's time its own."""
+    if used := cuda():
+        used.synchronize()
 
 
 class Engine(Protocol):
@@ -45,20 +58,23 @@ class Engine(Protocol):
 class Ours:
     """fewstep, whatever runs the model: a bundle, or torch."""
 
-    def __init__(self, model: str, steps: int | None, threads: int) -> None:
+    def __init__(self, model: str, steps: int | None, threads: int, wish: Mapping[str, Any]) -> None:
         from fewstep.source import load
 
-        self.pipe = load(model, threads=threads or None)
+        self.pipe = load(model, threads=threads or None, **wish)
+        self.compiled = bool(wish.get("compile"))
         self.model = self.pipe.model
         self.steps = steps or self.model.steps
 
     @property
     def about(self) -> dict[str, Any]:
         bundle = self.pipe.bundle
-        bits = bundle.about.get("bits") if bundle else 32
+        bits = bundle.about.get("bits") if bundle else self.pipe.facts.get("bits") or 32
         runs = bundle.engine if bundle else "torch"
         if bundle and bundle.compute != "float32":
             runs += f" {bundle.compute}"
+        if self.compiled:
+            runs += " compiled"
         told = {"steps": self.steps, "guidance": self.model.guidance, "size": list(self.pipe.size)}
         return {"engine": f"fewstep {runs}", "bits": bits, **told}
 
@@ -68,7 +84,9 @@ class Ours:
         from fewstep import sample, times
         from fewstep.guide import Guided
 
-        model = self.model
+        model: Any = self.model
+        if hasattr(model.text, "forget"):  # who reads a prompt again and again remembers it
+            model.text.forget()
         grid = times.grid(self.steps, model.shift)
         velocity = model.velocity
         seeds = range(seed, seed + len(prompts))
@@ -94,11 +112,14 @@ class Ours:
 class Stock:
     """Stock diffusers' eager pipeline, as a person would use it; of ours only the noise of the seed."""
 
-    def __init__(self, model: str, steps: int | None, threads: int, dtype: str) -> None:
+    def __init__(
+        self, model: str, steps: int | None, threads: int, dtype: str, wish: Mapping[str, Any]
+    ) -> None:
         import torch
         from diffusers import StableDiffusion3Pipeline
 
         from fewstep.families.folder import read_facts
+        from fewstep.staged.load import device_of
 
         if threads:
             torch.set_num_threads(threads)
@@ -108,6 +129,8 @@ class Stock:
         }
         self.dtype = getattr(torch, dtype)
         self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=self.dtype, **absent)
+        self.device = device_of(wish.get("device", "auto")) if wish else "cpu"
+        self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         facts = read_facts(Path(model))
         self.steps = steps or facts.get("steps") or 28
@@ -145,7 +168,7 @@ class Stock:
                 sigmas=np.linspace(1, 1 / self.steps, self.steps).tolist(),  # the scheduler shifts them
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance or 1.0,
-                latents=torch.from_numpy(noise).to(self.dtype),
+                latents=torch.from_numpy(noise).to(self.device, self.dtype),
                 height=pixels,
                 width=pixels,
                 output_type="np",
@@ -175,12 +198,12 @@ class _timed:
 def engine(spec: dict[str, Any]) -> Engine:
     """What a spec asks for: ``model``, ``steps``, ``threads`` and, for others' pipelines, ``stock`` or
     ``genai``."""
-    given = spec["model"], spec["steps"], spec["threads"]
+    given, wish = (spec["model"], spec["steps"], spec["threads"]), spec["wish"]
     if spec.get("genai"):
         from fewstep.bench.genai import GenAI
 
         return GenAI(*given)
-    return Stock(*given, spec["stock"]) if spec.get("stock") else Ours(*given)
+    return Stock(*given, spec["stock"], wish) if spec.get("stock") else Ours(*given, wish)
 
 
 def peak() -> int:
@@ -215,6 +238,7 @@ def main() -> None:
         told = {
             "seconds": stages.seconds,
             "peak": peak(),
+            "device_peak": used.max_memory_allocated() if (used := cuda()) else 0,
             "since": time.time() - spec["begun"],
             **draws.about,
         }

@@ -99,6 +99,8 @@ def quantize(
     if odd := [number for number in rungs[1:] if number not in possible]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
     check_folder(output)
+    if any((output / index).exists() for index in ("model_index.json", "bundle.json")):
+        raise UserError(f"{output} is a model: choose another folder for the ladder")
     for number in rungs:
         check_place(output / str(number))
     folder = data or Path("data/stickers")

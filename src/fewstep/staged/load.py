@@ -24,6 +24,10 @@ from fewstep.staged.rehearse import Rehearsal
 from fewstep.staged.student import Student, find
 from fewstep.types import Model
 
+STARTING = 2**25
+"""Bytes that a process takes at its first picture on a CPU, once and whatever it draws (some 28 MiB with
+torch 2.13: kernels that are made then, and threads)."""
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -117,7 +121,8 @@ def _plan(outline: Outline, family: Family, asked: Asked, wish: Wish) -> Plan:
     rehearsal = Rehearsal(outline, family, asked)
     rehearsal.stages(next(choices(asked)))  # what torch imports for it is in memory from here on
     gc.collect()
-    plan = choose(asked, rehearsal.stages, bytes_of(wish.memory), CONTEXT if asked.gpu else resident())
+    base = CONTEXT if asked.gpu else resident() + STARTING
+    plan = choose(asked, rehearsal.stages, bytes_of(wish.memory), base)
     return plan.filled(rehearsal.held.layers(plan.choice.bits))
 
 

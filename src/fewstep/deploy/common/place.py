@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,12 +43,23 @@ def writing(out: Path) -> Generator[None]:
     """Say of an export that cannot be written where it was to go.
 
     Raises:
-        UserError: the block met an ``OSError``.
+        UserError: the block met an ``OSError``, or the library of weights did.
     """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {out}: {_reason(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # whose library is not always there
+            raise
+        raise UserError(f"cannot write {out}: {str(error).splitlines()[0]}") from error
+
+
+def _reason(error: OSError) -> str:
+    """What the system said; of a folder that could not be copied, of its first file."""
+    if isinstance(error, shutil.Error):
+        return str(error.args[0][0][2])
+    return error.strerror or str(error)
 
 
 def check_folder(out: Path) -> None:
