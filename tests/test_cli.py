@@ -62,7 +62,11 @@ def inside(*arguments: str) -> int:
 def start_many() -> subprocess.Popen[bytes]:
     """A process that writes 20,000 pictures into ``out/``, if nobody stops it."""
     arguments = [*COMMAND, "generate", "a", "--model", "../tiny", "-n", "20000", "-o", "out/"]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whom a shell's & told to ignore it
+    try:
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def pixels(path: Path) -> np.ndarray:
