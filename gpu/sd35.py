@@ -31,6 +31,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from fewstep.bench.likeness import psnr
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
@@ -57,9 +58,8 @@ class Random(Weights):
 
     def read(self, name: str) -> Tensor:
         shape = self.shapes[name]
-        scale = (
-            0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
-        )  # so that outputs are as inputs
+        # Of matrices so that what they give is as large as what they are given.
+        scale = 0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
         return scale * self._drawn(name, shape)
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
@@ -242,11 +242,10 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
         def run() -> dict[str, Any]:
             draw, facts = ours(whole if t5 else clips, side, **wish)
             row, made = timed(draw, many)
-            pixels = np.asarray(made[0], np.float32)
-            usual = pictures.setdefault((t5, side), pixels)
-            away = float(np.square(pixels - usual).mean())
-            told = {"psnr": 10 * math.log10(255**2 / away) if away else None}
-            return {**facts, **row, **told, "contrast": float(pixels.std())}
+            pixels = np.asarray(made[0])
+            alike = psnr(pictures.setdefault((t5, side), pixels), pixels)
+            told = {"psnr": alike if math.isfinite(alike) else None, "contrast": float(pixels.std())}
+            return {**facts, **row, **told}
 
         return {"who": "ours", "t5": t5, "size": side, **wish}, run
 

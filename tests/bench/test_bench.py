@@ -215,3 +215,13 @@ def test_a_torch_model_runs_as_it_is_asked_to(tmp_path: Path, capfd: pytest.Capt
     for record in (plain, wished):
         assert record["device_peak"] == 0 and "gpu" in record["device"]
         assert record["seconds"]["text"][1] > 1e-3  # the prompt is read in each round
+
+
+def test_stock_draws_the_size_that_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sd3.save(sd3.assemble(tiny.parts(), name="base", steps=2, guidance=None), tmp_path / "base")
+    base, out = str(tmp_path / "base"), tmp_path / "b.jsonl"
+    words = ["--against", base, "--rounds", "1", "--threads", "1", "-o", str(out)]
+    assert run(["bench", base, *words, "--size", "64x48", "--bits", "32"]) == 0
+    ours, stock = records(out)
+    assert ours["size"] == stock["size"] == [64, 48]
+    assert stock["psnr"] > 35  # other noise is some 14 dB away

@@ -83,6 +83,7 @@ class Ours:
 
         from fewstep import sample, times
         from fewstep.guide import Guided
+        from fewstep.picture import levels
 
         model: Any = self.model
         if hasattr(model.text, "forget"):  # who reads a prompt again and again remembers it
@@ -105,8 +106,8 @@ class Ours:
             return y
 
         x = stages.of("steps", walk)
-        pixels = stages.of("decode", lambda: np.asarray(model.lower(model.codec.decode(x))))
-        return ((pixels.transpose(0, 2, 3, 1) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        made = stages.of("decode", lambda: np.asarray(model.lower(levels(model.codec.decode(x)))))
+        return made.transpose(0, 2, 3, 1).astype(np.uint8)
 
 
 class Stock:
@@ -136,15 +137,16 @@ class Stock:
         self.steps = steps or facts.get("steps") or 28
         self.guidance = facts.get("guidance")
         self.t5 = not absent
-        self.side = self.pipe.transformer.config.sample_size
+        side = str(self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor)
+        sides = [int(pixels) for pixels in (wish.get("size") or side).lower().split("x")]
+        self.width, self.height = sides[0], sides[-1]
         self.name = dtype
 
     @property
     def about(self) -> dict[str, Any]:
         bits = 32 if self.name == "float32" else 16
-        pixels = self.side * self.pipe.vae_scale_factor
         engine = f"diffusers eager {self.name}"
-        told = {"steps": self.steps, "guidance": self.guidance, "size": [pixels, pixels]}
+        told = {"steps": self.steps, "guidance": self.guidance, "size": [self.width, self.height]}
         return {"engine": engine, "bits": bits, **told}
 
     def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
@@ -153,10 +155,8 @@ class Stock:
 
         from fewstep.sample import noises
 
-        noise = noises(
-            range(seed, seed + len(prompts)), (self.pipe.transformer.config.in_channels, self.side, self.side)
-        )
-        pixels = self.side * self.pipe.vae_scale_factor
+        sides = (side // self.pipe.vae_scale_factor for side in (self.height, self.width))
+        noise = noises(range(seed, seed + len(prompts)), (self.pipe.transformer.config.in_channels, *sides))
         told: dict[str, Any] = {} if self.t5 else {"max_sequence_length": 0}
         with (
             _timed(self.pipe, "encode_prompt", "text", stages),
@@ -169,8 +169,8 @@ class Stock:
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance or 1.0,
                 latents=torch.from_numpy(noise).to(self.device, self.dtype),
-                height=pixels,
-                width=pixels,
+                height=self.height,
+                width=self.width,
                 output_type="np",
                 **told,
             )
