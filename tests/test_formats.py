@@ -1,0 +1,77 @@
+"""JSON of any shape is what was asked for, or one line that names file and field."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fewstep import formats
+from fewstep.types import UserError
+
+
+@dataclass(frozen=True)
+class Latent:
+    height: int
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    latent: Latent
+    steps: list[int] = field(default_factory=list[int])
+
+
+def test_a_dataclass_is_read_and_what_it_lacks_is_passed_over() -> None:
+    told = formats.parse(b'{"name": "a", "latent": {"height": 2, "more": [1]}, "steps": [4]}', Model)
+    assert told == Model("a", Latent(2), [4])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"name": "a", "latent": {"height": "2"}}', "latent.height: expected int, got str"),
+        ('{"name": "a", "latent": {"height": 2.5}}', "latent.height: expected int, got float"),
+        ('{"name": "a", "latent": {"height": true}}', "latent.height: expected int, got bool"),
+        ('{"name": "a", "latent": {}}', "latent: object missing required field height"),
+        ('{"name": "a", "latent": {"height": 2}, "steps": [1, null]}', r"steps\[1\]|steps\[...\]"),
+        ("[]", "expected object, got array"),
+        ("", "not JSON"),
+        ('{"name": NaN}', "not JSON"),
+        ("\ufeff{}", "not JSON"),
+        ("[" * 100_000, "expected object, got array"),
+        ('{"more": ' + "[" * 100_000, "nested too deeply|truncated"),
+        ('{"name": "a", "latent": {"height": ' + "9" * 5000 + "}}", "out of range"),
+    ],
+)
+def test_any_other_text_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        formats.read(tmp_path / "a.json", Model)
+    assert "a.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_nested_without_an_end_is_one_line() -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        formats.parse(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", where="a.json")
+
+
+def test_no_file_no_regular_file_and_a_large_one_are_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b" " * 100)
+    for name, said in (
+        ("none", "cannot read"),
+        ("pipe", "is no file"),
+        ("", "is no file"),
+        ("large", "larger"),
+    ):
+        with pytest.raises(UserError, match=said):
+            formats.read(tmp_path / name, most=99)
+
+
+def test_numbers_that_python_gave_are_checked_as_those_of_a_file() -> None:
+    assert formats.convert({"height": 3}, Latent, "it") == Latent(3)
+    with pytest.raises(UserError, match="it is damaged or no such file: height: expected int, got str"):
+        formats.convert({"height": "3"}, Latent, "it")
