@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ class Log:
     def sheet(self, step: int, image: Any) -> None:
         """Keep a contact sheet as ``sheets/STEP.png``."""
         if world().first:
-            (self._folder / "sheets").mkdir(exist_ok=True)
-            image.save(self._folder / "sheets" / f"{step:07d}.png")
+            data = BytesIO()
+            image.save(data, "PNG")
+            write(self._folder / "sheets" / f"{step:07d}.png", data.getbuffer())
 
     def close(self) -> None:
         if self._file is not None:
