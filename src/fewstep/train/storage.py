@@ -215,12 +215,12 @@ def read_bytes(path: Path, most: int, start: int = 0) -> bytearray:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise Damaged(f"{path.name} is no file")
         with path.open("rb") as file:
+            if start > os.fstat(file.fileno()).st_size:
+                raise Damaged(f"{path.name} is cut short")
             file.seek(start)
             return bytearray(file.read(most))
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{path.name} is missing") from None
-    except (ValueError, OverflowError):  # a start beyond what a file can have
-        raise Damaged(f"{path.name} is cut short") from None
 
 
 def _done(result: Any) -> Future[Any]:
