@@ -10,12 +10,11 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fewstep import __version__
-from fewstep.files import write
+from fewstep.files import replacing_file, write
 from fewstep.train import Options
 from fewstep.train.parallel import world
 
@@ -81,9 +80,9 @@ class Log:
     def sheet(self, step: int, image: Any) -> None:
         """Keep a contact sheet as ``sheets/STEP.png``."""
         if world().first:
-            data = BytesIO()
-            image.save(data, "PNG")
-            write(self._folder / "sheets" / f"{step:07d}.png", data.getbuffer())
+            (self._folder / "sheets").mkdir(exist_ok=True)
+            with replacing_file(self._folder / "sheets" / f"{step:07d}.png") as fresh:
+                image.save(fresh)
 
     def close(self) -> None:
         if self._file is not None:
