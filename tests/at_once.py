@@ -80,8 +80,9 @@ def main(number: int, alive: int, model: str = "pocket") -> None:
             left = draw_at_once(Path(folder), model, way, number, alive)
             verdict = "whole" if left.whole(number) else "NOT WHOLE"
             print(
-                f"{way}: {len(left.files)} files, {len(set(left.printed))} printed names, {left.images} image, "
-                f"{left.status.count(0)} exits with 0, {time.monotonic() - begun:.0f} s: {verdict}",
+                f"{way}: {len(left.files)} files, {len(set(left.printed))} printed names, "
+                f"{left.images} distinct image, {left.status.count(0)} exits with 0, "
+                f"{time.monotonic() - begun:.0f} s: {verdict}",
                 flush=True,
             )
 

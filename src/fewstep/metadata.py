@@ -34,7 +34,8 @@ _NOTE = "http://ns.adobe.com/xmp/note/"
 _PART = 65400
 """Bytes of extended XMP in a segment, as its specification has it."""
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
+_UNICODE, _OTHERS = b"UNICODE\0", (b"ASCII\0\0\0", bytes(8))
+"""How a UserComment begins: it names its characters, or leaves them undefined."""
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -114,8 +115,8 @@ def _user_comment(exif: Any) -> str | None:
         order = "utf-16-be" if rest[0::2].count(0) >= rest[1::2].count(0) else "utf-16-le"
         text = rest.decode(order, "replace")
     else:
-        text = (rest if prefix == _ASCII else comment).decode("utf-8", "replace")
-    return text.strip("\0\ufeff ")
+        text = (rest if prefix in _OTHERS else comment).decode("utf-8", "replace")
+    return text.rstrip("\0").removeprefix("\ufeff")
 
 
 def _xmp(attributes: str, properties: str = "") -> bytes:

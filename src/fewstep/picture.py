@@ -29,7 +29,7 @@ MOST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 MOST_PIXELS = 2 * 89_478_485
 """Of a contact sheet: what Pillow reads without a fuss."""
 _MODES = {
-    "PNG": ("1", "L", "LA", "P", "I", "I;16", "RGB", "RGBA"),
+    "PNG": ("1", "L", "LA", "P", "I;16", "RGB", "RGBA"),
     "JPEG": ("L", "RGB"),
     "WEBP": ("RGB", "RGBA"),
 }
@@ -386,7 +386,7 @@ def encode(image: Image.Image, path: Path) -> bytes:
     data = io.BytesIO()
     try:
         pixels.save(data, kind, **how, **metadata.options(image.info, kind))
-    except (OSError, ValueError, SystemError) as error:
+    except (OSError, ValueError, SystemError, MemoryError) as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from None
     return data.getvalue()
 
