@@ -140,7 +140,7 @@ def test_extended_xmp_with_a_part_missing_counts_as_none() -> None:
 def test_the_record_of_a_sheet_of_thousands_fits_every_format(tmp_path: Path) -> None:
     record = picture.Record("字" * 200, 1, 4, "pocket", "ab", (8, 8))
     text = json.dumps({picture.SHEET: [json.loads(record.json())] * 3000})
-    for suffix in picture.FORMATS:
+    for suffix in picture.SUFFIXES:
         image = Image.new("RGB", (8, 8))
         image.info[CHUNK] = text
         picture.save(image, tmp_path / f"a{suffix}")

@@ -72,7 +72,7 @@ FACTS = json.loads(RECORD.json())
     [{"image": 5}, {"image": ["x"]}, {"seed": "1"}, {"seed": True}, {"seed": 1.5}, {"size": "ab"},
      {"size": [1, 2, 3]}, {"version": 5}, {"guidance": "much"}, {"prompt": None}, {"batch": None}],
 )  # fmt: skip
-@pytest.mark.parametrize("suffix", picture.FORMATS)
+@pytest.mark.parametrize("suffix", picture.SUFFIXES)
 def test_a_record_that_is_none_of_ours_is_refused(
     tmp_path: Path, change: dict[str, Any], suffix: str
 ) -> None:
@@ -103,7 +103,7 @@ def test_what_a_later_version_adds_is_passed_over_with_a_warning(tmp_path: Path)
 
 def test_records_keep_paths_that_are_no_text(tmp_path: Path) -> None:
     record = dataclasses.replace(RECORD, model="caf\udce9", image="\udcff.png")
-    for suffix in picture.FORMATS:
+    for suffix in picture.SUFFIXES:
         fewstep.save(record.stamp(Image.new("RGB", (8, 8))), tmp_path / f"a{suffix}")
         assert picture.read_record(tmp_path / f"a{suffix}") == record
 
@@ -143,12 +143,12 @@ def test_a_sheet_that_no_format_holds_is_refused_before(
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "I", "I;16", "F", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"]
 )
-@pytest.mark.parametrize("suffix", [*picture.FORMATS, ".PNG", ".JpG"])
+@pytest.mark.parametrize("suffix", [*picture.SUFFIXES, ".PNG", ".JpG"])
 def test_every_mode_is_written_in_the_format_of_the_suffix(tmp_path: Path, mode: str, suffix: str) -> None:
     fewstep.save(RECORD.stamp(Image.new(mode, (8, 8))), str(tmp_path / f"a{suffix}"))
     with Image.open(tmp_path / f"a{suffix}") as image:
         image.load()
-        assert image.format == picture.FORMATS[suffix.lower()]
+        assert image.format == picture.SUFFIXES[suffix.lower()]
     assert picture.read_record(tmp_path / f"a{suffix}") == RECORD
 
 
@@ -167,7 +167,7 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", picture.FORMATS)
+@pytest.mark.parametrize("suffix", picture.SUFFIXES)
 def test_what_cannot_be_encoded_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"earlier")

@@ -22,12 +22,12 @@ from fewstep.types import Array, UserError
 
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Suffix to format. PNG and WebP keep all pixels, JPEG is lossy."""
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Of the files that are written, and their formats. PNG and WebP keep all pixels, JPEG is lossy."""
 MOST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 """Pixels along a side that a format can hold."""
-MOST_PIXELS = 2 * 89_478_485
-"""Of a contact sheet: what Pillow reads without a fuss."""
+SHEET_PIXELS = 2 * 89_478_485
+"""Of a contact sheet: more than that Pillow does not open."""
 _MODES = {
     "PNG": ("1", "L", "LA", "P", "I;16", "RGB", "RGBA"),
     "JPEG": ("L", "RGB"),
@@ -217,10 +217,21 @@ def read_record(path: str | Path) -> Record:
 def read_info(path: str | Path) -> dict[str, str]:
     """The texts in an image file that we write or others know: ``parameters`` and ``fewstep``.
 
+    The pixels are not decoded.
+
     Raises:
-        UserError: no readable image.
+        UserError: no image of a format that is written here.
     """
-    return metadata.texts(open_image(path))
+    data = read(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            with Image.open(io.BytesIO(data), formats=sorted({*SUFFIXES.values()})) as image:
+                return metadata.texts(image)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture that can be read: no PNG, JPEG or WebP") from None
+    except Exception as error:  # a decoder raises whatever goes wrong in it first
+        raise UserError(f"{path} is not a picture that can be read: {_reason(error)}") from None
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -344,7 +355,7 @@ def check_sheet(number: int, size: tuple[int, int], suffix: str) -> None:
         UserError: it is.
     """
     width, height = sheet_size(number, size)
-    if width * height > MOST_PIXELS or max(width, height) > MOST_SIDE[FORMATS[suffix.lower()]]:
+    if width * height > SHEET_PIXELS or max(width, height) > MOST_SIDE[SUFFIXES[suffix.lower()]]:
         raise UserError(f"a sheet of {width} x {height} pixels is too large for {suffix}: draw fewer images")
 
 
@@ -358,10 +369,10 @@ def format_of(path: Path) -> str:
     Raises:
         UserError: none that is written here.
     """
-    if path.suffix.lower() not in FORMATS:
-        *most, last = FORMATS
+    if path.suffix.lower() not in SUFFIXES:
+        *most, last = SUFFIXES
         raise UserError(f"images are written as {', '.join(most)} or {last}, not as {path.name[-40:]!r}")
-    return FORMATS[path.suffix.lower()]
+    return SUFFIXES[path.suffix.lower()]
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
