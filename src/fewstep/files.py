@@ -72,11 +72,12 @@ def write_new(paths: Iterable[Path], data: bytes | memoryview) -> Path:
 
 @contextmanager
 def replacing_file(target: Path) -> Generator[Path]:
-    """A name that takes the place of ``target`` if the block ends well; else nothing changes.
+    """A name that takes the place of ``target`` if the block ends well; else nothing changes but its folder.
 
     The name is that of ``target``, in a folder of its own. A link stays, and what it points at is replaced.
     """
     target = _pointed_at(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with _part(target) as part:
         fresh = part / target.name
         yield fresh
