@@ -160,10 +160,19 @@ def read_json(text: str, where: str) -> dict[str, Any]:
     from fewstep import formats
 
     try:
-        facts = json.loads(text)  # not msgspec: it refuses paths that are no UTF-8, which :meth:`json` keeps
+        # Not msgspec: it refuses paths that are no UTF-8, which Record.json keeps.
+        facts = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         raise UserError(f"the metadata of {where} is damaged") from None
     return formats.convert(facts, dict[str, Any], f"the metadata of {where}")
+
+
+def _finite(text: str) -> float:
+    """A number of JSON. ``NaN`` and ``Infinity``, which Python would read too, are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -376,7 +385,7 @@ def format_of(path: Path) -> str:
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
-    """An image as the bytes of a file, with the records of ``image.info`` in its metadata.
+    """An image as the bytes of a file, with its records (:func:`fewstep.metadata.texts`) in the metadata.
 
     PNG and WebP keep all pixels. JPEG has the quality :data:`JPEG_QUALITY` and full colour resolution;
     what is transparent becomes white in it.
@@ -396,7 +405,7 @@ def encode(image: Image.Image, path: Path) -> bytes:
     pixels = image if image.mode in _MODES[kind] else flat(image)
     data = io.BytesIO()
     try:
-        pixels.save(data, kind, **how, **metadata.options(image.info, kind))
+        pixels.save(data, kind, **how, **metadata.options(metadata.texts(image), kind))
     except (OSError, ValueError, SystemError, MemoryError) as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from None
     return data.getvalue()
