@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from PIL import Image
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
+from fewstep.picture import decode
 from fewstep.types import UserError
 
 
@@ -111,7 +111,11 @@ def _svg(icons: dict[str, Any], name: str, size: int) -> str:
 
 def _draw(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     kind, data, size = job
-    picture = _rasterise(data.decode()) if kind == "svg" else Image.open(io.BytesIO(data)).convert("RGBA")
+    picture = (
+        _rasterise(data.decode())
+        if kind == "svg"
+        else decode(data, "a rendering of a package").convert("RGBA")
+    )
     return np.asarray(_trim(picture).resize((size, size), Image.Resampling.LANCZOS), np.uint8)
 
 
@@ -120,7 +124,7 @@ def _rasterise(svg: str) -> Image.Image:
 
     tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
     identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # x scale, x skew, x shift; y skew, y scale, y shift
-    return Image.open(io.BytesIO(resvg.render(tree, identity))).convert("RGBA")
+    return decode(resvg.render(tree, identity), "resvg's PNG").convert("RGBA")
 
 
 def _trim(picture: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ import numpy as np
 from fewstep.data import epochs
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
+from fewstep.text import decode_caption
 from fewstep.types import Batch, Cond, UserError
 
 KINDS = ("states", "context", "pooled")
@@ -145,7 +146,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                 key = f"{row:08d}"
                 if (caption := members.get(f"{key}.txt")) is None:
                     raise UserError(f"{path}: {key} has no caption (.txt); {again}")
-                prompts.append(_bytes(file, caption).decode())
+                prompts.append(decode_caption(_bytes(file, caption), f"{path}: {key}.txt"))
                 places.append([_place(members, f"{key}.{kind}.npy", plan.shape(kind)) for kind in KINDS])
             for kind in KINDS:  # of the first row; the others are as long
                 array = np.load(io.BytesIO(_bytes(file, members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"])))

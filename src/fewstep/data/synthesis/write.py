@@ -55,7 +55,7 @@ def synthesize(
     if len(prompts) != plan.number or plans.digest(prompts) != plan.captions:
         raise UserError("these captions are not the plan's")
     folder.mkdir(parents=True, exist_ok=True)
-    plans.claim(folder, plan)
+    plan = plans.claim(folder, plan)
     null = teacher.text([""])
     if not (folder / NULL).exists():
         with replacing_file(folder / NULL) as fresh:
