@@ -266,7 +266,7 @@ def flat(image: Image.Image) -> Image.Image:
                 Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box
             )
         return result
-    except ValueError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # a caller's image may not be decoded yet
         raise UserError(f"that picture cannot be used: {_reason(error)}") from None
 
 

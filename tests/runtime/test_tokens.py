@@ -90,7 +90,10 @@ def _unsure(tokens: Tokens, prompts: list[str]) -> list[str]:
     return found
 
 
-def test_words_of_other_languages_are_told_and_english_ones_hardly_ever() -> None:
+def test_words_of_other_languages_are_told_and_english_ones_hardly_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fewstep.runtime.tokens.MOST_WARNINGS", 1000)
     docs, tokens = Path(__file__).parents[2] / "docs", Tokens(POCKET, 32)
     assert _unsure(tokens, FOREIGN) == FOREIGN
     assert _unsure(tokens, (docs / "prompts.txt").read_text().splitlines()) == []
@@ -101,6 +104,15 @@ def test_words_of_other_languages_are_told_and_english_ones_hardly_ever() -> Non
 def test_the_words_are_named() -> None:
     with pytest.warns(PromptWarning, match="may not know these words: rote, Äpfel, auf, dem, Tisch "):
         Tokens(POCKET, 32)(["rote Äpfel auf dem Tisch"])
+
+
+def test_of_many_prompts_the_first_are_told() -> None:
+    tokens = Tokens(POCKET, 32)
+    assert _unsure(tokens, FOREIGN) == FOREIGN[:5]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Tokens(POCKET, 32)(FOREIGN)
+    assert len(said) == 5 and "; such words in further prompts are not named" in str(said[-1].message)
 
 
 def test_a_tokenizer_of_bytes_says_nothing_of_words(tokens: Tokens) -> None:

@@ -66,19 +66,34 @@ def load(folder: Path, size: int) -> Renderings:
     """Open what :func:`render_all` wrote.
 
     Raises:
-        UserError: nothing was rendered there at this size.
+        UserError: nothing was rendered there at this size, or a file is damaged.
     """
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
-    read = read_json(index)
-    concepts = [_concept(entry) for entry in read["concepts"]]
-    return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
+    read = read_json(index, _Index)
+    try:
+        pictures = np.load(store, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{store} is broken ({error}); delete it and run fewstep data stickers again"
+        ) from error
+    shape = (len(read.pairs), size, size, 4)
+    if pictures.dtype != np.uint8 or pictures.shape != shape:
+        raise UserError(f"{store} is not of {index.name}; delete both and run fewstep data stickers again")
+    if any(not 0 <= concept < len(read.concepts) for concept, _ in read.pairs):
+        raise UserError(
+            f"{index} is damaged (a pair of no concept); delete it and run fewstep data stickers again"
+        )
+    return Renderings(read.concepts, read.pairs, pictures)
 
 
-def _concept(entry: dict[str, Any]) -> Concept:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return Concept(**fields)
+@dataclass(frozen=True)
+class _Index:
+    """What the rows of the renderings are."""
+
+    concepts: list[Concept]
+    pairs: list[tuple[int, str]]
 
 
 def _jobs(

@@ -19,6 +19,10 @@ TRAINED = 4096
 """A vocabulary of so many tokens tells words of its training from others; a smaller one breaks all."""
 
 
+MOST_WARNINGS = 5
+"""Of unknown words, from one tokenizer: an evaluation reads hundreds of prompts."""
+
+
 class Tokens:
     """The tokenizer of a bundle.
 
@@ -34,6 +38,7 @@ class Tokens:
     def __init__(self, path: Path, length: int, warns: bool = True) -> None:
         self.length = length
         self.warns = warns
+        self._warned = 0
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -61,9 +66,13 @@ class Tokens:
         return tokens
 
     def _warn_of_unknown(self, line: str) -> None:
-        if self._tokenizer.get_vocab_size() >= TRAINED and (words := unknown_words(line, self._count)):
+        if self._warned == MOST_WARNINGS or self._tokenizer.get_vocab_size() < TRAINED:
+            return
+        if words := unknown_words(line, self._count):
+            self._warned += 1
             some = ", ".join(dict.fromkeys(words[:6]))
-            _warn(f"the model may not know these words: {some} (it has learnt English)")
+            last = "; such words in further prompts are not named" if self._warned == MOST_WARNINGS else ""
+            _warn(f"the model may not know these words: {some} (it has learnt English{last})")
 
     def _count(self, word: str) -> int:
         """How many tokens a word is, up to the length of a prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                     raise ValueError(
                         f"{kind} are {array.dtype} {array.shape}, not float16 {plan.shape(kind)}"
                     )
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is cut short or not of this plan ({error}); {again}") from error
 
 
@@ -186,7 +187,7 @@ def _null(folder: Path, plan: Plan) -> Cond:
             context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
         if context.shape != (1, *plan.context) or pooled.shape != (1, plan.pooled):
             raise ValueError("it is of other text encoders")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
         raise UserError(
             f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
         ) from error
