@@ -246,6 +246,15 @@ def test_large_images_are_refused_by_their_declared_size() -> None:
         picture.decode(_bomb(60_000, 60_000), "it")
 
 
+def test_a_large_contact_sheet_still_tells_how_it_was_made(tmp_path: Path) -> None:
+    sheet = Image.new("L", (9000, 8000))
+    sheet.info[picture.PARAMETERS] = "a cat\nSteps: 4"
+    picture.save(sheet, tmp_path / "a.png")
+    assert picture.read_info(tmp_path / "a.png") == {picture.PARAMETERS: "a cat\nSteps: 4"}
+    with pytest.raises(UserError, match="it has 72 megapixels"):
+        picture.decode((tmp_path / "a.png").read_bytes(), "it")
+
+
 def test_a_large_jpeg_is_halved_and_a_progressive_one_refused() -> None:
     large = Image.new("L", (10_000, 8_000), 90)
     assert picture.decode(png(large, "JPEG"), "it").size == (5_000, 4_000)

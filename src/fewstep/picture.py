@@ -159,7 +159,7 @@ def read_info(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: no readable picture.
     """
-    info = open_image(path).info
+    info = decode(read(path), str(path), pixels=False).info
     return {name: str(info[name]) for name in (PARAMETERS, CHUNK) if name in info}
 
 
@@ -190,12 +190,13 @@ def read(path: str | Path) -> bytes:
     return data
 
 
-def decode(data: bytes, where: str) -> Image.Image:
+def decode(data: bytes, where: str, pixels: bool = True) -> Image.Image:
     """Decode the first frame of an image file. Its content alone tells which of :data:`FORMATS` it is.
 
     Args:
         data: the file.
         where: what it is called in errors.
+        pixels: without them, a large image's metadata are read, not its pixels.
 
     Raises:
         UserError: it is of no such format, larger than :data:`MOST_PIXELS`, or damaged.
@@ -204,8 +205,9 @@ def decode(data: bytes, where: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                _limit(image, where)
-                image.load()
+                if pixels or image.width * image.height <= MOST_PIXELS:
+                    _limit(image, where)
+                    image.load()
                 return image
     except UserError:
         raise

@@ -82,3 +82,16 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path, monkeypatch:
         list_files(tmp_path / "in")
     with pytest.raises(UserError, match=r"cannot list the folder .*none"):
         list_files(tmp_path / "none")
+
+
+def test_what_a_model_weighs_and_is_counts_linked_folders(tmp_path: Path) -> None:
+    from fewstep.evaluate.command import _weights
+
+    files(tmp_path, "model/model_index.json", "parts/vae/weights")
+    (tmp_path / "model/vae").symlink_to(tmp_path / "parts/vae")
+    (tmp_path / "model/gone").symlink_to("nowhere")
+    before = _weights(str(tmp_path / "model"))
+    files(tmp_path, "model/.cache/x")
+    assert _weights(str(tmp_path / "model")) == before
+    (tmp_path / "parts/vae/weights").write_text("others")
+    assert _weights(str(tmp_path / "model")) != before

@@ -203,7 +203,7 @@ def _record(
         for theirs, ours in zip(stock, turns, strict=bool(stock))
         if theirs["steps"] == ours["steps"]
     ]
-    files = [place] if place.is_file() else list_files(place).files
+    files = [place] if place.is_file() else [path for path in list_files(place).files if path.is_file()]
     return Record(
         model=spec.model,
         engine=last["engine"],
