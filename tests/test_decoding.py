@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import os
 import struct
@@ -294,3 +295,13 @@ def test_peak_memory_in_mib(tmp_path: Path, kind: str, mode: str, size: tuple[in
     file.write_bytes(png(Image.new(mode, size, (200, 100, 50, 128)[: len(mode)]), kind, exif=exif, **options))
     done = subprocess.run([sys.executable, "-c", MEASURE, file], capture_output=True, text=True, check=True)
     assert int(done.stdout) / 1024 < most
+
+
+def test_of_a_broken_tiff_nothing_else_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(png(SMALL.convert("1"), "TIFF", compression="group4"))
+    file = tmp_path / "a.tif"
+    file.write_bytes(data.replace(data[8:40], bytes(range(200, 232))))
+    with contextlib.suppress(UserError):
+        picture.open_image(file)
+    print("still there", file=sys.stderr)
+    assert capfd.readouterr().err == "still there\n"

@@ -7,10 +7,13 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import math
+import os
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from fewstep import files
 from fewstep.types import Array, UserError
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises too
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
 
 CHUNK = "fewstep"
@@ -39,6 +43,7 @@ _SMALLER = {"WEBP": MOST_PIXELS // 2, "AVIF": MOST_PIXELS // 2}
 _OPAQUE = {"1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}
 _CLEAR = {"LA", "La", "P", "PA", "RGBA", "RGBa"}
 _HALF = 0.5 / 255
+_SILENCING = threading.Lock()
 _BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 """Tags of TIFF and EXIF."""
 
@@ -207,7 +212,8 @@ def decode(data: bytes, where: str, pixels: bool = True) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 if pixels or image.width * image.height <= MOST_PIXELS:
                     _limit(image, where)
-                    image.load()
+                    with _silent() if image.format == "TIFF" else nullcontext():
+                        image.load()
                 return image
     except UserError:
         raise
@@ -216,6 +222,19 @@ def decode(data: bytes, where: str, pixels: bool = True) -> Image.Image:
         raise UserError(f"{where} is not a picture that can be read: none of {known}") from None
     except Exception as error:  # a decoder raises whatever goes wrong in it first
         raise UserError(f"{where} is not a picture that can be read: {_reason(error)}") from None
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """Within the block, standard error leads nowhere: libtiff prints what Pillow raises too."""
+    with _SILENCING, ExitStack() as stack:
+        with suppress(OSError):  # standard error may be closed
+            before = os.dup(2)
+            stack.callback(os.close, before)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            stack.callback(os.dup2, before, 2)
+        yield
 
 
 def _formats() -> list[str]:
