@@ -129,7 +129,9 @@ class Stock:
             name: None for name in ("text_encoder_3", "tokenizer_3") if not (whole.get(name) or [None])[0]
         }
         self.dtype = getattr(torch, dtype)
-        self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=self.dtype, **absent)
+        self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(
+            model, torch_dtype=self.dtype, use_safetensors=True, **absent
+        )
         self.device = device_of(wish.get("device", "auto")) if wish else "cpu"
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)

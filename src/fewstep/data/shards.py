@@ -17,7 +17,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from fewstep.picture import MOST_BYTES, decode, flat
 from fewstep.picture import read as read_image
 from fewstep.text import decode_caption
 from fewstep.types import UserError
+from fewstep.workers import pool
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 MOST_CAPTION = 2**20
@@ -75,8 +76,8 @@ def write(
     ]
     done = pictures - sum(len(indices) for _, indices in todo)
     progress(done, pictures)
-    with ProcessPoolExecutor(workers, initializer=_share, initargs=(make,)) as pool:
-        futures = [pool.submit(_write_one, path, indices) for path, indices in todo]
+    with pool(workers, _share, make) as executor:
+        futures = [executor.submit(_write_one, path, indices) for path, indices in todo]
         for future in as_completed(futures):
             done += future.result()
             progress(done, pictures)

@@ -156,7 +156,10 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     try:
         if dtype is None:
             return kind.from_pretrained(folder / part)
-        net, report = kind.from_pretrained(folder / part, torch_dtype=dtype, output_loading_info=True)
+        # Other weights than safetensors are pickles, which execute what they say.
+        net, report = kind.from_pretrained(
+            folder / part, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"cannot load {folder / part}: {first_line(error)}") from error
     if report["missing_keys"]:
@@ -179,8 +182,12 @@ def check_place(target: Path) -> None:
     Raises:
         UserError: there does.
     """
-    if target.exists() and not (target / "model_index.json").is_file():
+    if target.exists() and not ((target / "model_index.json").is_file() or _is_empty(target)):
         raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
 
 
 def write_folder(
