@@ -51,6 +51,7 @@ _GAP = 4
 class RecordWarning(UserWarning):
     """A record has fields that this version does not know."""
 
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Formats that are read, by Pillow's names. Of others some start programs (EPS: Ghostscript)."""
 MOST_BYTES = 2**28
