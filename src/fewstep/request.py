@@ -7,11 +7,13 @@ import operator
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.text import PromptWarning, clean, syntax
 from fewstep.types import Model, UserError
 
 SEEDS = 2**32
@@ -23,8 +25,6 @@ FEW = 8
 """Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
 MANY = 100
 STRENGTH = 0.95
-_BLANKS = dict.fromkeys([*range(32), 127], " ")
-
 
 LONGEST = 10_000
 """Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
@@ -76,13 +76,13 @@ def check(
     count = whole("n", n, 1, MOST)
     first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
     whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
-    clean = [_style(_prompt(text), style, styles) for text in texts]
+    lines = [_style(_prompt(text), style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
     if strength is not None and image is None:
         raise UserError("strength is for image-to-image: give a picture with image (--image)")
     most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
-        jobs=tuple((text, first + index) for text in clean for index in range(count)),
+        jobs=tuple((text, first + index) for text in lines for index in range(count)),
         steps=whole("steps", model.steps if steps is None else steps, 1, most),
         guidance=scale,
         negative=away,
@@ -161,12 +161,16 @@ def _prompt(text: Any) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
-    clean = " ".join(text.translate(_BLANKS).split())
-    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in clean):  # nothing but signs unseen
+    line = clean(text)
+    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in line):  # nothing but signs unseen
         raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
-    if len(clean) > LONGEST:
-        raise UserError(f"a prompt has {len(clean)} characters; at most {LONGEST} are taken: shorten it")
-    return clean
+    if len(line) > LONGEST:
+        raise UserError(f"a prompt has {len(line)} characters; at most {LONGEST} are taken: shorten it")
+    if parts := syntax(line):
+        warnings.warn(
+            f"{', '.join(parts[:4])}: read as text, as all of a prompt is", PromptWarning, stacklevel=2
+        )
+    return line
 
 
 def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:

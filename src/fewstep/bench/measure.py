@@ -18,6 +18,7 @@ import numpy as np
 
 from fewstep.bench import floor, likeness
 from fewstep.bench.device import Rates
+from fewstep.data.folders import list_files
 from fewstep.types import UserError
 
 
@@ -202,7 +203,7 @@ def _record(
         for theirs, ours in zip(stock, turns, strict=bool(stock))
         if theirs["steps"] == ours["steps"]
     ]
-    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    files = [place] if place.is_file() else [path for path in list_files(place).files if path.is_file()]
     return Record(
         model=spec.model,
         engine=last["engine"],

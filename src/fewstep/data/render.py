@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from PIL import Image
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
+from fewstep.picture import decode
 from fewstep.types import UserError
 from fewstep.workers import pool
 
@@ -66,19 +66,34 @@ def load(folder: Path, size: int) -> Renderings:
     """Open what :func:`render_all` wrote.
 
     Raises:
-        UserError: nothing was rendered there at this size.
+        UserError: nothing was rendered there at this size, or a file is damaged.
     """
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
-    read = read_json(index)
-    concepts = [_concept(entry) for entry in read["concepts"]]
-    return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
+    read = read_json(index, _Index)
+    try:
+        pictures = np.load(store, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{store} is broken ({error}); delete it and run fewstep data stickers again"
+        ) from error
+    shape = (len(read.pairs), size, size, 4)
+    if pictures.dtype != np.uint8 or pictures.shape != shape:
+        raise UserError(f"{store} is not of {index.name}; delete both and run fewstep data stickers again")
+    if any(not 0 <= concept < len(read.concepts) for concept, _ in read.pairs):
+        raise UserError(
+            f"{index} is damaged (a pair of no concept); delete it and run fewstep data stickers again"
+        )
+    return Renderings(read.concepts, read.pairs, pictures)
 
 
-def _concept(entry: dict[str, Any]) -> Concept:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return Concept(**fields)
+@dataclass(frozen=True)
+class _Index:
+    """What the rows of the renderings are."""
+
+    concepts: list[Concept]
+    pairs: list[tuple[int, str]]
 
 
 def _jobs(
@@ -111,7 +126,11 @@ def _svg(icons: dict[str, Any], name: str, size: int) -> str:
 
 def _draw(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     kind, data, size = job
-    picture = _rasterise(data.decode()) if kind == "svg" else Image.open(io.BytesIO(data)).convert("RGBA")
+    picture = (
+        _rasterise(data.decode())
+        if kind == "svg"
+        else decode(data, "a rendering of a package").convert("RGBA")
+    )
     return np.asarray(_trim(picture).resize((size, size), Image.Resampling.LANCZOS), np.uint8)
 
 
@@ -120,7 +139,7 @@ def _rasterise(svg: str) -> Image.Image:
 
     tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
     identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # x scale, x skew, x shift; y skew, y scale, y shift
-    return Image.open(io.BytesIO(resvg.render(tree, identity))).convert("RGBA")
+    return decode(resvg.render(tree, identity), "resvg's PNG").convert("RGBA")
 
 
 def _trim(picture: Image.Image) -> Image.Image:

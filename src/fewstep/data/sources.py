@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fewstep import formats
 from fewstep.files import replacing_file, replacing_folder
 from fewstep.types import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,16 @@ def _integrity(archive: Path) -> str:
     return "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type[T] | Any = Any) -> T:
+    """A JSON file of a package or of ours as ``kind``; see :func:`fewstep.formats.read`.
+
+    Raises:
+        UserError: it cannot be read, or has another shape.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); delete it and run again") from error
+        return formats.read(path, kind)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run again") from None
 
 
 def licence_table() -> str:

@@ -68,7 +68,7 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     """Refuse to mix two data sets in one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "stickers.json"
-    if note.exists() and (there := sources.read_json(note)) != options:
+    if note.exists() and (there := sources.read_json(note, dict[str, Any])) != options:
         changed = ", ".join(k for k in options if there.get(k) != options[k])
         raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")
     write(note, json.dumps(options, indent=1).encode())

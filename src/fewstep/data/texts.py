@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,7 +12,9 @@ import numpy as np
 
 from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
+from fewstep.data.shards import entries, parse_truth
 from fewstep.data.sources import STYLES
+from fewstep.text import clean, decode_caption
 from fewstep.types import UserError
 
 HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
@@ -81,21 +81,20 @@ def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def _truths(shard: Path) -> list[dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(shard) as tar:
-            for entry in tar:
-                stem, _, ending = entry.name.rpartition(".")
-                if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
-                    data = file.read().decode()
-                    out.setdefault(stem, {}).update(
-                        json.loads(data) if ending == "json" else {"prompt": data.strip()}
-                    )
-    except (tarfile.TarError, OSError, EOFError, ValueError, TypeError) as error:
-        raise UserError(f"{shard}: cut short or no tar of captions ({error}); write it again") from error
+    captions: dict[str, str] = {}
+    for name, data in entries(shard, (".json", ".txt")):
+        stem, _, ending = name.rpartition(".")
+        where, truth = f"{shard}: {name}", out.setdefault(stem, {})
+        if ending.lower() == "txt":
+            captions[stem] = decode_caption(data, where)
+        else:
+            truth |= parse_truth(data, where)
     if not out:
         raise UserError(f"{shard}: no captions (.txt) in it; write it again")
-    if dumb := next((stem for stem, truth in out.items() if "prompt" not in truth), None):
-        raise UserError(f"{shard}: {dumb} has no caption (.txt)")
+    for stem, truth in out.items():
+        if not isinstance(prompt := captions.get(stem, truth.get("prompt")), str):
+            raise UserError(f"{shard}: {stem} has no caption (.txt)")
+        truth["prompt"] = clean(prompt)
     return list(out.values())
 
 

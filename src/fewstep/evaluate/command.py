@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import fewstep
 from fewstep.data import stickers
+from fewstep.data.folders import list_files
 from fewstep.evaluate.harness import evaluate as run
 from fewstep.evaluate.plan import Candidate
 from fewstep.evaluate.produce import Progress
@@ -173,7 +174,7 @@ def _pipeline(name: str) -> Pipeline:
 def _weights(name: str) -> str:
     """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
     place = locate(name)
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    files = [path for path in list_files(place).files if path.is_file()] if place.is_dir() else [place]
     stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 

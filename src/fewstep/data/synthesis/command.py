@@ -160,8 +160,9 @@ def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]
     """``number`` prompts of the file in its order, or of the data set by chance."""
     if path is not None:
         from fewstep.generate import read_prompts
+        from fewstep.text import clean
 
-        lines = [line.strip() for line in read_prompts((), str(path))]
+        lines = [clean(line) for line in read_prompts((), str(path))]
         return [lines[row % len(lines)] for row in range(number)]
     from fewstep.data.texts import prompts_of
     from fewstep.recipes.parts import training_shards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from fewstep.data import epochs
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
+from fewstep.text import decode_caption
 from fewstep.types import Batch, Cond, UserError
 
 KINDS = ("states", "context", "pooled")
@@ -145,7 +147,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                 key = f"{row:08d}"
                 if (caption := members.get(f"{key}.txt")) is None:
                     raise UserError(f"{path}: {key} has no caption (.txt); {again}")
-                prompts.append(_bytes(file, caption).decode())
+                prompts.append(decode_caption(_bytes(file, caption), f"{path}: {key}.txt"))
                 places.append([_place(members, f"{key}.{kind}.npy", plan.shape(kind)) for kind in KINDS])
             for kind in KINDS:  # of the first row; the others are as long
                 array = np.load(io.BytesIO(_bytes(file, members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"])))
@@ -153,7 +155,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                     raise ValueError(
                         f"{kind} are {array.dtype} {array.shape}, not float16 {plan.shape(kind)}"
                     )
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is cut short or not of this plan ({error}); {again}") from error
 
 
@@ -185,7 +187,7 @@ def _null(folder: Path, plan: Plan) -> Cond:
             context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
         if context.shape != (1, *plan.context) or pooled.shape != (1, plan.pooled):
             raise ValueError("it is of other text encoders")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
         raise UserError(
             f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
         ) from error

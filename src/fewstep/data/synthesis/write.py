@@ -69,7 +69,7 @@ def _write(
     progress: Progress,
 ) -> None:
     """Write the shards ``mine`` of ``plan``, but for those that are there."""
-    plans.claim(folder, plan)
+    plan = plans.claim(folder, plan)
     null = teacher.text([""])
     if not (folder / NULL).exists():
         with replacing_file(folder / NULL) as fresh:
