@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.families import Family
+from fewstep.families.schedules import of_scheduler
 from fewstep.types import Array, TextEncoder, Velocity
 
 
@@ -75,6 +76,7 @@ def family_of_parts(
         if isinstance(part, torch.nn.Module):
             part.to(device).requires_grad_(False).eval()
     vae = parts["vae"]
+    schedule = of_scheduler(parts["scheduler"])
     return Family(
         name=name,
         velocity=velocity,
@@ -85,12 +87,12 @@ def family_of_parts(
         shift=shift,
         steps=steps,
         guidance=guidance,
-        sampler="renoise" if parts["scheduler"].config.get("stochastic_sampling") else "euler",
+        sampler="renoise" if schedule.stochastic_sampling else "euler",
         lift=lambda array: torch.from_numpy(array).to(device),
         lower=lambda tensor: tensor.detach().float().cpu().numpy(),
         net=parts["transformer"],
         blocks=blocks,
-        parts=parts,
+        parts={**parts, "scheduler": schedule.scheduler()},
         kind=kind,
         clip_length=clip_length,
         told=told,
@@ -99,9 +101,8 @@ def family_of_parts(
 
 def renoising(family: Family) -> Family:
     """The same model, its steps taken with fresh noise: its scheduler says so, to stock diffusers as well."""
-    scheduler = family.parts["scheduler"]
-    told = type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
-    return replace(family, sampler="renoise", parts={**family.parts, "scheduler": told})
+    schedule = replace(of_scheduler(family.parts["scheduler"]), stochastic_sampling=True)
+    return replace(family, sampler="renoise", parts={**family.parts, "scheduler": schedule.scheduler()})
 
 
 def aside(family: Family) -> None:

@@ -7,7 +7,6 @@ the positions, the embedded guidance and the scaling of latents; nothing above s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,15 @@ from fewstep.families.common import family_of_parts, tokenize
 from fewstep.families.folder import (
     check_device,
     fetch,
+    name_of,
     read_facts,
     read_index,
     read_parts,
     torch_dtype,
     write_folder,
 )
+from fewstep.families.schedules import of_scheduler
+from fewstep.families.schedules import time_shift as time_shift
 from fewstep.request import whole
 from fewstep.types import Array, Cond, UserError
 
@@ -147,24 +149,6 @@ class Text:
         return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length))
 
 
-def time_shift(config: Any, tokens: int) -> float:
-    """The shift ``s`` of the sampling grid of pictures of so many tokens.
-
-    A scheduler with dynamic shifting lets ``mu`` grow in a straight line with the tokens, and takes
-    ``t = e^mu / (e^mu + 1 / u - 1)``: equation 23 of arXiv 2403.03206 (``flow.shift``) with ``s = e^mu``.
-
-    Args:
-        config: configuration of a ``FlowMatchEulerDiscreteScheduler``.
-        tokens: packed tokens of a picture.
-    """
-    if not config.use_dynamic_shifting:
-        return float(config.shift)
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    along = (tokens - low) / (high - low)
-    mu = config.base_shift + along * (config.max_shift - config.base_shift)
-    return math.exp(mu) if config.time_shift_type == "exponential" else mu
-
-
 def assemble(
     parts: Mapping[str, Any],
     *,
@@ -202,7 +186,7 @@ def assemble(
         velocity=NetVelocity(net, guidance),
         text=Text(parts, 512 if dev else 256),
         latent=(net.config.in_channels // PATCH**2, side, side),
-        shift=time_shift(parts["scheduler"].config, (side // PATCH) ** 2),
+        shift=time_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
         steps=steps or (28 if dev else 4),
         guidance=None,
         blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
@@ -247,7 +231,7 @@ def load(
     parts = read_parts(folder, read_index(folder, PIPELINE, REQUIRED), REQUIRED, kind)
     facts = read_facts(folder)
     told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
-    return assemble(parts, name=name or facts.get("name") or path.stem, device=device, **told)
+    return assemble(parts, name=name or facts.get("name") or name_of(path), device=device, **told)
 
 
 def save(family: Family, folder: str | Path) -> None:

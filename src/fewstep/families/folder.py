@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.families import schedules
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
@@ -20,6 +21,19 @@ BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 FACTS = "fewstep.json"
 """Beside diffusers' own files: name, steps and guidance that the model wants."""
+
+
+def name_of(path: Path) -> str:
+    """What a model that says no name of its own is called: its folder's whole name, or its file's stem.
+
+    A folder of the hub's cache is called after its model.
+    """
+    if path.is_file():
+        return path.stem
+    path = path.absolute() if path.name else path.resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name if path.name != ".." else path.resolve().name
 
 
 def first_line(error: BaseException) -> str:
@@ -146,6 +160,8 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         raise UserError(
             f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
         )
+    if part == "scheduler":
+        return schedules.read(folder / part, name).scheduler()
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(

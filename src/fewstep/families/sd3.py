@@ -20,12 +20,14 @@ from fewstep.families.folder import (
     T5,
     check_device,
     fetch,
+    name_of,
     read_facts,
     read_index,
     read_parts,
     torch_dtype,
     write_folder,
 )
+from fewstep.families.schedules import of_scheduler, time_shift
 from fewstep.types import Array, Cond
 
 PIPELINE = "StableDiffusion3"
@@ -141,7 +143,7 @@ def assemble(
         velocity=NetVelocity(net),
         text=text,
         latent=(net.config.in_channels, side, side),
-        shift=float(parts["scheduler"].config.shift),
+        shift=time_shift(of_scheduler(parts["scheduler"]), (side // net.config.patch_size) ** 2),
         steps=steps,
         guidance=guidance,
         blocks=list(net.transformer_blocks),
@@ -199,7 +201,7 @@ def load(
         folder = path if path.is_dir() else download(str(source), t5)
         parts = read_folder(folder, kind, t5)
         facts = read_facts(folder)
-    named = name or facts.get("name") or path.stem
+    named = name or facts.get("name") or name_of(path)
     rest = {key: facts[key] for key in ("steps", "guidance") if key in facts}
     return assemble(parts, name=named, device=device, **rest)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.families.folder import T5, checked_facts, first_line, read_index, read_part
+from fewstep.families.schedules import Schedule
 from fewstep.types import UserError
 
 MARKS = {
@@ -68,8 +69,8 @@ def _told(scheduler: Any, facts: dict[str, Any]) -> Any:
     """The scheduler of the configuration, but a student's steps are laid and taken as its own file says."""
     if "shift" not in facts:
         return scheduler
-    renoise = facts.get("sampler") == "renoise"
-    return type(scheduler).from_config(scheduler.config, shift=facts["shift"], stochastic_sampling=renoise)
+    schedule = Schedule(shift=facts["shift"], stochastic_sampling=facts.get("sampler") == "renoise")
+    return schedule.scheduler()
 
 
 def _outline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
