@@ -53,7 +53,7 @@ def family_of_parts(
     guidance: float | None,
     blocks: Sequence[Any],
     clip_length: int | None = None,
-    told: float | None = None,
+    embedded_guidance: float | None = None,
 ) -> Family:
     """A family of diffusers components: what each family says of itself, and what follows from the parts.
 
@@ -68,6 +68,7 @@ def family_of_parts(
         shift: time shift.
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
+        embedded_guidance: see :class:`fewstep.types.Model`.
         blocks: and those below: see :class:`fewstep.families.Family`.
     """
     import torch
@@ -87,6 +88,7 @@ def family_of_parts(
         shift=shift,
         steps=steps,
         guidance=guidance,
+        embedded_guidance=embedded_guidance,
         sampler="renoise" if schedule.stochastic_sampling else "euler",
         lift=lambda array: torch.from_numpy(array).to(device),
         lower=lambda tensor: tensor.detach().float().cpu().numpy(),
@@ -95,7 +97,6 @@ def family_of_parts(
         parts={**parts, "scheduler": schedule.scheduler()},
         kind=kind,
         clip_length=clip_length,
-        told=told,
     )
 
 

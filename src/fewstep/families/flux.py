@@ -8,7 +8,7 @@ the positions, the embedded guidance and the scaling of latents; nothing above s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class NetVelocity:
             return_dict=False,
         )[0]
         return unpack(v.float(), rows, columns)
+
+    def with_guidance(self, scale: float) -> NetVelocity:
+        """The same velocity at another scale of the embedded guidance."""
+        return replace(self, guidance=scale)
 
     def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
@@ -190,7 +194,7 @@ def assemble(
         steps=steps or (28 if dev else 4),
         guidance=None,
         blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
-        told=guidance if dev else None,
+        embedded_guidance=guidance if dev else None,
     )
 
 
@@ -201,7 +205,7 @@ def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
         {**teacher.parts, "transformer": net},
         name=name,
         steps=steps,
-        guidance=GUIDANCE if teacher.told is None else teacher.told,
+        guidance=GUIDANCE if teacher.embedded_guidance is None else teacher.embedded_guidance,
         side=teacher.latent[1],
         device=str(teacher.net.device),
     )

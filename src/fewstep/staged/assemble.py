@@ -109,6 +109,7 @@ class Assembly:
             shift=shift_of(outline, family, self.asked.latents),
             steps=family.steps,
             guidance=family.guidance,
+            embedded_guidance=family.embedded_guidance,
             sampler=family.sampler,
             lift=lambda array: torch.from_numpy(array).to(self.device),
             lower=lambda tensor: tensor.detach().float().cpu().numpy(),

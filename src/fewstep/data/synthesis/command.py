@@ -82,7 +82,7 @@ def synthesize(
     plan = plans.make(
         family,
         lines,
-        guidance=family.told if family.guidance is None else family.guidance,
+        guidance=family.embedded_guidance if family.guidance is None else family.guidance,
         steps=steps or family.steps,
         student_steps=student_steps,
         seed=seed,
