@@ -99,8 +99,7 @@ class Pipeline:
         """Draw what was checked, one batch after the other.
 
         Raises:
-            UserError: the input picture cannot be read, nothing of a prompt can, or a net gave NaN or infinite
-                values.
+            UserError: the input picture cannot be read, nothing of a prompt can, or a value is not finite.
         """
         batch = self.at_once if batch is None else whole("batch", batch, 1, MOST_AT_ONCE)
         if self.plan and batch > self.at_once:

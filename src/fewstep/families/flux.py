@@ -14,7 +14,7 @@ from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.common import LatentCodec as LatentCodec
-from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.folder import (
     check_device,
     fetch,
@@ -142,15 +142,22 @@ class Text:
         import torch
 
         clip, t5 = self.parts["text_encoder"], self.parts["text_encoder_2"]
+        words, tokens = self.readers
+        warn_of_cuts(prompts, (words, tokens))
         with torch.no_grad():
-            words = self._ids("tokenizer", prompts, clip.config.max_position_embeddings)
-            pooled = clip(words.to(clip.device)).pooler_output
-            context = t5(self._ids("tokenizer_2", prompts, self.length).to(t5.device))[0]
+            pooled = clip(words(prompts).to(clip.device)).pooler_output
+            context = t5(tokens(prompts).to(t5.device))[0]
         return Cond(context.float(), pooled.float())
 
-    def _ids(self, name: str, prompts: Sequence[str], most: int) -> Array:
-        tokenizer = self.parts[name]
-        return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length))
+    @property
+    def readers(self) -> tuple[Reader, Reader]:
+        """The tokenizers of CLIP and T5."""
+        most = self.parts["text_encoder"].config.max_position_embeddings
+        first, second = self.parts["tokenizer"], self.parts["tokenizer_2"]
+        return (
+            Reader("CLIP", first, min(most, first.model_max_length)),
+            Reader("T5", second, min(self.length, second.model_max_length)),
+        )
 
 
 def assemble(

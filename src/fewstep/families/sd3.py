@@ -14,7 +14,7 @@ from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.common import LatentCodec as LatentCodec
-from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.folder import FACTS as FACTS
 from fewstep.families.folder import (
     T5,
@@ -81,6 +81,7 @@ class Text:
         """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
         import torch
 
+        warn_of_cuts(prompts, self.readers)
         with torch.no_grad():
             clips = [self._clip(prompts, which) for which in CLIPS]
             context = torch.cat([tokens for tokens, _ in clips], dim=-1)
@@ -102,14 +103,27 @@ class Text:
 
     def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
         encoder = self.parts[f"text_encoder{which}"]
-        ids = tokenize(self.parts[f"tokenizer{which}"], prompts, self._clip_length(which))
+        ids = self._reader(which)(prompts)
         out = encoder(ids.to(encoder.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
     def _t5(self, prompts: Sequence[str]) -> Array:
-        tokenizer, encoder = self.parts["tokenizer_3"], self.parts["text_encoder_3"]
-        ids = tokenize(tokenizer, prompts, min(T5_LENGTH, tokenizer.model_max_length))
-        return encoder(ids.to(encoder.device))[0]
+        encoder = self.parts["text_encoder_3"]
+        return encoder(self._t5_reader(prompts).to(encoder.device))[0]
+
+    @property
+    def readers(self) -> list[Reader]:
+        """The tokenizers of all text encoders that are there."""
+        third = [] if self.parts["text_encoder_3"] is None else [self._t5_reader]
+        return [*(self._reader(which) for which in CLIPS), *third]
+
+    def _reader(self, which: str) -> Reader:
+        return Reader("CLIP", self.parts[f"tokenizer{which}"], self._clip_length(which))
+
+    @property
+    def _t5_reader(self) -> Reader:
+        tokenizer = self.parts["tokenizer_3"]
+        return Reader("T5", tokenizer, min(T5_LENGTH, tokenizer.model_max_length))
 
 
 def assemble(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.families.common import cuts_counted
 from fewstep.files import replacing_file
 from fewstep.train.device import held
 from fewstep.types import Cond, TextEncoder, UserError
@@ -50,7 +51,8 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
     paths = [folder / f"{told}-{kind}.npy" for kind in ("context", "pooled")]
     if not all(path.exists() for path in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        _encode(text, prompts, paths[0], paths[1])
+        with cuts_counted(len(prompts), "captions"):
+            _encode(text, prompts, paths[0], paths[1])
     try:
         context, pooled = (np.load(path, mmap_mode="r") for path in paths)
     except (OSError, ValueError, EOFError) as error:

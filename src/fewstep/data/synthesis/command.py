@@ -73,6 +73,7 @@ def synthesize(
 
     from fewstep.data.synthesis import plan as plans
     from fewstep.data.synthesis.write import synthesize as write
+    from fewstep.families.common import cuts_counted
     from fewstep.recipes.parts import fingerprint
 
     if threads:
@@ -93,7 +94,8 @@ def synthesize(
         per_shard=per_shard,
         pictures=pictures,
     )
-    write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=told())
+    with cuts_counted(len(lines), "captions"):
+        write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=told())
     print(out)
 
 

@@ -157,7 +157,7 @@ def _half(array: Numpy) -> Numpy:
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if not finite(half):
-        raise UserError("the teacher's text encoders give values that are NaN, or too large for half precision")
+        raise UserError("the teacher's text encoders give NaN, or values too large for half precision")
     return half
 
 
