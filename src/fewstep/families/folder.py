@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.families import schedules
+from fewstep.families import schedules, weights
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
@@ -153,7 +153,8 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         dtype: torch dtype of a net; ``None`` for tokenizers and schedulers.
 
     Raises:
-        UserError: an unknown class, a file that is missing or broken, or weights that lack a tensor.
+        UserError: an unknown class, a file that is missing or broken, or weights of another net
+            (:func:`fewstep.families.weights.resolve`).
     """
     library, name = entry
     if library not in ("diffusers", "transformers"):
@@ -172,12 +173,9 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     try:
         if dtype is None:
             return kind.from_pretrained(folder / part)
-        net, report = kind.from_pretrained(folder / part, torch_dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        return weights.read_net(kind, folder / part, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot load {folder / part}: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{folder / part} lacks weights, among them {sorted(report['missing_keys'])[0]}")
-    return net
 
 
 def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:

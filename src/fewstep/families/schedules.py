@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ def of(kind: str, config: Mapping[str, Any], where: str) -> Schedule:
     for name in ("base_shift", "max_shift") if followed.use_dynamic_shifting else ():
         real(f"{where}: {name}", getattr(followed, name), -7, 7)
     if kind == CONSISTENCY:
-        return Schedule(**{**asdict(followed), "stochastic_sampling": True})
+        return replace(followed, stochastic_sampling=True)
     return followed
 
 
