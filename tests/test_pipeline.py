@@ -283,3 +283,33 @@ def test_records_list_what_a_picture_depends_on(pipe: Pipeline, photo: Image.Ima
     facts = json.loads(image.info["fewstep"])
     assert facts["strength"] == 0.5 and facts["batch"] == 1
     assert set(facts) < {field.name for field in dataclasses.fields(picture.Record)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_one_line(pipe: Pipeline, value: float) -> None:
+    """Of the net, the text encoders and the decoder; and no warning of numpy's beside it."""
+
+    def net(x_t: Any, t: Any, cond: Any) -> Any:
+        return np.full_like(x_t, value)
+
+    def text(prompts: Any) -> Any:
+        return pipe.model.text(prompts).map(lambda array: array * np.float32(value))
+
+    class Codec:
+        encode = staticmethod(pipe.model.codec.encode)
+
+        @staticmethod
+        def decode(latents: Any) -> Any:
+            return pipe.model.codec.decode(latents) + np.float32(value)
+
+    def through(x_t: Any, t: Any, cond: Any) -> Any:
+        return x_t * cond.pooled.mean()
+
+    for parts, words in (
+        ({"velocity": net}, "the net gave"),
+        ({"text": text, "velocity": through}, "a text encoder"),
+        ({"codec": Codec()}, "the decoder gave"),
+    ):
+        broken = dataclasses.replace(pipe, model=dataclasses.replace(pipe.model, **parts))
+        with pytest.raises(UserError, match=words), np.errstate(invalid="ignore"):
+            broken(PROMPT, seed=1)

@@ -474,8 +474,25 @@ def to_images(pixels: np.ndarray) -> list[Image.Image]:
     return from_levels(levels(pixels))
 
 
+NOT_FINITE = (
+    "values that are NaN or infinite, so there is no image: its weights are broken, or too large for the "
+    "precision that it runs in"
+)
+
+
+def finite(array: Array) -> bool:
+    """Whether no number of a numpy array or torch tensor is NaN or infinite."""
+    return bool((np.isfinite(array) if isinstance(array, np.ndarray) else array.isfinite()).all())
+
+
 def levels(pixels: Array) -> Array:
-    """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are."""
+    """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are.
+
+    Raises:
+        UserError: a pixel is NaN or infinite, which would become black or white.
+    """
+    if not finite(pixels):
+        raise UserError(f"the decoder gave {NOT_FINITE}")
     return ((pixels + 1) * 127.5).round().clip(0, 255)
 
 

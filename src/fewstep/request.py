@@ -37,7 +37,7 @@ class Request:
     Attributes:
         jobs: (prompt, seed) of each picture, in order.
         steps: number of steps.
-        guidance: guidance scale, or ``None`` for a model that takes none.
+        guidance: guidance scale, of a second pass or embedded; ``None`` for a model that takes none.
         negative: negative prompt, or ``None``.
         image: the input picture: a path, a Pillow image, or ``None``.
         strength: how much of the input picture is given up, 0 to 1.
@@ -193,10 +193,13 @@ def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
 
 def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:
     if model.guidance is None:
-        for name, value in (("guidance", guidance), ("negative", negative)):
+        embedded = model.embedded_guidance
+        for name, value in (("guidance", guidance if embedded is None else None), ("negative", negative)):
             if value is not None:
                 raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
-        return None, None
+        if embedded is None:
+            return None, None
+        return real("guidance", embedded if guidance is None else guidance, 0, 100), None
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"negative must be text, not {type(negative).__name__}")
     scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)

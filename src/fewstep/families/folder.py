@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.families import schedules, weights
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
@@ -20,6 +21,19 @@ BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 FACTS = "fewstep.json"
 """Beside diffusers' own files: name, steps and guidance that the model wants."""
+
+
+def name_of(path: Path) -> str:
+    """What a model that says no name of its own is called: its folder's whole name, or its file's stem.
+
+    A folder of the hub's cache is called after its model.
+    """
+    if path.is_file():
+        return path.stem
+    path = path.absolute() if path.name else path.resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name if path.name != ".." else path.resolve().name
 
 
 def first_line(error: BaseException) -> str:
@@ -139,13 +153,16 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         dtype: torch dtype of a net; ``None`` for tokenizers and schedulers.
 
     Raises:
-        UserError: an unknown class, a file that is missing or broken, or weights that lack a tensor.
+        UserError: an unknown class, a file that is missing or broken, or weights of another net
+            (:func:`fewstep.families.weights.resolve`).
     """
     library, name = entry
     if library not in ("diffusers", "transformers"):
         raise UserError(
             f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
         )
+    if part == "scheduler":
+        return schedules.read(folder / part, name).scheduler()
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(
@@ -156,15 +173,9 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     try:
         if dtype is None:
             return kind.from_pretrained(folder / part)
-        # Other weights than safetensors are pickles, which execute what they say.
-        net, report = kind.from_pretrained(
-            folder / part, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        return weights.read_net(kind, folder / part, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot load {folder / part}: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{folder / part} lacks weights, among them {sorted(report['missing_keys'])[0]}")
-    return net
 
 
 def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:

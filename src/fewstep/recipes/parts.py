@@ -249,12 +249,17 @@ def decoded(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
 
 
 def pixels(family: Family, latents: Any) -> Any:
-    """Latents ``[B, C, H, W]`` -> pictures, numpy uint8 ``[B, 3, h, w]``."""
+    """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
+
+    Raises:
+        UserError: a pixel is NaN or infinite.
+    """
     import torch
 
+    from fewstep.picture import levels
+
     with torch.no_grad():
-        images = family.codec.decode(latents).clamp(-1, 1)
-    return images.add(1).mul(127.5).round().byte().cpu().numpy()
+        return levels(family.codec.decode(latents)).byte().cpu().numpy()
 
 
 def measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:

@@ -293,7 +293,7 @@ class Lesson:
             facts = {
                 "name": f"{self.teacher.name}-{self.name}",
                 "steps": self.setting.student_steps,
-                "guidance": self.teacher.told,
+                "guidance": self.teacher.embedded_guidance,
                 "sampler": self.sampler,
                 "t5": self.setting.drop_t5 < 1,
             }

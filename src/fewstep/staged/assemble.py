@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fewstep.families import Family
+from fewstep.families.weights import Weights
 from fewstep.nets.hoist import hoisted
 from fewstep.staged.again import Again
 from fewstep.staged.bare import bare
@@ -22,7 +23,6 @@ from fewstep.staged.plan import Asked, Choice, Plan
 from fewstep.staged.quantize import quantizable
 from fewstep.staged.student import Student
 from fewstep.staged.text import OneByOne, Text
-from fewstep.staged.weights import Weights
 from fewstep.types import Model
 
 Opened = Callable[[Outline, str], Weights]
@@ -109,6 +109,7 @@ class Assembly:
             shift=shift_of(outline, family, self.asked.latents),
             steps=family.steps,
             guidance=family.guidance,
+            embedded_guidance=family.embedded_guidance,
             sampler=family.sampler,
             lift=lambda array: torch.from_numpy(array).to(self.device),
             lower=lambda tensor: tensor.detach().float().cpu().numpy(),
@@ -141,7 +142,9 @@ class Assembly:
         net = bare(self.outline, "transformer", dtype)
         source = self._source("transformer", net, bits, dtype)
         if self.student is not None:
-            own = source.weights if self.student.net is None else Weights.open(self.student.net)
+            own = source.weights
+            if self.student.net is not None:
+                own = Weights.open(self.student.net).matched(net)
             source = replace(source, weights=own, change=self.student.lora)
         if self.outline.kind == "sd3":
             source = replace(source, window=self._cropped(net))
@@ -161,7 +164,9 @@ class Assembly:
         # What a GPU does not compile changes layouts around each norm: less memory, and more time.
         sparing = self.device == "cpu" or self.compile or self.plan.limit is not None
         pixels = part in ("vae", "decoder") and sparing
-        return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
+        return Source(
+            self.opened(self.outline, part).matched(module), self.device, dtype, bits, few, pixels=pixels
+        )
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:
         """Leave of the net's table of positions what the picture needs; what to read of its file."""

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewstep.families.folder import read_index, read_json, read_part
+from fewstep.families.weights import Weights, refuse_quantized
 from fewstep.types import UserError
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NETS = ("transformer", "vae", *ENCODERS)
 """The parts that have weights."""
-
-OVERHEAD = ("quantization_config",)
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ def checked(folder: Path) -> dict[str, Any]:
         UserError: it is not there, no JSON object, or of weights that are quantized already.
     """
     config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_")}
-    if any(key in config for key in OVERHEAD):
-        raise UserError(f"{folder} holds weights that are quantized already: give the model in 16 or 32 bits")
+    refuse_quantized(config, folder)
     return config
 
 
@@ -176,8 +174,6 @@ def _words(outline: Outline, part: str) -> int:
 
 
 def _stored(folder: Path) -> int:
-    from fewstep.staged.weights import Weights
-
     return Weights.open(folder).stored
 
 

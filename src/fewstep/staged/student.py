@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.families import schedules
 from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
+from fewstep.families.schedules import Schedule
 from fewstep.nets.roles import FILE, PREFIX
 from fewstep.staged.outline import Outline, checked
 from fewstep.staged.weights import Weights, header
@@ -54,7 +56,7 @@ class Student:
         steps: that it needs.
         guidance: its scale; ``None`` where it is distilled into the net.
         sampler: how its steps are taken.
-        shift: of its grid; ``None`` is the base's.
+        schedule: its scheduler's; ``None`` is the base's with this sampler.
         t5: whether it hears T5.
         net: folder of its transformer; ``None`` for a LoRA.
         lora: ``None`` for a net.
@@ -64,7 +66,7 @@ class Student:
     steps: int
     guidance: float | None
     sampler: Sampler
-    shift: float | None
+    schedule: Schedule | None
     t5: bool
     net: Path | None = None
     lora: Lora | None = None
@@ -118,14 +120,14 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
     _, index = read_pipeline(folder)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = schedules.read(folder / "scheduler")
     clips_alone = base.kind == "sd3" and not any(index.get("text_encoder_3") or [None])
     return {
         "name": str(facts.get("name") or folder.name),
         "steps": facts["steps"],
         "guidance": facts.get("guidance"),
-        "sampler": "renoise" if scheduler.get("stochastic_sampling") else "euler",
-        "shift": None if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0)),
+        "sampler": "renoise" if schedule.stochastic_sampling else "euler",
+        "schedule": schedule,
         "t5": not clips_alone,
     }
 
@@ -167,7 +169,7 @@ def _told(facts: dict[str, Any], place: Path) -> dict[str, Any]:
         "steps": facts["steps"],
         "guidance": facts.get("guidance"),
         "sampler": sampler,
-        "shift": None,
+        "schedule": None,
         "t5": bool(facts.get("t5", True)),
     }
 

@@ -345,7 +345,7 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
         rows.append(len(x))
         return model.velocity(x, t, cond)
 
-    plan = plan_of(model, guidance=model.told)
+    plan = plan_of(model, guidance=model.embedded_guidance)
     synthesize(replace(model, velocity=counted), PROMPTS, plan, tmp_path, batch=4)
     assert rows == [3] * 8 + [1] * 4
     read = Synthetic.open(tmp_path)
@@ -361,7 +361,7 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
 
 def test_a_family_that_needs_t5_cannot_leave_it_out(tmp_path: Path) -> None:
     flux.save(flux.assemble(tiny_flux.parts("dev"), name="dev", side=4), tmp_path / "dev")
-    assert load_family(str(tmp_path / "dev")).told == flux.GUIDANCE
+    assert load_family(str(tmp_path / "dev")).embedded_guidance == flux.GUIDANCE
     with pytest.raises(UserError, match="always reads with T5"):
         load_family(str(tmp_path / "dev"), t5=False)
 

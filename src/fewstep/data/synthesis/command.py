@@ -74,6 +74,7 @@ def synthesize(
 
     from fewstep.data.synthesis import plan as plans
     from fewstep.data.synthesis.write import synthesize as write
+    from fewstep.families.common import cuts_counted
     from fewstep.recipes.parts import fingerprint
 
     if threads:
@@ -84,7 +85,7 @@ def synthesize(
     plan = plans.make(
         family,
         lines,
-        guidance=family.told if family.guidance is None else family.guidance,
+        guidance=family.embedded_guidance if family.guidance is None else family.guidance,
         steps=steps or family.steps,
         student_steps=student_steps,
         seed=seed,
@@ -95,7 +96,7 @@ def synthesize(
         per_shard=per_shard,
         pictures=pictures,
     )
-    with stage("making samples") as here:
+    with stage("making samples") as here, cuts_counted(len(lines), "captions"):
         say = told()
 
         def progress(done: int, total: int) -> None:
