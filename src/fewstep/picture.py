@@ -46,6 +46,7 @@ class Record:
         batch: how many pictures went through the net together. Rounding depends on it.
         bits: of the net's weights, for a PyTorch model whose parts come and go.
         student: what was laid over that model, if anything.
+        lora: LoRAs that were added to that model, ``FILE:WEIGHT`` each, if any.
         tiny_decoder: the tiny autoencoder that decoded instead of its own, if any.
         version: of fewstep.
     """
@@ -64,6 +65,7 @@ class Record:
     batch: int = 1
     bits: int | None = None
     student: str | None = None
+    lora: tuple[str, ...] | None = None
     tiny_decoder: str | None = None
     version: str = ""
 
@@ -82,8 +84,10 @@ class Record:
         try:
             facts: Any = json.loads(text)
             width, height = facts.pop("size")
+            if facts.get("lora") is not None:
+                facts["lora"] = tuple(facts["lora"])
             made = cls(size=(width, height), **facts)
-            texts = (made.prompt, made.model, made.hash, made.version)
+            texts = (made.prompt, made.model, made.hash, made.version, *(made.lora or ()))
             maybe = (made.negative, made.image, made.image_sha256, made.student, made.tiny_decoder)
             if not all(type(text) is str for text in texts + tuple(t for t in maybe if t is not None)):
                 raise TypeError("text expected")

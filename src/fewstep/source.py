@@ -62,7 +62,7 @@ def load(
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
-        wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
+        wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several), ``memory``, ``bits``, ``tiny_decoder``, ``size``,
             ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
             (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
             measurements compare.
@@ -101,7 +101,10 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
 def _wish(given: Wished) -> Wish:
     from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
-    return Wish(**given)
+    from fewstep.families.lora import specs
+
+    plain: dict[str, Any] = {**given, "lora": specs(given.get("lora"))}
+    return Wish(**plain)
 
 
 def hush() -> None:
@@ -247,7 +250,10 @@ def _load_torch(
     except ImportError as error:
         raise missing_extra(error) or error from None
     choice = staged.plan.choice
-    facts = {"bits": choice.bits, "student": wish.student, "tiny_decoder": wish.tiny_decoder}
+    facts = {
+        "bits": choice.bits, "student": wish.student, "lora": wish.lora or None,
+        "tiny_decoder": wish.tiny_decoder,
+    }  # fmt: skip
     pipe = Pipeline(staged.model, source=name, facts=facts)
     if staged.plan.limit is None:
         return pipe
@@ -255,14 +261,19 @@ def _load_torch(
 
 
 def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
-    """A single file: read whole, in float32 on the CPU."""
+    """A single file: read whole, in float32 on the CPU, and LoRAs added."""
+    from fewstep.families import lora
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
 
-    if wish is not None and wish.named():
-        raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
+    given = () if wish is None else wish.lora
+    others = [] if wish is None else [option for option in wish.named() if option != "--lora"]
+    if others:
+        raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
-    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
+    lora.apply(model.parts, model.kind, given)
+    facts = {"lora": given} if given else {}
+    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name, facts=facts)
 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:

@@ -14,8 +14,8 @@ from fewstep.staged.quantize import quantize
 from fewstep.staged.weights import Weights
 from fewstep.types import UserError
 
-Change = Callable[[str, Tensor], Tensor]
-"""``(name, weight) -> weight``: what is done to a weight before it is cast or quantized."""
+Change = Callable[[str, Tensor, torch.dtype], Tensor]
+"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype`` or quantized."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Source:
             what = f"{at} has the shape {tuple(tensor.shape)}, not {tuple(old.shape)}"
             raise UserError(f"{self.weights.folder} is another net than its configuration says: {what}")
         if self.change is not None:
-            tensor = self.change(at, tensor)
+            tensor = self.change(at, tensor, self.dtype)
         tensor = tensor.to(self.device, self.dtype)
         if self.pixels and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
