@@ -34,6 +34,8 @@ NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao
 """Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
 
 DEFAULT = "pocket"
+PLAIN: dict[str, Any] = {"device": "cpu", "bits": 32}
+"""How a PyTorch model runs where nobody says."""
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
@@ -64,8 +66,8 @@ def load(
         threads: processor threads; all cores when ``None``.
         wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several), ``memory``, ``bits``, ``tiny_decoder``, ``size``,
             ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
-            (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
-            measurements compare.
+            (:class:`fewstep.staged.Wish`). Without any of them but ``lora`` it runs in float32 on the CPU,
+            which is what measurements compare.
 
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
@@ -104,7 +106,7 @@ def _wish(given: Wished) -> Wish:
     from fewstep.families.lora import specs
 
     plain: dict[str, Any] = {**given, "lora": specs(given.get("lora"))}
-    return Wish(**plain)
+    return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 
 def hush() -> None:
@@ -242,7 +244,7 @@ def _load_torch(
             torch.set_num_threads(threads)
         if place.is_file():
             return _load_single(name, place, module, wish)
-        wish = wish or Wish(device="cpu", bits=32)
+        wish = wish or Wish(**PLAIN)
         from fewstep.staged.load import load as load_staged
 
         folder = place if place.exists() else module.fetched(plain)
@@ -266,10 +268,13 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
 
+    from fewstep.staged import Wish
+
     given = () if wish is None else wish.lora
-    others = [] if wish is None else [option for option in wish.named() if option != "--lora"]
-    if others:
-        raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
+    if wish is not None and wish != Wish(**PLAIN, lora=given):
+        others = [option for option in wish.named() if option != "--lora"]
+        if others:
+            raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
     lora.apply(model.parts, model.kind, given)
     facts = {"lora": given} if given else {}
