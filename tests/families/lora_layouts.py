@@ -53,7 +53,10 @@ def original(kind: str, shapes: Mapping[str, tuple[int, int]], seed: int = 0) ->
         for name, layers in layer_table(kind, shapes).items()
         if all(layer in shapes for layer in layers)
     }
-    whole = {name: (sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1]) for name, layers in theirs.items()}
+    whole = {
+        name: (sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1])
+        for name, layers in theirs.items()
+    }
     drawn = draw(whole, seed)
     swap = swapped(kind, shapes)
     parts: dict[str, Any] = {}
@@ -75,11 +78,17 @@ def kohya(factors: Factors, alpha: float | None = ALPHA, prefix: str = "lora_une
 
 
 def comfy(
-    factors: Factors, alpha: float | None = ALPHA, prefix: str = "diffusion_model.", ends: Any = ("lora_down", "lora_up")
+    factors: Factors,
+    alpha: float | None = ALPHA,
+    prefix: str = "diffusion_model.",
+    ends: Any = ("lora_down", "lora_up"),
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for layer, (a, b) in factors.items():
-        found |= {f"{prefix}{layer}.{ends[0]}.weight": a.clone(), f"{prefix}{layer}.{ends[1]}.weight": b.clone()}
+        found |= {
+            f"{prefix}{layer}.{ends[0]}.weight": a.clone(),
+            f"{prefix}{layer}.{ends[1]}.weight": b.clone(),
+        }
         if alpha is not None:
             found[f"{prefix}{layer}.alpha"] = torch.tensor(alpha)
     return found
@@ -87,7 +96,11 @@ def comfy(
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **(header or {})})
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+        path,
+        {"format": "pt", **(header or {})},
+    )
     return path
 
 

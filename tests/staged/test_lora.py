@@ -105,7 +105,9 @@ def test_diffusers_layout_is_stocks(kind: str, models: Any, nets: Any, tmp_path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_patterns_in_the_header_are_stocks(kind: str, models: Any, nets: Any, tmp_path: Path) -> None:
     factors = attention(kind, nets)
-    wide = {layer: (torch.cat([a, a.flip(1)]), torch.cat([b, b.flip(0)], 1)) for layer, (a, b) in factors.items()}
+    wide = {
+        layer: (torch.cat([a, a.flip(1)]), torch.cat([b, b.flip(0)], 1)) for layer, (a, b) in factors.items()
+    }
     mixed = {layer: wide[layer] if layer.endswith("to_k") else pair for layer, pair in factors.items()}
     said = {
         "r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": sorted(factors),
@@ -231,7 +233,9 @@ def test_it_is_added_to_a_students_net(models: Any, nets: Any, tmp_path: Path) -
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.mul_(1.1)
-    sd3.save(sd3.assemble(dict(model.parts), name="s", steps=STEPS, guidance=None), tmp_path / "run" / "model")
+    sd3.save(
+        sd3.assemble(dict(model.parts), name="s", steps=STEPS, guidance=None), tmp_path / "run" / "model"
+    )
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(attention("sd3", nets)))
     options: Any = {"bits": 32, "device": "cpu"}
     image = ours(models["sd3"], str(path), student=str(tmp_path / "run"), **options)
@@ -262,14 +266,18 @@ def test_weights_in_16_bits_keep_what_a_small_lora_adds(models: Any, nets: Any, 
     assert (held - stored - b @ a).abs().max() < 1e-7 < (b @ a).abs().max()
 
 
-def test_a_single_file_takes_loras(models: Any, nets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_takes_loras(
+    models: Any, nets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fewstep.deploy.common import stability
     from fewstep.families import single
 
     monkeypatch.setattr(single, "_fetch", lambda *_: models["sd3"])
     parts = tiny.original()
     sd3.save(sd3.assemble(parts, name="o", steps=STEPS, guidance=None), tmp_path / "o")
-    file = layouts.write(tmp_path / "m.safetensors", stability.checkpoint(parts), {"fewstep": '{"steps": 3, "guidance": null}'})
+    file = layouts.write(
+        tmp_path / "m.safetensors", stability.checkpoint(parts), {"fewstep": '{"steps": 3, "guidance": null}'}
+    )
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(attention("sd3", nets)))
     image = ours(file, str(path))
     assert psnr(image, ours(file)) < 35
@@ -298,7 +306,9 @@ def test_a_record_names_loras_and_makes_the_image_again(models: Any, nets: Any, 
     assert psnr(*(np.asarray(fewstep.picture.open_image(at), float) for at in (first, without))) < 40  # type: ignore[attr-defined]
 
 
-def test_bad_loras_are_one_line(models: Any, nets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_loras_are_one_line(
+    models: Any, nets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = layouts.write(tmp_path / "good.safetensors", layouts.diffusers(attention("sd3", nets)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.bin").write_bytes(b"x")
@@ -313,7 +323,10 @@ def test_bad_loras_are_one_line(models: Any, nets: Any, tmp_path: Path, capsys: 
     }
     for words, value in cases.items():
         model = "pocket" if value is None else str(models["sd3"])
-        assert run(["generate", PROMPT, "--model", model, "--lora", value if value is not None else str(good)]) == 2
+        assert (
+            run(["generate", PROMPT, "--model", model, "--lora", value if value is not None else str(good)])
+            == 2
+        )
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fewstep: ")]
         assert len(lines) == 1, lines
         assert (words if value is not None else "is a bundle") in lines[0], lines
@@ -331,6 +344,22 @@ def test_what_the_model_has_no_layer_for_is_named(models: Any, nets: Any, tmp_pa
 def test_export_writes_the_sum(models: Any, nets: Any, tmp_path: Path) -> None:
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(attention("sd3", nets)))
     out = tmp_path / "merged"
-    assert run(["export", str(models["sd3"]), "--to", "diffusers", "--bits", "32", "--lora", f"{path}:0.6", "-o", str(out)]) == 0
+    assert (
+        run(
+            [
+                "export",
+                str(models["sd3"]),
+                "--to",
+                "diffusers",
+                "--bits",
+                "32",
+                "--lora",
+                f"{path}:0.6",
+                "-o",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert psnr(ours(out), ours(models["sd3"], f"{path}:0.6")) >= 60
     assert psnr(ours(out), ours(models["sd3"])) < 40

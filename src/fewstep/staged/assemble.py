@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fewstep.families import Family
-from fewstep.families.lora import Updates
+from fewstep.families.lora_layers import Updates
 from fewstep.nets.hoist import hoisted
 from fewstep.staged.again import Again
 from fewstep.staged.bare import bare

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from fewstep.families import lora
 from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
-from fewstep.families.lora import FILE, Shapes, Updates
+from fewstep.families.lora import FILE
+from fewstep.families.lora_file import read
+from fewstep.families.lora_layers import Shapes, Updates, resolve
+from fewstep.families.lora_layers import shapes_of as shapes_of_net
 from fewstep.staged.outline import Outline, checked
 from fewstep.types import Sampler, UserError
 
@@ -74,7 +77,7 @@ def shapes_of(base: Outline) -> Callable[[str], Shapes | None]:
     from fewstep.staged.bare import bare
 
     def shapes(part: str) -> Shapes | None:
-        return lora.shapes_of(bare(base, part, torch.float32)) if part in base.configs else None
+        return shapes_of_net(bare(base, part, torch.float32)) if part in base.configs else None
 
     return cache(shapes)
 
@@ -166,11 +169,11 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
 
 def _lora(file: Path, base: Outline) -> Student:
     """A LoRA; how it draws is said beside it, or by the merged student of its run."""
-    read = lora.read(file)
-    found, left = lora.resolve(read, base.kind, shapes_of(base))
+    adapter = read(file)
+    found, left = resolve(adapter, base.kind, shapes_of(base))
     if left:
         raise UserError(f"{file} is a LoRA of another net: the model has no layer {left[0]}")
-    for note in read.notes:
+    for note in adapter.notes:
         warnings.warn(f"{file}: {note}", lora.LoraWarning, stacklevel=2)
     updates = {part: {at: [update] for at, update in layers.items()} for part, layers in found.items()}
     beside = file.parent / FACTS
