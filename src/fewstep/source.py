@@ -64,10 +64,10 @@ def load(
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
-        wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several), ``memory``, ``bits``, ``tiny_decoder``, ``size``,
-            ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
-            (:class:`fewstep.staged.Wish`). Without any of them but ``lora`` it runs in float32 on the CPU,
-            which is what measurements compare.
+        wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several),
+            ``memory``, ``bits``, ``tiny_decoder``, ``size``, ``device``, ``compile``, and what memory is
+            planned for, ``batch`` and ``image`` (:class:`fewstep.staged.Wish`). Without any of them but
+            ``lora`` it runs in float32 on the CPU, which is what measurements compare.
 
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
@@ -101,9 +101,8 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
 
 
 def _wish(given: Wished) -> Wish:
-    from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
-
     from fewstep.families.lora import specs
+    from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
     plain: dict[str, Any] = {**given, "lora": specs(given.get("lora"))}
     return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
@@ -267,7 +266,6 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) 
     from fewstep.families import lora
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
-
     from fewstep.staged import Wish
 
     given = () if wish is None else wish.lora

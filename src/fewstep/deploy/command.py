@@ -60,7 +60,7 @@ def export(
     """
     from fewstep.deploy import Computer, Converter, targets
     from fewstep.families.folder import read_json
-    from fewstep.families.lora import apply, specs
+    from fewstep.families.lora import apply, named, specs
 
     if steps is not None and not 1 <= steps <= LARGEST:
         raise UserError(f"steps must be 1 to {LARGEST}, not {steps}")
@@ -82,10 +82,7 @@ def export(
 
     place = model_of(source)
     if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
-        if t5 is not None:
-            raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
-        if lora:
-            raise UserError(f"{source} is a bundle, and --lora is for PyTorch models: leave it out")
+        _check_bundle(source, t5, lora)
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
         more = {} if about is None else read_json(about)
         _converted(bundle, target, output, bits or UNPACKED, given, more)
@@ -93,8 +90,7 @@ def export(
     bits = bits or target.BITS[0]
     facts = replace(facts_of(place, license, about), compute=compute)
     loras = specs(lora)
-    if loras:
-        facts = replace(facts, about={**facts.about, "lora": [Path(spec).name for spec in loras]})
+    facts = replace(facts, about={**facts.about, **named(loras)})
     if (kind := kind_of(place)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
     target.check(output)
@@ -106,6 +102,14 @@ def export(
     with writing(output):
         line = target.export(family, output, bits, facts, **its_bits)
     print(f"{family.name}: {output}, {line}")
+
+
+def _check_bundle(source: str, t5: str | None, lora: tuple[str, ...]) -> None:
+    """Refuse options that a bundle's weights are too far made for."""
+    if t5 is not None:
+        raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+    if lora:
+        raise UserError(f"{source} is a bundle, and --lora is for PyTorch models: leave it out")
 
 
 def _converted(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers' ``load_lora_weights`` looks for in a folder."""
-CHUNK = 2**22
+CHUNK = 2**20
 """Numbers of a weight that are added to at once: float32 copies are of so many, and not of the layer."""
 
 
@@ -155,6 +155,11 @@ def _pair(one: Any) -> tuple[str, float]:
     if not isinstance(name, str | Path) or not math.isfinite(weight):
         raise UserError(f"lora must be FILE[:WEIGHT] or (file, weight), not {str(one)[:40]}")
     return str(name), weight
+
+
+def named(given: Sequence[str]) -> dict[str, list[str]]:
+    """What a model that LoRAs were added to tells of them: their names and weights, without folders."""
+    return {"lora": [f"{Path(name).name}:{weight!r}" for name, weight in map(parsed, given)]} if given else {}
 
 
 def updates_of(

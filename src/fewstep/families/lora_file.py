@@ -1,4 +1,4 @@
-"""What a LoRA file says of its layers, in the layouts of diffusers, PEFT, kohya, ComfyUI and XLabs (floor 2)."""
+"""What LoRA files of diffusers, PEFT, kohya, ComfyUI and XLabs say of their layers (floor 2)."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def read(path: Path) -> Lora:
             if name.endswith(_ALPHA)
         }
     pairs, rest = _pairs(path, shapes)
-    _check_rest(path, [name for name in rest if not name.endswith(_ALPHA)], bool(pairs))
+    unused = [name for name in rest if not name.endswith(_ALPHA)]
+    _check_rest(path, unused, bool(pairs))
     odd = [name for pair in pairs for name in pair[2:] if kinds[name] not in FLOATS]
     if odd:
         raise UserError(f"{path} holds {short(odd[0])} as {kinds[odd[0]]}: only floats are read")
@@ -161,7 +162,8 @@ def read(path: Path) -> Lora:
     factors = tuple(_factors(path, shapes, said, *pair) for pair in pairs)
     layers = {layer for layer, *_ in pairs}
     lone = sorted(name for name in alphas if name not in layers)
-    left = [f"the alpha of {listed(lone)}, of which there are no factors"] if lone else []
+    left = [f"the alpha of {listed(lone)} is not used: there are no factors of it"] if lone else []
+    left += [f"{listed(unused)} is not used: it holds nought alone"] if unused else []
     return Lora(path, factors, (*said.notes, *left))
 
 

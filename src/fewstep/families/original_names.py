@@ -101,7 +101,7 @@ def layer_table(kind: str, names: Iterable[str]) -> Table:
 
 
 def swapped(kind: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Layers, by the authors' names, whose rows are shift and scale there, and scale and shift in diffusers."""
+    """Layers, by the authors' names, whose rows are shift and scale; in diffusers scale and shift."""
     places = ["final_layer"]
     if kind == "sd3":
         places.append(f"joint_blocks.{blocks(names, 'transformer_blocks') - 1}.context_block")

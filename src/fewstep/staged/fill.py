@@ -15,7 +15,7 @@ from fewstep.staged.weights import Weights
 from fewstep.types import UserError
 
 Change = Callable[[str, Tensor, torch.dtype], Tensor]
-"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype`` or quantized."""
+"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype``."""
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,13 @@ def test_patterns_in_the_header_are_stocks(kind: str, models: Any, nets: Any, tm
     }
     mixed = {layer: wide[layer] if layer.endswith("to_k") else pair for layer, pair in factors.items()}
     said = {
-        "r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": sorted(factors),
-        "rank_pattern": {"to_k": 8}, "alpha_pattern": {r".*attn\.to_[qk]": 3.0, "^transformer_blocks.0.ff.net.2": 20},
-    }  # fmt: skip
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "target_modules": sorted(factors),
+        "rank_pattern": {"to_k": 8},
+        "alpha_pattern": {r".*attn\.to_[qk]": 3.0, "^transformer_blocks.0.ff.net.2": 20},
+    }
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(mixed), layouts.configured(**said))
     image = ours(models[kind], str(path))
     assert_effect(image, models[kind])
