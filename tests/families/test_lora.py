@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lora_layouts as layouts
 from fewstep.families import lora
-from fewstep.families.lora_alpha import PEFT_CONFIG, PEFT_FILE
+from fewstep.families.lora_alpha import FILE, PEFT_CONFIG, PEFT_FILE
 from fewstep.families.lora_file import read
 from fewstep.families.lora_layers import resolve
 from fewstep.types import UserError
@@ -101,6 +101,14 @@ def test_a_configuration_scales(config: dict[str, Any], scale: float, place: str
     assert_adds(path, expected)
 
 
+def test_a_configuration_beside_diffusers_own_file(tmp_path: Path) -> None:
+    factors, expected = one(3)
+    path = layouts.write(tmp_path / FILE, layouts.diffusers(factors))
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 12}))
+    with pytest.warns(lora.LoraWarning, match="alpha is taken from"):
+        assert_adds(path, expected)
+
+
 def test_each_part_has_its_own_configuration(tmp_path: Path) -> None:
     layer = "text_model.encoder.layers.0.self_attn.q_proj"
     clip = layouts.draw({layer: (8, 8)})
@@ -157,7 +165,7 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
         "training_config in its header": (layouts.diffusers(factors), train),
         "there are no factors of it": (layouts.kohya(factors) | lone, {}),
         "no adapter_config.json": folder,
-        "is not used, for the tensors": stray,
+        "is not used, for a.safetensors may be": stray,
     }
     for words, file in files.items():
         path = file if isinstance(file, Path) else layouts.write(tmp_path / "a.safetensors", *file)
@@ -420,7 +428,7 @@ def test_two_alphas_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_searched(tmp_path: Path) -> None:
-    for name in (lora.FILE, PEFT_FILE, f"lora/{lora.FILE}", "anything.safetensors"):
+    for name in (FILE, PEFT_FILE, f"lora/{FILE}", "anything.safetensors"):
         folder = tmp_path / name.replace("/", "-")
         path = layouts.write(folder / name, PLAIN)
         assert lora.find(folder) == path == lora.find(path)

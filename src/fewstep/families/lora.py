@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.families.folder import first_line
-from fewstep.families.lora_alpha import PEFT_FILE
+from fewstep.families.lora_alpha import FILE, PEFT_FILE
 from fewstep.families.lora_file import listed, read
 from fewstep.families.lora_layers import Shapes, Update, resolve, shapes_of
 from fewstep.types import UserError
@@ -23,8 +23,6 @@ from fewstep.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers' ``load_lora_weights`` looks for in a folder."""
 CHUNK = 2**20
 """Numbers of a weight that are added to at once: float32 copies are of so many, and not of the layer."""
 

@@ -13,6 +13,8 @@ from typing import Any
 from fewstep import formats
 from fewstep.types import UserError
 
+FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers' ``load_lora_weights`` looks for in a folder."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """What PEFT writes: the tensors, and a ``LoraConfig``."""
 HEADER_CONFIG = "lora_adapter_metadata"
@@ -145,9 +147,11 @@ class Said:
         where = f"the header of {path}"
         configs = _configs(metadata, where)
         if beside.is_file():
-            if configs or not (peft or path.name == PEFT_FILE):
-                notes.append(f"{beside} is not used, for the tensors are not in PEFT's layout")
+            if configs or not (peft or path.name in (PEFT_FILE, FILE)):
+                notes.append(f"{beside} is not used, for {path.name} may be another adapter")
             else:
+                if not peft:
+                    notes.append(f"alpha is taken from {beside}")
                 where = str(beside)
                 configs = {"": _config(formats.read(beside, dict[str, Any]), where)}
         elif peft and not configs and not alphas:

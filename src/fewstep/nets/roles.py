@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.families.lora import FILE
+from fewstep.families.lora_alpha import FILE
 from fewstep.families.lora_file import read, tensor_of
 from fewstep.files import replacing_file
 from fewstep.types import Array, Cond, UserError, Velocity

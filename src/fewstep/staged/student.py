@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.families import lora
 from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
-from fewstep.families.lora import FILE
+from fewstep.families.lora_alpha import FILE, PEFT_FILE
 from fewstep.families.lora_file import read
 from fewstep.families.lora_layers import Shapes, Updates, resolve
 from fewstep.families.lora_layers import shapes_of as shapes_of_net
@@ -121,7 +121,7 @@ def find(name: str, base: Outline) -> Student:
     for folder in (place, place / "model"):
         if (folder / "model_index.json").is_file():
             return _net(folder, base)
-    for file in (place, place / FILE, place / "lora" / FILE):
+    for file in (place, place / FILE, place / PEFT_FILE, place / "lora" / FILE):
         if file.is_file() and file.suffix == ".safetensors":
             return _lora(file, base)
     if place.exists():
