@@ -101,10 +101,13 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
 
 
 def _wish(given: Wished) -> Wish:
-    from fewstep.families.lora import specs
     from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
-    plain: dict[str, Any] = {**given, "lora": specs(given.get("lora"))}
+    plain: dict[str, Any] = {**given, "lora": ()}
+    if given.get("lora", ()) != ():
+        from fewstep.families.lora import specs  # as above
+
+        plain["lora"] = specs(given.get("lora"))
     return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 

@@ -415,6 +415,13 @@ def test_a_header_that_cannot_be_followed(header: dict[str, str], words: str, tm
     assert "\n" not in str(caught.value)
 
 
+def test_a_strangers_names_stay_in_their_line(tmp_path: Path) -> None:
+    path = layouts.write(tmp_path / "a.safetensors", PLAIN | {"x\n\x1b[31m" + "y" * 999: torch.ones(2)})
+    with pytest.raises(UserError) as caught:
+        deltas(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
 def test_two_alphas_must_agree(tmp_path: Path) -> None:
     alpha = {f"transformer.{LAYER}.alpha": torch.tensor(8.0)}
     path = layouts.write(tmp_path / "a.safetensors", PLAIN | alpha, layouts.configured(r=4, lora_alpha=8))

@@ -31,7 +31,7 @@ def export(
     bits: int | None = None,
     t5: str | None = None,
     compute: Compute = "float32",
-    lora: tuple[str, ...] = (),
+    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,

@@ -245,5 +245,6 @@ def _unused(metadata: Mapping[str, str], flat: bool) -> list[str]:
 
 
 def short(name: str) -> str:
-    """A name of a stranger, not too long for a line."""
-    return name if len(name) <= 120 else f"{name[:117]}..."
+    """A name of a stranger, fit for a line."""
+    plain = "".join(sign if sign.isprintable() else "?" for sign in name[:121])
+    return plain if len(name) <= 120 else f"{plain[:117]}..."

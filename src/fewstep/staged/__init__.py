@@ -39,7 +39,7 @@ class Wish:
     """
 
     student: str | None = None
-    lora: tuple[str, ...] = ()
+    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
     memory: str | None = None
     bits: Bits | None = None
     tiny_decoder: str | None = None
