@@ -231,7 +231,11 @@ def repeat(
 
 def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
     """How the PyTorch model of ``record`` ran, with what the user gave now on top; ``wish`` for any other."""
-    if record.bits is None or model not in (None, record.model):
+    if model not in (None, record.model):
+        return wish
+    if record.lora and not wish.lora:
+        wish = dataclasses.replace(wish, lora=record.lora)
+    if record.bits is None:
         return wish
     made: dict[str, Any] = {
         "bits": record.bits, "student": record.student, "tiny_decoder": record.tiny_decoder,

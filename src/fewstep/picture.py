@@ -87,6 +87,7 @@ class Record:
         batch: how many pictures went through the net together. Rounding depends on it.
         bits: of the net's weights, for a PyTorch model whose parts come and go.
         student: what was laid over that model, if anything.
+        lora: LoRAs that were added to that model, ``FILE:WEIGHT`` each, if any.
         tiny_decoder: the tiny autoencoder that decoded instead of its own, if any.
         version: of fewstep.
     """
@@ -105,6 +106,7 @@ class Record:
     batch: int = 1
     bits: int | None = None
     student: str | None = None
+    lora: tuple[str, ...] | None = None
     tiny_decoder: str | None = None
     version: str = ""
 

@@ -34,6 +34,8 @@ NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao
 """Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
 
 DEFAULT = "pocket"
+PLAIN: dict[str, Any] = {"device": "cpu", "bits": 32}
+"""How a PyTorch model runs where nobody says."""
 SHIPPED = Path(__file__).parent / "models"
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
@@ -62,10 +64,10 @@ def load(
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
-        wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
-            ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
-            (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
-            measurements compare.
+        wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several),
+            ``memory``, ``bits``, ``tiny_decoder``, ``size``, ``device``, ``compile``, and what memory is
+            planned for, ``batch`` and ``image`` (:class:`fewstep.staged.Wish`). Without any of them but
+            ``lora`` it runs in float32 on the CPU, which is what measurements compare.
 
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
@@ -101,7 +103,12 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
 def _wish(given: Wished) -> Wish:
     from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
-    return Wish(**given)
+    plain: dict[str, Any] = {**given, "lora": ()}
+    if given.get("lora", ()) != ():
+        from fewstep.families.lora import specs  # as above
+
+        plain["lora"] = specs(given.get("lora"))
+    return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 
 def hush() -> None:
@@ -239,7 +246,7 @@ def _load_torch(
             torch.set_num_threads(threads)
         if place.is_file():
             return _load_single(name, place, module, wish)
-        wish = wish or Wish(device="cpu", bits=32)
+        wish = wish or Wish(**PLAIN)
         from fewstep.staged.load import load as load_staged
 
         folder = place if place.exists() else module.fetched(plain)
@@ -247,7 +254,10 @@ def _load_torch(
     except ImportError as error:
         raise missing_extra(error) or error from None
     choice = staged.plan.choice
-    facts = {"bits": choice.bits, "student": wish.student, "tiny_decoder": wish.tiny_decoder}
+    facts = {
+        "bits": choice.bits, "student": wish.student, "lora": wish.lora or None,
+        "tiny_decoder": wish.tiny_decoder,
+    }  # fmt: skip
     pipe = Pipeline(staged.model, source=name, facts=facts)
     if staged.plan.limit is None:
         return pipe
@@ -255,14 +265,21 @@ def _load_torch(
 
 
 def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
-    """A single file: read whole, in float32 on the CPU."""
+    """A single file: read whole, in float32 on the CPU, and LoRAs added."""
+    from fewstep.families import lora
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
+    from fewstep.staged import Wish
 
-    if wish is not None and wish.named():
-        raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
+    given = () if wish is None else wish.lora
+    if wish is not None and wish != Wish(**PLAIN, lora=given):
+        others = [option for option in wish.named() if option != "--lora"]
+        if others:
+            raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
-    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
+    lora.apply(model.parts, model.kind, given)
+    facts = {"lora": given} if given else {}
+    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name, facts=facts)
 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:

@@ -225,3 +225,25 @@ def test_stock_draws_the_size_that_is_asked_for(tmp_path: Path, capfd: pytest.Ca
     ours, stock = records(out)
     assert ours["size"] == stock["size"] == [64, 48]
     assert stock["psnr"] > 35  # other noise is some 14 dB away
+
+
+def test_a_lora_is_measured_with_the_model_that_it_is_added_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    sd3.save(sd3.assemble(tiny.parts(), name="base", steps=2, guidance=None), tmp_path / "base")
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    file = str(tmp_path / "a.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}, file
+    )
+    base, out = str(tmp_path / "base"), str(tmp_path / "b.jsonl")
+    words = ("--lora", f"{file}:0.5", "-o", out)
+    assert run(["bench", base, "--rounds", "1", "--threads", "1", *words]) == 0
+    assert records(tmp_path / "b.jsonl")[0]["bits"] == 32  # as without a LoRA
+    capsys.readouterr()
+    for other in ([base, "--against", base], [base, "--whole", "--against", base], []):
+        assert run(["bench", *other, *words]) == 2
+        assert "--lora is" in capsys.readouterr().err

@@ -72,6 +72,7 @@ def bench(
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
     _check(models, against)
+    torch = replace(torch, lora=_loras(torch.lora, models, against, whole))
     if whole:
         if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:
             raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
@@ -93,7 +94,8 @@ def bench(
     )
     for number in steps or (None,):
         for many in batch:
-            wish = vars(replace(torch, batch=many)) if torch.named() else {}
+            said = vars(replace(torch, batch=many)) if set(torch.named()) - {"--lora"} else {}
+            wish = {**said, **({"lora": torch.lora} if torch.lora else {})}
             specs = [
                 Spec(model, number, many, wish={} if bundle_of(model) else wish)
                 for model in models or (DEFAULT,)
@@ -121,6 +123,27 @@ def _check(models: Sequence[str], against: Sequence[Path]) -> None:
         locate(split(model)[1])
     if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:
         raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
+
+
+def _loras(
+    given: Sequence[str], models: Sequence[str], against: Sequence[Path], whole: bool
+) -> tuple[str, ...]:
+    """LoRAs that all engines can be given.
+
+    Raises:
+        UserError: one of the engines would draw without them.
+    """
+    if not given:
+        return ()
+    from fewstep.families.lora import specs
+    from fewstep.source import bundle_of
+
+    if against or whole:
+        raise UserError("--lora is added to our own models alone: leave out --against and --whole")
+    for model in models or (None,):
+        if model is None or bundle_of(model):
+            raise UserError("--lora is for PyTorch models, and a bundle is to be measured: leave it out")
+    return specs(given)
 
 
 def _others(

@@ -31,6 +31,7 @@ def export(
     bits: int | None = None,
     t5: str | None = None,
     compute: Compute = "float32",
+    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
@@ -51,6 +52,7 @@ def export(
             openvino). [default: dropped from bundles]
         compute: What the graphs compute in; bfloat16 and, with 8 or 4 bits, int8 (openvino) are faster on
             processors that multiply them.
+        lora: A LoRA to add to the weights, as FILE or FILE:WEIGHT; several options add several.
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
@@ -58,6 +60,7 @@ def export(
     """
     from fewstep.deploy import Computer, Converter, targets
     from fewstep.families.folder import read_json
+    from fewstep.families.lora import apply, named, specs
 
     if steps is not None and not 1 <= steps <= LARGEST:
         raise UserError(f"steps must be 1 to {LARGEST}, not {steps}")
@@ -79,24 +82,34 @@ def export(
 
     place = model_of(source)
     if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
-        if t5 is not None:
-            raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+        _check_bundle(source, t5, lora)
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
         more = {} if about is None else read_json(about)
         _converted(bundle, target, output, bits or UNPACKED, given, more)
         return
     bits = bits or target.BITS[0]
     facts = replace(facts_of(place, license, about), compute=compute)
+    loras = specs(lora)
+    facts = replace(facts, about={**facts.about, **named(loras)})
     if (kind := kind_of(place)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
     target.check(output)
     if keeps and not has_t5(place):
         raise UserError(f"{source} has no T5: leave --t5 out")
     family = load_family(place, t5=keeps)
+    apply(family.parts, family.kind, loras)
     family = replace(family, steps=steps or family.steps, name=name or family.name)
     with writing(output):
         line = target.export(family, output, bits, facts, **its_bits)
     print(f"{family.name}: {output}, {line}")
+
+
+def _check_bundle(source: str, t5: str | None, lora: tuple[str, ...]) -> None:
+    """Refuse options that a bundle's weights are too far made for."""
+    if t5 is not None:
+        raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+    if lora:
+        raise UserError(f"{source} is a bundle, and --lora is for PyTorch models: leave it out")
 
 
 def _converted(

@@ -13,8 +13,8 @@ from fewstep.families.weights import Weights, tied
 from fewstep.staged.bare import frozen
 from fewstep.staged.quantize import quantize
 
-Change = Callable[[str, Tensor], Tensor]
-"""``(name, weight) -> weight``: what is done to a weight before it is cast or quantized."""
+Change = Callable[[str, Tensor, torch.dtype], Tensor]
+"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Source:
         else:
             tensor = self.weights.read(at)
         if self.change is not None:
-            tensor = self.change(at, tensor)
+            tensor = self.change(at, tensor, self.dtype)
         tensor = tensor.to(self.device, self.dtype)
         if self.pixels and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
