@@ -1,0 +1,131 @@
+"""What long work says of itself on standard error: bars on a terminal, lines elsewhere (floor 1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+EVERY = 30.0
+"""Seconds between two lines where standard error is no terminal."""
+
+
+def printable(text: str) -> str:
+    """Text on one line, without characters that steer a terminal."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def say(line: str) -> None:
+    """Print ``fewstep: LINE`` on standard error; it is lost where nobody can take it."""
+    with suppress(OSError, ValueError):
+        print(f"fewstep: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3 h 20 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress:
+    """Names the stages of long work and counts what is done, on standard error.
+
+    On a terminal each stage has a bar. Elsewhere a line names a stage when it begins, and another line says
+    every half minute how far it is, also while one long call is running.
+
+        with Progress() as progress:
+            progress("tracing")
+            for index in range(256):
+                progress("calibrating", index, 256)
+
+    Args:
+        every: seconds between two lines.
+    """
+
+    def __init__(self, every: float = EVERY) -> None:
+        self._every = every
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._over = threading.Event()
+        self._stage, self._began, self._first = "", 0.0, 0
+        self._done = self._total = 0
+
+    def __enter__(self) -> Progress:
+        if on_terminal():
+            self._bars = _bars()
+            self._bars.start()
+        else:
+            threading.Thread(target=self._repeat, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done.
+
+        Args:
+            stage: its name.
+            done: how much of it is done; the first value may be what an earlier run did.
+            total: of how much; 0 where nobody knows.
+        """
+        if stage != self._stage:
+            self._end_stage()
+            self._stage, self._began, self._first = stage, time.monotonic(), done
+            self._done, self._total = done, total
+            if self._bars is None:
+                say(self._line())
+        self._done, self._total = done, total
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(printable(stage))
+            self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+    def _end_stage(self) -> None:
+        """A bar that counts nothing would run on after its stage."""
+        if self._bars is not None and self._stage in self._tasks and not self._total:
+            self._bars.update(self._tasks[self._stage], completed=1, total=1)
+
+    def _repeat(self) -> None:
+        while not self._over.wait(self._every):
+            if self._stage and not (self._total and self._done >= self._total):
+                say(self._line())
+
+    def _line(self) -> str:
+        spent = time.monotonic() - self._began
+        parts = [self._stage]
+        if self._total and (self._done or spent > 1):
+            parts.append(f"{self._done} of {self._total}")
+        if spent > 1:
+            parts.append(f"{duration(spent)} so far")
+        if (new := self._done - self._first) > 0 and self._total > self._done:
+            parts.append(f"about {duration((self._total - self._done) * spent / new)} left")
+        return ", ".join(parts)
+
+
+def _bars() -> Any:
+    """Bars on standard error; what is printed meanwhile stands above them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # else rich sends to the terminal what belongs into a file
+    )
