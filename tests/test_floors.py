@@ -16,7 +16,7 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 FLOORS = {
     0: ("types", "flow"),
-    1: ("times", "sample", "guide", "losses", "files", "formats", "progress"),
+    1: ("times", "sample", "guide", "losses", "files", "formats", "progress", "extras"),
     2: ("runtime", "nets", "text", "families", "data", "picture", "request"),
     3: ("methods", "deploy", "staged", "pipeline", "source"),
     4: ("train", "evaluate", "bench", "serve", "study", "output"),

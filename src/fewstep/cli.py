@@ -110,7 +110,8 @@ def _run(tokens: list[str]) -> int:
 
     from cyclopts import CycloptsError
 
-    from fewstep.source import hush, missing_extra
+    from fewstep.extras import missing_extra
+    from fewstep.source import hush
     from fewstep.types import UserError
 
     hush()

@@ -7,10 +7,10 @@ import operator
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fewstep.types import Model, UserError
 
@@ -49,6 +49,77 @@ class Request:
     negative: str | None
     image: Any
     strength: float
+
+
+class Diffusers(TypedDict, total=False):
+    """diffusers' names for arguments of ``Pipeline.__call__``."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int | None
+    width: int | None
+    height: int | None
+
+
+ALIASES = {
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "n",
+}
+INSTEAD = {"generator": "seed", "callback_on_step_end": "on_step", "num_images": "n", "cfg_scale": "guidance"}
+"""Arguments that other libraries have, and ours that does the same."""
+
+
+class ArgumentError(UserError, TypeError):
+    """A keyword argument that there is not, or that is given under two names."""
+
+
+def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under our names; what is ``None`` was not given.
+
+    Raises:
+        ArgumentError: one is given under both its names.
+    """
+    said = {name: value for name, value in given.items() if value is not None}
+    for alias, name in ALIASES.items():
+        if alias in said and name in said:
+            raise ArgumentError(f"{alias} is another name of {name}: give one of them")
+    return {ALIASES.get(name, name): value for name, value in said.items()}
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that there are not.
+
+    Raises:
+        ArgumentError: there is one. The line names the nearest that there is.
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = [INSTEAD[name]] if INSTEAD.get(name) in names else get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+            raise ArgumentError(f"{what} takes no {name}: {hint}")
+
+
+def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
+    """Refuse another size than the model draws, in pixels; ``other`` says how to get another.
+
+    Raises:
+        UserError: it is another, or no size.
+    """
+    asked = tuple(
+        own if value is None else whole(name, value, 1, 2**16)
+        for name, value, own in zip(("width", "height"), (width, height), size, strict=True)
+    )
+    if asked != size:
+        there, here = (f"{side[0]}x{side[1]}" for side in (size, asked))
+        raise UserError(f"this model draws {there} pixels, not {here}: {other.format(size=here)}")
 
 
 def check(

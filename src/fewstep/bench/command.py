@@ -10,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.extras import need
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -113,10 +113,7 @@ def _check(models: Sequence[str], against: Sequence[Path]) -> None:
     """Refuse models that are not there, before anything is measured, and a missing library."""
     from fewstep.source import locate, split
 
-    if find_spec("onnx") is None:
-        raise UserError(
-            "a bundle's floor is counted with onnx, which is not installed: pip install 'fewstep[bench]'"
-        )
+    need("onnx", extra="bench")
     for model in models:
         locate(split(model)[1])
     if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:

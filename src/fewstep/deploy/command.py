@@ -75,10 +75,11 @@ def export(
         )
     keeps, its_bits = _t5(t5, to, target)
 
-    from fewstep.source import bundle_of, kind_of, load_family
+    from fewstep.source import bundle_of, kind_of, load_family, locate, split
 
-    place = model_of(source)
-    if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
+    target.check(output)
+    place = locate(split(source)[1])
+    if isinstance(target, Converter) and (bundle := bundle_of(source)) is not None:
         if t5 is not None:
             raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
@@ -87,12 +88,11 @@ def export(
         return
     bits = bits or target.BITS[0]
     facts = replace(facts_of(place, license, about), compute=compute)
-    if (kind := kind_of(place)) not in target.FAMILIES:
+    if (kind := kind_of(source)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
-    target.check(output)
     if keeps and not has_t5(place):
         raise UserError(f"{source} has no T5: leave --t5 out")
-    family = load_family(place, t5=keeps)
+    family = load_family(source, t5=keeps)
     family = replace(family, steps=steps or family.steps, name=name or family.name)
     with writing(output):
         line = target.export(family, output, bits, facts, **its_bits)
@@ -104,7 +104,6 @@ def _converted(
 ) -> None:
     if bundle.engine != "onnx":
         raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
-    target.check(output)
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
@@ -134,27 +133,21 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
     raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
 
 
-def has_t5(place: str) -> bool:
+def has_t5(place: Path) -> bool:
     """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
     from fewstep.families.folder import read_json
 
-    index = Path(place) / "model_index.json"
+    index = place / "model_index.json"
     return not index.is_file() or all(read_json(index).get("text_encoder_3") or [None])
 
 
-def model_of(source: str) -> str:
-    """The model of a run's folder; any other source as it is."""
-    model = Path(source) / "model"
-    return str(model) if (model / "model_index.json").is_file() else source
-
-
-def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
+def facts_of(place: Path, license: str | None, about: Path | None) -> Facts:
     """What an export of the model at ``place`` tells of itself."""
     from fewstep.families.folder import read_json
 
-    text = Path(place) / "LICENSE"
+    text = place / "LICENSE"
     given = text if text.is_file() else None
-    card = Path(place) / CARD
+    card = place / CARD
     told = {} if about is None else read_json(about)
     styles = told.get("styles", [])
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):

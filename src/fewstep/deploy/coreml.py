@@ -16,6 +16,7 @@ from typing import Any
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import Part, parts
 from fewstep.deploy.common.manifest import described, write_tokenizer
+from fewstep.extras import install
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.types import UserError
@@ -192,9 +193,7 @@ def _check_tools() -> None:
         version: str = importlib.import_module("coremltools").__version__
         importlib.import_module("sklearn")  # finds the palettes; coremltools imports it late
     if version.startswith("9.0") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        raise UserError(
-            f"coremltools 9.0 does not work with numpy {np.__version__}: pip install 'fewstep[coreml]'"
-        )
+        raise UserError(f"coremltools 9.0 does not work with numpy {np.__version__}: {install('coreml')}")
 
 
 @contextlib.contextmanager

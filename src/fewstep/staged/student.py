@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
 from fewstep.nets.roles import FILE, PREFIX
+from fewstep.source import unfinished
 from fewstep.staged.outline import Outline, checked
 from fewstep.staged.weights import Weights, header
 from fewstep.types import Sampler, UserError
@@ -87,6 +88,8 @@ def find(name: str, base: Outline) -> Student:
     for file in (place, place / FILE, place / "lora" / FILE):
         if file.is_file() and file.suffix == ".safetensors":
             return _lora(file, base)
+    if (why := unfinished(place)) is not None:
+        raise UserError(why)
     if place.exists():
         raise UserError(f"--student {name} is no student: neither model_index.json nor {FILE} is in it")
     raise UserError(f"there is no student {name}: give a run folder, a diffusers folder or a LoRA")
