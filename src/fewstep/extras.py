@@ -53,6 +53,28 @@ def install(extra: str) -> str:
     return f"{_installer()} {_source(extra)}"
 
 
+NPM = {
+    "apt-get": "apt-get install npm",
+    "dnf": "dnf install npm",
+    "apk": "apk add npm",
+    "pacman": "pacman -S npm",
+    "brew": "brew install node",
+    "winget": "winget install OpenJS.NodeJS",
+}
+"""A system's own installer -> its command for npm."""
+
+
+def install_npm() -> str:
+    """The command that installs npm on this system, or where to find it."""
+    import shutil
+
+    for tool, command in NPM.items():
+        if shutil.which(tool) is not None:
+            mine = tool in ("brew", "winget") or getattr(os, "geteuid", lambda: 1)() == 0
+            return command if mine else f"sudo {command}"
+    return "see https://nodejs.org/en/download"
+
+
 def _line(module: str, extra: str | None = None) -> str:
     return f"this needs {module}, which is not installed: {install(extra or EXTRAS.get(module, 'train'))}"
 

@@ -50,28 +50,32 @@ class Progress:
 
     Args:
         every: seconds between two lines.
+        bars: whether a terminal gets bars; they take some time of a core.
+        named: whether a line names each stage when it begins; without, what is done names itself.
     """
 
-    def __init__(self, every: float = EVERY) -> None:
-        self._every = every
+    def __init__(self, every: float = EVERY, *, bars: bool = True, named: bool = True) -> None:
+        self._every, self._wanted, self._named = every, bars, named
+        self._over = threading.Event()
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
-        self._over = threading.Event()
         self._stage, self._began, self._first = "", 0.0, 0
         self._done = self._total = 0
 
     def __enter__(self) -> Progress:
-        if on_terminal():
-            self._bars = _bars()
+        if self._wanted and on_terminal():
+            self._bars, self._tasks = _bars(), {}
             self._bars.start()
         else:
-            threading.Thread(target=self._repeat, daemon=True).start()
+            self._over = threading.Event()
+            threading.Thread(target=self._repeat, args=(self._over,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
         if self._bars is not None:
             self._bars.stop()
+        else:
+            self._over.set()
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done.
@@ -85,7 +89,7 @@ class Progress:
             self._end_stage()
             self._stage, self._began, self._first = stage, time.monotonic(), done
             self._done, self._total = done, total
-            if self._bars is None:
+            if self._bars is None and self._named:
                 say(self._line())
         self._done, self._total = done, total
         if self._bars is not None:
@@ -98,8 +102,8 @@ class Progress:
         if self._bars is not None and self._stage in self._tasks and not self._total:
             self._bars.update(self._tasks[self._stage], completed=1, total=1)
 
-    def _repeat(self) -> None:
-        while not self._over.wait(self._every):
+    def _repeat(self, over: threading.Event) -> None:
+        while not over.wait(self._every):
             if self._stage and not (self._total and self._done >= self._total):
                 say(self._line())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from fewstep.extras import need
+from fewstep.progress import Progress
+from fewstep.request import memory
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -71,11 +72,13 @@ def bench(
         return
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
-    _check(models, against)
+    if whole and (dtypes != ("float32",) or batch != (1,) or len(steps) > 1):
+        raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
+    if torch.memory is not None:
+        memory(torch.memory)
+    others = _check(models, against)
     if whole:
-        if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:
-            raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
-        _whole(models, against, prompt, steps[0] if steps else 4, rounds, threads)
+        _whole(models, others, prompt, steps[0] if steps else 4, rounds, threads)
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
@@ -86,38 +89,46 @@ def bench(
     if new:
         output.unlink()
     told: dict[str, Any] = {"device": describe(), "threads": threads}
-    _say("the device")
-    device = rates(threads or told["device"]["cores"])
-    print(
-        f"{told['device']['processor']}: {device.operations / 1e9:.0f} GFLOP/s, {device.bytes / 1e9:.1f} GB/s"
-    )
-    for number in steps or (None,):
-        for many in batch:
-            wish = vars(replace(torch, batch=many)) if torch.named() else {}
-            specs = [
-                Spec(model, number, many, wish={} if bundle_of(model) else wish)
-                for model in models or (DEFAULT,)
-            ]
-            for folder in against:
-                specs += _others(folder, number, many, dtypes, wish)
-            made = measure(specs, prompt, rounds, threads, device, _say)
-            print(_table(made))
-            lines = [
-                told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
-            ]
-            _append(output, lines)
+    with Progress(bars=False) as progress:  # bars would take time of the cores that are measured
+        progress("measuring the processor")
+        device = rates(threads or told["device"]["cores"])
+        name, operations, reads = told["device"]["processor"], device.operations / 1e9, device.bytes / 1e9
+        print(f"{name}: {operations:.0f} GFLOP/s, {reads:.1f} GB/s")
+        for number in steps or (None,):
+            for many in batch:
+                wish = vars(replace(torch, batch=many)) if torch.named() else {}
+                specs = [
+                    Spec(model, number, many, wish={} if bundle_of(model) else wish)
+                    for model in models or (DEFAULT,)
+                ]
+                for folder in others:
+                    specs += _others(folder, number, many, dtypes, wish)
+                made = measure(specs, prompt, rounds, threads, device, progress)
+                print(_table(made))
+                lines = [
+                    told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
+                ]
+                _append(output, lines)
     print(output)
 
 
-def _check(models: Sequence[str], against: Sequence[Path]) -> None:
-    """Refuse models that are not there, before anything is measured, and a missing library."""
+def _check(models: Sequence[str], against: Sequence[Path]) -> list[Path]:
+    """Refuse models that are not there, before anything is measured, and a missing library.
+
+    Returns:
+        The folders of ``against``; of a run's folder its model.
+    """
     from fewstep.source import locate, split
 
     need("onnx", extra="bench")
     for model in models:
         locate(split(model)[1])
-    if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:
+    if against:
+        need("torch", "diffusers", "transformers")
+    others = [locate(str(folder)) if folder.is_dir() else folder for folder in against]
+    if strange := [folder for folder in others if not (folder / "model_index.json").is_file()]:
         raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
+    return others
 
 
 def _others(
@@ -190,7 +201,8 @@ def _whole(
         raise UserError("--whole compares one model with the stock pipeline: name it with --against")
     read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
+        progress("timing whole processes")
         result = paired(models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work))
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
     for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
@@ -201,7 +213,3 @@ def _whole(
 
 def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f}  {statistics.median(values):.2f}  {max(values):.2f}"
-
-
-def _say(line: str) -> None:
-    print(f"fewstep: {line}", file=sys.stderr)

@@ -11,6 +11,8 @@ from cyclopts import Parameter
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.place import writing
+from fewstep.extras import need
+from fewstep.progress import Progress
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
@@ -57,7 +59,6 @@ def export(
         about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
     from fewstep.deploy import Computer, Converter, targets
-    from fewstep.families.folder import read_json
 
     if steps is not None and not 1 <= steps <= LARGEST:
         raise UserError(f"steps must be 1 to {LARGEST}, not {steps}")
@@ -74,6 +75,8 @@ def export(
             f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
         )
     keeps, its_bits = _t5(t5, to, target)
+    more = read_about(about)
+    need(*target.needs(bits or max(target.BITS)))
 
     from fewstep.source import bundle_of, kind_of, load_family, locate, split
 
@@ -83,19 +86,22 @@ def export(
         if t5 is not None:
             raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
-        more = {} if about is None else read_json(about)
         _converted(bundle, target, output, bits or UNPACKED, given, more)
         return
     bits = bits or target.BITS[0]
-    facts = replace(facts_of(place, license, about), compute=compute)
+    need("torch", "diffusers", "transformers", *target.needs(bits))
+    facts = replace(facts_of(place, license, more), compute=compute)
     if (kind := kind_of(source)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
     if keeps and not has_t5(place):
         raise UserError(f"{source} has no T5: leave --t5 out")
-    family = load_family(source, t5=keeps)
-    family = replace(family, steps=steps or family.steps, name=name or family.name)
-    with writing(output):
-        line = target.export(family, output, bits, facts, **its_bits)
+    with Progress() as progress:
+        progress(f"loading {source}")
+        family = load_family(source, t5=keeps)
+        family = replace(family, steps=steps or family.steps, name=name or family.name)
+        progress(f"writing {output} for {to}")
+        with writing(output):
+            line = target.export(family, output, bits, facts, **its_bits)
     print(f"{family.name}: {output}, {line}")
 
 
@@ -107,7 +113,8 @@ def _converted(
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
-    with writing(output):
+    with Progress() as progress, writing(output):
+        progress(f"writing {output}")
         line = target.convert(bundle, output, bits, told)
     print(f"{told['name']}: {output}, {line}")
 
@@ -141,16 +148,25 @@ def has_t5(place: Path) -> bool:
     return not index.is_file() or all(read_json(index).get("text_encoder_3") or [None])
 
 
-def facts_of(place: Path, license: str | None, about: Path | None) -> Facts:
-    """What an export of the model at ``place`` tells of itself."""
+def read_about(about: Path | None) -> dict[str, Any]:
+    """The facts of ``--about``.
+
+    Raises:
+        UserError: the file is no JSON object, or its styles are no words.
+    """
     from fewstep.families.folder import read_json
 
-    text = place / "LICENSE"
-    given = text if text.is_file() else None
-    card = place / CARD
     told = {} if about is None else read_json(about)
     styles = told.get("styles", [])
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
         raise UserError(f'{about}: "styles" must be a list of words')
+    return told
+
+
+def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> Facts:
+    """What an export of the model at ``place`` tells of itself."""
+    text = place / "LICENSE"
+    given = text if text.is_file() else None
+    card = place / CARD
     name = license or ("unknown" if given is None else "see LICENSE")
     return Facts(name, given, told, card if card.is_file() else None)

@@ -55,6 +55,11 @@ SLICED = "common::scaled_dot_product_attention_sliced_q"
 that the table of all against all is never whole."""
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("coremltools", "sklearn")
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     if out.exists() and not _ours(out):
