@@ -20,7 +20,7 @@ FLOORS = {
     2: ("runtime", "nets", "text", "families", "data", "picture", "request"),
     3: ("methods", "deploy", "staged", "pipeline", "source"),
     4: ("train", "evaluate", "bench", "serve", "study", "output"),
-    5: ("recipes", "cli", "generate", "show", "__main__", "__init__"),
+    5: ("recipes", "cli", "cli_errors", "generate", "show", "__main__", "__init__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 COMMAND = "command"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsons
+import re
 import sys
 import time
 import warnings
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter, Token
 
-from fewstep.source import load, shipped, split
+from fewstep.progress import emit, say
+from fewstep.source import is_bundle, load, shipped, split
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -31,10 +33,17 @@ if TYPE_CHECKING:
 BATCH = 8
 PLAIN = Wish()
 
+_WORD = re.compile(r"(?=.*[^\W\d_])[\w'’-]+[,.;:!?]?")
+"""One word, perhaps with a mark behind it."""
+
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
 STDIN = "/dev/stdin"
 """What the command line hands over for a bare ``-``, which its parser would take for an option."""
+
+
+class PromptsWarning(UserWarning):
+    """Several prompts may have been meant as one."""
 
 
 class ModelWarning(UserWarning):
@@ -101,11 +110,12 @@ def generate(
         threads: Processor threads. [default: all cores]
         torch: How a PyTorch model shall run.
     """
-    options = {
+    options: dict[str, Any] = {
         "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
         "image": image, "strength": strength,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
+    check_quotes(prompts)
     texts = read_prompts(prompts, prompts_file)
     record = None
     if again is not None:
@@ -115,15 +125,18 @@ def generate(
         torch = as_made(record, torch, model)
         given, texts, model = repeat(record, given, texts, model)
     from fewstep.output import names
+    from fewstep.request import check_values
 
     name = names(output, 1 if grid else len(texts) * number)
     together = max(1, min(BATCH, len(texts) * number)) if record is None else record.batch
     wish = dataclasses.replace(torch, batch=together, image="image" in given)
+    if not is_bundle(model):  # others take long to load
+        check_values(texts, **given, n=number)
     pipe = load(model, backend, threads, **vars(wish))
     for line in pipe.plan:
-        print(f"fewstep: {line}", file=sys.stderr)
+        say(line)
     if torch.compile:
-        print("fewstep: compiling while the first picture is drawn, about a minute", file=sys.stderr)
+        say("compiling while the first picture is drawn, about a minute")
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
@@ -134,8 +147,17 @@ def generate(
         if json:
             emit(jsons.dumps({name: facts[name] for name in SAID}))
         elif path != told:  # a contact sheet is one file of many pictures
-            emit(str(path))
+            emit(str(path).replace("\n", " "))
         told = path
+
+
+def check_quotes(prompts: Sequence[str]) -> None:
+    """Warn of several prompts of one word each: a prompt without quotes comes as such."""
+    if len(prompts) > 1 and all(_WORD.fullmatch(text) for text in prompts):
+        whole = " ".join(prompts)
+        whole = whole if len(whole) <= 60 else f"{whole[:60]}…"
+        text = f'these are {len(prompts)} prompts of one word each; if one was meant, quote it: "{whole}"'
+        warnings.warn(text, PromptsWarning, stacklevel=2)
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -255,21 +277,6 @@ def write_sheet(drawn: Iterator[Drawn], name: Names) -> Iterator[Written]:
     path = name(1, records[0])
     save(sheet, path)
     yield from ((path, *made) for made in zip(records, seconds, strict=True))
-
-
-def emit(line: str) -> None:
-    """Print a line to standard output at once.
-
-    Raises:
-        UserError: standard output is full or broken.
-        BrokenPipeError: nobody reads it any more.
-    """
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write to standard output: {error.strerror}") from None
 
 
 class Progress:

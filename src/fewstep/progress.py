@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
 from contextlib import suppress
 from typing import Any
 
+from fewstep.types import UserError
+
 EVERY = 30.0
 """Seconds between two lines where standard error is no terminal."""
+
+
+STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that steer a terminal or turn the direction of text; a line's end is none of them."""
 
 
 def printable(text: str) -> str:
@@ -22,6 +29,21 @@ def say(line: str) -> None:
     """Print ``fewstep: LINE`` on standard error; it is lost where nobody can take it."""
     with suppress(OSError, ValueError):
         print(f"fewstep: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def emit(line: str) -> None:
+    """Print a line to standard output at once, without characters that steer a terminal.
+
+    Raises:
+        UserError: standard output is full or broken.
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        print(STEERING.sub(" ", line), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def on_terminal() -> bool:

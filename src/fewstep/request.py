@@ -141,16 +141,9 @@ def check(
     Raises:
         UserError: a value that makes no sense, or that this model has no use for.
     """
-    texts = _texts(prompts)
-    if not texts:
-        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
-    count = whole("n", n, 1, MOST)
-    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
-    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
-    clean = [_style(_prompt(text), style, styles) for text in texts]
+    texts, count, first = _values(prompts, seed, n, strength, image)
+    clean = [_style(text, style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
-    if strength is not None and image is None:
-        raise UserError("strength is for image-to-image: give a picture with image (--image)")
     most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
         jobs=tuple((text, first + index) for text in clean for index in range(count)),
@@ -160,6 +153,50 @@ def check(
         image=str(image) if isinstance(image, Path) else image,
         strength=real("strength", STRENGTH if strength is None else strength, 0, 1),
     )
+
+
+def check_values(
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    image: str | None = None,
+    strength: float | None = None,
+    **others: Any,
+) -> None:
+    """Refuse what no model takes, before one is loaded; ``image`` is a path, ``others`` are for a model.
+
+    Raises:
+        UserError: a value that makes no sense, or a picture that cannot be read.
+    """
+    _values(prompts, seed, n, strength, image)
+    if steps is not None:
+        whole("steps", steps, 1, MANY)
+    if guidance is not None:
+        real("guidance", guidance, 0, 100)
+    if image is not None:
+        from fewstep.picture import open_image
+
+        open_image(image)
+
+
+def _values(
+    prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
+) -> tuple[list[str], int, int]:
+    """The prompts, how many pictures of each, and the first seed, drawn where none is given."""
+    texts = _texts(prompts)
+    if not texts:
+        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+    count = whole("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
+    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
+    clean = [_prompt(text) for text in texts]
+    if strength is not None and image is None:
+        raise UserError("strength is for image-to-image: give a picture with image (--image)")
+    real("strength", STRENGTH if strength is None else strength, 0, 1)
+    return clean, count, first
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:

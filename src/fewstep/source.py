@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fewstep.extras import missing_extra
+from fewstep.extras import missing_extra, need
 from fewstep.request import check_known, whole
 from fewstep.types import UserError
 
@@ -117,6 +117,13 @@ def split(name: str) -> tuple[str | None, str]:
     """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
     family, colon, rest = name.partition(":")
     return (family, rest) if colon and family in FAMILIES else (None, name)
+
+
+def is_bundle(name: str | None) -> bool:
+    """Whether a name is that of a bundle here; what is on the hub is not asked for."""
+    plain = DEFAULT if name is None else split(name)[1]
+    shipping = plain in (folder.name for folder in shipped())
+    return shipping or any(os.path.isfile(f"{plain}/{part}bundle.json") for part in ("", "model/"))
 
 
 def shipped() -> list[Path]:
@@ -278,6 +285,7 @@ def _load_torch(
     from fewstep.staged import Wish
 
     plain = split(name)[1]
+    _check_torch(wish)
     try:
         import torch
 
@@ -299,6 +307,24 @@ def _load_torch(
     if staged.plan.limit is None:
         return pipe
     return replace(pipe, plan=staged.lines, at_once=choice.batch)
+
+
+def _check_torch(wish: Wish | None) -> None:
+    """Refuse, before PyTorch is imported, what cannot be.
+
+    Raises:
+        UserError: a library is missing, or a value or a place that was asked for is none.
+    """
+    from fewstep.request import memory
+
+    need("torch", "diffusers", "transformers")
+    if wish is None:
+        return
+    if wish.memory is not None:
+        memory(wish.memory)
+    for option, place in (("student", wish.student), ("tiny-decoder", wish.tiny_decoder)):
+        if place is not None and not os.path.exists(place):
+            raise UserError(f"there is no {option} {place}: give a folder or file that is there")
 
 
 def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
@@ -342,7 +368,7 @@ def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
         found = family_of(Path(index).parent)
     kind = found.__name__.rpartition(".")[2]
     if wanted not in (None, kind):
-        raise UserError(f"model {name} is a {kind}, no {wanted}: say {kind}:{name}")
+        raise UserError(f"model {name} is of the family {kind}, not {wanted}: say {kind}:{name}")
     return found
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from fewstep.extras import need
-from fewstep.progress import Progress
+from fewstep.progress import Progress, emit
 from fewstep.request import memory
 from fewstep.staged import Wish
 from fewstep.types import UserError
@@ -109,7 +109,7 @@ def bench(
                     told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
                 ]
                 _append(output, lines)
-    print(output)
+    emit(str(output))
 
 
 def _check(models: Sequence[str], against: Sequence[Path]) -> list[Path]:
@@ -183,10 +183,10 @@ def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str
 
     records = plot.read(files)
     plot.latency(records, folder / "latency.png")
-    print(folder / "latency.png")
+    emit(str(folder / "latency.png"))
     if results is not None:
         plot.quality(records, plot.scores_of(results, figure), figure, folder / "quality.png")
-        print(folder / "quality.png")
+        emit(str(folder / "quality.png"))
 
 
 def _whole(

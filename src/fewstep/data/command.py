@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from fewstep.extras import need
-from fewstep.progress import Progress
+from fewstep.progress import Progress, emit
 from fewstep.types import UserError
 
 app = App(name="data", help="Pictures to learn from: stickers and scenes, your own folders, latents.")
@@ -56,7 +56,7 @@ def stickers(
             workers=workers or os.cpu_count() or 1,
             progress=progress,
         )
-    print(output)
+    emit(str(output))
 
 
 @app.command
@@ -77,4 +77,4 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
     with Progress() as progress:
         progress("writing shards")
         write_folder(source, output, size, 1000, partial(progress, "writing shards"))
-    print(output)
+    emit(str(output))

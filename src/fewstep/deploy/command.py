@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from fewstep.deploy import Facts
 from fewstep.deploy.common.place import writing
 from fewstep.extras import need
-from fewstep.progress import Progress
+from fewstep.progress import Progress, emit
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
@@ -102,7 +102,7 @@ def export(
         progress(f"writing {output} for {to}")
         with writing(output):
             line = target.export(family, output, bits, facts, **its_bits)
-    print(f"{family.name}: {output}, {line}")
+    emit(f"{family.name}: {output}, {line}")
 
 
 def _converted(
@@ -116,7 +116,7 @@ def _converted(
     with Progress() as progress, writing(output):
         progress(f"writing {output}")
         line = target.convert(bundle, output, bits, told)
-    print(f"{told['name']}: {output}, {line}")
+    emit(f"{told['name']}: {output}, {line}")
 
 
 def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[str, int]]:

@@ -29,7 +29,7 @@ from fewstep.evaluate.scenes import load as load_scenes
 from fewstep.evaluate.written import load as load_written
 from fewstep.extras import need
 from fewstep.pipeline import Pipeline
-from fewstep.progress import Progress
+from fewstep.progress import Progress, emit
 from fewstep.recipes.parts import check_counts
 from fewstep.request import MANY, real
 from fewstep.request import whole as whole_number
@@ -140,7 +140,7 @@ def evaluate(
             command=shlex.join(typed),
             on_progress=progress,
         )
-    print(markdown(results), end="")
+    emit(markdown(results).removesuffix("\n"))
 
 
 def _check(spec: Spec) -> None:

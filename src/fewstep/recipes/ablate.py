@@ -21,7 +21,7 @@ from cyclopts import Parameter
 from fewstep import files, times
 from fewstep.data.synthesis import plan as plans
 from fewstep.nets.branches import halves
-from fewstep.progress import Progress, say
+from fewstep.progress import Progress, emit, say
 from fewstep.recipes.parts import at_least_one, measurable
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
@@ -149,7 +149,7 @@ def ablate(
         "command": shlex.join(typed),
     }
     files.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
-    print(report)
+    emit(str(report))
 
 
 def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:

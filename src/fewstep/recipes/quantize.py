@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from fewstep import files
 from fewstep.bench.likeness import psnr
-from fewstep.progress import Progress, say
+from fewstep.progress import Progress, emit, say
 from fewstep.recipes.parts import (
     SHOWN,
     at_least,
@@ -149,7 +149,7 @@ def quantize(
         progress("timing")
         report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
         files.write(output / "report.md", report.encode())
-    print(output / "report.md")
+    emit(str(output / "report.md"))
 
 
 def _weights(

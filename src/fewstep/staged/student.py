@@ -100,7 +100,9 @@ def _net(folder: Path, base: Outline) -> Student:
 
     kind = family_of(folder).__name__.rpartition(".")[2]
     if kind != base.kind:
-        raise UserError(f"student {folder} is a {kind}, and the model a {base.kind}: give its own base")
+        raise UserError(
+            f"student {folder} is of the family {kind}, the model of {base.kind}: give its own base"
+        )
     mine, other = (_shape(c) for c in (base.configs["transformer"], checked(folder / "transformer")))
     unlike = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
     if unlike:
