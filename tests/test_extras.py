@@ -91,9 +91,9 @@ def test_pip_is_that_of_this_environment(monkeypatch: Patch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: have.get(name))
     assert extras.install("eval").startswith("pip install ")
     have["pip"] = "/usr/bin/pip"
-    monkeypatch.setattr(extras, "_installed", lambda module: module == "pip")
+    monkeypatch.setattr(extras, "_has_pip", lambda: True)
     assert shlex.split(extras.install("eval"))[1:4] == ["-m", "pip", "install"]
-    monkeypatch.setattr(extras, "_installed", lambda module: False)
+    monkeypatch.setattr(extras, "_has_pip", lambda: False)
     assert shlex.split(extras.install("eval"))[:2] == ["pip", "--python"]
     del have["pip"]
     have["uv"] = "/usr/bin/uv"

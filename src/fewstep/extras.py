@@ -148,7 +148,7 @@ def _installer() -> str:
     python, pip = _quoted(_near(Path(sys.executable or "python3"))), shutil.which("pip")
     if pip is not None and Path(pip).parent == Path(sysconfig.get_path("scripts")):
         return "pip install"
-    if _installed("pip"):
+    if _has_pip():
         return f"{python} -m pip install"
     if pip is not None:
         return f"pip --python {python} install"
@@ -156,6 +156,18 @@ def _installer() -> str:
         return f"uv pip install --python {python}"
     base = getattr(sys, "_base_executable", None) or "python3"
     return f"{_quoted(base)} -m pip --python {python} install"
+
+
+def _has_pip() -> bool:
+    """Whether this environment has a pip of its own. Its spec must not be asked for: setuptools' hook on that
+    takes apart a distutils that is loaded."""
+    from importlib import metadata
+
+    try:
+        metadata.distribution("pip")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _near(path: Path) -> str:
