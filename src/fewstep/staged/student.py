@@ -24,6 +24,7 @@ from fewstep.families.lora_file import read
 from fewstep.families.lora_layers import Shapes, Updates, resolve
 from fewstep.families.lora_layers import shapes_of as shapes_of_net
 from fewstep.families.schedules import Schedule
+from fewstep.source import unfinished
 from fewstep.staged.outline import Outline, checked
 from fewstep.types import Sampler, UserError
 
@@ -125,6 +126,8 @@ def find(name: str, base: Outline) -> Student:
     for file in (place, place / FILE, place / PEFT_FILE, place / "lora" / FILE):
         if file.is_file() and file.suffix == ".safetensors":
             return _lora(file, base)
+    if (why := unfinished(place)) is not None:
+        raise UserError(why)
     if place.exists():
         raise UserError(f"--student {name} is no student: neither model_index.json nor {FILE} is in it")
     raise UserError(f"there is no student {name}: give a run folder, a diffusers folder or a LoRA")
@@ -135,7 +138,9 @@ def _net(folder: Path, base: Outline) -> Student:
 
     kind = family_of(folder).__name__.rpartition(".")[2]
     if kind != base.kind:
-        raise UserError(f"student {folder} is a {kind}, and the model a {base.kind}: give its own base")
+        raise UserError(
+            f"student {folder} is of the family {kind}, the model of {base.kind}: give its own base"
+        )
     mine, other = (_shape(c) for c in (base.configs["transformer"], checked(folder / "transformer")))
     unlike = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
     if unlike:
