@@ -168,9 +168,11 @@ def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
         raise UserError(f"{folder} is being {doing} by another process: let it end, or stop it first")
     with taken:
         try:
-            for below, _, _ in os.walk(folder):
-                sweep(Path(below))
+            _sweep_all(folder)
             yield
+        except BaseException:
+            _sweep_all(folder)  # of workers that were killed
+            raise
         finally:
             # While it is still locked: whoever opened the file before knows it for one without a name.
             with suppress(OSError):
@@ -178,6 +180,11 @@ def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
             with suppress(OSError):  # not empty
                 for path in missing:
                     path.rmdir()
+
+
+def _sweep_all(folder: Path) -> None:
+    for below, _, _ in os.walk(folder):
+        sweep(Path(below))
 
 
 def _lock(folder: Path, name: str = LOCK) -> AbstractContextManager[Any] | None:
