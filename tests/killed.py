@@ -62,7 +62,7 @@ def commands(inputs: Path) -> dict[str, Command]:
     pictures, others = str(inputs / "pictures"), str(inputs / "others" / "pictures")
     run = r"tensorboard/.*"
     learn = ["--teacher", teacher, "--synthetic", walks, "--batch", "2", "--device", "cpu", "--threads", "1"]
-    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "24"]
+    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "240"]
     sample += ["--steps", "4"]
     data = ["data", "folder", "--size", "64"]
     return {

@@ -15,6 +15,7 @@ from PIL import Image
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
+from fewstep.formats import read_array
 from fewstep.types import UserError
 from fewstep.workers import pool
 
@@ -59,7 +60,7 @@ def render_all(
                 progress(row + 1, len(jobs))
             out.flush()
         write(index, json.dumps(wanted).encode())
-    return Renderings(concepts, pairs, np.load(store, mmap_mode="r"))
+    return Renderings(concepts, pairs, read_array(store))
 
 
 def load(folder: Path, size: int) -> Renderings:
@@ -73,7 +74,7 @@ def load(folder: Path, size: int) -> Renderings:
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
     read = read_json(index)
     concepts = [_concept(entry) for entry in read["concepts"]]
-    return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
+    return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], read_array(store))
 
 
 def _concept(entry: dict[str, Any]) -> Concept:
