@@ -89,7 +89,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
-    """The array of a ``.npy`` file, read from the disk as it is used. Objects, which are pickles, are not read.
+    """The array of a ``.npy`` file, read from the disk as it is used. Objects are refused: they are pickles.
 
     Raises:
         UserError: it is missing, or no array of numbers.
