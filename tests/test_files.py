@@ -180,6 +180,15 @@ def test_a_folder_that_is_held_is_swept_and_nothing_of_the_hold_stays(tmp_path: 
     assert names(folder) == ["checkpoints"] and names(folder / "checkpoints") == ["c"]
 
 
+def test_what_others_call_a_part_stays(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    for name in (".film.mp4.part", "a.0123abcd.part", ".part", ".a.part.tar"):
+        (tmp_path / "home" / name).touch()
+    with files.held(tmp_path, "filled"):
+        pass
+    assert len(names(tmp_path / "home")) == 4
+
+
 def test_those_who_share_a_folder_hold_their_parts(tmp_path: Path) -> None:
     with files.held(tmp_path, "filled", ".rank-0.lock"), files.held(tmp_path, "filled", ".rank-1.lock"):
         with pytest.raises(UserError, match="being filled"), files.held(tmp_path, "filled", ".rank-0.lock"):
