@@ -21,7 +21,7 @@ from fewstep.types import UserError
 
 LOCK = ".lock"
 """The lock of a folder, and of a part."""
-_PART = re.compile(r"\.(.+\.)?[0-9a-f-]+\.part(\.tar)?")
+_PART = re.compile(r"\.(.+\.)?[0-9a-f-]{8,}\.part(\.tar)?")
 """The name of a part, whatever its target. Other programs call what is unfinished ``.part``, too."""
 _DEPTH = 3
 """How many folders below one that is held are looked through: someone may give a home folder."""
