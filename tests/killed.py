@@ -50,7 +50,6 @@ class Command:
     earlier: list[str] = field(default_factory=list)
     units: Callable[[str], str] = lambda path: path
     ignored: str = r"$^"
-    option: str = "-o"
 
 
 class Failure(Exception):
@@ -63,7 +62,9 @@ def commands(inputs: Path) -> dict[str, Command]:
     pictures, others = str(inputs / "pictures"), str(inputs / "others" / "pictures")
     run = r"tensorboard/.*"
     learn = ["--teacher", teacher, "--synthetic", walks, "--batch", "2", "--device", "cpu", "--threads", "1"]
-    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "24"]
+    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "240"]
+    sample += ["--steps", "4"]
+    data = ["data", "folder", "--size", "64"]
     return {
         "export": Command(
             ["export", "pocket", "--to", "openvino", "--compute", "bfloat16"],
@@ -75,7 +76,7 @@ def commands(inputs: Path) -> dict[str, Command]:
             ["quantize", teacher, "--prompts", "0", "--rounds", "1", "--bits", "8", "--name", "earlier"],
             units=lambda path: path.split("/")[0],
         ),
-        "data": Command(["data", "folder", pictures, "--size", "64"], ["data", "folder", others, "--size", "64"]),
+        "data": Command([*data, pictures], [*data, others]),
         "train": Command(
             ["train", "scene-detector", "--data", str(inputs / "stickers"), "--steps", "6", "--batch", "2"],
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
@@ -86,7 +87,7 @@ def commands(inputs: Path) -> dict[str, Command]:
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
             ignored=run,
         ),
-        "synthesize": Command([*sample, "--steps", "4", "--student-steps", "2", "--per-shard", "2", "--pictures"]),
+        "synthesize": Command([*sample, "--student-steps", "2", "--per-shard", "2", "--pictures"]),
     }  # fmt: skip
 
 
@@ -209,58 +210,74 @@ def check_killed(name: str, command: Command, there: State, old: State, new: Sta
             raise Failure(f"{name}: {unit} is neither what it was nor what it shall be")
 
 
-def trial(name: str, command: Command, place: Path, fresh: bool, moments: list[float], with_old: bool) -> str:
-    """Undisturbed once, then killed at each of ``moments`` (shares of that time) and run again.
+class Trial:
+    """A command, undisturbed at first, then killed at some moments.
 
-    Raises:
-        Failure: something is not as it must be.
+    Args:
+        name: of the command.
+        command: to try.
+        place: a folder of its own.
+        fresh: whether each process is a new Python.
+        with_old: whether an earlier result lies where it writes.
     """
-    out, log, old = place / "out", place.parent / f"{place.name}.log", {}
-    place.mkdir()
 
-    def words(of: list[str]) -> list[str]:
-        return [*of, "-o", str(out)]
-
-    def carry_out(of: list[str]) -> None:
-        if run(words(of), log, fresh) != 0:
-            raise Failure(f"{name} failed: {log.read_text()[-2000:]}")
-
-    def begin() -> None:
-        shutil.rmtree(place)
+    def __init__(self, name: str, command: Command, place: Path, fresh: bool, with_old: bool) -> None:
+        self.name, self.command, self.fresh = name + with_old * " over an earlier result", command, fresh
+        self.before, self.room = place / "before", place / "room"
+        self.out, self.log = self.room / "out", place / "log"
         place.mkdir()
+        self.before.mkdir()
+        self.old: State = {}
+        self._begin()
         if with_old:
-            shutil.copytree(place.parent / f"{place.name}.old", out)
+            self._carry_out(command.earlier)
+            self.old = state(self.out, command.ignored)
+            shutil.copytree(self.out, self.before / "out")
+        self._begin()
+        since = time.monotonic()
+        self._carry_out(command.words)
+        self.seconds = time.monotonic() - since
+        self.new = state(self.out, command.ignored)
+        if left := leftovers(self.out):
+            raise Failure(f"{self.name}: an undisturbed run left {left}")
 
-    if with_old:
-        carry_out(command.earlier)
-        old = state(out, command.ignored)
-        shutil.copytree(out, place.parent / f"{place.name}.old")
-    begin()
-    since = time.monotonic()
-    carry_out(command.words)
-    seconds = time.monotonic() - since
-    new = state(out, command.ignored)
-    if left := leftovers(out):
-        raise Failure(f"{name}: an undisturbed run left {left}")
-    hit = found = 0
-    for moment in moments:
-        begin()
-        hit += run(words(command.words), log, fresh, moment * seconds) == -signal.SIGKILL
-        found += bool(leftovers(out))
-        check_killed(name, command, state(out, command.ignored), old, new)
-        carry_out(command.words)
-        if (there := state(out, command.ignored)) != new:
-            odd = sorted(path for path in there.keys() | new.keys() if there.get(path) != new.get(path))
-            raise Failure(
-                f"{name}, killed at {moment * seconds:.2f} s: {odd} differ from an undisturbed run's"
-            )
-        if left := leftovers(out):
-            raise Failure(f"{name}, killed at {moment * seconds:.2f} s and run again: {left} are left")
-    what = " over an earlier result" if with_old else ""
-    return (
-        f"{name}{what}: {len(moments)} moments in {seconds:.1f} s, {hit} killed it, {found} left something "
-        "unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
-    )
+    def killed(self, moments: list[float]) -> str:
+        """Kill it at each of ``moments``, shares of its time, and run it again; what happened, in a line.
+
+        Raises:
+            Failure: something is not as it must be.
+        """
+        hit = found = 0
+        for moment in moments:
+            self._begin()
+            after = moment * self.seconds
+            status = run([*self.command.words, "-o", str(self.out)], self.log, self.fresh, after)
+            hit += status == -signal.SIGKILL
+            found += bool(leftovers(self.out))
+            there = state(self.out, self.command.ignored)
+            check_killed(self.name, self.command, there, self.old, self.new)
+            self._carry_out(self.command.words)
+            self._check_rerun(f"{self.name}, killed at {after:.2f} s and run again")
+        return (
+            f"{self.name}: {len(moments)} moments in {self.seconds:.1f} s, {hit} killed it, {found} left "
+            "something unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
+        )
+
+    def _check_rerun(self, what: str) -> None:
+        there = state(self.out, self.command.ignored)
+        odd = sorted(path for path in there.keys() | self.new.keys() if there.get(path) != self.new.get(path))
+        if odd:
+            raise Failure(f"{what}: {odd} differ from an undisturbed run's")
+        if left := leftovers(self.out):
+            raise Failure(f"{what}: {left} are left")
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.room, ignore_errors=True)
+        shutil.copytree(self.before, self.room)
+
+    def _carry_out(self, words: list[str]) -> None:
+        if run([*words, "-o", str(self.out)], self.log, self.fresh) != 0:
+            raise Failure(f"{self.name} failed: {self.log.read_text()[-2000:]}")
 
 
 def main() -> None:
@@ -284,7 +301,7 @@ def main() -> None:
             for with_old, number in parts:
                 moments = [rng.random() for _ in range(number)]
                 place = Path(folder) / f"{name}-{with_old}"
-                print(trial(name, command, place, given.fresh, moments, with_old), flush=True)
+                print(Trial(name, command, place, given.fresh, with_old).killed(moments), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL import Image
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
+from fewstep.formats import read_array
 from fewstep.picture import decode
 from fewstep.types import UserError
 from fewstep.workers import pool
@@ -59,7 +60,7 @@ def render_all(
                 progress(row + 1, len(jobs))
             out.flush()
         write(index, json.dumps(wanted).encode())
-    return Renderings(concepts, pairs, np.load(store, mmap_mode="r"))
+    return Renderings(concepts, pairs, read_array(store))
 
 
 def load(folder: Path, size: int) -> Renderings:
@@ -72,12 +73,7 @@ def load(folder: Path, size: int) -> Renderings:
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
     read = read_json(index, _Index)
-    try:
-        pictures = np.load(store, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{store} is broken ({error}); delete it and run fewstep data stickers again"
-        ) from error
+    pictures = read_array(store)
     shape = (len(read.pairs), size, size, 4)
     if pictures.dtype != np.uint8 or pictures.shape != shape:
         raise UserError(f"{store} is not of {index.name}; delete both and run fewstep data stickers again")
