@@ -74,6 +74,14 @@ def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
 
 
 @contextmanager
+def cuts_known() -> Generator[None]:
+    """Within the block cut prompts are not named: a run's own samples, or captions that were named before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptWarning)
+        yield
+
+
+@contextmanager
 def cuts_counted(total: int, what: str) -> Generator[None]:
     """Within the block prompts that are cut are counted, and one warning after it says how many.
 

@@ -228,11 +228,12 @@ def contact_sheet(
     import torch
 
     from fewstep import guide, sample, times
+    from fewstep.families.common import cuts_known
     from fewstep.families.sd3 import NetVelocity
 
     noise = family.lift(sample.noises(range(len(prompts)), family.latent))
     velocity: Any = NetVelocity(net)
-    with torch.no_grad():
+    with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = guide.Guided(velocity, encoded(family, [""], False), guidance)
         walked = sample.walk(

@@ -266,7 +266,7 @@ class Lesson:
 
         family = self.teacher
         with torch.no_grad():
-            with common.at_hand(family):
+            with common.at_hand(family), common.cuts_known():
                 cond = family.text(prompts)
             if self.setting.drop_t5 > 0:
                 cond = self.made.without_t5(cond)
