@@ -16,7 +16,7 @@ MOST_BYTES = 2**26
 """Of a JSON file: tokenizers, the largest that are read here, have some 2**25."""
 
 
-def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTES) -> T:
+def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTES, python: bool = False) -> T:
     """Read a JSON file into ``kind``.
 
     Args:
@@ -24,30 +24,58 @@ def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTE
         kind: a dataclass, or any other type that msgspec knows. Fields that a dataclass lacks are passed
             over.
         most: bytes that the file may have.
+        python: see :func:`parse`.
 
     Raises:
         UserError: the file is missing, no regular file, too large, not JSON, nested too deeply, or of another
             shape. The line names the file and the field.
     """
-    return parse(read_bytes(path, most), kind, str(path))
+    return parse(read_bytes(path, most), kind, str(path), python)
 
 
-def parse(data: bytes | str, kind: type[T] | Any = dict[str, Any], where: str = "") -> T:
+def read_lines(path: Path, kind: type[T] | Any = dict[str, Any]) -> list[T]:
+    """Read a file of one JSON value a line, as Python's ``json`` writes them, into ``kind``.
+
+    Raises:
+        UserError: see :func:`read`. The line names file, number of the line, and field.
+    """
+    lines = read_bytes(path).splitlines()
+    return [parse(line, kind, f"{path}, line {number},", True) for number, line in enumerate(lines, 1)]
+
+
+def parse(
+    data: bytes | str, kind: type[T] | Any = dict[str, Any], where: str = "", python: bool = False
+) -> T:
     """JSON text as ``kind``.
 
     Args:
         data: UTF-8.
         kind: see :func:`read`.
         where: what it is called in errors.
+        python: take what Python's ``json`` writes and JSON does not have: NaN, Infinity, and the halves of
+            surrogate pairs that stand for the bytes of a path which are no UTF-8.
 
     Raises:
         UserError: see :func:`read`.
     """
+    if python:
+        return convert(_loads(data, where), kind, where)
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is damaged or no such file: {_field(error)}") from None
     except (msgspec.DecodeError, UnicodeError) as error:
+        raise UserError(f"{where} is damaged (not JSON: {_lower(str(error))})") from None
+    except RecursionError:
+        raise UserError(f"{where} is damaged (nested too deeply)") from None
+
+
+def _loads(data: bytes | str, where: str) -> Any:
+    import json  # what draws an image reads nothing that needs it
+
+    try:
+        return json.loads(data)
+    except ValueError as error:
         raise UserError(f"{where} is damaged (not JSON: {_lower(str(error))})") from None
     except RecursionError:
         raise UserError(f"{where} is damaged (nested too deeply)") from None
