@@ -238,10 +238,10 @@ def read(folder: str | Path) -> Bundle:
     latent = facts.latent
     size = (latent.channels, latent.height, latent.width)
     if prod(size) > MOST_LATENTS or latent.height * latent.width * latent.downscale**2 > MOST_PIXELS:
+        width, height = latent.width * latent.downscale, latent.height * latent.downscale
         raise UserError(
-            f"{where} is for images of {latent.width * latent.downscale} x {latent.height * latent.downscale} "
-            f"pixels in {latent.channels} channels: at most {MOST_PIXELS} pixels and {MOST_LATENTS} latents "
-            "are drawn"
+            f"{where} is for images of {width} x {height} pixels, whose latents have {latent.channels} "
+            f"channels: at most {MOST_PIXELS} pixels and {MOST_LATENTS} latents are drawn"
         )
     bundle = Bundle(
         folder=folder,
