@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from fewstep.runtime.tokenizer_file import check, guarded
 from fewstep.types import UserError
 
 _TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
@@ -34,10 +35,9 @@ class Tokens:
     def __init__(self, path: Path, length: int, warns: bool = True) -> None:
         self.length = length
         self.warns = warns
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} cannot be loaded as a tokenizer: {error}") from None
+        self._where = str(path)
+        text = check(path).decode()
+        self._tokenizer: Tokenizer = guarded(Tokenizer.from_str, text, where=self._where)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token numbers, int64 ``[B, L]``. What is left out is said in a :class:`PromptWarning`.
@@ -45,7 +45,8 @@ class Tokens:
         Raises:
             UserError: nothing of a prompt can be read.
         """
-        rows = [self._tokenizer.encode(spell(prompt)) for prompt in prompts]
+        encode = self._tokenizer.encode
+        rows = [guarded(encode, spell(prompt), where=self._where) for prompt in prompts]
         for row in rows:
             if row.overflowing and self.warns:
                 kept, *cut = [part.special_tokens_mask.count(0) for part in (row, *row.overflowing)]
