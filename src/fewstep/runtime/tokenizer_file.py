@@ -109,8 +109,7 @@ def check(path: Path) -> bytes:
     """The file, once it is known that the library can take it.
 
     Raises:
-        UserError: it cannot be read, has another shape, or asks for more than drawing needs: see the limits of
-            this module.
+        UserError: it cannot be read, has another shape, or is beyond the limits of this module.
     """
     data = formats.read_bytes(path)
     where = str(path)

@@ -6,18 +6,18 @@ twice where they are cast. Here a tensor is in memory once, and no other beside 
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from fewstep.families.folder import first_line, read_json
+from fewstep import formats
+from fewstep.families.header import read_header
 from fewstep.types import UserError
 
 KINDS: dict[str, tuple[Any, torch.dtype]] = {
@@ -25,6 +25,13 @@ KINDS: dict[str, tuple[Any, torch.dtype]] = {
     "F16": (np.float16, torch.float16),
     "BF16": (np.int16, torch.bfloat16),  # numpy has none: its bits
 }
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The shape of an index of several files: tensor -> file."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -101,34 +108,27 @@ def header(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: it is none, or holds other numbers than floats of 16 or 32 bits.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is cut off")
-            told: dict[str, Any] = json.loads(file.read(length))
-        return {
-            name: Entry(
-                path, 8 + length + fact["data_offsets"][0], _known(fact["dtype"]), tuple(fact["shape"])
-            )
-            for name, fact in told.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from None
+    head = read_header(path)
+    return {
+        name: Entry(path, head.start + fact.data_offsets[0], _known(path, fact.dtype), fact.shape)
+        for name, fact in head.tensors.items()
+    }
 
 
-def _known(kind: str) -> str:
+def _known(path: Path, kind: str) -> str:
     if kind not in KINDS:
-        raise ValueError(f"numbers of kind {kind}")
+        raise UserError(f"{path} is not a .safetensors file that can be read: numbers of kind {kind}")
     return kind
 
 
 def _files(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if index.name.count(".") == 3:  # no variant: "model.fp16.safetensors.index.json"
-            names = set(read_json(index).get("weight_map", {}).values())
-            return [folder / str(name) for name in sorted(names)]
+            names = sorted(set(formats.read(index, _Index).weight_map.values()))
+            for name in names:
+                if Path(name).name != name:
+                    raise UserError(f"{index} names a file outside its folder: {name[:80]!r}")
+            return [folder / name for name in names]
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
         if (folder / name).is_file():
             return [folder / name]
