@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,7 +106,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise UserError(f"{path} is no file")
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, most) + 1)  # as much memory is taken as is asked for
+            if size < len(data) <= most:  # it has grown, or the system does not tell the size
+                data += file.read(most + 1 - len(data))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # a zero byte in the name

@@ -38,6 +38,14 @@ class Renderings:
         return int(self.pictures.shape[1])
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The shape of ``renderings-SIZE.json``."""
+
+    concepts: list[Concept]
+    pairs: list[tuple[int, str]]
+
+
 def render_all(
     packages: dict[str, Path],
     concepts: list[Concept],
@@ -59,7 +67,7 @@ def render_all(
                 progress(row + 1, len(jobs))
             out.flush()
         write(index, json.dumps(wanted).encode())
-    return Renderings(concepts, pairs, np.load(store, mmap_mode="r"))
+    return _opened(concepts, pairs, store, size)
 
 
 def load(folder: Path, size: int) -> Renderings:
@@ -71,14 +79,26 @@ def load(folder: Path, size: int) -> Renderings:
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
-    read = read_json(index)
-    concepts = [_concept(entry) for entry in read["concepts"]]
-    return Renderings(concepts, [(int(i), s) for i, s in read["pairs"]], np.load(store, mmap_mode="r"))
+    read: _Index = read_json(index, _Index)
+    return _opened(read.concepts, read.pairs, store, size)
 
 
-def _concept(entry: dict[str, Any]) -> Concept:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return Concept(**fields)
+def _opened(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, size: int) -> Renderings:
+    """The renderings in ``store``.
+
+    Raises:
+        UserError: it holds other arrays, or pairs of what is no concept.
+    """
+    again = "delete it and run fewstep data stickers again"
+    try:
+        images: Any = np.load(store, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{store} is broken ({error}); {again}") from error
+    if images.shape != (len(pairs), size, size, 4) or images.dtype != np.uint8:
+        raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {again}")
+    if any(not 0 <= place < len(concepts) or style not in STYLES for place, style in pairs):
+        raise UserError(f"{store.with_suffix('.json')} names pairs of unknown concepts; {again}")
+    return Renderings(concepts, pairs, images)
 
 
 def _jobs(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fewstep import formats
 from fewstep.data.compose import Composer, Sample
 from fewstep.files import replacing_file
 from fewstep.files import write as write_file
@@ -148,7 +149,7 @@ def _example(raw: dict[str, Any], shard: Path) -> Example:
     if picture is None or "txt" not in raw:
         missing = "picture" if picture is None else "caption (.txt)"
         raise UserError(f"{shard}: {key} has no {missing}")
-    truth = json.loads(raw["json"]) if "json" in raw else {}
+    truth: dict[str, Any] = formats.parse(raw["json"], where=f"{shard}: {key}.json") if "json" in raw else {}
     return Example(key, open_picture(picture, f"{shard}: {key}"), raw["txt"].decode().strip(), truth)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.types import UserError
 
 
@@ -128,11 +128,16 @@ def _integrity(archive: Path) -> str:
     return "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """A JSON file of a package or of ours (:func:`fewstep.formats.read`).
+
+    Raises:
+        UserError: it cannot be read, or has another shape.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); delete it and run again") from error
+        return formats.read(path, kind)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run again") from None
 
 
 def licence_table() -> str:

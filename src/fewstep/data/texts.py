@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from fewstep import formats
 from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
 from fewstep.types import UserError
 
+MOST_BYTES = 2**20
+"""Of a caption or of the facts of a sample."""
 HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
 """Style -> letters that each of its wordings holds, in lower case."""
 
@@ -61,11 +63,41 @@ def captions(
 def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
     """Concepts always; styles and grounds only where the caption says them (else nobody could know)."""
     said = truth["prompt"].lower()
-    found = {place[o["concept"]] for o in truth["objects"]}
-    found |= {place[f"style {o['style']}"] for o in truth["objects"] if HINTS[o["style"]] in said}
-    grounds = truth["ground"].removesuffix(" gradient").split(" to ")
+    objects, ground = truth["objects"], truth.get("ground")
+    if ground is None:
+        raise UserError("the shards say what is there, but not on which ground: make them again")
+    for each in objects:
+        if each["concept"] not in place or each["style"] not in HINTS:
+            what = f"{each['concept'][:40]!r} of style {each['style'][:40]!r}"
+            raise UserError(f"the shards show {what}, of which there is no rendering: make them again")
+    found = {place[o["concept"]] for o in objects}
+    found |= {place[f"style {o['style']}"] for o in objects if HINTS[o["style"]] in said}
+    grounds = ground.removesuffix(" gradient").split(" to ")
     found |= {place[f"ground {g}"] for g in grounds if g in COLOURS and g in said}
     return sorted(found)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A thing in an image, and what it looks like."""
+
+    concept: str
+    style: str
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The shape of what we read of a sample's ``.json``; the shards of others have other facts."""
+
+    prompt: str | None = None
+    objects: list[_Object] | None = None
+    ground: str | None = None
+
+
+def _facts(data: str, where: str) -> dict[str, Any]:
+    told: dict[str, Any] = formats.parse(data, where=where)
+    formats.convert(told, _Truth, where)
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -86,11 +118,12 @@ def _truths(shard: Path) -> list[dict[str, Any]]:
             for entry in tar:
                 stem, _, ending = entry.name.rpartition(".")
                 if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
+                    if entry.size > MOST_BYTES:
+                        raise ValueError(f"{entry.name} has {entry.size} bytes")
                     data = file.read().decode()
-                    out.setdefault(stem, {}).update(
-                        json.loads(data) if ending == "json" else {"prompt": data.strip()}
-                    )
-    except (tarfile.TarError, OSError, EOFError, ValueError, TypeError) as error:
+                    told = _facts(data, entry.name) if ending == "json" else {"prompt": data.strip()}
+                    out.setdefault(stem, {}).update(told)
+    except (tarfile.TarError, OSError, EOFError, ValueError, UserError) as error:
         raise UserError(f"{shard}: cut short or no tar of captions ({error}); write it again") from error
     if not out:
         raise UserError(f"{shard}: no captions (.txt) in it; write it again")

@@ -100,6 +100,17 @@ def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
     return str(kind), index
 
 
+def has_part(folder: Path, part: str) -> bool:
+    """Whether ``model_index.json`` names a class for a part.
+
+    Raises:
+        UserError: not a diffusers folder.
+    """
+    _, index = read_pipeline(folder)
+    entry = index.get(part)
+    return isinstance(entry, list) and all(entry) and len(entry) == 2
+
+
 def plain(pipeline: str) -> str:
     """The class of a family's plain pipeline, from how its classes are named."""
     return f"{pipeline.removesuffix('Pipeline')}Pipeline"
@@ -237,8 +248,10 @@ def write_folder(
         with replacing_folder(target) as fresh:
             kind(**parts).save_pretrained(fresh)
             write_facts(facts, fresh)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {first_line(error)}") from error
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UserError(f"cannot write {target}: {first_line(error)}") from error
+        raise
 
 
 def write_facts(facts: Mapping[str, Any], folder: Path) -> None:

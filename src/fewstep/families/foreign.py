@@ -1,7 +1,8 @@
 """What a stranger's diffusers folder says, checked before diffusers and transformers act on it (floor 2).
 
 Both believe a configuration: they make as many layers and as long tables as it says, and fail far from the
-file where a value has another type. Here each configuration that we read has a shape, and numbers have limits.
+file where a value has another type. Here each configuration that we read has a shape, and numbers have
+limits.
 """
 
 from __future__ import annotations
@@ -222,6 +223,16 @@ def check_config(config: Mapping[str, Any], name: str | None, where: str) -> Non
         formats.convert(config, _Scheduler, where)
     elif name in KNOWN:
         formats.convert(config, KNOWN[name][1], where)
+
+
+def longest_prompt(folder: Path) -> float:
+    """Tokens of a prompt that a tokenizer's folder says it is made for; some say a number without an end.
+
+    Raises:
+        UserError: its configuration has another shape.
+    """
+    path = folder / "tokenizer_config.json"
+    return formats.read(path, _Tokenizer).model_max_length if path.is_file() else _Tokenizer.model_max_length
 
 
 def check_tokenizer(folder: Path) -> None:

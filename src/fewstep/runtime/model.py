@@ -99,8 +99,10 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     """
     threads = threads or cores()
     stems = ("transformer", "text", "modulation", "decoder")  # the net first, for it takes longest
-    net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
-    bundle.verify()
+    try:
+        net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
+    finally:
+        bundle.verify()  # a file that is damaged is called so, whatever else its graph was found to be
     tokens, t5 = Tokens(bundle.path("tokenizer.json"), bundle.length), None
     if bundle.t5_length:
         t5_tokens = Tokens(bundle.path(T5_TOKENIZER), bundle.t5_length, warns=False)

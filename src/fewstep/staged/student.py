@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
+from fewstep.families.folder import FACTS, checked_facts, has_part, read_facts, read_json
 from fewstep.nets.roles import FILE, PREFIX
 from fewstep.staged.outline import Outline, checked
 from fewstep.staged.weights import Weights, header
@@ -117,9 +117,8 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
     facts = read_facts(folder)
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
-    _, index = read_pipeline(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    clips_alone = base.kind == "sd3" and not any(index.get("text_encoder_3") or [None])
+    clips_alone = base.kind == "sd3" and not has_part(folder, "text_encoder_3")
     return {
         "name": str(facts.get("name") or folder.name),
         "steps": facts["steps"],

@@ -14,9 +14,11 @@ import sys
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.train import legacy
 from fewstep.train.parallel import by_first, world
 from fewstep.types import UserError
@@ -26,6 +28,21 @@ LIST = "whole.json"
 """In a checkpoint: its step, and its files with their sizes."""
 
 KEPT = 2
+
+
+@dataclass(frozen=True)
+class _List:
+    """The shape of :data:`LIST`."""
+
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """What ``run.json`` says of whose run a folder holds."""
+
+    recipe: str | None = None
+    made_of: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
@@ -118,15 +135,15 @@ def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
         UserError: it does, or does not tell what it holds.
     """
     note = folder / "run.json"
+    if not note.exists():
+        return
     try:
-        there = json.loads(note.read_text()) if note.exists() else about
-        if not isinstance(there, dict):
-            raise ValueError(note)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{note} is damaged; move it away, or choose another folder with --out") from error
-    if there.get("recipe") != about.get("recipe"):
-        raise UserError(f"{folder} holds a run of {there.get('recipe')}; choose another folder with --out")
-    mine, theirs = about.get("made_of", {}), there.get("made_of", {})
+        there = formats.read(note, _Owner, python=True)
+    except UserError as error:
+        raise UserError(f"{error}; move it away, or choose another folder with --out") from None
+    if there.recipe != about.get("recipe"):
+        raise UserError(f"{folder} holds a run of {there.recipe}; choose another folder with --out")
+    mine, theirs = about.get("made_of", {}), there.made_of
     if others := [part for part in theirs if mine.get(part) != theirs[part]]:
         raise UserError(f"{folder} holds a run with another {others[0]}; choose another folder with --out")
 
@@ -200,12 +217,16 @@ def _expect(held: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, as far as their sizes tell."""
+    if not (path / LIST).exists():
+        return f"{LIST} is missing"
     try:
-        files = json.loads((path / LIST).read_text())["files"]
+        files = formats.read(path / LIST, _List).files
+        if any(Path(name).name != name for name in files):
+            return f"{LIST} is damaged"
         short = [name for name, size in files.items() if (path / name).stat().st_size != size]
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, UserError, ValueError):
         return f"{LIST} is damaged"
     return f"{short[0]} is cut short" if short else None
 
