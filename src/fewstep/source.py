@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fewstep.request import whole
+from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
-    threads = None if threads is None else whole("threads", threads, 1, 1024)
+    threads = None if threads is None else counted_threads(threads, 1)
     name = DEFAULT if source is None else str(source)
     family, plain = split(name)
     place = locate(plain)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.request import threads as counted_threads
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -71,6 +72,7 @@ def bench(
         return
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
+    counted_threads(threads)
     _check(models, against)
     if whole:
         if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:

@@ -27,6 +27,7 @@ from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
 from fewstep.recipes.table import document, read_results
 from fewstep.recipes.variance import NOTE
+from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
 Task = Callable[[], None]
@@ -90,6 +91,7 @@ def ablate(
         device: auto, cpu or cuda.
     """
     at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
+    counted_threads(threads)
     chosen = _chosen(rows)
     plan = plans.read(synthetic)
     measurable(data, detector, prompts, scenes)
