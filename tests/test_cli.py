@@ -114,7 +114,9 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         (["a", "--style", "noir"], "the styles of this model: 3D, flat"),
         (["a", "--backend", "torch"], "runs on onnx"),
         (["a", "--backend", "tpu"], "Choose from"),
-        (["a", "-o", "x.jpg"], "written as PNG"),
+        (["a", "-o", "x.bmp"], "images are written as .png, .jpg, .jpeg or .webp, not as 'x.bmp'"),
+        (["a", "-o", "-", "-n", "2"], "standard output takes one image"),
+        (["a", "-o", "-", "--json"], "standard output takes one image"),
         (["a", "-o", "{word}.png"], "cannot read the pattern"),
         (["a", "--prompts", "nowhere.txt"], "cannot read the prompts in nowhere.txt"),
         (["--from", "nowhere.png"], "there is no picture nowhere.png"),
@@ -380,7 +382,166 @@ def test_grid_is_one_sheet(at: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert cli.run(["show", "--json", "sheet.png"]) == 0
     assert [record["seed"] for record in json.loads(capsys.readouterr().out)["sheet"]] == [5, 6, 7, 5, 6, 7]
-    assert inside("--from", "sheet.png") == 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["a cat", "a dog", "-n", "3", "--seed", "5"],
+        ["a cat", "a cat", "--seed", "5"],
+        ["a cat", "--seed", "5"],
+        ["a cat", "-n", "11", "--seed", "5", "--steps", "2", "--style", "flat"],
+        ["a cat", "-n", "2", "--image", "start.png", "--strength", "0.5"],
+    ],
+    ids=["prompts and seeds", "a prompt twice", "one", "two batches", "from an image"],
+)
+def test_a_sheet_is_made_again(at: Path, asked: list[str], suffix: str) -> None:
+    inside("a start", "-o", "start.png")
+    assert inside(*asked, "--grid", "-o", f"sheet.{suffix}") == 0
+    assert cli.run(["generate", "--from", f"sheet.{suffix}", "--grid", "-o", f"again.{suffix}"]) == 0
+    assert (at / f"again.{suffix}").read_bytes() == (at / f"sheet.{suffix}").read_bytes()
+
+
+def test_the_images_of_a_sheet_are_made_again_one_by_one(at: Path, capsys: Capture) -> None:
+    inside("a cat", "a dog", "-n", "5", "--seed", "5", "--grid", "-o", "sheet.png")
+    capsys.readouterr()
+    assert cli.run(["generate", "--from", "sheet.png", "-o", "{index}.png"]) == 0
+    assert capsys.readouterr().out.split() == [f"{index}.png" for index in range(1, 11)]
+    sheet = pixels(at / "sheet.png")
+    for index in range(10):
+        row, column = divmod(index, 4)
+        top, left = 4 + 36 * row, 4 + 36 * column
+        assert (sheet[top : top + 32, left : left + 32] == pixels(at / f"{index + 1}.png")).all()
+
+
+def test_options_change_what_they_name_of_a_sheet(at: Path) -> None:
+    inside("a cat", "a dog", "-n", "2", "--seed", "5", "--grid", "-o", "sheet.png")
+    for change, same in {
+        ("--seed", "9"): ["a cat", "a dog", "-n", "2", "--seed", "9"],
+        ("-n", "1"): ["a cat", "a dog", "--seed", "5"],
+        ("a fish",): ["a fish", "-n", "2", "--seed", "5"],
+        ("--steps", "2"): ["a cat", "a dog", "-n", "2", "--seed", "5", "--steps", "2"],
+    }.items():
+        assert inside("--from", "sheet.png", *change, "--grid", "-o", "changed.png") == 0
+        assert inside(*same, "--grid", "-o", "expected.png") == 0
+        assert (pixels(at / "changed.png") == pixels(at / "expected.png")).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{}, {"seed": 9}], "not made by one call"),
+        ([{}, {"steps": 2}], "not made by one call"),
+        ([{}, {"model": "other"}], "not made by one call"),
+        ([{"batch": 10**9}], "batch must be"),
+        ([{"batch": 10**30}], "batch must be"),
+        ([{"seed": -1}], "seed must be"),
+        ([{"steps": 10**30}], "steps must be"),
+        ([{"model": "\x1b]0;title\x07\x1b[31mred/../x"}], "say so with --model"),
+        ([{"prompt": "\x1b\x07"}], "prompt is empty"),
+        ([], "lists no image"),
+        ([{"size": [10**30] * 3}], "size"),
+    ],
+)
+def test_a_stranger_s_sheet_is_one_line(
+    at: Path, capsys: Capture, changes: list[dict[str, Any]], message: str
+) -> None:
+    inside("a cat", "--seed", "5", "-o", "cat.png")
+    image = open_image("cat.png")
+    facts = json.loads(image.info["fewstep"])
+    fewstep.save(image, "x.png")
+    image.info["fewstep"] = json.dumps({"sheet": [{**facts, **change} for change in changes]})
+    fewstep.save(image, "sheet.webp")
+    capsys.readouterr()
+    assert cli.run(["generate", "--from", "sheet.webp", "-o", "out/"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fewstep: ") and err.count("\n") == 1 and message in err
+    assert "\x1b" not in err and not (at / "out").exists()
+
+
+def test_show_of_a_sheet(at: Path, capsys: Capture) -> None:
+    inside("a cat", "a dog", "-n", "2", "--seed", "5", "--grid", "-o", "sheet.jpg")
+    capsys.readouterr()
+    assert cli.run(["show", "sheet.jpg"]) == 0
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert [block.splitlines()[:2] for block in blocks] == [
+        ["image 1 of 4", "a cat"], ["image 2 of 4", "a cat"], ["image 3 of 4", "a dog"],
+        ["image 4 of 4", "a dog"],
+    ]  # fmt: skip
+    assert [int(block.partition("Seed: ")[2].partition(",")[0]) for block in blocks] == [5, 6, 5, 6]
+
+
+def test_a_sheet_that_is_too_large_is_refused_before_it_is_drawn(
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.picture.SHEET_PIXELS", 75 * 75)
+    monkeypatch.setattr("fewstep.generate.draw", lambda *_: pytest.fail("drawn"))
+    assert inside("a", "-n", "5", "--grid", "-o", "x.jpg") == 2
+    assert "a sheet of 112 x 76 pixels is too large for .jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "webp"])
+def test_other_formats_keep_the_record(at: Path, capsys: Capture, suffix: str) -> None:
+    assert inside("a cat: red, big", "--seed", "7", "-n", "2", "-o", f"x.{suffix}") == 0
+    assert cli.run(["generate", "--from", f"x-2.{suffix}", "-o", f"again.{suffix}"]) == 0
+    assert (at / f"again.{suffix}").read_bytes() == (at / f"x-2.{suffix}").read_bytes()
+    inside("a cat: red, big", "--seed", "7", "-n", "2", "-o", "x.png")
+    shown = []
+    for path in (f"x-2.{suffix}", "x-2.png"):
+        capsys.readouterr()
+        assert cli.run(["show", path]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and shown[0].startswith("a cat: red, big\nSteps: 4")
+
+
+def test_an_image_goes_to_standard_output(at: Path) -> None:
+    done = generate("a cat", "--seed", "7", "-o", "-", text=False)
+    assert (done.returncode, done.stderr) == (0, b"") and not list(at.iterdir())
+    inside("a cat", "--seed", "7", "-o", "x.png")
+    assert done.stdout == (at / "x.png").read_bytes()
+    done = generate("-", "-n", "4", "--seed", "7", "--grid", "-o", "-", text=False, input=b"a cat\n")
+    inside("a cat", "-n", "4", "--seed", "7", "--grid", "-o", "sheet.png")
+    assert done.stdout == (at / "sheet.png").read_bytes()
+
+
+def test_standard_output_that_takes_no_image_is_said(at: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = generate("a", "-o", "-", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert_one_line(done, "cannot write to standard output: No space left on device")
+    command = f"exec {sys.executable} -m fewstep generate --model ../tiny a -o - >&-"
+    done = subprocess.run(["sh", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert_one_line(done, "standard output is closed")
+    command = f"{sys.executable} -m fewstep generate --model ../tiny a -o - | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 2)  # 0 where the pipe took all before its end
+    assert not list(at.iterdir())
+
+
+def on_terminal(*arguments: str) -> tuple[int, bytes, bytes]:
+    """Exit status, and what a terminal shows of standard output and standard error."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=theirs, stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as run:
+        os.close(theirs)
+        assert run.stderr is not None
+        drain(ours, shown := bytearray())
+        return run.wait(), bytes(shown), run.stderr.read()
+
+
+def test_a_terminal_gets_no_image(at: Path) -> None:
+    status, shown, errors = on_terminal("generate", "a", "--model", "../tiny", "-o", "-")
+    assert (status, shown) == (2, b"") and b"a terminal, which shows no image" in errors
+
+
+def test_no_sign_of_a_path_steers_the_terminal_and_a_pipe_gets_it_as_it_is(at: Path) -> None:
+    path = b"\x1b[31m\xe9\n.png"
+    status, shown, errors = on_terminal("generate", "a", "--model", "../tiny", "-o", os.fsdecode(path))
+    assert (status, errors) == (0, b"") and b"\x1b" not in shown and shown.count(b"\n") == 1
+    done = generate("a", "-o", os.fsdecode(path), text=False)
+    assert (done.returncode, done.stdout) == (0, path + b"\n")
+    assert os.listdir(os.fsencode(at)) == [path]
 
 
 def test_prompts_from_standard_input_and_a_file(at: Path) -> None:

@@ -16,8 +16,8 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 FLOORS = {
     0: ("types", "flow"),
-    1: ("times", "sample", "guide", "losses", "files"),
-    2: ("runtime", "nets", "text", "families", "data", "picture", "request"),
+    1: ("times", "sample", "guide", "losses", "files", "formats", "progress", "signals", "workers"),
+    2: ("runtime", "nets", "text", "families", "data", "picture", "request", "metadata"),
     3: ("methods", "deploy", "staged", "pipeline", "source"),
     4: ("train", "evaluate", "bench", "serve", "study", "output"),
     5: ("recipes", "cli", "generate", "show", "__main__", "__init__"),

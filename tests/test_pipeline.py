@@ -224,7 +224,7 @@ def test_foreign_metadata_is_refused(tmp_path: Path, text: str) -> None:
     image = Image.new("RGB", (8, 8))
     image.info["fewstep"] = text
     picture.save(image, tmp_path / "odd.png")
-    with pytest.raises(UserError, match="not a single picture"):
+    with pytest.raises(UserError, match=r"the metadata of .*odd\.png is damaged"):
         picture.read_record(tmp_path / "odd.png")
 
 
@@ -238,10 +238,11 @@ def test_input_pictures_are_cropped_and_laid_on_white() -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.link", full)
     with pytest.raises(UserError, match="No space left"):
         picture.save(Image.new("RGB", (8, 8)), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

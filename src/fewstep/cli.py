@@ -7,6 +7,7 @@ status  meaning
 ======  ==========================================================================
 0       done
 2       bad input or a closed pipe; one line on standard error says what was wrong
+129     SIGHUP: the terminal went away
 130     Ctrl-C
 143     SIGTERM
 ======  ==========================================================================
@@ -18,11 +19,12 @@ import errno
 import gc
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
+
+from fewstep import signals
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -48,23 +50,21 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """The program ``fewstep``: run its arguments, then leave."""
-    signal.signal(signal.SIGTERM, _terminate)  # trainings have handlers of their own
-    if sys.argv[1:2] != ["generate"]:
-        sys.exit(run(sys.argv[1:]))
-    gc.set_threshold(100_000)  # imports allocate much and free little: 15 ms of looking in vain
-    status = run(sys.argv[1:])
+    generating = sys.argv[1:2] == ["generate"]
+    if generating:
+        gc.set_threshold(100_000)  # imports allocate much and free little: 15 ms of looking in vain
+    try:
+        signals.listen()  # trainings have handlers of their own
+        status = run(sys.argv[1:])
+        signals.unlisten()
+    except signals.Stop as stop:  # after the command, or before it
+        status = stop.status
+    if not generating:
+        sys.exit(status)
     with suppress(OSError):
         sys.stderr.flush()
     # Taking onnxruntime and numpy apart at exit would cost 50 ms more; every file is closed by now.
     os._exit(status)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes."""
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -74,9 +74,10 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a sign is told its number
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(list(arguments))
+        status = _stoppable(list(arguments))
     except KeyboardInterrupt as error:
-        status = _end(*(("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)))
+        stop = error if isinstance(error, signals.Stop) else signals.Stop()
+        status = _end(stop.word, stop.status)
     except BrokenPipeError:
         status = 2  # nobody is left to tell
     except SystemExit as error:
@@ -91,6 +92,15 @@ def run(arguments: Sequence[str]) -> int:
         else:
             raise
     return _flush(status)
+
+
+def _stoppable(tokens: list[str]) -> int:
+    """Run ``tokens``. An error after a signal is what some library made of it: the signal is raised again."""
+    try:
+        return _run(tokens)
+    except Exception:
+        signals.check()
+        raise
 
 
 def _flush(status: int) -> int:

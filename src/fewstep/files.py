@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -20,6 +21,8 @@ from fewstep.types import UserError
 
 LOCK = ".lock"
 """The lock of a folder, and of a part."""
+_PART = re.compile(r"\..+\.part(\.\w+)?")
+"""The name of a part, whatever its target."""
 _OLD = ".old"
 """In a part: the folder that held the target before, where the two cannot be exchanged at once."""
 _NAME_BYTES = 200
@@ -69,11 +72,12 @@ def write_new(paths: Iterable[Path], data: bytes | memoryview) -> Path:
 
 @contextmanager
 def replacing_file(target: Path) -> Generator[Path]:
-    """A name that takes the place of ``target`` if the block ends well; else nothing changes.
+    """A name that takes the place of ``target`` if the block ends well; else nothing changes but its folder.
 
     The name is that of ``target``, in a folder of its own. A link stays, and what it points at is replaced.
     """
     target = _pointed_at(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with _part(target) as part:
         fresh = part / target.name
         yield fresh
@@ -110,6 +114,13 @@ def replacing_folder(target: Path) -> Generator[Path]:
             raise
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder: it is whole, or gone with what is in it. Nothing happens where there is none."""
+    if folder.exists():
+        with _part(folder) as part:
+            folder.rename(part / folder.name)
+
+
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove from a folder what killed processes left unfinished there; what living ones write stays.
 
@@ -117,8 +128,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
         folder: where to look; it need not exist.
         name: of a file or folder in it whose leftovers are meant; ``None`` means all.
     """
-    pattern = f".{'*' if name is None else glob.escape(_short(name))}.*.part"
-    for part in list(folder.glob(pattern)):
+    if name is None:
+        parts = [path for path in folder.glob(".*") if _PART.fullmatch(path.name)]
+    else:
+        parts = list(folder.glob(f".{glob.escape(_short(name))}.*.part"))
+    for part in parts:
         with suppress(OSError):
             if not part.is_dir():
                 part.unlink()
@@ -131,32 +145,47 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def held(folder: Path, doing: str) -> Generator[None]:
-    """Hold a folder for this process alone. The lock ends with the process, however that ends.
+def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
+    """Hold a folder for this process alone, and remove what killed processes left unfinished in it.
+
+    The lock ends with the process, however that ends.
 
     Args:
-        folder: made where it does not exist; the lock lies in it.
+        folder: made where it does not exist, and removed at the end if nothing was put into it. What was
+            left is looked for in all folders below it, too.
         doing: what another process is told that is being done there, such as ``trained``.
+        lock: name of the lock in the folder, for processes that share a folder and each have a part of it.
 
     Raises:
         UserError: another process holds it, or the folder cannot be made.
     """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        taken = _lock(folder, lock)
     except OSError as error:
         raise UserError(f"cannot use the folder {folder}: {error.strerror}") from error
-    if lock is None:
+    if taken is None:
         raise UserError(f"{folder} is being {doing} by another process: let it end, or stop it first")
-    with lock:
-        yield
+    with taken:
+        try:
+            for below, _, _ in os.walk(folder):
+                sweep(Path(below))
+            yield
+        finally:
+            # While it is still locked: whoever opened the file before knows it for one without a name.
+            with suppress(OSError):
+                (folder / lock).unlink()
+            with suppress(OSError):  # not empty
+                for path in missing:
+                    path.rmdir()
 
 
-def _lock(folder: Path) -> AbstractContextManager[Any] | None:
+def _lock(folder: Path, name: str = LOCK) -> AbstractContextManager[Any] | None:
     """The lock of a folder, taken; ``None`` where another process has it. Its context gives it back."""
     from filelock import FileLock, Timeout  # 30 ms of which drawing an image has no use
 
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / name)
     try:
         return lock.acquire(blocking=False)
     except Timeout:

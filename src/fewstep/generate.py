@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsons
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
 
 from cyclopts import Parameter, Token
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from fewstep.request import Request
 
     Drawn: TypeAlias = tuple[Image.Image, Record, float]
-    Written: TypeAlias = tuple[Path, Record, float]
+    Written: TypeAlias = tuple[Path | None, Record, float]
 
 BATCH = 8
 PLAIN = Wish()
@@ -57,7 +60,7 @@ def generate(
     *prompts: str,
     prompts_file: Annotated[str | None, Parameter(name="--prompts")] = None,
     steps: MaybeWhole = None,
-    number: Annotated[Whole, Parameter(name=["-n", "--number"])] = 1,
+    number: Annotated[MaybeWhole, Parameter(name=["-n", "--number"])] = None,
     seed: MaybeWhole = None,
     style: str | None = None,
     guidance: float | None = None,
@@ -82,7 +85,7 @@ def generate(
         prompts_file: A text file with one prompt a line.
         steps: Number of steps: 1 to 8, or to 100 for a model with guidance or of many steps.
             [default: the model's own]
-        number: Pictures of each prompt.
+        number: Pictures of each prompt. [default: 1]
         seed: 0 to 4294967295. [default: drawn]
         style: A style word of the model; adds ", STYLE style" to each prompt.
         guidance: Guidance scale, for a model that has guidance.
@@ -92,12 +95,12 @@ def generate(
         model: A shipped model, a folder, or a hub name (org/name); sd3: or flux: in front says its family.
             [default: pocket]
         backend: Insist on onnx, openvino, executorch or torch.
-        output: A .png file (overwritten), a folder, or a pattern with {index} {seed} {prompt} {model}
-            {steps}. Folders and patterns never overwrite: a taken name gets -2, -3, ….
-            [default: PROMPT-SEED.png in the current folder]
+        output: A .png, .jpg or .webp file (overwritten), a folder, a pattern with {index} {seed} {prompt}
+            {model} {steps}, or "-" for standard output. Folders and patterns never overwrite: a taken name
+            gets -2, -3, …. [default: PROMPT-SEED.png in the current folder]
         grid: Write one contact sheet instead of single pictures.
         json: Print one JSON object a picture instead of its path.
-        again: Make this picture again; other options change what they name.
+        again: Make this image, or those of this contact sheet, again; other options change what they name.
         threads: Processor threads. [default: all cores]
         torch: How a PyTorch model shall run.
     """
@@ -107,17 +110,23 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     texts = read_prompts(prompts, prompts_file)
-    record = None
+    record, whole_sheet = None, False
     if again is not None:
-        from fewstep.picture import read_record
+        from fewstep.picture import read_records
 
-        record = read_record(again)
+        records = read_records(again)
+        record, whole_sheet = records[0], len(records) > 1
+        made, each = made_of(records)
+        texts, number = texts or made, each if number is None else number
         torch = as_made(record, torch, model)
         given, texts, model = repeat(record, given, texts, model)
-    from fewstep.output import names
+    number = 1 if number is None else number
+    name = destination(output, 1 if grid else len(texts) * number, json)
+    together = max(1, min(BATCH, len(texts) * number))
+    if record is not None:
+        from fewstep.request import MOST_AT_ONCE, whole
 
-    name = names(output, 1 if grid else len(texts) * number)
-    together = max(1, min(BATCH, len(texts) * number)) if record is None else record.batch
+        together = whole("batch", record.batch, 1, MOST_AT_ONCE)
     wish = dataclasses.replace(torch, batch=together, image="image" in given)
     pipe = load(model, backend, threads, **vars(wish))
     for line in pipe.plan:
@@ -127,15 +136,40 @@ def generate(
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
-    drawn = draw(pipe, request, 1 if record is None else record.batch)
+    if grid:
+        from fewstep.picture import check_sheet
+
+        check_sheet(len(request.jobs), pipe.size, name.suffix)
+    drawn = draw(pipe, request, 1 if record is None else together, whole_sheet)
     told: Path | None = None
     for path, made, seconds in (write_sheet if grid else write)(drawn, name):
         facts = {"path": str(path), "seconds": round(seconds, 3), **dataclasses.asdict(made)}
         if json:
             emit(jsons.dumps({name: facts[name] for name in SAID}))
-        elif path != told:  # a contact sheet is one file of many pictures
-            emit(str(path))
+        elif path is not None and path != told:  # a contact sheet is one file of many images
+            emit_path(path)
         told = path
+
+
+def destination(output: str | None, images: int, json: bool) -> Names | StandardOutput:
+    """Where the files of a call go.
+
+    Args:
+        output: the option ``-o``.
+        images: files of the call.
+        json: whether lines of JSON are printed.
+
+    Raises:
+        UserError: that cannot be written.
+    """
+    if output in ("-", STDIN):
+        if images > 1 or json:
+            what = "lines of --json" if json else f"{images} images"
+            raise UserError(f"standard output takes one image and nothing else: give -o a name for {what}")
+        return standard_output()
+    from fewstep.output import names
+
+    return names(output, images)
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -206,7 +240,26 @@ def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
     return dataclasses.replace(wish, **{name: at for name, at in made.items() if getattr(wish, name) is None})
 
 
-def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
+def made_of(records: Sequence[Record]) -> tuple[list[str], int]:
+    """The prompts, and the number of images of each, that made a contact sheet, or a single image.
+
+    Args:
+        records: of its images, in order.
+
+    Raises:
+        UserError: the images are not those of one call.
+    """
+    first = records[0]
+    number = next((at for at, record in enumerate(records) if at and record.seed == first.seed), len(records))
+    prompts = [record.prompt for record in records[::number]]
+    jobs = [(prompt, first.seed + index) for prompt in prompts for index in range(number)]
+    alike = {dataclasses.replace(record, prompt="", seed=0, batch=1) for record in records}
+    if len(alike) > 1 or jobs != [(record.prompt, record.seed) for record in records]:
+        raise UserError("the images of that sheet were not made by one call, so one cannot make them again")
+    return prompts, number
+
+
+def draw(pipe: Pipeline, request: Request, copies: int = 1, exact: bool = False) -> Iterator[Drawn]:
     """Draw, with a progress bar where a person waits for long.
 
     Args:
@@ -214,20 +267,19 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
         request: what.
         copies: the batch size that a single picture was made with, when it must come out the same to the
             last bit: a net may round differently in a larger batch, so it runs in as large a one.
+        exact: whether no batch may be larger than that, which several pictures need for the same.
 
     Yields:
         picture, record, and its share of the time in seconds.
     """
     from fewstep.picture import CHUNK, Record
-    from fewstep.request import MOST_AT_ONCE, whole
 
-    copies = whole("batch", copies, 1, MOST_AT_ONCE)
     alone = len(request.jobs) == 1
     if alone:
         request = dataclasses.replace(request, jobs=request.jobs * copies)
     with Progress() as progress:
         begun = time.perf_counter()
-        for group in pipe.run(request, on_step=progress, batch=max(copies, pipe.at_once)):
+        for group in pipe.run(request, progress, copies if exact else max(copies, pipe.at_once)):
             wanted = group[:1] if alone else group
             seconds = (time.perf_counter() - begun) / len(wanted)
             for image in wanted:
@@ -235,26 +287,80 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1) -> Iterator[Drawn]:
             begun = time.perf_counter()
 
 
-def write(drawn: Iterator[Drawn], name: Names) -> Iterator[Written]:
-    """Write each picture as soon as it is drawn."""
-    from fewstep.picture import save
-
+def write(drawn: Iterator[Drawn], name: Names | StandardOutput) -> Iterator[Written]:
+    """Write each image as soon as it is drawn."""
     for index, (image, record, seconds) in enumerate(drawn, 1):
-        path = name(index, record)
-        save(image, path)
-        yield path, record, seconds
+        yield name.save(image, index, record), record, seconds
 
 
-def write_sheet(drawn: Iterator[Drawn], name: Names) -> Iterator[Written]:
-    """Write one contact sheet; its metadata lists the records of all pictures."""
-    from fewstep.picture import CHUNK, contact_sheet, save
+def write_sheet(drawn: Iterator[Drawn], name: Names | StandardOutput) -> Iterator[Written]:
+    """Write one contact sheet; its metadata lists the records of all images."""
+    from fewstep.picture import CHUNK, SHEET, contact_sheet
 
     images, records, seconds = zip(*drawn, strict=True)
     sheet = contact_sheet(images)
-    sheet.info[CHUNK] = jsons.dumps({"sheet": [dataclasses.asdict(record) for record in records]})
-    path = name(1, records[0])
-    save(sheet, path)
+    sheet.info[CHUNK] = jsons.dumps({SHEET: [dataclasses.asdict(record) for record in records]})
+    path = name.save(sheet, 1, records[0])
     yield from ((path, *made) for made in zip(records, seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class StandardOutput:
+    """Writes one image to standard output, as a PNG; the counterpart of :class:`fewstep.output.Names`."""
+
+    stream: BinaryIO
+    suffix: str = ".png"
+
+    def save(self, image: Image.Image, index: int, record: Record) -> None:
+        """Write an image with its metadata.
+
+        Raises:
+            UserError: standard output is full or broken.
+            BrokenPipeError: nobody reads it any more.
+        """
+        from fewstep.picture import encode
+
+        data = encode(image, Path(f"image{self.suffix}"))
+        with _standard_output_errors():
+            self.stream.write(data)
+            self.stream.flush()
+
+
+def standard_output() -> StandardOutput:
+    """Standard output as a place for an image.
+
+    Raises:
+        UserError: it is closed, or a terminal.
+    """
+    if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
+        raise UserError("standard output is closed: give -o a name")
+    if sys.stdout.isatty():
+        raise UserError("standard output is a terminal, which shows no image: send it on, as in -o - > x.png")
+    return StandardOutput(sys.stdout.buffer)
+
+
+def emit_path(path: Path) -> None:
+    """Print a path at once: byte for byte as it is, but on a terminal without signs that steer it.
+
+    Raises:
+        UserError: standard output is full or broken.
+        BrokenPipeError: nobody reads it any more.
+    """
+    text = str(path)
+    if sys.stdout is None or sys.stdout.isatty():
+        emit(printable(text))
+    elif any("\udc80" <= sign <= "\udcff" for sign in text) and hasattr(sys.stdout, "buffer"):
+        with _standard_output_errors():  # bytes that are no UTF-8
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+            sys.stdout.flush()
+    else:
+        emit(text)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with a space for each sign that would steer a terminal, but those of ``keep``."""
+    return "".join(sign if sign.isprintable() or sign in keep else " " for sign in text)
 
 
 def emit(line: str) -> None:
@@ -264,8 +370,14 @@ def emit(line: str) -> None:
         UserError: standard output is full or broken.
         BrokenPipeError: nobody reads it any more.
     """
-    try:
+    with _standard_output_errors():
         print(line, flush=True)
+
+
+@contextmanager
+def _standard_output_errors() -> Generator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:

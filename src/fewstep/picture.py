@@ -1,4 +1,4 @@
-"""Pictures (floor 2): pixels and arrays, what a PNG says of how it was made, safe writing."""
+"""Images (floor 2): pixels and arrays, the record of how one was made, safe writing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from fewstep import files
+from fewstep import files, metadata
+from fewstep.metadata import CHUNK, PARAMETERS
 from fewstep.types import Array, UserError
 
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
 
-CHUNK = "fewstep"
-"""Our own text chunk: one JSON object."""
-PARAMETERS = "parameters"
-"""The text chunk of AUTOMATIC1111's web UI, which most viewers of generated pictures read."""
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Of the files that are written, and their formats. PNG and WebP keep all pixels, JPEG is lossy."""
+MOST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
+"""Pixels along a side that a format can hold."""
+SHEET_PIXELS = 2 * 89_478_485
+"""Of a contact sheet: more than that Pillow does not open."""
+_MODES = {
+    "PNG": ("1", "L", "LA", "P", "I;16", "RGB", "RGBA"),
+    "JPEG": ("L", "RGB"),
+    "WEBP": ("RGB", "RGBA"),
+}
+"""Modes that a format keeps as they are."""
+JPEG_QUALITY = 95
+SHEET = "sheet"
+"""The one field of a contact sheet's metadata: the list of its images' records."""
+_NEGATIVE = "Negative prompt:"
+_GAP = 4
+"""Pixels between the images of a contact sheet."""
+
+
+class RecordWarning(UserWarning):
+    """A record has fields that this version does not know."""
 
 
 @dataclass(frozen=True)
@@ -73,34 +92,37 @@ class Record:
         return json.dumps(facts)
 
     @classmethod
-    def parse(cls, text: str) -> Record:
-        """The record that :meth:`json` wrote.
+    def parse(cls, text: str, where: str = "that record") -> Record:
+        """The record that :meth:`json` wrote. Fields that this version does not know are passed over.
 
         Raises:
-            ValueError: it is none of this version.
+            UserError: it has another shape; ``where`` names it.
         """
-        try:
-            facts: Any = json.loads(text)
-            width, height = facts.pop("size")
-            made = cls(size=(width, height), **facts)
-            texts = (made.prompt, made.model, made.hash, made.version)
-            maybe = (made.negative, made.image, made.image_sha256, made.student, made.tiny_decoder)
-            if not all(type(text) is str for text in texts + tuple(t for t in maybe if t is not None)):
-                raise TypeError("text expected")
-            bits = 32 if made.bits is None else made.bits
-            if not all(type(n) is int for n in (width, height, made.seed, made.steps, made.batch, bits)):
-                raise TypeError("a whole number expected")
-            if not all(type(n) in (int, float, type(None)) for n in (made.guidance, made.strength)):
-                raise TypeError("a number expected")
-            return made
-        except (TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(str(error)) from None
+        return cls.of(read_json(text, where), where)
+
+    @classmethod
+    def of(cls, facts: Any, where: str) -> Record:
+        """The record that the dictionary ``facts`` holds.
+
+        Raises:
+            UserError: it has another shape; ``where`` names it.
+        """
+        from fewstep import formats
+
+        return formats.convert(facts, cls, where)
 
     def parameters(self) -> str:
-        """The text of the ``parameters`` chunk."""
-        lines = [self.prompt]
+        """The text that AUTOMATIC1111's web UI and its readers understand.
+
+        A value that would be taken for several is quoted as they do it. A prompt that begins like the line
+        of the negative prompt gets a small letter there.
+        """
+        prompt = self.prompt
+        if prompt.lstrip().startswith(_NEGATIVE):
+            prompt = prompt.replace(_NEGATIVE[0], _NEGATIVE[0].lower(), 1)
+        lines = [prompt]
         if self.negative:
-            lines.append(f"Negative prompt: {self.negative}")
+            lines.append(f"{_NEGATIVE} {self.negative}")
         facts = {
             "Steps": self.steps,
             "Sampler": "Euler",
@@ -112,39 +134,104 @@ class Record:
             "Denoising strength": self.strength,
             "Version": f"fewstep {self.version}",
         }
-        told = {name: value for name, value in facts.items() if value not in (None, "")}
-        lines.append(", ".join(f"{name}: {value}" for name, value in told.items()))
+        known = {name: value for name, value in facts.items() if value not in (None, "")}
+        lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in known.items()))
         return "\n".join(lines)
 
     def stamp(self, image: Image.Image) -> Image.Image:
-        """Put the record into ``image.info``, under the names of its PNG chunks."""
+        """Put the record into ``image.info``, where :func:`save` finds it."""
         image.info.update({PARAMETERS: self.parameters(), CHUNK: self.json()})
         return image
 
 
-def read_record(path: str | Path) -> Record:
-    """The record of one of our pictures.
+def _quoted(value: str) -> str:
+    """A value of the ``parameters``: a JSON string where a reader would see more than one value, or less."""
+    if value == value.strip() and not any(sign in value for sign in ',:"\n\r'):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_json(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that the text ``fewstep`` of an image holds.
 
     Raises:
-        UserError: no readable picture, or none of ours.
+        UserError: it is none, or nested too deeply; ``where`` names it.
+    """
+    from fewstep import formats
+
+    try:
+        facts = json.loads(text)  # not msgspec: it refuses paths that are no UTF-8, which :meth:`json` keeps
+    except (ValueError, RecursionError):
+        raise UserError(f"the metadata of {where} is damaged") from None
+    return formats.convert(facts, dict[str, Any], f"the metadata of {where}")
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of one of our images: one, or those of all images on a contact sheet.
+
+    Fields that this version does not know are named by a warning.
+
+    Raises:
+        UserError: no readable image, none of ours, or its metadata is damaged.
     """
     text = read_info(path).get(CHUNK)
     if text is None:
         raise UserError(f"{path} was not made by fewstep, or has lost its metadata")
-    try:
-        return Record.parse(text)
-    except ValueError:
-        raise UserError(f"{path} is not a single picture of this version of fewstep") from None
+    facts = read_json(text, str(path))
+    return records_of(facts, str(path))
+
+
+def records_of(facts: dict[str, Any], where: str) -> list[Record]:
+    """The records that the metadata of an image hold, as :func:`read_records` reads them.
+
+    Raises:
+        UserError: they are damaged; ``where`` names the image.
+    """
+    from fewstep import formats
+
+    every = [facts]
+    if SHEET in facts:
+        every = formats.convert(facts[SHEET], list[dict[str, Any]], f"the metadata of {where}")
+    records = [Record.of(each, f"the metadata of {where}") for each in every]
+    if not records:
+        raise UserError(f"the metadata of {where} is damaged: it lists no image")
+    known = {field.name for field in dataclasses.fields(Record)}
+    if unknown := sorted({name for each in every for name in each} - known):
+        text = f"{where} was made with what this version does not know, which is left out: "
+        warnings.warn(text + ", ".join(unknown), RecordWarning, stacklevel=3)
+    return records
+
+
+def read_record(path: str | Path) -> Record:
+    """The record of one of our images that is no contact sheet.
+
+    Raises:
+        UserError: no readable image, none of ours, a sheet, or damaged metadata.
+    """
+    records = read_records(path)
+    if len(records) > 1:
+        raise UserError(f"{path} is not a single image: it is a contact sheet of {len(records)}")
+    return records[0]
 
 
 def read_info(path: str | Path) -> dict[str, str]:
-    """The text chunks of a picture that we write or others know: ``parameters`` and ``fewstep``.
+    """The texts in an image file that we write or others know: ``parameters`` and ``fewstep``.
+
+    The pixels are not decoded.
 
     Raises:
-        UserError: no readable picture.
+        UserError: no image of a format that is written here.
     """
-    info = open_image(path).info
-    return {name: str(info[name]) for name in (PARAMETERS, CHUNK) if name in info}
+    data = read(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            with Image.open(io.BytesIO(data), formats=sorted({*SUFFIXES.values()})) as image:
+                return metadata.texts(image)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture that can be read: no PNG, JPEG or WebP") from None
+    except Exception as error:  # a decoder raises whatever goes wrong in it first
+        raise UserError(f"{path} is not a picture that can be read: {_reason(error)}") from None
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -243,32 +330,91 @@ def from_levels(levels: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(level) for level in np.ascontiguousarray(levels.transpose(0, 2, 3, 1), np.uint8)]
 
 
-def contact_sheet(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
-    """All pictures on one white sheet, row by row, as square as their number allows."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    width, height = (side + gap for side in images[0].size)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+def contact_sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """All images, which are of one size, on one white sheet, as :func:`sheet_size` says."""
+    columns = _columns(len(images))
+    width, height = (side + _GAP for side in images[0].size)
+    sheet = Image.new("RGB", sheet_size(len(images), images[0].size), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        sheet.paste(image, (gap + column * width, gap + row * height))
+        sheet.paste(image, (_GAP + column * width, _GAP + row * height))
     return sheet
 
 
-def save(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG with its metadata, all of it or nothing: a file beside it is renamed when complete.
+def sheet_size(number: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a sheet of ``number`` images, row by row, as square as their number allows."""
+    columns = _columns(number)
+    rows = math.ceil(number / columns)
+    return columns * (size[0] + _GAP) + _GAP, rows * (size[1] + _GAP) + _GAP
+
+
+def check_sheet(number: int, size: tuple[int, int], suffix: str) -> None:
+    """Refuse a contact sheet that is too large to write or to read, before its images are made.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it is.
+    """
+    width, height = sheet_size(number, size)
+    if width * height > SHEET_PIXELS or max(width, height) > MOST_SIDE[SUFFIXES[suffix.lower()]]:
+        raise UserError(f"a sheet of {width} x {height} pixels is too large for {suffix}: draw fewer images")
+
+
+def _columns(number: int) -> int:
+    return math.ceil(math.sqrt(number))
+
+
+def format_of(path: Path) -> str:
+    """The format that a path's suffix stands for.
+
+    Raises:
+        UserError: none that is written here.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        *most, last = SUFFIXES
+        raise UserError(f"images are written as {', '.join(most)} or {last}, not as {path.name[-40:]!r}")
+    return SUFFIXES[path.suffix.lower()]
+
+
+def encode(image: Image.Image, path: Path) -> bytes:
+    """An image as the bytes of a file, with the records of ``image.info`` in its metadata.
+
+    PNG and WebP keep all pixels. JPEG has the quality :data:`JPEG_QUALITY` and full colour resolution;
+    what is transparent becomes white in it.
+
+    Args:
+        image: in any mode of Pillow's.
+        path: its suffix decides the format.
+
+    Raises:
+        UserError: another suffix, or an image that the format cannot hold.
+    """
+    kind = format_of(path)
+    how: dict[str, Any] = {
+        "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
+        "WEBP": {"lossless": True, "exact": True},
+    }.get(kind, {})
+    pixels = image if image.mode in _MODES[kind] else flat(image)
+    data = io.BytesIO()
+    try:
+        pixels.save(data, kind, **how, **metadata.options(image.info, kind))
+    except (OSError, ValueError, SystemError, MemoryError) as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}") from None
+    return data.getvalue()
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write an image with its record, all of it or nothing. The suffix decides the format.
+
+    Args:
+        image: one of ours, or any other.
+        path: ends in ``.png``, ``.jpg``, ``.jpeg`` or ``.webp``; see :func:`encode`. A link stays, and what
+            it points at is written.
+
+    Raises:
+        UserError: another suffix, or it cannot be written.
     """
     path = Path(path)
-    chunks = PngImagePlugin.PngInfo()
-    for name in (PARAMETERS, CHUNK):
-        if name in image.info:
-            chunks.add_text(name, image.info[name])
-    data = io.BytesIO()
-    image.save(data, "PNG", pnginfo=chunks)
-    files.write(path, data.getbuffer())
+    files.write(path, encode(image, path))
 
 
 def file_hash(path: str | Path) -> str:

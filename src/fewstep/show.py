@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep.generate import emit
+from fewstep.generate import emit, printable
 from fewstep.source import SHIPPED, shipped
 from fewstep.types import UserError
 
@@ -16,20 +16,28 @@ def show(picture: str, /, *, json: Annotated[bool, Parameter(negative="")] = Fal
     """Print how a picture was made.
 
     Args:
-        picture: A PNG of fewstep's, or of another program that writes a "parameters" chunk.
+        picture: An image of fewstep's, or of another program that writes "parameters" as AUTOMATIC1111 does.
         json: Print fewstep's own metadata alone, as one line of JSON.
     """
-    from fewstep.picture import CHUNK, PARAMETERS, read_info
+    from fewstep.picture import CHUNK, PARAMETERS, SHEET, read_info, read_json, records_of
 
     info = read_info(picture)
     if CHUNK not in info and (json or PARAMETERS not in info):
         raise UserError(f"{picture} says nothing of how it was made: no metadata of fewstep's in it")
+    facts = read_json(info[CHUNK], picture) if CHUNK in info else {}
     if json:
-        return emit(jsons.dumps(_facts(picture, info[CHUNK])))
+        return emit(_dumps(facts, picture))
+    if SHEET in facts:
+        records = records_of(facts, picture)
+        for number, record in enumerate(records, 1):
+            text = printable(record.parameters(), keep="\n")
+            emit(f"image {number} of {len(records)}\n{text}\n")
+        return None
     if PARAMETERS in info:
-        emit("".join(sign if sign.isprintable() or sign == "\n" else " " for sign in info[PARAMETERS]))
-    if CHUNK in info:
-        emit(jsons.dumps(_facts(picture, info[CHUNK]), indent=2))
+        emit(printable(info[PARAMETERS], keep="\n"))
+    if facts:
+        emit(_dumps(facts, picture, indent=2))
+    return None
 
 
 def models() -> None:
@@ -46,11 +54,8 @@ def models() -> None:
         emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _facts(picture: str, text: str) -> object:
+def _dumps(facts: object, picture: str, indent: int | None = None) -> str:
     try:
-        facts = jsons.loads(text)
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise UserError(f"the metadata of {picture} is damaged")
-    return facts
+        return jsons.dumps(facts, indent=indent)
+    except RecursionError:
+        raise UserError(f"the metadata of {picture} is damaged (nested too deeply)") from None

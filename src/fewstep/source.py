@@ -128,13 +128,13 @@ def locate(name: str) -> Path:
         UserError: there is none.
     """
     here = Path(name)
+    if len(name) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in here.parts):
+        raise UserError(f"there is no model of such a name: {name[:40]}…")
     if name in (names := [folder.name for folder in shipped()]):
         if here.is_dir():
             text = f"{name} is the model that ships with fewstep; for the folder here say ./{name}"
             warnings.warn(text, ShippedWarning, stacklevel=2)
         return SHIPPED / name
-    if len(name) > 4096:
-        raise UserError(f"there is no model of such a name: {name[:40]}…")
     if name and here.is_dir():
         if any((here / index).is_file() for index in ("bundle.json", "model_index.json")):
             return here

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep import files
 from fewstep.recipes import processes
 from fewstep.recipes.processes import Processes, trained
 from fewstep.types import UserError
@@ -125,5 +126,8 @@ def test_what_was_trained_otherwise_is_refused_and_where_does_not_matter(tmp_pat
 
 
 def test_a_folder_is_trained_by_one_at_a_time(tmp_path: Path) -> None:
-    with processes._held(tmp_path / "ends"), pytest.raises(UserError, match="trained by another process"):
+    with (
+        files.held(tmp_path / "ends", "trained"),
+        pytest.raises(UserError, match="trained by another process"),
+    ):
         carry_out(tmp_path, "ends")

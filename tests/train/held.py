@@ -10,17 +10,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fewstep.train.checkpoint import FOLDER, done
+from fewstep.train.storage import Reader
 
 
 def held(folder: Path) -> dict[str, Any]:
     """Every tensor of the last whole checkpoint, however many processes wrote it."""
     path = folder / FOLDER / f"{done(folder):08d}"
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = Reader(path)
     tensors: dict[str, Any] = {
-        key: torch.empty(of.size, dtype=of.properties.dtype)  # type: ignore[union-attr]
-        for key, of in metadata.items()
+        key: torch.empty(of.size, dtype=getattr(torch, of.dtype)) for key, of in reader.index.tensors.items()
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

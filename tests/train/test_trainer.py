@@ -22,7 +22,6 @@ from tests.train.worker import run_of
 from fewstep.train import Options
 from fewstep.train.checkpoint import FOLDER, done
 from fewstep.train.device import held as on_device
-from fewstep.train.legacy import LAST
 from fewstep.train.trainer import SETTLED, SPARE, Clock, State, train
 from fewstep.types import Share, UserError
 
@@ -158,38 +157,6 @@ def test_other_nets_are_refused_and_nothing_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of other nets"):
         train(other)
     assert State(run_of(tmp_path, 4)).step == 2
-
-
-def test_a_checkpoint_of_the_first_version_goes_on(tmp_path: Path) -> None:
-    state = State(run_of(tmp_path / "new", 9))
-    for _ in range(3):
-        state.advance()
-    averages: dict[str, Any] = {
-        name: {"n_averaged": torch.tensor(a.count)}
-        | {f"module.{key}": v.clone() for key, v in a.values.items()}
-        for name, a in state.averages.items()
-    }
-    (tmp_path / "old").mkdir()
-    torch.save(
-        {
-            "step": 3,
-            "nets": {name: net.state_dict() for name, net in state.nets.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
-            "averages": averages,
-        },
-        tmp_path / "old" / LAST,
-    )
-    train(run_of(tmp_path / "old", 9))
-    train(run_of(tmp_path / "whole", 9))
-    assert same(held(tmp_path / "old"), held(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04"])
-def test_a_broken_checkpoint_of_the_first_version_is_one_line(tmp_path: Path, data: bytes) -> None:
-    tmp_path.joinpath(LAST).write_bytes(data)
-    with pytest.raises(UserError, match="cannot be resumed") as caught:
-        train(run_of(tmp_path, 2))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])

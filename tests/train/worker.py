@@ -1,4 +1,8 @@
-"""A run small enough for tests, as a process that can be killed: ``python worker.py FOLDER STEPS [SLOW]``."""
+"""A run small enough for tests, as a process that can be killed or stopped.
+
+``python -m tests.train.worker FOLDER STEPS SLOW`` is the run alone. With a fourth word it is a command of
+``fewstep``, and with ``restoring`` for that word the restore of a checkpoint waits for a signal.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,36 @@ def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
     return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"}, **of_run)
 
 
+def toy(folder: Path, steps: int, slow: float) -> None:
+    """Train as a command."""
+    from fewstep.train.trainer import train
+
+    train(run_of(folder, steps, slow, save_minutes=60.0))
+
+
+def wait_within_restore() -> None:
+    from fewstep.train import storage
+
+    real = storage.read_bytes
+
+    def read(path: Path, most: int, start: int = 0) -> bytearray:
+        if path.suffix == ".distcp":
+            (path.parents[2] / "restoring").touch()
+            time.sleep(60)
+        return real(path, most, start)
+
+    storage.read_bytes = read
+
+
 if __name__ == "__main__":
+    from fewstep import cli
+
+    if sys.argv[4:] == ["restoring"]:
+        wait_within_restore()
+    if sys.argv[4:]:
+        cli.COMMANDS["toy"] = ("tests.train.worker:toy", "Train.")
+        sys.argv = ["fewstep", "toy", *sys.argv[1:4]]
+        cli.main()
     from fewstep.train.trainer import train
 
     train(run_of(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

@@ -126,7 +126,9 @@ class Stock:
             torch.set_num_threads(threads)
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not has_part(Path(model), name)}
         self.dtype = getattr(torch, dtype)
-        self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=self.dtype, **absent)
+        self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(
+            model, torch_dtype=self.dtype, use_safetensors=True, **absent
+        )
         self.device = device_of(wish.get("device", "auto")) if wish else "cpu"
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)

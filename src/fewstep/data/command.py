@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from fewstep.files import held
 from fewstep.types import UserError
 
 app = App(name="data", help="Pictures to learn from: stickers and scenes, your own folders, latents.")
@@ -40,7 +41,7 @@ def stickers(
 
     if size not in (64, 128, 256) or pictures < 1 or not 0 <= scenes <= 1:
         raise UserError("--size must be 64, 128 or 256, --pictures at least 1, --scenes between 0 and 1")
-    with _bar() as say:
+    with held(output, "filled"), _bar() as say:
         build(
             output,
             size=size,
@@ -68,7 +69,7 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
         raise UserError(f"{source}: no such folder")
     if not 8 <= size <= 4096:
         raise UserError(f"--size must lie between 8 and 4096, not {size}")
-    with _bar() as say:
+    with held(output, "filled"), _bar() as say:
         write_folder(source, output, size, 1000, lambda done, total: say("write", done, total))
     print(output)
 

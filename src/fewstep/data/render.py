@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
 from fewstep.types import UserError
+from fewstep.workers import pool
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def render_all(
     wanted = {"concepts": [asdict(c) for c in concepts], "pairs": pairs, "size": size}
     if not (store.exists() and index.exists() and read_json(index) == json.loads(json.dumps(wanted))):
         jobs = _jobs(packages, concepts, pairs, size)
-        with replacing_file(store) as fresh, ProcessPoolExecutor(workers) as pool:
+        with replacing_file(store) as fresh, pool(workers) as executor:
             out = np.lib.format.open_memmap(fresh, "w+", np.uint8, (len(jobs), size, size, 4))
-            for row, picture in enumerate(pool.map(_draw, jobs, chunksize=32)):
+            for row, picture in enumerate(executor.map(_draw, jobs, chunksize=32)):
                 out[row] = picture
                 progress(row + 1, len(jobs))
             out.flush()

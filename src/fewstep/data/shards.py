@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from fewstep.files import replacing_file
 from fewstep.files import write as write_file
 from fewstep.picture import decode, flat
 from fewstep.types import UserError
+from fewstep.workers import pool
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Make = Callable[[int], Sample]
@@ -65,8 +66,8 @@ def write(
     ]
     done = pictures - sum(len(indices) for _, indices in todo)
     progress(done, pictures)
-    with ProcessPoolExecutor(workers, initializer=_share, initargs=(make,)) as pool:
-        futures = [pool.submit(_write_one, path, indices) for path, indices in todo]
+    with pool(workers, _share, make) as executor:
+        futures = [executor.submit(_write_one, path, indices) for path, indices in todo]
         for future in as_completed(futures):
             done += future.result()
             progress(done, pictures)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import formats
+from fewstep.files import replacing_file, replacing_folder
 from fewstep.types import UserError
 
 
@@ -99,16 +100,15 @@ def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Pa
     archive = folder / package.archive
     if not (archive.exists() and _integrity(archive) == package.integrity):
         say(f"fetching {package.name} {package.version} ({package.licence})")
-        _npm_pack(package, folder)
+        with replacing_file(archive) as fresh:
+            _npm_pack(package, fresh.parent)
         if _integrity(archive) != package.integrity:
             archive.unlink()
             raise UserError(f"{package.name} {package.version}: the archive's checksum is wrong; try again")
-    partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(partial, filter="data")
-    (partial / "package").rename(target)
-    shutil.rmtree(partial)
+    with replacing_folder(target) as fresh, tarfile.open(archive) as tar:
+        tar.extractall(fresh.parent, filter="data")
+        fresh.rmdir()
+        (fresh.parent / "package").rename(fresh)
     return target
 
 

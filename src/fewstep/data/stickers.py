@@ -48,7 +48,7 @@ def build(
     }
     _claim(folder, options)
     packages = sources.fetch(folder / "packages", lambda line: progress(line, 0, 0))
-    (folder / "LICENCES.md").write_text(sources.licence_table(), encoding="utf-8")
+    write(folder / "LICENCES.md", sources.licence_table().encode())
     found = concepts.load(packages)
     rendered = render.render_all(
         packages, found, folder, size, workers, lambda d, t: progress("rasterise", d, t)

@@ -77,7 +77,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
             ir.write_tokenizer(family.parts[name], text_length(family), fresh / name)
         for name, part in stock_parts(family, largest).items():
             (fresh / name).mkdir()
-            with ir.converted(part) as graph:
+            with ir.converted(part, fresh.parent) as graph:
                 ir.write(graph, fresh / name / "openvino_model.xml", bits)
             _write_json(_config(family, name), fresh / name / "config.json")
         (fresh / "scheduler").mkdir()

@@ -58,7 +58,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
-            with ir.converted(part) as graph:
+            with ir.converted(part, folder.parent) as graph:
                 ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
 
     return write_bundle(family, out, bits, facts, "openvino", write)
@@ -82,7 +82,7 @@ def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> st
         for name in bundle.files:
             stem, _, ending = name.rpartition(".")
             if ending == "onnx":
-                with ir.folded(bundle.graph(stem)) as graph:
+                with ir.folded(bundle.graph(stem), folder.parent) as graph:
                     ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
 
     return rewrite_bundle(bundle, out, bits, {**told, "engine": "openvino"}, write)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.files import write
+from fewstep.files import sweep, write
 from fewstep.types import UserError
 
 Arrays = dict[str, NDArray[Any]]
@@ -24,6 +24,8 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        for below in (folder, *folder.glob("*/")):
+            sweep(below)
 
     def get(self, group: str, origin: Any, make: Callable[[], Arrays]) -> Arrays:
         """The arrays made from ``origin`` (anything JSON can say); ``make`` makes them if they are not there.

@@ -189,6 +189,7 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         if dtype is None:
             return kind.from_pretrained(where)
         check_weights(where, kind, library, read_json(where / "config.json"), _stored(where))
+        # Other weights than safetensors are pickles, which execute what they say.
         net, report = kind.from_pretrained(
             where, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
         )
@@ -223,8 +224,12 @@ def check_place(target: Path) -> None:
     Raises:
         UserError: there does.
     """
-    if target.exists() and not (target / "model_index.json").is_file():
+    if target.exists() and not ((target / "model_index.json").is_file() or _is_empty(target)):
         raise UserError(f"{target} exists and is no diffusers folder; choose another place")
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
 
 
 def write_folder(

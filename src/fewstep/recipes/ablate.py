@@ -115,44 +115,55 @@ def ablate(
     def warming(steps: int) -> list[str]:
         return ["trajectory", "--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
 
-    processes.all([training(folder, warming(steps)) for steps, folder in warms.items()], jobs)
-    begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
-    processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
-    noise = out / f"noise.{cells[0].steps}"
-    matching = any(row.method == "dmd" for row in chosen)
-    if matching:
-        (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
-        own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
-        own += ["--student-steps", str(cells[0].steps)]
-        processes.all([partial(_noise, processes, noise, [*own, *shared], place, threads)], 1)
-    table = [("warm start", steps, folder) for steps, folder in warms.items()]
-    table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
-    asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
-    asked += [
-        "--teacher",
-        f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
-    ]
-    asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
-    asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
-    processes.all([partial(_measured, processes, asked, threads)], 1)
-    results = read_results(out / "measured" / "results.json")
-    typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
-    report = report or out / "results.md"
-    typed += ["--report", str(report)]
-    typed += [word for steps in warms for word in ("--student-steps", str(steps))]
-    typed += ["--seeds", str(seeds), "--passes", str(passes), "--warm", str(warm), "--warm-lr", str(warm_lr)]
-    typed += ["--batch", str(batch), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
-    typed += [word for name in rows for word in ("--rows", name)]
-    typed += ["--prompts", str(prompts), "--pictures", str(pictures), "--scenes", str(scenes)]
-    typed += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *place]
-    facts = {
-        "compute": f"{passes} passes a sample, batches of {batch}, rate {lr:g}, warm start of {warm} updates",
-        "machine": _machine(out / f"warm.{cells[0].steps}"),
-        "jobs": str(jobs),
-        "command": shlex.join(typed),
-    }
-    files.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
-    print(report)
+    with files.held(out, "filled with trainings"):
+        processes.all([training(folder, warming(steps)) for steps, folder in warms.items()], jobs)
+        begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
+        processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
+        noise = out / f"noise.{cells[0].steps}"
+        matching = any(row.method == "dmd" for row in chosen)
+        if matching:
+            (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
+            own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
+            own += ["--student-steps", str(cells[0].steps)]
+            processes.all([partial(_noise, processes, noise, [*own, *shared], place, threads)], 1)
+        table = [("warm start", steps, folder) for steps, folder in warms.items()]
+        table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
+        asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
+        asked += [
+            "--teacher",
+            f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
+        ]
+        asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
+        asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
+        processes.all([partial(_measured, processes, asked, threads)], 1)
+        results = read_results(out / "measured" / "results.json")
+        typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
+        report = report or out / "results.md"
+        typed += ["--report", str(report)]
+        typed += [word for steps in warms for word in ("--student-steps", str(steps))]
+        typed += [
+            "--seeds",
+            str(seeds),
+            "--passes",
+            str(passes),
+            "--warm",
+            str(warm),
+            "--warm-lr",
+            str(warm_lr),
+        ]
+        typed += ["--batch", str(batch), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
+        typed += [word for name in rows for word in ("--rows", name)]
+        typed += ["--prompts", str(prompts), "--pictures", str(pictures), "--scenes", str(scenes)]
+        typed += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *place]
+        facts = {
+            "compute": f"{passes} passes a sample, batches of {batch}, rate {lr:g}, "
+            f"warm start of {warm} updates",
+            "machine": _machine(out / f"warm.{cells[0].steps}"),
+            "jobs": str(jobs),
+            "command": shlex.join(typed),
+        }
+        files.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
+        print(report)
 
 
 def _noise(

@@ -6,11 +6,19 @@ import functools
 import gc
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
+
+from fewstep.files import held
+from fewstep.progress import stage
+
+if TYPE_CHECKING:
+    from fewstep.train import Run
 
 train = App(
     name="train", help="Train Pocket's parts (codec, text encoders, teacher) and the judge of scenes."
@@ -29,25 +37,40 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
         from fewstep.train import Run
+        from fewstep.train.parallel import world
         from fewstep.train.trainer import train as carry_out
 
-        made = function(*args, **options)
-        own = _own(function, *args, **options)
-        runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
-        while (run := next(runs, None)) is not None:
-            carry_out(replace(run, about=own | run.about))
-            print(run.folder)
-            del run  # before the next one is made: the device holds one stage's nets at a time
-            gc.collect()
+        given = _given(function, *args, **options)
+        own = {key: str(value) for key, value in given.items() if not is_dataclass(value)}
+        with held(_folder(given, name), "trained") if world().first else nullcontext():
+            with stage("preparing"):
+                made = function(*args, **options)
+            runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
+            while (run := _next(runs)) is not None:
+                carry_out(replace(run, about=own | run.about))
+                print(run.folder)
+                del run  # before the next one is made: the device holds one stage's nets at a time
+                gc.collect()
 
     app.command(command, name=name)
 
 
-def _own(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
-    """A recipe's own options, resolved, for ``run.json``; what all share it tells itself."""
+def _next(runs: Iterator[Run]) -> Run | None:
+    with stage("preparing"):
+        return next(runs, None)
+
+
+def _given(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
+    """A recipe's options, resolved."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    return {name: str(value) for name, value in bound.arguments.items() if not is_dataclass(value)}
+    return bound.arguments
+
+
+def _folder(given: Mapping[str, Any], name: str) -> Path:
+    """The run folder of a recipe with these options."""
+    out: Path | None = given["out"] if "out" in given else given["setting"].out
+    return out or Path("runs") / name
 
 
 for _name in ("pocket-codec", "pocket-text", "pocket-words", "pocket-teacher", "scene-detector"):

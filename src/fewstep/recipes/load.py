@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.progress import stage
 from fewstep.recipes.student import Lesson, Setting
 from fewstep.types import UserError
 
@@ -49,7 +50,8 @@ def lesson(
         raise UserError("several processes need --synthetic: make the samples first, with fewstep synthesize")
     given = Synthetic.open(setting.synthetic) if setting.synthetic else None
     prompts = _prompts(setting) if given is None else []
-    teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
+    with stage(f"loading {setting.teacher}"):
+        teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
     begin = teacher
     if setting.init and not setting.lora:
         begin = load_family(setting.init)  # to be copied from, on the CPU: the device holds what learns
@@ -107,10 +109,13 @@ def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: 
         clip_length=teacher.clip_length,
     )
 
-    def progress(done: int, total: int) -> None:
-        print(f"walks of the teacher {done}/{total}", file=sys.stderr)
+    with stage("making samples of the teacher") as here:
 
-    synthesize(teacher, prompts, plan, folder, progress=progress)
+        def progress(done: int, total: int) -> None:
+            here.at(done, total)
+            print(f"walks of the teacher {done}/{total}", file=sys.stderr)
+
+        synthesize(teacher, prompts, plan, folder, progress=progress)
     return Synthetic.open(folder)
 
 

@@ -18,11 +18,18 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from fewstep import files, formats
+from fewstep import files, formats, signals
 from fewstep.types import UserError
 
-DONE, SPENT, LOCK = "cost.json", "spent.json", ".lock"
-"""In a training's folder: what it cost, once it is done; what it has cost until then; held meanwhile."""
+DONE, SPENT = "cost.json", "spent.json"
+"""In a training's folder: what it cost, once it is done; what it has cost until then."""
+
+ENDED = tuple(
+    code
+    for number in (getattr(signal, name) for name in signals.NAMES if hasattr(signal, name))
+    for code in (128 + number, -number)
+)
+"""Exit codes of a command that a signal ended which asked it to."""
 
 _KIBI = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of ``ru_maxrss``."""
@@ -33,7 +40,7 @@ class Stopped(Exception):
 
 
 class Processes:
-    """Children that a Ctrl-C or SIGTERM to this process stops and lets save, however it was sent.
+    """Children that a Ctrl-C, SIGTERM or SIGHUP to this process stops and lets save, however it was sent.
 
     They are told by SIGTERM, for a terminal's Ctrl-C has reached them already, and a second one would stop
     them at once. What asks twice, a second apart, kills them.
@@ -42,16 +49,16 @@ class Processes:
     def __init__(self) -> None:
         self._running: set[int] = set()
         self._asked: float | None = None
+        self._signal = signal.SIGINT
         self._failure: UserError | None = None
 
-    def run(self, name: str, arguments: Sequence[str], *, threads: int = 0, lock: int | None = None) -> int:
+    def run(self, name: str, arguments: Sequence[str], *, threads: int = 0) -> int:
         """Run ``fewstep`` and wait for it; the most memory that it held, bytes.
 
         Args:
             name: what it is called when it fails.
             arguments: of ``fewstep``.
             threads: of its libraries; 0 leaves their choice.
-            lock: a file that it holds open until it ends.
 
         Raises:
             Stopped: it was asked to stop, and did.
@@ -67,7 +74,6 @@ class Processes:
             text=True,
             errors="replace",
             env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
-            pass_fds=() if lock is None else (lock,),
         )
         self._running.add(process.pid)
         if self._asked is not None:  # between the two lines before
@@ -80,7 +86,7 @@ class Processes:
         _, status, usage = os.wait4(process.pid, 0)
         self._running.discard(process.pid)
         code = process.returncode = os.waitstatus_to_exitcode(status)
-        if code and (self._asked is not None or code in (130, -signal.SIGINT)):
+        if code and (self._asked is not None or code in ENDED):
             raise Stopped
         if code:
             why = f"ended by {signal.Signals(-code).name}" if code < 0 else last.removeprefix("fewstep: ")
@@ -91,7 +97,7 @@ class Processes:
         """Carry out tasks, ``jobs`` at once; where one fails, the others stop and save.
 
         Raises:
-            KeyboardInterrupt: asked to stop, and all have.
+            Stop: asked to stop, and all have.
             UserError: of the first that failed.
         """
 
@@ -112,7 +118,7 @@ class Processes:
             raise self._failure
         for error in ends:
             if isinstance(error, Stopped):
-                raise KeyboardInterrupt
+                raise signals.Stop(self._signal)
             if error is not None:
                 raise error
 
@@ -123,18 +129,16 @@ class Processes:
 
     @contextmanager
     def _heeding(self) -> Generator[None]:
-        """Ctrl-C and SIGTERM stop the children, not this process."""
+        """A signal that asks to stop stops the children, not this process."""
 
         def note(number: int, frame: FrameType | None) -> None:
+            if self._asked is None:
+                self._signal = signal.Signals(number)
             again = self._asked is not None and time.monotonic() - self._asked > 1
             self._stop(signal.SIGKILL if again else signal.SIGTERM)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with signals.handled(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _tell(pid: int, number: int) -> None:
@@ -184,18 +188,18 @@ def trained(
     if (folder / DONE).exists():
         _same(folder, read_cost(folder / DONE).command, arguments)
         return
-    with _held(folder) as lock:
+    with files.held(folder, "trained"):  # from here on the child holds it, even if this process is killed
         cost = _begun(folder, [*arguments, *place], arguments)
-        print(f"fewstep: {folder.name}" + (" goes on" if cost.begun > 1 else ""), file=sys.stderr)
-        began = time.monotonic()
-        try:
-            command = ["distill", *cost.command, "--out", str(folder)]
-            cost.bytes = max(cost.bytes, processes.run(folder.name, command, threads=threads, lock=lock))
-        finally:
-            cost.seconds, cost.since = cost.seconds + time.monotonic() - began, None
-            _write(folder / SPENT, cost)
-        _write(folder / DONE, cost)
-        (folder / SPENT).unlink()
+    print(f"fewstep: {folder.name}" + (" goes on" if cost.begun > 1 else ""), file=sys.stderr)
+    began = time.monotonic()
+    try:
+        command = ["distill", *cost.command, "--out", str(folder)]
+        cost.bytes = max(cost.bytes, processes.run(folder.name, command, threads=threads))
+    finally:
+        cost.seconds, cost.since = cost.seconds + time.monotonic() - began, None
+        _write(folder / SPENT, cost)
+    _write(folder / DONE, cost)
+    (folder / SPENT).unlink()
 
 
 def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
@@ -206,7 +210,7 @@ def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
         _same(folder, cost.command, arguments)
         cost.command = command
         if cost.since is not None:  # it was killed: its last file tells until when it went on
-            left = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+            left = [path for path in folder.rglob("*") if path.is_file() and path.name != files.LOCK]
             traces = [path.stat().st_mtime for path in left]
             cost.seconds, cost.cut = cost.seconds + max(0.0, max(traces) - cost.since), True
     cost.begun, cost.since = cost.begun + 1, time.time()
@@ -233,21 +237,3 @@ def read_cost(path: Path) -> Cost:
 
 def _write(path: Path, cost: Cost) -> None:
     files.write(path, (json.dumps(asdict(cost), indent=1) + "\n").encode())
-
-
-@contextmanager
-def _held(folder: Path) -> Generator[int]:
-    """A lock of the folder, which a child that outlives this process goes on to hold.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being trained by another process; let it end, or stop it") from None
-        yield file.fileno()

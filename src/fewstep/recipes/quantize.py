@@ -114,25 +114,28 @@ def quantize(
     facts = facts_of(place := model_of(source), license, about)
     if (kind := kind_of(place)) not in onnx.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, of which there are no bundles")
-    family = load_family(place, t5=False)
-    family = replace(family, name=name or family.name)
-    made = parts(family)
-    _say("tracing")
-    traced = {stem: trace(part) for stem, part in made.items()}
-    _say(f"calibrating on {len(captions)} {told}")
-    inputs = calibrated(family, made, captions, partial(_count, "calibrating", "prompts"))
-    weights = _weights(family, made, inputs)
-    given = {number: allotted(weights, number) for number in rungs if number < FULL}
-    for number in rungs:
-        _say(f"{number} bits")
-        choose = _chosen(weights, given.get(number, ()), inputs)
-        with writing(output / str(number)):
-            onnx.write_traced(family, traced, output / str(number), number, facts, choose)
-    files.write(output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode())
-    figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder)
-    report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
-    files.write(output / "report.md", report.encode())
-    print(output / "report.md")
+    with files.held(output, "written"):
+        family = load_family(place, t5=False)
+        family = replace(family, name=name or family.name)
+        made = parts(family)
+        _say("tracing")
+        traced = {stem: trace(part) for stem, part in made.items()}
+        _say(f"calibrating on {len(captions)} {told}")
+        inputs = calibrated(family, made, captions, partial(_count, "calibrating", "prompts"))
+        weights = _weights(family, made, inputs)
+        given = {number: allotted(weights, number) for number in rungs if number < FULL}
+        for number in rungs:
+            _say(f"{number} bits")
+            choose = _chosen(weights, given.get(number, ()), inputs)
+            with writing(output / str(number)):
+                onnx.write_traced(family, traced, output / str(number), number, facts, choose)
+        files.write(
+            output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode()
+        )
+        figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder)
+        report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
+        files.write(output / "report.md", report.encode())
+        print(output / "report.md")
 
 
 def _weights(

@@ -289,9 +289,9 @@ class Lesson:
         """Write the student as a diffusers folder; a role as a LoRA beside it, in ``lora``, which says how it
         draws."""
         from fewstep.families.folder import write_facts
+        from fewstep.files import replacing_folder
 
         if self.roles is not None:
-            self.roles.save("student", self.folder / LORA)
             facts = {
                 "name": f"{self.teacher.name}-{self.name}",
                 "steps": self.setting.student_steps,
@@ -299,7 +299,9 @@ class Lesson:
                 "sampler": self.sampler,
                 "t5": self.setting.drop_t5 < 1,
             }
-            write_facts(facts, self.folder / LORA)
+            with replacing_folder(self.folder / LORA) as fresh:
+                self.roles.save("student", fresh)
+                write_facts(facts, fresh)
         self.write(self.weights("student", nets))
 
     def plain(self) -> Any:
@@ -310,6 +312,7 @@ class Lesson:
     def write(self, weights: Mapping[str, Any]) -> None:
         """Write a student of these weights as a diffusers folder, under its teacher's licence."""
         from fewstep.families import common
+        from fewstep.files import replacing_folder
 
         net = self.plain()
         net.load_state_dict(weights)
@@ -318,10 +321,11 @@ class Lesson:
             family = family.without_t5()
         if self.sampler == "renoise":
             family = common.renoising(family)
-        family.module.save(family, self.folder / "model")
         licence = Path(self.setting.teacher) / "LICENSE"
-        if licence.is_file():
-            shutil.copyfile(licence, self.folder / "model" / "LICENSE")
+        with replacing_folder(self.folder / "model") as fresh:
+            family.module.save(family, fresh)
+            if licence.is_file():
+                shutil.copyfile(licence, fresh / "LICENSE")
 
     def _tokens(self) -> int:
         _, height, width = self.teacher.latent

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.files import replacing_file
+from fewstep.files import replacing_file, sweep
+from fewstep.progress import Stage, stage
 from fewstep.train.device import held
 from fewstep.types import Cond, TextEncoder, UserError
 
@@ -48,9 +49,11 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
     """
     told = hashlib.sha256("\n".join((mark, *prompts)).encode()).hexdigest()[:12]
     paths = [folder / f"{told}-{kind}.npy" for kind in ("context", "pooled")]
+    sweep(folder)
     if not all(path.exists() for path in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        _encode(text, prompts, paths[0], paths[1])
+        with stage("encoding captions") as here:
+            _encode(text, prompts, paths[0], paths[1], here)
     try:
         context, pooled = (np.load(path, mmap_mode="r") for path in paths)
     except (OSError, ValueError, EOFError) as error:
@@ -58,7 +61,7 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
     return Encoded(context, pooled)
 
 
-def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Path) -> None:
+def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Path, here: Stage) -> None:
     with replacing_file(context) as one, replacing_file(pooled) as other:
         outs: list[Any] = []
         for start in range(0, len(prompts), CHUNK):
@@ -72,6 +75,7 @@ def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Pa
                 ]
             for out, part in zip(outs, parts, strict=True):
                 out[start : start + len(part)] = part
+            here.at(start, len(prompts))
             print(f"captions {min(start + CHUNK, len(prompts))}/{len(prompts)}", file=sys.stderr)
         for out in outs:
             out.flush()

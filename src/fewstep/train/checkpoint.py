@@ -1,28 +1,27 @@
 """Checkpoints: everything that exact resumption needs, whole or not at all.
 
-A checkpoint is a folder of torch's distributed format (DCP), ``checkpoints/STEP``: every process writes what
-it holds, and any number of processes reads it. It is written under another name and renamed, with a list of
-its files and their sizes; the last two are kept, so that a broken one does not cost the run.
+A checkpoint is a folder, ``checkpoints/STEP`` (:mod:`fewstep.train.storage`): every process writes what it
+holds, and any number of processes reads it. It is written under another name and renamed, with a list of its
+files and their sizes; the last two are kept, so that a broken one does not cost the run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fewstep import formats
-from fewstep.train import legacy
+from fewstep import files, formats
 from fewstep.train.parallel import by_first, world
 from fewstep.types import UserError
 
+T = TypeVar("T")
 FOLDER = "checkpoints"
 LIST = "whole.json"
 """In a checkpoint: its step, and its files with their sizes."""
@@ -31,18 +30,19 @@ KEPT = 2
 
 
 @dataclass(frozen=True)
-class _List:
-    """The shape of :data:`LIST`."""
-
-    files: dict[str, int]
-
-
-@dataclass(frozen=True)
 class _Owner:
     """What ``run.json`` says of whose run a folder holds."""
 
     recipe: str | None = None
     made_of: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Of :data:`LIST`: the step, and each file's size in bytes."""
+
+    step: int
+    files: dict[str, int]
 
 
 def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
@@ -58,19 +58,26 @@ def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    from fewstep.train.storage import Writer
+
     target = folder / FOLDER / f"{step:08d}"
-    part = target.with_name(f".{target.name}.part")
-    try:
-        by_first(lambda: _make_room(part))
-        writer = dcp.FileSystemWriter(part)
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            return stack.enter_context(files.replacing_folder(target))
+
+        def end() -> None:
+            _write_list(part, step)
+            stack.close()
+            _trim(target)
+
+        part: Path = by_first(lambda: _writing(target, begin))
         with _alone():
-            dcp.save(_flat(held, step), storage_writer=writer, no_dist=world().size == 1)
-        by_first(lambda: _settle(part, target, step))
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(
-            f"{target} could not be written ({_said(error)}); the earlier checkpoint is kept"
-        ) from error
+            _writing(
+                target,
+                lambda: dcp.save(_flat(held, step), storage_writer=Writer(part), no_dist=world().size == 1),
+            )
+        by_first(lambda: _writing(target, end))
 
 
 def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -79,20 +86,21 @@ def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> 
     One that is broken is named on the terminal, and the one before it is taken.
 
     Raises:
-        UserError: the folder belongs to another recipe or to other frozen parts (``about["made_of"]``), or
-            no checkpoint in it can be read.
+        UserError: the folder belongs to another recipe or to other frozen parts (``about["made_of"]``), no
+            checkpoint in it is whole, or a whole one cannot be read for want of memory, files or permission.
     """
     by_first(lambda: check_owner(folder, about))
-    there = by_first(lambda: sorted((folder / FOLDER).glob("[0-9]*"), reverse=True))
+    there: list[Path] = by_first(lambda: sorted(_all(folder), reverse=True))
     for number, path in enumerate(there):
         why = by_first(lambda path=path: _fault(path)) or _load(path, held)
         if why is None:
+            by_first(lambda path=path: _trim(path, later=False))
             return int(path.name)
         if number + 1 == len(there):
             raise UserError(f"{path} cannot be resumed ({why}); move {path.parent} away to start anew")
         if world().first:
             print(f"fewstep: {path} cannot be resumed ({why}); going on from the one before", file=sys.stderr)
-    return legacy.restore(folder, held)
+    return 0
 
 
 def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
@@ -107,6 +115,8 @@ def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    from fewstep.train.storage import Damaged, Reader
+
     step = done(folder)
     if not step:
         raise UserError(f"{folder} has no whole checkpoint; train it anew")
@@ -114,18 +124,22 @@ def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
     flat = {
         f"nets/{name}/{key}": value for name, net in nets.items() for key, value in net.state_dict().items()
     }
+    names = ", ".join(nets)
     try:
-        with _alone():
-            dcp.load(flat, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except (Exception, dcp.CheckpointException) as error:  # a damaged pickle can raise anything
-        names = ", ".join(nets)
-        raise UserError(f"{path} does not give its {names} ({_said(error)}); train {folder} anew") from error
+        with _reading(path), _alone():
+            reader = Reader(path)
+            there = {key: of.size for key, of in reader.index.tensors.items()}
+            for key, value in flat.items():
+                if there.get(key) != tuple(value.shape):
+                    raise Damaged(f"it is of other nets, see {key}")
+            dcp.load(flat, storage_reader=reader, no_dist=True)
+    except Damaged as error:
+        raise UserError(f"{path} does not give its {names} ({error}); train {folder} anew") from error
 
 
 def done(folder: Path) -> int:
     """The step of the last whole checkpoint of a run's folder; 0 where there is none."""
-    whole = [path for path in (folder / FOLDER).glob("[0-9]*") if _fault(path) is None]
-    return max((int(path.name) for path in whole), default=0)
+    return max((int(path.name) for path in _all(folder) if _fault(path) is None), default=0)
 
 
 def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
@@ -166,26 +180,26 @@ def _flat(held: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _load(path: Path, held: Mapping[str, Any]) -> str | None:
-    """Fill ``held`` from a checkpoint; tells why it cannot be read.
+    """Fill ``held`` from a checkpoint; tells what is broken in it.
 
     Raises:
-        UserError: it can be read, but is of other nets.
+        UserError: nothing is, but it is of other nets, or cannot be read.
     """
     import torch.distributed.checkpoint as dcp
 
+    from fewstep.train.storage import Damaged, Reader
+
     try:
-        reader = dcp.FileSystemReader(path)
-        shapes = {
-            key: getattr(m, "size", None) for key, m in reader.read_metadata().state_dict_metadata.items()
-        }
-        _expect(held, shapes)
-        flat = _flat(held, 0)
-        mine = {key: getattr(value, "shape", None) for key, value in flat.items()}
-        if mine == shapes:
-            with _alone():
+        with _reading(path), _alone():
+            reader = Reader(path)
+            shapes = {key: of.size for key, of in reader.index.tensors.items()}
+            _expect(held, shapes)
+            flat = _flat(held, 0)
+            mine = {key: tuple(value.shape) for key, value in flat.items()}
+            if mine == shapes:
                 dcp.load(flat, storage_reader=reader, no_dist=world().size == 1)
-    except (Exception, dcp.CheckpointException) as error:  # a damaged pickle can raise anything
-        return _said(error)
+    except Damaged as error:
+        return str(error)
     if mine != shapes:
         odd = sorted(set(mine.items()) ^ set(shapes.items()))[0][0]
         raise UserError(f"{path} is of other nets than this run's ({odd}); choose another folder with --out")
@@ -215,53 +229,51 @@ def _expect(held: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
                 optimizer.state[parameter][what] = like.requires_grad_(False)
 
 
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, broken ones too."""
+    return [path for path in (folder / FOLDER).glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+
+
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, as far as their sizes tell."""
-    if not (path / LIST).exists():
-        return f"{LIST} is missing"
+    """What is wrong with a checkpoint's files, as far as their sizes tell.
+
+    Raises:
+        UserError: they cannot be looked at.
+    """
+    from fewstep.train.storage import Damaged, read_bytes
+
     try:
-        files = formats.read(path / LIST, _List).files
-        if any(Path(name).name != name for name in files):
-            return f"{LIST} is damaged"
-        short = [name for name, size in files.items() if (path / name).stat().st_size != size]
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, UserError, ValueError):
-        return f"{LIST} is damaged"
-    return f"{short[0]} is cut short" if short else None
+        with _reading(path):
+            contents: Contents = formats.parse(
+                bytes(read_bytes(path / LIST, formats.MOST_BYTES)), Contents, LIST
+            )
+            for name, size in contents.files.items():
+                if Path(name).name != name:
+                    return f"{LIST} is damaged"
+                if not (path / name).exists():
+                    return f"{name} is missing"
+                if (path / name).stat().st_size != size:
+                    return f"{name} is cut short"
+    except Damaged as error:
+        return str(error)
+    return None
 
 
-def _make_room(part: Path) -> None:
-    """An empty folder; what killed processes left beside it goes."""
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        for left in part.parent.glob(".*.part"):
-            shutil.rmtree(left)
-        part.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"{part.parent} cannot be written ({error.strerror}); earlier checkpoints are kept"
-        ) from error
+def _write_list(part: Path, step: int) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+    with (part / LIST).open("w") as note:
+        json.dump({"step": step, "files": sizes}, note)
+        note.flush()
+        os.fsync(note.fileno())  # else a power cut could leave the new name with no content
 
 
-def _settle(part: Path, target: Path, step: int) -> None:
-    """Give a written checkpoint its name, and drop those that are not needed any more."""
-    try:
-        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        with (part / LIST).open("w") as note:
-            json.dump({"step": step, "files": sizes}, note)
-            note.flush()
-            os.fsync(note.fileno())  # else a power cut could leave the new name with no content
-        if target.exists():
-            shutil.rmtree(target)  # one that could not be read
-        part.rename(target)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{target} could not be written ({error}); the earlier checkpoint is kept") from error
-    before = sorted(path for path in target.parent.glob("[0-9]*") if path.name < target.name)
-    after = [path for path in target.parent.glob("[0-9]*") if path.name > target.name]  # could not be read
+def _trim(last: Path, later: bool = True) -> None:
+    """Remove checkpoints that ``last`` makes needless; also ``later`` ones, which could not be read."""
+    there = sorted(_all(last.parents[1]))
+    before = [path for path in there if path.name < last.name]
+    after = [path for path in there if path.name > last.name and later]
     for path in before[: -(KEPT - 1)] + after:
-        shutil.rmtree(path, ignore_errors=True)
+        files.remove(path)
 
 
 @contextmanager
@@ -272,10 +284,60 @@ def _alone() -> Generator[None]:
         yield
 
 
+def _writing(target: Path, action: Callable[[], T]) -> T:
+    """What an action returns that writes a checkpoint.
+
+    Raises:
+        UserError: the disk is full or refuses.
+    """
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        return action()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _cause(error)
+        if not isinstance(cause, OSError | RuntimeError):
+            raise cause from error
+        raise UserError(
+            f"{target} could not be written ({_said(cause)}); the earlier checkpoint is kept"
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Generator[None]:
+    """Tell what is broken in a checkpoint from what keeps it from being read.
+
+    Raises:
+        Damaged: the checkpoint is broken.
+        UserError: it cannot be read for another reason, such as too little memory or too many open files.
+    """
+    import torch
+    from torch.distributed.checkpoint import CheckpointException
+
+    from fewstep.train.storage import Damaged
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error)
+        if isinstance(cause, UserError):  # of the reader of JSON
+            raise Damaged(str(cause)) from error
+        if isinstance(cause, Damaged | torch.OutOfMemoryError) or not isinstance(cause, Exception):
+            raise cause from error
+        raise UserError(
+            f"{path} cannot be read now ({_said(cause)}), and is kept: run the same again, or move it away "
+            "to go on from the one before"
+        ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error itself; of those that DCP gathers from all processes, a stop, else the first."""
+    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+    stops = [failure for failure in failures if not isinstance(failure, Exception)]
+    return next(iter(stops + failures), error)
+
+
 def _said(error: BaseException) -> str:
-    """An error in one short line; of those that DCP gathers from all processes, the first."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
+    """An error in one short line."""
     line = (str(error).splitlines() or [""])[0][:120]
     return f"{type(error).__name__} {line}".strip()

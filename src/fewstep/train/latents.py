@@ -15,7 +15,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fewstep.data import epochs, shards
-from fewstep.files import replacing_file
+from fewstep.files import replacing_file, sweep
+from fewstep.progress import stage
 from fewstep.train.device import half
 from fewstep.types import Model, UserError
 
@@ -53,13 +54,18 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     """
     kept = folder / hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     kept.mkdir(parents=True, exist_ok=True)
+    sweep(kept)
     place = model.lift(np.zeros(1, np.float32)).device.type
     mark = "-bf16" if half("auto", place) else ""  # rounding differs: one set, one precision
     paths = [kept / f"{shard.stem}-{size}-{_told(shard)}{mark}.npz" for shard in sources]
     fresh = [(shard, path) for shard, path in zip(sources, paths, strict=True) if not path.exists()]
-    with ThreadPoolExecutor(READERS if place == "cuda" else 1) as pool:
+    with (
+        stage("encoding images") as here,
+        ThreadPoolExecutor(READERS if place == "cuda" else 1) as pool,
+    ):
         made = pool.map(partial(_encode_one, model, size, place), fresh)
         for number, _ in enumerate(made):
+            here.at(number + 1, len(fresh))
             print(f"latents {number + 1}/{len(fresh)}", file=sys.stderr)
     values: list[Any] = []
     prompts: list[str] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import __version__, formats
-from fewstep.files import write
+from fewstep.files import replacing_file, write
 from fewstep.train import Options
 from fewstep.train.parallel import world
 
@@ -85,7 +85,8 @@ class Log:
         """Keep a contact sheet as ``sheets/STEP.png``."""
         if world().first:
             (self._folder / "sheets").mkdir(exist_ok=True)
-            image.save(self._folder / "sheets" / f"{step:07d}.png")
+            with replacing_file(self._folder / "sheets" / f"{step:07d}.png") as fresh:
+                image.save(fresh)
 
     def close(self) -> None:
         if self._file is not None:

@@ -85,9 +85,14 @@ def by_first(action: Callable[[], Any]) -> Any:
 
 def any_of(asked: Sequence[bool]) -> list[bool]:
     """For each question, whether any process says yes."""
+    return [bool(most) for most in largest(asked)]
+
+
+def largest(numbers: Sequence[float]) -> list[float]:
+    """The largest of each number over the processes."""
     if world().size == 1:
-        return list(asked)
-    return [bool(most) for most in _reduced(list(map(float, asked)), "MAX")]
+        return list(numbers)
+    return _reduced(list(map(float, numbers)), "MAX")
 
 
 def means(figures: Mapping[str, float]) -> dict[str, float]:

@@ -6,32 +6,41 @@ import signal
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
 
+from fewstep import files, signals
+from fewstep.progress import stage
 from fewstep.train import Options, Run, parallel
 from fewstep.train.best import judge
 from fewstep.train.checkpoint import save
+from fewstep.train.device import pick
 from fewstep.train.log import Log, circumstances
 from fewstep.train.state import State as State
 from fewstep.train.state import draw as draw
 from fewstep.train.watch import Watch
 from fewstep.types import UserError
 
+LOCK = ".train.lock"
+"""Of a run's folder. The command that trains has the folder's own lock, of which this one knows nothing."""
+
 
 def train(run: Run) -> None:
     """Carry out a run, from its last checkpoint where there is one, and finish it.
 
-    Ctrl-C or SIGTERM saves after the step in progress; the same command then goes on as if nothing had been.
-    Under torchrun every process calls it.
+    Ctrl-C, SIGTERM or SIGHUP saves after the step in progress; the same command then goes on as if nothing
+    had been. Under torchrun every process calls it.
 
     Raises:
-        UserError: the run diverged, or its folder belongs to another recipe.
-        KeyboardInterrupt: after a clean stop.
+        UserError: the run diverged, its folder belongs to another recipe, or another process trains there.
+        Stop: after a clean stop.
     """
+    parallel.join(pick(run.options.device))
     try:
-        _train(run)
+        with ExitStack() as stack:
+            parallel.by_first(lambda: stack.enter_context(files.held(run.folder, "trained", LOCK)))
+            _train(run)
     except UserError as error:
         if parallel.world().first:
             raise
@@ -44,7 +53,10 @@ def _train(run: Run) -> None:
     options = run.options
     if options.threads:
         torch.set_num_threads(options.threads)
-    state = State(run)
+    with stage(f"{run.name}: setting up"):
+        state = State(run)
+    if state.step and parallel.world().first:
+        print(f"fewstep: {run.name}: resuming at step {state.step} of {options.steps}", file=sys.stderr)
     about = run.about | {"options": asdict(options)} | circumstances(state.device)
     with closing(Log(run.folder, run.name, about, state.step)) as log:
         run = _loop(run, state, log)
@@ -52,7 +64,8 @@ def _train(run: Run) -> None:
     nets = state.finished()
     finish = run.finish
     if finish is not None:
-        parallel.by_first(lambda: finish(nets))  # others wait: the next run of a chain reads what it wrote
+        with stage(f"{run.name}: writing the result"):
+            parallel.by_first(lambda: finish(nets))  # others wait: the next run of a chain reads it
 
 
 def _loop(run: Run, state: State, log: Log) -> Run:
@@ -60,8 +73,9 @@ def _loop(run: Run, state: State, log: Log) -> Run:
     saved, saved_at, watch = time.monotonic(), state.step, Watch()
     clock = Clock(state.step, saved)
     watch.recall(log.earlier)
-    with _asked_to_stop() as stop:
+    with _asked_to_stop() as asked, stage(f"{run.name}: training") as here:
         while state.step < run.options.steps:
+            here.at(state.step, run.options.steps)
             figures = state.advance()
             if run.options.minutes:
                 state.run = run = replace(run, options=clock.settled(run.options, state.step))
@@ -70,12 +84,12 @@ def _loop(run: Run, state: State, log: Log) -> Run:
                 parallel.by_first(lambda line=line: watch.see(state.step, line))
             _look(run, state, log, run.options.sheet_every, run.options.score_every)
             due = time.monotonic() - saved > 60 * run.options.save_minutes
-            stopping, due = parallel.any_of([bool(stop), due])
-            if stopping or due:
+            number, due = parallel.largest([asked[0] if asked else 0, due])
+            if number or due:
                 save(run.folder, state.all(), state.step)
                 saved, saved_at = time.monotonic(), state.step
-            if stopping:
-                raise KeyboardInterrupt
+            if number:
+                raise signals.Stop(int(number))
         if saved_at < state.step:
             save(run.folder, state.all(), state.step)
     return run
@@ -126,30 +140,26 @@ def _look(run: Run, state: State, log: Log, sheets: int, scores: int, last: bool
         return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
 
     if run.sheet is not None and due(sheets):
-        with state.averaged() as nets:
+        with stage(f"{run.name}: drawing a sheet"), state.averaged() as nets:
             log.sheet(state.step, run.sheet(nets))
     if run.score is not None and due(scores):
-        with state.averaged() as nets:
+        with stage(f"{run.name}: scoring"), state.averaged() as nets:
             log.score(state.step, judge(run, nets, state.step))
 
 
 @contextmanager
 def _asked_to_stop() -> Generator[list[int]]:
-    """Ctrl-C or SIGTERM fills the list; a second Ctrl-C stops at once."""
+    """A signal that asks to stop goes into the list; a second Ctrl-C stops at once."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if signal.SIGINT in asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise signals.Stop
         if not asked:
             print(
                 "fewstep: stopping after this step, then saving (Ctrl-C again stops at once)", file=sys.stderr
             )
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.handled(note):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from fewstep.progress import stage
 from fewstep.recipes.parts import Out, at_least_one
 from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
@@ -79,7 +80,8 @@ def synthesize(
 
     if threads:
         torch.set_num_threads(threads)
-    family = _load(teacher, guidance, t5, device, dtype, ranks)
+    with stage(f"loading {teacher}"):
+        family = _load(teacher, guidance, t5, device, dtype, ranks)
     encoders = [part for name, part in family.parts.items() if name.startswith("text_encoder") and part]
     plan = plans.make(
         family,
@@ -95,7 +97,14 @@ def synthesize(
         per_shard=per_shard,
         pictures=pictures,
     )
-    write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=told())
+    with stage("making samples") as here:
+        say = told()
+
+        def progress(done: int, total: int) -> None:
+            here.at(done, total)
+            say(done, total)
+
+        write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=progress)
     print(out)
 
 

@@ -16,7 +16,7 @@ from fewstep import guide, sample, times
 from fewstep.data import shards
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
-from fewstep.files import replacing_file
+from fewstep.files import held, replacing_file
 from fewstep.types import Array, Cond, Model, UserError, Velocity
 
 Numpy = np.ndarray[Any, Any]
@@ -54,7 +54,21 @@ def synthesize(
     """
     if len(prompts) != plan.number or plans.digest(prompts) != plan.captions:
         raise UserError("these captions are not the plan's")
-    folder.mkdir(parents=True, exist_ok=True)
+    doing = "filled" if world == 1 else f"filled as rank {rank}"
+    with held(folder, doing, f".rank-{rank}.lock"):
+        _write(teacher, prompts, plan, folder, batch, range(rank, plan.shards, world), progress)
+
+
+def _write(
+    teacher: Model,
+    prompts: Sequence[str],
+    plan: Plan,
+    folder: Path,
+    batch: int,
+    mine: range,
+    progress: Progress,
+) -> None:
+    """Write the shards ``mine`` of ``plan``, but for those that are there."""
     plans.claim(folder, plan)
     null = teacher.text([""])
     if not (folder / NULL).exists():
@@ -63,15 +77,12 @@ def synthesize(
                 fresh, context=_half(teacher.lower(null.context)), pooled=_half(teacher.lower(null.pooled))
             )
     maker = _Maker(teacher, prompts, plan, null, batch)
-    mine = range(rank, plan.shards, world)
-    done, total = 0, sum(len(plan.rows(shard)) for shard in mine)
+    total = sum(len(plan.rows(shard)) for shard in mine)
     todo = [shard for shard in mine if not plan.path(folder, shard).exists()]
     done = total - sum(len(plan.rows(shard)) for shard in todo)
     progress(done, total)
     for shard in todo:
         path = plan.path(folder, shard)
-        for left in folder.glob(f".{path.stem}.*.part.tar"):
-            left.unlink()  # of a process that was killed
         with replacing_file(path) as fresh, tarfile.open(fresh, "w") as tar:
             for made in maker.batches(plan.rows(shard)):
                 for files in made:

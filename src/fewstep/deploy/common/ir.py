@@ -42,11 +42,15 @@ def write(graph: Any, path: Path, bits: int) -> None:
 
 
 @contextlib.contextmanager
-def folded(path: Path) -> Generator[Any]:
+def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
     """A graph of a bundle for onnxruntime as an ``openvino.Model``, its weights unpacked to float32.
 
     onnxruntime unpacks them, as it does to draw: OpenVINO reads the operators that do it, and draws something
     else (2026.4).
+
+    Args:
+        path: of the graph.
+        beside: a folder for what is needed meanwhile; the system's by default.
 
     Raises:
         UserError: it is no such graph, or there is no room for it.
@@ -56,7 +60,7 @@ def folded(path: Path) -> Generator[Any]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=beside) as folder:
         plain = Path(folder) / "graph.onnx"
         options.optimized_model_filepath = str(plain)
         options.add_session_config_entry(
@@ -90,13 +94,13 @@ def check_float16(parts: Mapping[str, Any], instead: str) -> None:
 
 
 @contextlib.contextmanager
-def converted(part: Part) -> Generator[Any]:
+def converted(part: Part, beside: Path | None = None) -> Generator[Any]:
     """``part`` as an ``openvino.Model`` with a free batch size, by way of ONNX.
 
     It is read from a file, which may be larger than a protobuf message; its weights are read when they are
-    needed, so that it holds no longer than the file.
+    needed, so that it holds no longer than the file. ``beside`` is as in :func:`folded`.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=beside) as folder:
         path = Path(folder) / "graph.onnx"
         write_graph(trace(part), path)
         yield _read(path)
