@@ -92,6 +92,8 @@ def convert(value: Any, kind: type[T] | Any, where: str) -> T:
         return msgspec.convert(value, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is damaged or no such file: {_field(error)}") from None
+    except UnicodeError:
+        raise UserError(f"{where} is damaged (text that is no UTF-8)") from None
     except RecursionError:
         raise UserError(f"{where} is damaged (nested too deeply)") from None
 

@@ -92,7 +92,7 @@ def _opened(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, 
     again = "delete it and run fewstep data stickers again"
     try:
         images: Any = np.load(store, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a header is read by Python's own parser, which has errors of its own
         raise UserError(f"{store} is broken ({error}); {again}") from error
     if images.shape != (len(pairs), size, size, 4) or images.dtype != np.uint8:
         raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {again}")

@@ -94,9 +94,16 @@ def document(
     runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str], noise: Path | None = None
 ) -> str:
     """Markdown of all cells, from the results of one ``fewstep evaluate`` and the note of ``fewstep
-    variance``, where there is one."""
+    variance``, where there is one.
+
+    Raises:
+        UserError: the results are of other runs, or a note is damaged.
+    """
     by_label = {row["label"]: row["figures"] for row in results["rows"]}
     teacher = results["teacher"]
+    for label in (teacher, *(f"{folder / 'model'}@{steps}" for _, steps, folder in runs)):
+        if label not in by_label:
+            raise UserError(f"the results have no figures of {label}: measure again")
     counts = (
         f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures "
         f"each, {results.get('scenes', 0)} scenes; features {results['extractor']}."

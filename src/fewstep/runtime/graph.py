@@ -48,7 +48,10 @@ class Graph(Session):
             level.ORT_ENABLE_ALL if self.convolutions else level.ORT_ENABLE_BASIC
         )
         session = ort.InferenceSession(
-            str(self.path), sess_options=options, providers=["CPUExecutionProvider"]
+            str(self.path),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it would print, and try the same once more
         )
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
