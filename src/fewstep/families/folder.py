@@ -80,13 +80,6 @@ def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
     return facts
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The shape of ``model_index.json``, but the parts."""
-
-    _class_name: str | None = None
-
-
 def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
     """The pipeline class that ``model_index.json`` names, and the whole index.
 
@@ -96,8 +89,7 @@ def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers folder: model_index.json is missing")
     index = read_json(folder / "model_index.json")
-    kind: str | None = formats.convert(index, _Index, str(folder / "model_index.json"))._class_name
-    return str(kind), index
+    return str(index.get("_class_name"))[:80], index
 
 
 def has_part(folder: Path, part: str) -> bool:
@@ -168,18 +160,8 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     Raises:
         UserError: an unknown class, a file that is missing or broken, or weights that lack a tensor.
     """
+    kind, where = _class_of(folder, part, entry), folder / part
     library, name = entry
-    if library not in ("diffusers", "transformers"):
-        raise UserError(
-            f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
-        )
-    kind = getattr(importlib.import_module(library), name, None)
-    if kind is None:
-        raise UserError(
-            f"{folder} names {library}.{name} for {part}, which the installed {library} does not have"
-        )
-    check_class(kind, name, part, str(folder / "model_index.json"))
-    where = folder / part
     if hasattr(kind, "vocab_files_names"):
         _check_vocabulary(where, kind.vocab_files_names)
         check_tokenizer(where)
@@ -201,7 +183,32 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         raise UserError(f"cannot load {where}: {first_line(error)}") from error
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights, among them {sorted(report['missing_keys'])[0]}")
+    if report.get("mismatched_keys"):
+        raise UserError(f"{where} has weights of another shape than its configuration says")
     return net
+
+
+def _class_of(folder: Path, part: str, entry: tuple[str, str]) -> Any:
+    """The class of a part.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be that part.
+    """
+    library, name = entry
+    if library not in ("diffusers", "transformers"):
+        raise UserError(
+            f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
+        )
+    try:
+        kind = getattr(importlib.import_module(library), name, None)
+    except Exception:  # one of the library's modules that needs what is not installed
+        kind = None
+    if kind is None:
+        raise UserError(
+            f"{folder} names {library}.{name[:80]} for {part}, which the installed {library} does not have"
+        )
+    check_class(kind, name, part, str(folder / "model_index.json"))
+    return kind
 
 
 def _stored(folder: Path) -> int:

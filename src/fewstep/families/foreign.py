@@ -221,7 +221,7 @@ def check_config(config: Mapping[str, Any], name: str | None, where: str) -> Non
     """
     if name is not None and name.endswith("Scheduler"):
         formats.convert(config, _Scheduler, where)
-    elif name in KNOWN:
+    elif name is not None and name in KNOWN:
         formats.convert(config, KNOWN[name][1], where)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +90,15 @@ class Weights:
         return tensor
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
-        """``tensor.reshape(shape)[cut]``; of a table of gigabytes only that is read."""
+        """``tensor.reshape(shape)[cut]``; of a table of gigabytes only that is read.
+
+        Raises:
+            UserError: it is not there, or has another number of elements.
+        """
         entry = self._entry(name)
+        if prod(shape) != prod(entry.shape):
+            what = f"{name} has the shape {entry.shape}, not {tuple(shape)}"
+            raise UserError(f"{self.folder} is another net than its configuration says: {what}")
         kind, dtype = KINDS[entry.kind]
         table = np.memmap(entry.path, kind, "r", entry.offset, tuple(shape))
         return torch.from_numpy(np.array(table[cut])).view(dtype).clone()
