@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,3 +92,31 @@ def test_an_array_is_numbers_or_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name} is damaged") as caught:
             formats.read_array(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_what_pythons_json_writes_is_read_where_it_was_written(tmp_path: Path) -> None:
+    said = [{"loss": float("nan")}, {"loss": float("-inf"), "path": "a\udcff"}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    first, second = formats.read_lines(tmp_path / "log.jsonl")
+    assert math.isnan(first["loss"]) and second == said[1]
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n{"loss": "x"}\n')
+    with pytest.raises(
+        UserError, match=r"log\.jsonl, line 2, is damaged or no such file: .*expected float, got str"
+    ):
+        formats.read_lines(tmp_path / "log.jsonl", dict[str, float])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", '{"a": "\\ud800"}'])
+def test_what_pythons_json_cannot_read_is_one_line(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        formats.parse(text, dict[str, int], "a.json", python=True)
+    assert "a.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_takes_as_much_memory_as_it_has_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    tracemalloc.start()
+    formats.read(tmp_path / "a.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20

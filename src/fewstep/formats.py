@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ MOST_BYTES = 2**26
 """Of a JSON file: tokenizers, the largest that are read here, have some 2**25."""
 
 
-def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTES) -> T:
+def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTES, python: bool = False) -> T:
     """Read a JSON file into ``kind``.
 
     Args:
@@ -25,30 +26,58 @@ def read(path: Path, kind: type[T] | Any = dict[str, Any], most: int = MOST_BYTE
         kind: a dataclass, or any other type that msgspec knows. Fields that a dataclass lacks are passed
             over.
         most: bytes that the file may have.
+        python: see :func:`parse`.
 
     Raises:
         UserError: the file is missing, no regular file, too large, not JSON, nested too deeply, or of another
             shape. The line names the file and the field.
     """
-    return parse(read_bytes(path, most), kind, str(path))
+    return parse(read_bytes(path, most), kind, str(path), python)
 
 
-def parse(data: bytes | str, kind: type[T] | Any = dict[str, Any], where: str = "") -> T:
+def read_lines(path: Path, kind: type[T] | Any = dict[str, Any]) -> list[T]:
+    """Read a file of one JSON value a line, as Python's ``json`` writes them, into ``kind``.
+
+    Raises:
+        UserError: see :func:`read`. The line names file, number of the line, and field.
+    """
+    lines = read_bytes(path).splitlines()
+    return [parse(line, kind, f"{path}, line {number},", True) for number, line in enumerate(lines, 1)]
+
+
+def parse(
+    data: bytes | str, kind: type[T] | Any = dict[str, Any], where: str = "", python: bool = False
+) -> T:
     """JSON text as ``kind``.
 
     Args:
         data: UTF-8.
         kind: see :func:`read`.
         where: what it is called in errors.
+        python: take what Python's ``json`` writes and JSON does not have: NaN, Infinity, and the halves of
+            surrogate pairs that stand for the bytes of a path which are no UTF-8.
 
     Raises:
         UserError: see :func:`read`.
     """
+    if python:
+        return convert(_loads(data, where), kind, where)
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is damaged or no such file: {_field(error)}") from None
     except (msgspec.DecodeError, UnicodeError) as error:
+        raise UserError(f"{where} is damaged (not JSON: {_lower(str(error))})") from None
+    except RecursionError:
+        raise UserError(f"{where} is damaged (nested too deeply)") from None
+
+
+def _loads(data: bytes | str, where: str) -> Any:
+    import json  # what draws an image reads nothing that needs it
+
+    try:
+        return json.loads(data)
+    except ValueError as error:
         raise UserError(f"{where} is damaged (not JSON: {_lower(str(error))})") from None
     except RecursionError:
         raise UserError(f"{where} is damaged (nested too deeply)") from None
@@ -64,6 +93,8 @@ def convert(value: Any, kind: type[T] | Any, where: str) -> T:
         return msgspec.convert(value, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is damaged or no such file: {_field(error)}") from None
+    except UnicodeError:
+        raise UserError(f"{where} is damaged (text that is no UTF-8)") from None
     except RecursionError:
         raise UserError(f"{where} is damaged (nested too deeply)") from None
 
@@ -78,7 +109,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise UserError(f"{path} is no file")
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, most) + 1)  # as much memory is taken as is asked for
+            if size < len(data) <= most:  # it has grown, or the system does not tell the size
+                data += file.read(most + 1 - len(data))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # a zero byte in the name

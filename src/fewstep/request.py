@@ -25,6 +25,8 @@ FEW = 8
 """Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
 MANY = 100
 STRENGTH = 0.95
+PER_CORE, ALWAYS = 4, 16
+"""Threads that may be asked for, a core of the machine and on any machine."""
 
 LONGEST = 10_000
 """Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
@@ -212,6 +214,23 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     if number is None or isinstance(value, bool) or not low <= number <= high:
         raise UserError(f"{name} must be a whole number from {low} to {high}, not {_told(value)}")
     return number
+
+
+def threads(count: Any, least: int = 0) -> int:
+    """A number of processor threads: at most :data:`PER_CORE` a core, and :data:`ALWAYS` anywhere.
+
+    Each takes memory, and more than there are cores only wait for each other.
+
+    Args:
+        count: what was asked for.
+        least: 0 where that leaves the choice to a library.
+
+    Raises:
+        UserError: it is another number.
+    """
+    from fewstep.runtime.session import cores
+
+    return whole("threads", count, least, max(ALWAYS, PER_CORE * cores()))
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fewstep.extras import missing_extra, need
-from fewstep.request import check_known, whole
+from fewstep.request import check_known
+from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
-    threads = None if threads is None else whole("threads", threads, 1, 1024)
+    threads = None if threads is None else counted_threads(threads, 1)
     name = DEFAULT if source is None else str(source)
     family, plain = split(name)
     place = locate(plain)

@@ -42,24 +42,42 @@ def test_digest_tells_bundles_apart(tmp_path: Path) -> None:
     assert one == same != other
 
 
+LATENT = FACTS["latent"]
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda at: (at / "bundle.json").unlink(), "neither bundle.json nor"),
     "no JSON": (lambda at: (at / "bundle.json").write_text("{"), "not JSON"),
-    "no object": (lambda at: (at / "bundle.json").write_text("[]"), "names no format"),
+    "no object": (lambda at: (at / "bundle.json").write_text("[]"), "expected object, got array"),
+    "no format": (lambda at: (at / "bundle.json").write_text("{}"), "missing required field format"),
     "other format": (lambda at: edit(at, format=99), "bundle format 99"),
-    "no latent": (lambda at: edit(at, latent=None), "incomplete or damaged"),
-    "odd latent": (lambda at: edit(at, latent={**FACTS["latent"], "height": -4}), "incomplete or damaged"),
+    "odd format": (lambda at: edit(at, format="2"), "format: expected int, got str"),
+    "other engine": (lambda at: edit(at, engine="abacus"), "for 'abacus', which this fewstep does not know"),
+    "odd engine": (lambda at: edit(at, engine=[1]), "engine: expected str"),
+    "no latent": (lambda at: edit(at, latent=None), "latent: expected object, got null"),
+    "odd latent": (lambda at: edit(at, latent={**LATENT, "height": -4}), "latent.height: expected int >= 1"),
     "huge latent": (
-        lambda at: edit(at, latent={**FACTS["latent"], "height": 10**11}),
-        "incomplete or damaged",
+        lambda at: edit(at, latent={**LATENT, "height": 10**11}),
+        "latent.height: expected int <=",
     ),
-    "endless latent": (
-        lambda at: edit(at, latent={**FACTS["latent"], "height": 1e999}),
-        "incomplete or damaged",
+    "endless latent": (lambda at: edit(at, latent={**LATENT, "height": 1e999}), "damaged"),
+    "latents of 256 GiB": (
+        lambda at: edit(at, latent={"channels": 4096, "height": 4096, "width": 4096, "downscale": 8}),
+        "at most .* latents",
     ),
-    "deep JSON": (lambda at: (at / "bundle.json").write_text("[" * 100_000), "not JSON"),
-    "odd styles": (lambda at: edit(at, about={"styles": 5}), "incomplete or damaged"),
-    "odd arithmetic": (lambda at: edit(at, compute="int3"), "incomplete or damaged"),
+    "pixels of 3 TiB": (
+        lambda at: edit(at, latent={"channels": 1, "height": 128, "width": 128, "downscale": 4096}),
+        "at most .* pixels",
+    ),
+    "endless shift": (lambda at: edit(at, shift=1e300), "shift: expected float <="),
+    "shift that is no number": (lambda at: edit(at, shift=float("nan")), "not JSON"),
+    "deep JSON": (lambda at: (at / "bundle.json").write_text('{"a":' + "[" * 100_000), "damaged"),
+    "odd styles": (lambda at: edit(at, about={"styles": 5}), "styles: expected array, got int"),
+    "odd style": (lambda at: edit(at, about={"styles": [5]}), "expected str, got int"),
+    "odd arithmetic": (lambda at: edit(at, compute="int3"), "compute: invalid enum value"),
+    "odd hash": (
+        lambda at: edit(at, files={"text.onnx": {"bytes": 1, "sha256": "../" * 20}}),
+        "sha256: expected str matching",
+    ),
     "no files": (lambda at: edit(at, files={}), "no text.onnx"),
     "missing file": (lambda at: (at / "text.onnx").unlink(), "text.onnx is missing"),
     "cut file": (lambda at: (at / "decoder.onnx").write_bytes(b"x" * 100), "has 100 bytes instead of"),
@@ -87,9 +105,14 @@ def test_a_graph_in_anothers_place_is_one_clear_line(tmp_path: Path) -> None:
         fewstep.load(tmp_path)("a cat")
 
 
-def test_a_bundle_cannot_reach_out_of_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "/etc/passwd", "sub/text.onnx", r"..\secret", "C:secret", "..", ".", "", "nul.onnx", "a\0b",
+     "a\nb", "é" * 200],
+)  # fmt: skip
+def test_a_bundle_cannot_reach_out_of_its_folder(tmp_path: Path, name: str) -> None:
     bundle = write_bundle(tmp_path)
     files = json.loads((tmp_path / "bundle.json").read_text())["files"]
-    edit(tmp_path, files={**files, "../secret": files["text.onnx"]})
+    edit(tmp_path, files={**files, name: files["text.onnx"]})
     with pytest.raises(UserError, match="outside its folder"):
         read(bundle.folder)

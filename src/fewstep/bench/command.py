@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from fewstep.extras import need
 from fewstep.progress import Progress, emit
 from fewstep.request import memory
+from fewstep.request import threads as counted_threads
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -72,6 +73,7 @@ def bench(
         return
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
+    counted_threads(threads)
     if whole and (dtypes != ("float32",) or batch != (1,) or len(steps) > 1):
         raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
     if torch.memory is not None:

@@ -73,9 +73,9 @@ def count_openvino(path: Path, batch: int) -> Work:
 
     OpenVINO can multiply by weights as they are stored: their bytes count so.
     """
-    from fewstep.runtime.openvino import openvino
+    from fewstep.runtime import openvino
 
-    model: Any = openvino.Core().read_model(path)
+    model: Any = openvino.read(path)
     shapes = {port: port.get_partial_shape() for port in model.inputs}
     for shape in shapes.values():
         shape[0] = batch

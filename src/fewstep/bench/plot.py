@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+from msgspec import Meta
+
+from fewstep import formats
 from fewstep.files import replacing_file
 from fewstep.types import UserError
 
 Line = Mapping[str, Any]
+
+
+Count = Annotated[int, Meta(ge=1, le=10**6)]
+Amount = Annotated[float, Meta(ge=0, le=1e18)]
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    whole: Annotated[list[Amount], Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Device:
+    processor: str
+    cores: Count
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is drawn of a record."""
+
+    model: str
+    engine: str
+    steps: Count
+    batch: Count
+    peak: Amount
+    seconds: _Seconds
+    device: _Device
+    bits: Count | None = None
+    threads: Annotated[int, Meta(ge=0)] | None = None
+    guidance: Amount | None = None
+    floor: dict[str, Amount] | None = None
+
+
+@dataclass(frozen=True)
+class _Figure:
+    value: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    figures: dict[str, _Figure]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What is drawn of a ``results.json``."""
+
+    rows: list[_Row]
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -21,17 +74,12 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:  # ValueError: bytes that are no text
-            raise UserError(f"cannot read {path}: {error}") from error
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(formats.read_lines(path), 1):
             try:
-                record = json.loads(line)
-                _ = label(record), _device(record), _seconds(record), record["peak"], record["engine"]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{path}, line {number}: no record of fewstep bench") from error
-            found.append(record)
+                formats.convert(line, _Record, "it")
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: no record of fewstep bench ({error})") from None
+            found.append(line)
     if not found:
         raise UserError("there is no record to draw")
     return found
@@ -131,10 +179,10 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
         UserError: no such file, or no such figure in it.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found = {row["label"]: row["figures"][name]["value"] for row in rows if name in row["figures"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no results.json of fewstep evaluate") from error
+        rows = formats.read(path, _Results, python=True).rows
+    except UserError as error:
+        raise UserError(f"{path} is no results.json of fewstep evaluate ({error})") from None
+    found = {row.label: row.figures[name].value for row in rows if name in row.figures}
     if not found:
         raise UserError(f"{path} has no figure {name}")
     return found

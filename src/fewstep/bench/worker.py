@@ -119,15 +119,12 @@ class Stock:
         import torch
         from diffusers import StableDiffusion3Pipeline
 
-        from fewstep.families.folder import read_facts
+        from fewstep.families.folder import has_part, read_facts
         from fewstep.staged.load import device_of
 
         if threads:
             torch.set_num_threads(threads)
-        whole = json.loads((Path(model) / "model_index.json").read_text())
-        absent = {
-            name: None for name in ("text_encoder_3", "tokenizer_3") if not (whole.get(name) or [None])[0]
-        }
+        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not has_part(Path(model), name)}
         self.dtype = getattr(torch, dtype)
         self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(
             model, torch_dtype=self.dtype, use_safetensors=True, **absent

@@ -39,6 +39,14 @@ class Renderings:
         return int(self.pictures.shape[1])
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The shape of ``renderings-SIZE.json``."""
+
+    concepts: list[Concept]
+    pairs: list[tuple[int, str]]
+
+
 def render_all(
     packages: dict[str, Path],
     concepts: list[Concept],
@@ -60,7 +68,7 @@ def render_all(
                 progress(row + 1, len(jobs))
             out.flush()
         write(index, json.dumps(wanted).encode())
-    return Renderings(concepts, pairs, read_array(store))
+    return _opened(concepts, pairs, store, size)
 
 
 def load(folder: Path, size: int) -> Renderings:
@@ -72,24 +80,23 @@ def load(folder: Path, size: int) -> Renderings:
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
-    read = read_json(index, _Index)
-    pictures = read_array(store)
-    shape = (len(read.pairs), size, size, 4)
-    if pictures.dtype != np.uint8 or pictures.shape != shape:
-        raise UserError(f"{store} is not of {index.name}; delete both and run fewstep data stickers again")
-    if any(not 0 <= concept < len(read.concepts) for concept, _ in read.pairs):
-        raise UserError(
-            f"{index} is damaged (a pair of no concept); delete it and run fewstep data stickers again"
-        )
-    return Renderings(read.concepts, read.pairs, pictures)
+    read: _Index = read_json(index, _Index)
+    return _opened(read.concepts, read.pairs, store, size)
 
 
-@dataclass(frozen=True)
-class _Index:
-    """What the rows of the renderings are."""
+def _opened(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, size: int) -> Renderings:
+    """The renderings in ``store``.
 
-    concepts: list[Concept]
-    pairs: list[tuple[int, str]]
+    Raises:
+        UserError: it holds other arrays, or pairs of what is no concept.
+    """
+    again = "delete it and run fewstep data stickers again"
+    images = read_array(store)
+    if images.shape != (len(pairs), size, size, 4) or images.dtype != np.uint8:
+        raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {again}")
+    if any(not 0 <= place < len(concepts) or style not in STYLES for place, style in pairs):
+        raise UserError(f"{store.with_suffix('.json')} names pairs of unknown concepts; {again}")
+    return Renderings(concepts, pairs, images)
 
 
 def _jobs(

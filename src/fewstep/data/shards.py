@@ -21,7 +21,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -210,24 +210,11 @@ def _example(key: str, files: dict[str, bytes], shard: Path) -> Example:
     if picture is None or "txt" not in files:
         missing = "picture" if picture is None else "caption (.txt)"
         raise UserError(f"{shard}: {key} has no {missing}")
-    truth = parse_truth(files["json"], f"{shard}: {key}.json") if "json" in files else {}
+    truth: dict[str, Any] = {}
+    if "json" in files:  # other people's may hold NaN
+        truth = formats.parse(files["json"], where=f"{shard}: {key}.json", python=True)
     caption = decode_caption(files["txt"], f"{shard}: {key}.txt")
     return Example(key, open_picture(picture, f"{shard}: {key}"), caption, truth)
-
-
-def parse_truth(data: bytes, where: str) -> dict[str, Any]:
-    """The ``.json`` of an example. Other people's may hold NaN, which :mod:`fewstep.formats` refuses.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    try:
-        truth = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged (not JSON: {error})") from None
-    if not isinstance(truth, dict):
-        raise UserError(f"{where} is damaged: no JSON object")
-    return cast("dict[str, Any]", truth)
 
 
 def open_picture(data: bytes, where: str) -> Image.Image:

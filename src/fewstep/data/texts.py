@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fewstep import formats
 from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
-from fewstep.data.shards import entries, parse_truth
+from fewstep.data.shards import entries
 from fewstep.data.sources import STYLES
 from fewstep.text import clean, decode_caption
 from fewstep.types import UserError
@@ -61,11 +62,41 @@ def captions(
 def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
     """Concepts always; styles and grounds only where the caption says them (else nobody could know)."""
     said = truth["prompt"].lower()
-    found = {place[o["concept"]] for o in truth["objects"]}
-    found |= {place[f"style {o['style']}"] for o in truth["objects"] if HINTS[o["style"]] in said}
-    grounds = truth["ground"].removesuffix(" gradient").split(" to ")
+    objects, ground = truth["objects"], truth.get("ground")
+    if ground is None:
+        raise UserError("the shards say what is there, but not on which ground: make them again")
+    for each in objects:
+        if each["concept"] not in place or each["style"] not in HINTS:
+            what = f"{each['concept'][:40]!r} of style {each['style'][:40]!r}"
+            raise UserError(f"the shards show {what}, of which there is no rendering: make them again")
+    found = {place[o["concept"]] for o in objects}
+    found |= {place[f"style {o['style']}"] for o in objects if HINTS[o["style"]] in said}
+    grounds = ground.removesuffix(" gradient").split(" to ")
     found |= {place[f"ground {g}"] for g in grounds if g in COLOURS and g in said}
     return sorted(found)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A thing in an image, and what it looks like."""
+
+    concept: str
+    style: str
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The shape of what we read of a sample's ``.json``; the shards of others have other facts."""
+
+    prompt: str | None = None
+    objects: list[_Object] | None = None
+    ground: str | None = None
+
+
+def _facts(data: bytes, where: str) -> dict[str, Any]:
+    told: dict[str, Any] = formats.parse(data, where=where, python=True)
+    formats.convert(told, _Truth, where)
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -88,7 +119,7 @@ def _truths(shard: Path) -> list[dict[str, Any]]:
         if ending.lower() == "txt":
             captions[stem] = decode_caption(data, where)
         else:
-            truth |= parse_truth(data, where)
+            truth |= _facts(data, where)
     if not out:
         raise UserError(f"{shard}: no captions (.txt) in it; write it again")
     for stem, truth in out.items():

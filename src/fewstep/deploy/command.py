@@ -155,10 +155,9 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
 
 def has_t5(place: Path) -> bool:
     """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
-    from fewstep.families.folder import read_json
+    from fewstep.families.folder import has_part
 
-    index = place / "model_index.json"
-    return not index.is_file() or all(read_json(index).get("text_encoder_3") or [None])
+    return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
 
 
 def read_about(about: Path | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import Part, parts
 from fewstep.deploy.common.manifest import described, write_tokenizer
@@ -178,9 +179,8 @@ def _writing(out: Path) -> Generator[None]:
 
 def _ours(folder: Path) -> bool:
     try:
-        told: Any = json.loads((folder / MANIFEST).read_text("utf-8"))
-        return told["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return formats.read(folder / MANIFEST).get("format") == FORMAT
+    except UserError:
         return False
 
 

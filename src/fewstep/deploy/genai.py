@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import text_length
 from fewstep.deploy.common.manifest import described
@@ -103,8 +104,8 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
 def is_ours(folder: Path) -> bool:
     """Whether an earlier export lies there."""
     try:
-        return json.loads((folder / MANIFEST).read_text("utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return formats.read(folder / MANIFEST).get("format") == FORMAT
+    except UserError:
         return False
 
 

@@ -87,7 +87,7 @@ def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> st
         for name in bundle.files:
             stem, _, ending = name.rpartition(".")
             if ending == "onnx":
-                with ir.folded(bundle.path(name), folder.parent) as graph:
+                with ir.folded(bundle.graph(stem), folder.parent) as graph:
                     ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
 
     return rewrite_bundle(bundle, out, bits, {**told, "engine": "openvino"}, write)

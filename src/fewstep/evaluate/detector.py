@@ -8,17 +8,19 @@ that a model of this project made.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewstep import formats
 from fewstep.data.captions import COLOURS
 from fewstep.evaluate.likeness import Box, Gallery
+from fewstep.runtime.external import external_files
 from fewstep.runtime.graph import Graph
 from fewstep.runtime.session import cores
 from fewstep.types import UserError
@@ -35,6 +37,13 @@ OVERLAP = 0.4
 
 RING = 0.04
 """Width of the border that shows the background, in units of the picture's side."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """The shape of ``detector.json``: the side of the net's images, pixels."""
+
+    size: Annotated[int, Meta(ge=1, le=4096)]
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,15 @@ class Finder:
         name: the folder's, with a digest of the weights.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, it is damaged, or it draws weights from another file.
     """
 
     def __init__(self, folder: Path) -> None:
         check(folder)
         note, graph = folder / NOTE, folder / GRAPH
-        try:
-            self._size = int(json.loads(note.read_text(encoding="utf-8"))["size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{note} is damaged; copy it anew") from error
+        self._size = formats.read(note, _Note).size
+        for name in external_files(graph):
+            raise UserError(f"{graph} reads the file {name[:80]!r}: all weights of a detector are in it")
         self.name = f"{folder.name}-{hashlib.sha256(graph.read_bytes()).hexdigest()[:8]}"
         self._graph = Graph(graph, cores(), convolutions=True)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.families import schedules, weights
+from fewstep.families.foreign import check_class, check_config, check_tokenizer, check_weights
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
@@ -50,20 +53,23 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return data
+    return formats.read(path, dict[str, Any])
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The shape of what :func:`write_facts` writes, whichever of it is there."""
+
+    name: str | None = None
+    sampler: str | None = None
+    t5: bool | None = None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What :func:`write_folder` wrote beside the parts; nothing in a folder of another program.
 
     Raises:
-        UserError: the file is there, but not a JSON object, or its steps or its guidance are no numbers.
+        UserError: the file is there, but not a JSON object, or one of its facts is of another type.
     """
     path = folder / FACTS
     return checked_facts(read_json(path), path) if path.is_file() else {}
@@ -75,6 +81,7 @@ def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
     Raises:
         UserError: see :func:`read_facts`.
     """
+    formats.convert(facts, _Facts, str(place))
     try:
         if facts.get("steps") is not None:
             facts["steps"] = whole("steps", facts["steps"], 1, MANY)
@@ -96,7 +103,18 @@ def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers folder: model_index.json is missing")
     index = read_json(folder / "model_index.json")
-    return str(index.get("_class_name")), index
+    return str(index.get("_class_name"))[:80], index
+
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether ``model_index.json`` names a class for a part.
+
+    Raises:
+        UserError: not a diffusers folder.
+    """
+    _, index = read_pipeline(folder)
+    entry = index.get(part)
+    return isinstance(entry, list) and all(entry) and len(entry) == 2
 
 
 def plain(pipeline: str) -> str:
@@ -118,8 +136,9 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
     kind, index = read_pipeline(folder)
     if not kind.startswith(pipeline):
         raise UserError(f"{folder} holds a {kind}, but a {plain(pipeline)} is needed")
-    named = {part: tuple(entry) for part, entry in index.items() if isinstance(entry, list)}
-    parts = {part: entry for part, entry in named.items() if len(entry) == 2 and all(entry)}
+    named = {part: entry for part, entry in index.items() if isinstance(entry, list) and any(entry)}
+    where = str(folder / "model_index.json")
+    parts: dict[str, tuple[str, str]] = formats.convert(named, dict[str, tuple[str, str]], where)
     missing = [part for part in required if part not in parts]
     missing += [part for part in parts if part not in missing and not (folder / part).is_dir()]
     if missing:
@@ -157,25 +176,54 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
             (:func:`fewstep.families.weights.resolve`).
     """
     library, name = entry
+    where = folder / part
+    if part == "scheduler":
+        return schedules.read(where, name).scheduler()
+    kind = _class_of(folder, part, entry)
+    if hasattr(kind, "vocab_files_names"):
+        _check_vocabulary(where, kind.vocab_files_names)
+        check_tokenizer(where)
+    elif (file := where / getattr(kind, "config_name", "config.json")).is_file():
+        check_config(read_json(file), name, str(file))
+    try:
+        if dtype is None:
+            return kind.from_pretrained(where)
+        check_weights(where, kind, library, read_json(where / "config.json"), _stored(where))
+        return weights.read_net(kind, where, dtype)
+    except UserError:
+        raise
+    except BaseException as error:  # of two libraries that believe what they read; a panic of a third
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"cannot load {where}: {first_line(error)}") from error
+
+
+def _class_of(folder: Path, part: str, entry: tuple[str, str]) -> Any:
+    """The class of a part.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be that part.
+    """
+    library, name = entry
     if library not in ("diffusers", "transformers"):
         raise UserError(
             f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
         )
-    if part == "scheduler":
-        return schedules.read(folder / part, name).scheduler()
-    kind = getattr(importlib.import_module(library), name, None)
+    try:
+        kind = getattr(importlib.import_module(library), name, None)
+    except Exception:  # one of the library's modules that needs what is not installed
+        kind = None
     if kind is None:
         raise UserError(
-            f"{folder} names {library}.{name} for {part}, which the installed {library} does not have"
+            f"{folder} names {library}.{name[:80]} for {part}, which the installed {library} does not have"
         )
-    if hasattr(kind, "vocab_files_names"):
-        _check_vocabulary(folder / part, kind.vocab_files_names)
-    try:
-        if dtype is None:
-            return kind.from_pretrained(folder / part)
-        return weights.read_net(kind, folder / part, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot load {folder / part}: {first_line(error)}") from error
+    check_class(kind, name, part, str(folder / "model_index.json"))
+    return kind
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of a part's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _check_vocabulary(folder: Path, files: dict[str, str]) -> None:
@@ -222,8 +270,10 @@ def write_folder(
         with replacing_folder(target) as fresh:
             kind(**parts).save_pretrained(fresh)
             write_facts(facts, fresh)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {first_line(error)}") from error
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UserError(f"cannot write {target}: {first_line(error)}") from error
+        raise
 
 
 def write_facts(facts: Mapping[str, Any], folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.families.folder import T5, checked_facts, first_line, read_index, read_part
+from fewstep.families.header import read_header
 from fewstep.families.schedules import Schedule
 from fewstep.families.weights import Converted, LoadWarning, Weights, empty, fill, header
 from fewstep.types import UserError
@@ -143,17 +144,10 @@ def _told(scheduler: Any, facts: dict[str, Any]) -> Any:
 def _outline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Names and shapes of a file's tensors, as tensors without data, and the facts in its header."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-            facts = json.loads((file.metadata() or {}).get("fewstep", "{}"))
-        if not isinstance(facts, dict):
-            raise ValueError("its header tells no facts")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from error
-    outline = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    head = read_header(path)
+    facts: dict[str, Any] = formats.parse(head.metadata.get("fewstep", "{}"), where=f"the header of {path}")
+    outline = {key: torch.empty(fact.shape, device="meta") for key, fact in head.tensors.items()}
     return outline, checked_facts(facts, path)
 
 

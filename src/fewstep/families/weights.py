@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fewstep import formats
+from fewstep.families.header import read_header
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -103,51 +103,19 @@ class Entry:
         return tensor
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """What a header says of a tensor."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
-
-
 def header(path: Path) -> dict[str, Entry]:
     """The tensors of one ``.safetensors`` file.
 
     Raises:
         UserError: it is none, it is cut off, or it is quantized in a way that is not followed.
     """
-    try:
-        return _header(path)
-    except (OSError, ValueError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} is not a whole .safetensors file: {reason}") from None
-
-
-def _header(path: Path) -> dict[str, Entry]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        size = path.stat().st_size - 8 - length
-        if size < 0 or length > MOST_HEADER:
-            raise ValueError("its header is cut off")
-        said: dict[str, Any] = formats.parse(file.read(length), dict[str, Any], str(path))
-    metadata = said.pop("__metadata__", None)
-    if isinstance(metadata, dict) and "_quantization_metadata" in metadata:
-        _check_formats(str(metadata["_quantization_metadata"]), path)  # pyright: ignore[reportUnknownArgumentType]
-    facts: dict[str, _Fact] = formats.convert(said, dict[str, _Fact], str(path))
-    entries: dict[str, Entry] = {}
-    for name, fact in facts.items():
-        start, end = fact.data_offsets
-        wide = _item_bytes(fact.dtype)
-        if not 0 <= start <= end or min(fact.shape, default=0) < 0:
-            raise ValueError(f"{name} has no place in it")
-        if wide is not None and end - start != math.prod(fact.shape) * wide:
-            raise ValueError(f"{name} has another size than its shape")
-        if end > size:
-            raise ValueError(f"it is cut off in {name}")
-        entries[name] = Entry(path, 8 + length + start, fact.dtype, tuple(fact.shape))
-    return entries
+    head = read_header(path)
+    if (said := head.metadata.get("_quantization_metadata")) is not None:
+        _check_formats(said, path)
+    return {
+        name: Entry(path, head.start + tensor.data_offsets[0], tensor.dtype, tensor.shape)
+        for name, tensor in head.tensors.items()
+    }
 
 
 def _item_bytes(kind: str) -> int | None:
@@ -324,10 +292,17 @@ class Weights:
         return True
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
-        """``tensor.reshape(shape)[cut]``; of a table of gigabytes only that is read."""
+        """``tensor.reshape(shape)[cut]``; of a table of gigabytes only that is read.
+
+        Raises:
+            UserError: it is not there, or has another number of elements.
+        """
         import torch
 
         entry = self._entry(name)
+        if math.prod(shape) != math.prod(entry.shape):
+            what = f"{name} has the shape {entry.shape}, not {tuple(shape)}"
+            raise UserError(f"{self.folder} is another net than its configuration says: {what}")
         bits = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[_item_bytes(entry.kind) or 1]
         table = np.memmap(entry.path, bits, "r", entry.offset, tuple(shape))
         found = torch.from_numpy(np.array(table[cut])).view(getattr(torch, DTYPES[entry.kind])).clone()

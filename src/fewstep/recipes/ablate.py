@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,18 +19,27 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep import files, times
+from fewstep import files, formats, times
 from fewstep.data.synthesis import plan as plans
 from fewstep.nets.branches import halves
 from fewstep.progress import Progress, emit, say
 from fewstep.recipes.parts import at_least_one, measurable
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
-from fewstep.recipes.table import document
+from fewstep.recipes.table import document, read_results
 from fewstep.recipes.variance import NOTE
+from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
 Task = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Circumstances:
+    """What ``run.json`` says of where a run took place."""
+
+    device: str | None = None
+    versions: dict[str, str | None] = field(default_factory=dict[str, str | None])
 
 
 def ablate(
@@ -82,6 +92,7 @@ def ablate(
         device: auto, cpu or cuda.
     """
     at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
+    counted_threads(threads)
     chosen = _chosen(rows)
     plan = plans.read(synthetic)
     measurable(data, detector, prompts, scenes)
@@ -133,7 +144,7 @@ def ablate(
         asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
         asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
         carry_out("measuring", [partial(_measured, processes, asked, threads)], 1)
-        results = json.loads((out / "measured" / "results.json").read_text())
+        results = read_results(out / "measured" / "results.json")
         typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
         report = report or out / "results.md"
         typed += ["--report", str(report)]
@@ -207,5 +218,5 @@ def _chosen(names: Sequence[str]) -> list[Row]:
 
 def _machine(folder: Path) -> str:
     """What a run was trained on, as far as it says."""
-    about = json.loads((folder / "run.json").read_text())
-    return f"{about.get('device')}, torch {about.get('versions', {}).get('torch')}"
+    about = formats.read(folder / "run.json", _Circumstances, python=True)
+    return f"{about.device}, torch {about.versions.get('torch')}"

@@ -99,20 +99,18 @@ def shape_of(model: str) -> Shape:
     folder = Path(model)
     if not folder.is_dir():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    from fewstep.families.folder import read_json
+    from fewstep.families.folder import has_part
+    from fewstep.staged.outline import checked
 
     kind = family_of(folder).__name__.rpartition(".")[2]
-    net: dict[str, Any] = {
-        k: v for k, v in read_json(folder / "transformer/config.json").items() if not k.startswith("_")
-    }
-    named = read_json(folder / "model_index.json")
+    net = checked(folder / "transformer")
 
     def there(part: str) -> bool:
-        return any(named.get(part) or [None])
+        return has_part(folder, part)
 
     try:
         rows = _clip_rows(folder)
-        vae = read_json(folder / "vae/config.json")
+        vae = checked(folder / "vae")
         width = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
         downscale = 2 ** (len(width) - 1)
         if kind == "flux":
@@ -132,17 +130,17 @@ def shape_of(model: str) -> Shape:
 
 
 def _clip_rows(folder: Path) -> int:
-    from fewstep.families.folder import read_json
+    from fewstep.staged.outline import checked
 
-    return int(read_json(folder / "text_encoder/config.json").get("max_position_embeddings", 77))
+    return int(checked(folder / "text_encoder", "CLIPTextModel").get("max_position_embeddings", 77))
 
 
 def _short(folder: Path, kind: str) -> bool:
     """Whether T5's tokenizer was made for fewer tokens than stock diffusers asks for."""
-    from fewstep.families.folder import read_json
+    from fewstep.families.foreign import longest_prompt
 
-    path = folder / ("tokenizer_2" if kind == "flux" else "tokenizer_3") / "tokenizer_config.json"
-    return path.is_file() and int(read_json(path).get("model_max_length", 512)) <= _clip_rows(folder)
+    part = folder / ("tokenizer_2" if kind == "flux" else "tokenizer_3")
+    return longest_prompt(part) <= _clip_rows(folder)
 
 
 def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:

@@ -128,10 +128,9 @@ def encoders_of(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _has_t5(folder: Path) -> bool:
-    from fewstep.families.folder import read_json
+    from fewstep.families.folder import has_part
 
-    index = folder / "model_index.json"
-    named = all(read_json(index).get("text_encoder_3") or [None]) if index.is_file() else True
+    named = has_part(folder, "text_encoder_3") if (folder / "model_index.json").is_file() else True
     return named and (folder / "text_encoder_3").is_dir()
 
 

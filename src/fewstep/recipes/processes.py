@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated
 
-from fewstep import files, signals
+from msgspec import Meta
+
+from fewstep import files, formats, signals
 from fewstep.types import UserError
 
 DONE, SPENT = "cost.json", "spent.json"
@@ -144,6 +146,9 @@ def _tell(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+Seconds = Annotated[float, Meta(ge=0)]
+
+
 @dataclass
 class Cost:
     """What a training has cost, over all the times that it was begun.
@@ -157,11 +162,11 @@ class Cost:
         cut: whether one of them was killed, so that its time is known to its last trace alone.
     """
 
-    command: list[str]
-    seconds: float = 0.0
-    bytes: int = 0
+    command: list[str] = field(default_factory=list[str])
+    seconds: Seconds = 0.0
+    bytes: float = 0
     begun: int = 0
-    since: float | None = None
+    since: Seconds | None = None
     cut: bool = False
 
 
@@ -181,7 +186,7 @@ def trained(
         UserError: it failed, was begun with other options, or is being trained by another process.
     """
     if (folder / DONE).exists():
-        _same(folder, _read(folder / DONE)["command"], arguments)
+        _same(folder, read_cost(folder / DONE).command, arguments)
         return
     with files.held(folder, "trained"):  # from here on the child holds it, even if this process is killed
         cost = _begun(folder, [*arguments, *place], arguments)
@@ -201,7 +206,7 @@ def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
     """What a training has cost so far; from now on it goes on."""
     cost, note = Cost(command), folder / SPENT
     if note.exists():
-        cost = Cost(**_read(note))
+        cost = read_cost(note)
         _same(folder, cost.command, arguments)
         cost.command = command
         if cost.since is not None:  # it was killed: its last file tells until when it went on
@@ -218,12 +223,16 @@ def _same(folder: Path, there: Sequence[str], asked: Sequence[str]) -> None:
         raise UserError(f"{folder} was trained with other options; move it away, or choose another --out")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_cost(path: Path) -> Cost:
+    """What a training has cost.
+
+    Raises:
+        UserError: the note cannot be read.
+    """
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        return {"command": [], **read}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged; move {path.parent} away to train it anew") from error
+        return formats.read(path, Cost, python=True)
+    except UserError as error:
+        raise UserError(f"{error}; move {path.parent} away to train it anew") from None
 
 
 def _write(path: Path, cost: Cost) -> None:

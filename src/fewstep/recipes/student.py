@@ -14,6 +14,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from fewstep.recipes.parts import SHOWN, at_least, at_least_one, shares
+from fewstep.request import threads as counted_threads
 from fewstep.train import Options, Run
 from fewstep.types import Batch, Sampler, Share, UserError
 
@@ -85,7 +86,8 @@ class Setting:
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, walks=self.walks, student_steps=self.student_steps)
         shares(drop_t5=self.drop_t5)
-        at_least(0, lora=self.lora, threads=self.threads, score_every=self.score_every)
+        at_least(0, lora=self.lora, score_every=self.score_every)
+        counted_threads(self.threads)
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
 

@@ -3,16 +3,20 @@ brings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
+from fewstep import formats
 from fewstep.data.scenes import CATEGORIES
 from fewstep.evaluate.estimate import LEVEL, Z, jackknife
+from fewstep.recipes.processes import read_cost
+from fewstep.types import UserError
 
 CONTROL = "trajectory"
 """The row that the others are compared with: the same compute spent on going on with the warm start."""
@@ -30,13 +34,76 @@ Run = tuple[str, int, Path]
 """Name of a row, steps of its student, folder of the run."""
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a model, as ``results.json`` has it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    without: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The shape of ``results.json``."""
+
+    rows: list[_Row]
+    teacher: str | None
+    seen: int
+    held_out: int
+    seeds: int
+    extractor: str
+    scenes: int = 0
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The shape of ``merge.json``: the score of every ratio."""
+
+    metric: str
+    curve: Annotated[list[tuple[float, float]], Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The shape of what ``fewstep variance`` writes."""
+
+    batch: int
+    told: Annotated[list[dict[str, float]], Meta(min_length=1)]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of one ``fewstep evaluate``.
+
+    Raises:
+        UserError: the file cannot be read, or has another shape.
+    """
+    told: dict[str, Any] = formats.read(path, python=True)
+    formats.convert(told, _Results, str(path))
+    return told
+
+
 def document(
     runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str], noise: Path | None = None
 ) -> str:
     """Markdown of all cells, from the results of one ``fewstep evaluate`` and the note of ``fewstep
-    variance``, where there is one."""
+    variance``, where there is one.
+
+    Raises:
+        UserError: the results are of other runs, or a note is damaged.
+    """
     by_label = {row["label"]: row["figures"] for row in results["rows"]}
     teacher = results["teacher"]
+    for label in (teacher, *(f"{folder / 'model'}@{steps}" for _, steps, folder in runs)):
+        if label not in by_label:
+            raise UserError(f"the results have no figures of {label}: measure again")
     counts = (
         f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures "
         f"each, {results.get('scenes', 0)} scenes; features {results['extractor']}."
@@ -62,7 +129,7 @@ def document(
     if curves:
         parts += ["## The merge's ratio", _curves(curves)]
     if noise is not None and noise.is_file():
-        parts += ["## The noise of the matching gradient", *_noise(json.loads(noise.read_text()))]
+        parts += ["## The noise of the matching gradient", *_noise(noise)]
     parts += ["## The same again", f"```sh\n{facts['command']}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -94,10 +161,10 @@ def _table(
             figures = [{**figures[0], LESS: less}, *figures[1:]]
         row = [name, *(_cell(figures, key, scale) for _, key, scale in columns)]
         if costs:
-            notes = [json.loads((folder / "cost.json").read_text()) for folder in folders]
-            least = "≥ " if any(note.get("cut") for note in notes) else ""
-            row.append(f"{least}{mean(note['seconds'] for note in notes) / 60:.1f}")
-            row.append(f"{max(note['bytes'] for note in notes) / 1e6:.0f}")
+            notes = [read_cost(folder / "cost.json") for folder in folders]
+            least = "≥ " if any(note.cut for note in notes) else ""
+            row.append(f"{least}{mean(note.seconds for note in notes) / 60:.1f}")
+            row.append(f"{max(note.bytes for note in notes) / 1e6:.0f}")
         lines.append(row)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -140,24 +207,30 @@ def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     """Scores of every ratio, a row a run."""
-    told = [(*run, json.loads((run[2] / "merge.json").read_text())) for run in runs]
-    ratios = [f"{ratio:g}" for ratio, _ in told[0][3]["curve"]]
+    told = [(*run, formats.read(run[2] / "merge.json", _Merge, python=True)) for run in runs]
+    ratios = [f"{ratio:g}" for ratio, _ in told[0][3].curve]
     lines = [["late branch's share", *ratios], ["---", *["---:"] * len(ratios)]]
     for name, steps, folder, note in told:
-        scores = [f"{score:.2f}" for _, score in note["curve"]]
+        scores = [f"{score:.2f}" for _, score in note.curve]
         seed = folder.name.rpartition(".")[2]
-        lines.append([f"{name}, {steps} steps, seed {seed}: {note['metric']}", *scores])
+        lines.append([f"{name}, {steps} steps, seed {seed}: {note.metric}", *scores])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _noise(note: Mapping[str, Any]) -> list[str]:
+def _noise(path: Path) -> list[str]:
     """The share of noise along a training, a row for every place of the scores."""
-    told = note["told"]
-    lines = [["scores taken", *(f"{each['step']} updates" for each in told)], ["---", *["---:"] * len(told)]]
+    note = formats.read(path, _Noise, python=True)
+    told = note.told
+    if any(each.keys() != told[0].keys() or "step" not in each for each in told):
+        raise UserError(f"{path} is damaged: its measurements are not of the same places")
+    lines = [
+        ["scores taken", *(f"{each['step']:.0f} updates" for each in told)],
+        ["---", *["---:"] * len(told)],
+    ]
     for place in (key for key in told[0] if key != "step"):
         lines.append([place, *(f"{each[place]:.2f}" for each in told)])
     return [
         "Trace of the gradient's covariance over its mean square, along a training by renoised estimates, "
-        f"batches of {note['batch']}: 0 is no noise, 1 is nothing else.",
+        f"batches of {note.batch}: 0 is no noise, 1 is nothing else.",
         "\n".join("| " + " | ".join(line) + " |" for line in lines),
     ]

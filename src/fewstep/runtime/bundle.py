@@ -15,7 +15,9 @@
 ========================  ==============================================================================
 
 The graphs are ``.onnx`` files, OpenVINO's ``.xml`` with ``.bin``, or ExecuTorch's ``.pte``, where ``B``
-is 1: as the engine wants them.
+is 1: as the engine wants them. Weights that an ``.onnx`` file draws from another file come from one that
+``bundle.json`` lists, in the same folder; what is not listed is not read. A file may be a link: the hub's
+cache is made of links, and the hash is of what is read.
 """
 
 from __future__ import annotations
@@ -23,12 +25,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, Literal, TypeVar
 
+from msgspec import Meta
+
+from fewstep import formats
 from fewstep.files import write
+from fewstep.runtime.external import external_files
 from fewstep.types import Sampler, UserError
+
+T = TypeVar("T")
 
 FORMAT = 2
 """Of 1, the modulations were in the transformer's graph."""
@@ -37,6 +46,12 @@ CARD = "README.md"
 """The model card's name, in a bundle as on the hub."""
 LARGEST = 4096
 """Of the counts in a description: sides of latents, steps, tokens."""
+MOST_LATENTS = 2**22
+"""Numbers in the latents of one image; 4096 x 4096 pixels at 8 a latent with 16 channels have as many."""
+MOST_PIXELS = 2**24
+"""Of one image."""
+MOST_NAME = 255
+"""Bytes of a file's name."""
 NEEDED = ("text", "modulation", "transformer", "decoder")
 T5_TOKENIZER = "tokenizer_3.json"
 
@@ -51,12 +66,63 @@ Compute = Literal["float32", "bfloat16", "int8"]
 """What graphs compute in, whatever their weights are stored in; int8 are the net's matrix products alone."""
 
 
+Count = Annotated[int, Meta(ge=1, le=LARGEST)]
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What a file of a bundle must be: its length in bytes and its SHA-256 in hexadecimal."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class _Latent:
+    channels: Count
+    height: Count
+    width: Count
+    downscale: Count
+
+
+@dataclass(frozen=True)
+class _Text:
+    length: Count
+    t5: Annotated[int, Meta(ge=0, le=LARGEST)] = 0
+
+
+@dataclass(frozen=True)
+class _Head:
+    format: int
+
+
+@dataclass(frozen=True)
+class _Engine:
+    engine: str = "onnx"
+
+
+@dataclass(frozen=True)
+class _About:
+    styles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The shape of ``bundle.json``."""
+
+    name: str
+    family: str
+    license: str
+    latent: _Latent
+    text: _Text
+    shift: Annotated[float, Meta(ge=1e-3, le=1e3)]
+    steps: Count
+    guidance: Annotated[float, Meta(ge=0, le=100)] | None
+    files: dict[str, Stamp]
+    engine: Engine = "onnx"
+    compute: Compute = "float32"
+    sampler: Sampler = "euler"
+    about: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -104,7 +170,7 @@ class Bundle:
     @property
     def styles(self) -> tuple[str, ...]:
         """The style words that the model knows."""
-        return tuple(str(style) for style in self.about.get("styles", ()))
+        return formats.convert(self.about, _About, str(self.folder / MANIFEST)).styles
 
     @property
     def size(self) -> int:
@@ -113,7 +179,7 @@ class Bundle:
 
     def told(self) -> dict[str, Any]:
         """What its ``bundle.json`` tells, but ``format`` and ``files``: what :func:`seal` takes."""
-        facts: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
+        facts: dict[str, Any] = formats.read(self.folder / MANIFEST)
         return {key: value for key, value in facts.items() if key not in ("format", "files")}
 
     def path(self, name: str) -> Path:
@@ -130,9 +196,13 @@ class Bundle:
         """Where a graph lies, as its engine wants to be told.
 
         Raises:
-            UserError: the bundle does not list it.
+            UserError: the bundle does not list it, or a file that it is read with.
         """
-        return self.path(stem + SUFFIXES[self.engine][0])
+        path, *_ = (self.path(stem + end) for end in SUFFIXES[self.engine])
+        if self.engine == "onnx":
+            for name in external_files(path) - self.files.keys():
+                raise UserError(f"{path} reads the file {name[:80]!r}, which {MANIFEST} does not list")
+        return path
 
     def verify(self) -> None:
         """Hash every file.
@@ -149,27 +219,49 @@ def read(folder: str | Path) -> Bundle:
     """Read ``bundle.json`` and check that every file is there at its full length.
 
     Raises:
-        UserError: no bundle, an unknown format, an incomplete description, a missing or cut file.
+        UserError: no bundle, an unknown format, an incomplete description, images too large to draw, or a
+            missing or cut file.
     """
     folder = Path(folder)
     try:
-        data = (folder / MANIFEST).read_bytes()
-    except OSError:
-        raise UserError(f"{folder} is not a model bundle: it has no readable {MANIFEST}") from None
-    try:
-        facts: Any = json.loads(data)
-    except (ValueError, RecursionError):
-        raise UserError(f"{folder / MANIFEST} is damaged (not JSON): fetch the model again") from None
-    if not isinstance(facts, dict) or "format" not in facts:
-        raise UserError(f"{folder / MANIFEST} is damaged (it names no format): fetch the model again")
-    if (found := facts["format"]) != FORMAT:
-        older = isinstance(found, int) and found < FORMAT
-        hint = "export or fetch it again" if older else "upgrade fewstep"
+        data = formats.read_bytes(folder / MANIFEST)
+    except UserError as error:
+        raise UserError(f"{folder} is not a model bundle: {error}") from None
+    where = str(folder / MANIFEST)
+    if (found := _shape(data, _Head, where).format) != FORMAT:
+        hint = "export or fetch it again" if found < FORMAT else "upgrade fewstep"
         raise UserError(f"{folder} has bundle format {found}, this fewstep reads {FORMAT}: {hint}")
-    try:
-        bundle = _parse(folder, facts, hashlib.sha256(data).hexdigest())
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{folder / MANIFEST} is incomplete or damaged (at {error})") from None
+    if (engine := _shape(data, _Engine, where).engine) not in SUFFIXES:
+        raise UserError(f"{folder} is for {engine[:40]!r}, which this fewstep does not know: upgrade it")
+    facts = _shape(data, _Facts, where)
+    formats.convert(facts.about, _About, where)
+    latent = facts.latent
+    size = (latent.channels, latent.height, latent.width)
+    if prod(size) > MOST_LATENTS or latent.height * latent.width * latent.downscale**2 > MOST_PIXELS:
+        width, height = latent.width * latent.downscale, latent.height * latent.downscale
+        raise UserError(
+            f"{where} is for images of {width} x {height} pixels, whose latents have {latent.channels} "
+            f"channels: at most {MOST_PIXELS} pixels and {MOST_LATENTS} latents are drawn"
+        )
+    bundle = Bundle(
+        folder=folder,
+        name=facts.name,
+        family=facts.family,
+        engine=facts.engine,
+        compute=facts.compute,
+        license=facts.license,
+        latent=size,
+        downscale=latent.downscale,
+        shift=facts.shift,
+        steps=facts.steps,
+        guidance=facts.guidance,
+        sampler=facts.sampler,
+        length=facts.text.length,
+        t5_length=facts.text.t5,
+        about=facts.about,
+        files=facts.files,
+        digest=hashlib.sha256(data).hexdigest(),
+    )
     _check_files(bundle)
     return bundle
 
@@ -192,44 +284,11 @@ def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
     return read(folder)
 
 
-def _parse(folder: Path, facts: dict[str, Any], digest: str) -> Bundle:
-    latent, guidance = facts["latent"], facts["guidance"]
-    channels, height, width = (latent[name] for name in ("channels", "height", "width"))
-    downscale, steps, length = latent["downscale"], facts["steps"], facts["text"]["length"]
-    t5_length = facts["text"].get("t5", 0)
-    counts = (channels, height, width, downscale, steps, length, t5_length + 1)
-    if not all(type(count) is int and 0 < count <= LARGEST for count in counts):
-        raise ValueError("latent, steps or text")
-    about = dict(facts.get("about", {}))
-    if not isinstance(about.get("styles", []), list):
-        raise TypeError("about.styles")
-    sampler, engine = facts.get("sampler", "euler"), facts.get("engine", "onnx")
-    if sampler not in get_args(Sampler):
-        raise ValueError("sampler")
-    compute = facts.get("compute", "float32")
-    if compute not in get_args(Compute):
-        raise ValueError("compute")
-    if engine not in SUFFIXES:
-        raise UserError(f"{folder} is for {str(engine)[:40]!r}, which this fewstep does not know: upgrade it")
-    return Bundle(
-        folder=folder,
-        name=str(facts["name"]),
-        family=str(facts["family"]),
-        engine=engine,
-        compute=compute,
-        license=str(facts["license"]),
-        latent=(channels, height, width),
-        downscale=downscale,
-        shift=float(facts["shift"]),
-        steps=steps,
-        guidance=None if guidance is None else float(guidance),
-        sampler=sampler,
-        length=length,
-        t5_length=t5_length,
-        about=about,
-        files={name: Stamp(int(at["bytes"]), str(at["sha256"])) for name, at in facts["files"].items()},
-        digest=digest,
-    )
+def _shape(data: bytes, kind: type[T], where: str) -> T:
+    try:
+        return formats.parse(data, kind, where)
+    except UserError as error:
+        raise UserError(f"{error}: fetch the model again") from None
 
 
 def _check_files(bundle: Bundle) -> None:
@@ -239,14 +298,21 @@ def _check_files(bundle: Bundle) -> None:
     for name in (*(stem + end for stem in stems for end in SUFFIXES[bundle.engine]), *others):
         bundle.path(name)
     for name, stamp in bundle.files.items():
-        if Path(name).name != name:  # a bundle from elsewhere must not reach out of its folder
-            raise UserError(f"{bundle.folder / MANIFEST} names a file outside its folder: {name!r}")
+        if not _plain(name):  # a bundle from elsewhere must not reach out of its folder
+            raise UserError(f"{bundle.folder / MANIFEST} names a file outside its folder: {name[:80]!r}")
         path = bundle.folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing: fetch the model again")
         size = path.stat().st_size
         if size != stamp.bytes:
             raise UserError(f"{path} has {size} bytes instead of {stamp.bytes}: fetch the model again")
+
+
+def _plain(name: str) -> bool:
+    """Whether a name is one file in a folder on every system."""
+    windows = PureWindowsPath(name)
+    apart = any(sign in name for sign in "/\\:") or name in ("", ".", "..") or windows.is_reserved()
+    return name.isprintable() and not apart and len(name.encode()) <= MOST_NAME
 
 
 def _sha256(path: Path) -> str:

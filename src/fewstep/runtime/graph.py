@@ -42,12 +42,16 @@ class Graph(Session):
         # Threads that wait by spinning cost a quarter of a generation's processor time, and win 3 ms a step
         # only where nothing else runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if self.convolutions else level.ORT_ENABLE_BASIC
         )
         session = ort.InferenceSession(
-            str(self.path), sess_options=options, providers=["CPUExecutionProvider"]
+            str(self.path),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it would print, and try the same once more
         )
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.runtime.bundle import T5_TOKENIZER, Bundle
 from fewstep.runtime.session import Session, cores
 from fewstep.runtime.tokens import Tokens, spell
-from fewstep.types import Array, Cond, Model, Step
+from fewstep.types import Array, Cond, Model, Step, UserError
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,16 @@ class Text:
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """``B`` prompts -> context ``[B, L, D]``, T5's rows last, and pooled ``[B, P]``, float32."""
         lines = [spell(prompt) for prompt in prompts]
-        context, pooled = self.graph(tokens=self.tokens(lines))
+        found = self.graph(tokens=self.tokens(lines))
+        if len(found) != 2:
+            raise UserError(f"{self.graph.path} does not fit its bundle: it gives {len(found)} arrays, not 2")
+        context = _shaped(self.graph, found[0], (len(lines), self.tokens.length, None))
+        pooled = _shaped(self.graph, found[1], (len(lines), None))
         if self.t5 is not None:
             tokens, graph = self.t5
-            context = np.concatenate([context, *graph(tokens=tokens(lines))], axis=1)
+            shape = (len(lines), tokens.length, context.shape[2])
+            more = _shaped(graph, graph(tokens=tokens(lines))[0], shape)
+            context = np.concatenate([context, more], axis=1)
         return Cond(context, pooled)
 
 
@@ -49,13 +55,15 @@ class Net:
         return [self._step(cond, part) for part in np.split(made, len(times))]
 
     def _modulations(self, t: Array, pooled: Array) -> np.ndarray:
-        return self.modulation(t=np.asarray(t, np.float32), pooled=np.asarray(pooled, np.float32))[0]
+        made = self.modulation(t=np.asarray(t, np.float32), pooled=np.asarray(pooled, np.float32))[0]
+        return _shaped(self.modulation, made, (len(t), None))
 
     def _step(self, cond: Cond, modulation: np.ndarray) -> Step:
         context = np.asarray(cond.context, np.float32)
 
         def step(x: Array) -> Array:
-            return self.graph(x=np.asarray(x, np.float32), context=context, modulation=modulation)[0]
+            made = self.graph(x=np.asarray(x, np.float32), context=context, modulation=modulation)[0]
+            return _shaped(self.graph, made, x.shape)
 
         return step
 
@@ -76,11 +84,29 @@ class Autoencoder:
         """
         if self._encoder is None:
             self._encoder = _graph(self._bundle, "encoder", self._decoder.threads)
-        return self._encoder(images=np.asarray(images, np.float32))[0]
+        latents = self._encoder(images=np.asarray(images, np.float32))[0]
+        return _shaped(self._encoder, latents, (len(images), *self._bundle.latent))
 
     def decode(self, latents: Array) -> Array:
         """Latents ``[B, C, H, W]`` -> images ``[B, 3, h, w]``, about [-1, 1]."""
-        return self._decoder(latents=np.asarray(latents, np.float32))[0]
+        images = self._decoder(latents=np.asarray(latents, np.float32))[0]
+        _, *sides = self._bundle.latent
+        return _shaped(self._decoder, images, (len(latents), 3, *(self._bundle.downscale * n for n in sides)))
+
+
+def _shaped(graph: Session, array: np.ndarray, shape: Sequence[int | None]) -> np.ndarray:
+    """What a graph gave, if it has this shape; ``None`` is a side of any length.
+
+    Raises:
+        UserError: it has another.
+    """
+    fits = array.ndim == len(shape) and all(
+        wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        told = ", ".join("any" if side is None else str(side) for side in shape)
+        raise UserError(f"{graph.path} does not fit its bundle: it gives {array.shape}, not ({told})")
+    return array
 
 
 def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
@@ -99,8 +125,10 @@ def open_bundle(bundle: Bundle, threads: int | None = None) -> Model:
     """
     threads = threads or cores()
     stems = ("transformer", "text", "modulation", "decoder")  # the net first, for it takes longest
-    net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
-    bundle.verify()
+    try:
+        net, text, modulation, decoder = (_graph(bundle, stem, threads).start() for stem in stems)
+    finally:
+        bundle.verify()  # a file that is damaged is called so, whatever else its graph was found to be
     tokens, t5 = Tokens(bundle.path("tokenizer.json"), bundle.length), None
     if bundle.t5_length:
         t5_tokens = Tokens(bundle.path(T5_TOKENIZER), bundle.t5_length, warns=False)

@@ -44,7 +44,7 @@ class Graph(Session):
         self.compute: Compute = compute
 
     def _load(self) -> Run:
-        compiled = _core().compile_model(self.path, "CPU", properties(self.threads, self.compute))
+        compiled = _core().compile_model(read(self.path), "CPU", properties(self.threads, self.compute))
         request: Any = compiled.create_infer_request()
         lock = Lock()  # a request does one thing at a time
 
@@ -53,6 +53,18 @@ class Graph(Session):
                 return list(request.infer(dict(feeds), share_inputs=True).values())
 
         return run
+
+
+def read(path: Path) -> Any:
+    """An ``.xml`` file with its ``.bin`` as an ``openvino.Model``.
+
+    OpenVINO's own reading goes by what is in the file: an ONNX graph that is named ``.xml`` would be read as
+    one, with all the files that it names. This reads no other file than those two.
+    """
+    from openvino.frontend import FrontEndManager
+
+    reader: Any = FrontEndManager().load_by_framework("ir")
+    return reader.convert(reader.load(str(path)))
 
 
 def of_graph(stem: str, compute: Compute) -> Compute:

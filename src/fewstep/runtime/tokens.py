@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from fewstep.runtime.tokenizer_file import check, guarded
 from fewstep.text import PromptWarning, clean, unknown_words
 from fewstep.types import UserError
 
@@ -39,10 +40,9 @@ class Tokens:
         self.length = length
         self.warns = warns
         self._warned = 0
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} cannot be loaded as a tokenizer: {error}") from None
+        self._where = str(path)
+        text = check(path).decode()
+        self._tokenizer: Tokenizer = guarded(Tokenizer.from_str, text, where=self._where)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token numbers, int64 ``[B, L]``.
@@ -53,7 +53,7 @@ class Tokens:
             UserError: nothing of a prompt can be read.
         """
         lines = [spell(prompt) for prompt in prompts]
-        rows = [self._tokenizer.encode(line) for line in lines]
+        rows = [guarded(self._tokenizer.encode, line, where=self._where) for line in lines]
         for line in lines if self.warns else ():
             self._warn_of_unknown(line)
         for row in rows:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.families.folder import first_line
 from fewstep.staged.outline import Outline
 from fewstep.types import UserError
 
@@ -49,8 +50,8 @@ def made(outline: Outline, part: str) -> Any:
         if library == "diffusers":
             return kind.from_config(config)
         return kind(kind.config_class(**config))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"the configuration of the {part} makes no {name} ({error})") from None
+    except Exception as error:  # of two libraries that believe what they read
+        raise UserError(f"the configuration of the {part} makes no {name} ({first_line(error)})") from None
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewstep.families.folder import read_index, read_json, read_part
+from fewstep.families.foreign import check_config
 from fewstep.families.weights import Weights, refuse_quantized
 from fewstep.types import UserError
 
@@ -119,7 +120,7 @@ def read(folder: Path, kind: str) -> Outline:
     wanted = [*module.REQUIRED, *(optional if all(part in index for part in optional) else ())]
     nets = [part for part in wanted if part in NETS]
     others = {part: read_part(folder, part, index[part]) for part in wanted if part not in NETS}
-    configs = {part: checked(folder / part) for part in nets}
+    configs = {part: checked(folder / part, index[part][1]) for part in nets}
     outline = Outline(kind, {part: index[part] for part in nets}, configs, others, folder)
     try:
         words = {part: _words(outline, part) for part in outline.encoders}
@@ -130,13 +131,20 @@ def read(folder: Path, kind: str) -> Outline:
     return replace(outline, words=words, stored={part: _stored(folder / part) for part in there})
 
 
-def checked(folder: Path) -> dict[str, Any]:
+def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
     """A net's configuration.
 
+    Args:
+        folder: of the net.
+        name: of its class; what the configuration says where ``None``.
+
     Raises:
-        UserError: it is not there, no JSON object, or of weights that are quantized already.
+        UserError: it is not there, no JSON object, of another shape than its class reads, or of weights that
+            are quantized already.
     """
-    config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_")}
+    told = read_json(folder / "config.json")
+    check_config(told, name or told.get("_class_name"), str(folder / "config.json"))
+    config = {k: v for k, v in told.items() if not k.startswith("_")}
     refuse_quantized(config, folder)
     return config
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.families import lora, schedules
-from fewstep.families.folder import FACTS, checked_facts, read_facts, read_json, read_pipeline
+from fewstep.families.folder import FACTS, checked_facts, has_part, read_facts, read_json
 from fewstep.families.lora_alpha import FILE, PEFT_FILE
 from fewstep.families.lora_file import read
 from fewstep.families.lora_layers import Shapes, Updates, resolve
@@ -160,9 +160,8 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
     facts = read_facts(folder)
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
-    _, index = read_pipeline(folder)
     schedule = schedules.read(folder / "scheduler")
-    clips_alone = base.kind == "sd3" and not any(index.get("text_encoder_3") or [None])
+    clips_alone = base.kind == "sd3" and not has_part(folder, "text_encoder_3")
     return {
         "name": str(facts.get("name") or folder.name),
         "steps": facts["steps"],

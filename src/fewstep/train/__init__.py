@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fewstep.methods import Method
+from fewstep.request import threads as counted_threads
 from fewstep.types import Share, UserError
 
 
@@ -73,8 +74,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise UserError(f"--accumulate must be at least 1, not {self.accumulate}")
-        if self.steps < 1 or self.threads < 0:
-            raise UserError("--steps must be at least 1, and --threads at least 0")
+        if self.steps < 1:
+            raise UserError("--steps must be at least 1")
+        counted_threads(self.threads)
         if not 0 <= self.minutes < 1e6:
             raise UserError(f"--minutes must be a number of at least 0, not {self.minutes}")
         for rate in (self.lr, *self.rates.values()):

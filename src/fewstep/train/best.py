@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep import formats
 from fewstep.files import replacing_folder
 from fewstep.train import Run
 from fewstep.train.parallel import by_first, weights
@@ -14,6 +16,15 @@ from fewstep.types import UserError
 
 FOLDER = "best"
 NOTE = "best.json"
+
+
+@dataclass(frozen=True)
+class _Note:
+    """The shape of ``best.json``."""
+
+    step: int
+    metric: str
+    value: float
 
 
 def judge(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
@@ -42,13 +53,12 @@ def judge(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
 def read(folder: Path) -> dict[str, Any] | None:
     """``{"step", "metric", "value"}`` of the best nets of a run's folder; ``None`` where there are none."""
     note = folder / FOLDER / NOTE
-    try:
-        told = json.loads(note.read_text())
-        return {"step": int(told["step"]), "metric": str(told["metric"]), "value": float(told["value"])}
-    except FileNotFoundError:
+    if not note.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{note} is damaged; move {note.parent} away") from error
+    try:
+        return asdict(formats.read(note, _Note, python=True))
+    except UserError as error:
+        raise UserError(f"{error}; move {note.parent} away") from None
 
 
 def best(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,14 @@ LIST = "whole.json"
 """In a checkpoint: its step, and its files with their sizes."""
 
 KEPT = 2
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """What ``run.json`` says of whose run a folder holds."""
+
+    recipe: str | None = None
+    made_of: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -141,15 +149,15 @@ def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
         UserError: it does, or does not tell what it holds.
     """
     note = folder / "run.json"
+    if not note.exists():
+        return
     try:
-        there = json.loads(note.read_text()) if note.exists() else about
-        if not isinstance(there, dict):
-            raise ValueError(note)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{note} is damaged; move it away, or choose another folder with --out") from error
-    if there.get("recipe") != about.get("recipe"):
-        raise UserError(f"{folder} holds a run of {there.get('recipe')}; choose another folder with --out")
-    mine, theirs = about.get("made_of", {}), there.get("made_of", {})
+        there = formats.read(note, _Owner, python=True)
+    except UserError as error:
+        raise UserError(f"{error}; move it away, or choose another folder with --out") from None
+    if there.recipe != about.get("recipe"):
+        raise UserError(f"{folder} holds a run of {there.recipe}; choose another folder with --out")
+    mine, theirs = about.get("made_of", {}), there.made_of
     if others := [part for part in theirs if mine.get(part) != theirs[part]]:
         raise UserError(f"{folder} holds a run with another {others[0]}; choose another folder with --out")
 

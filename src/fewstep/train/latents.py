@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -75,7 +74,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
             with np.load(path) as read:
                 values.append(read["latents"])
                 prompts += [clean(str(p)) for p in read["prompts"]]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except Exception as error:  # a header is read by Python's own parser, which has errors of its own
             raise UserError(f"{path} is broken ({error}); delete it and run again") from error
     return Latents(np.concatenate(values), prompts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fewstep import __version__
+from fewstep import __version__, formats
 from fewstep.files import replacing_file, write
 from fewstep.train import Options
 from fewstep.train.parallel import world
+
+MOST_BYTES = 2**28
+"""Of a log; a million lines have less."""
 
 
 class Log:
@@ -109,17 +113,19 @@ class Log:
 
 
 def _until(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines up to a step; later ones, and one that a killed process left half written, leave the file."""
-    kept: list[dict[str, float]] = []
+    """The lines up to a step; later ones, and one that a killed process left half written, leave the file.
+
+    Raises:
+        UserError: another line is none of a log.
+    """
     if not path.exists():
-        return kept
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and line.get("step", step + 1) <= step:
-            kept.append(line)
+        return []
+    lines = formats.read_bytes(path, MOST_BYTES).split(b"\n")[:-1]  # behind the last end is what was cut off
+    told: list[dict[str, float]] = [
+        formats.parse(line, dict[str, float], f"{path}, line {number},", python=True)
+        for number, line in enumerate(lines, 1)
+    ]
+    kept = [line for line in told if line.get("step", math.inf) <= step]
     write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept
 

@@ -311,7 +311,7 @@ def single(path: Path) -> None:
         (foreign, "00000003.states.npy is not of shape (3, 4, 8, 8)"),
         (single, "states are float32 (3, 4, 8, 4), not float16 (3, 4, 8, 8)"),
         (lambda path: path.unlink(), "2 of 3 shards are there; run the same fewstep synthesize again"),
-        (lambda path: (path.parent / PLAN).write_text("{"), "plan.json is broken"),
+        (lambda path: (path.parent / PLAN).write_text("{"), "plan.json is damaged"),
         (lambda path: (path.parent / PLAN).write_text('{"layout": 0}'), "plan.json is of layout 0"),
         (lambda path: (path.parent / PLAN).unlink(), "make samples there with: fewstep synthesize"),
         (lambda path: (path.parent / NULL).write_bytes(b"PK"), "null.npz is missing or broken"),

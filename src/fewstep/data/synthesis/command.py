@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from fewstep.progress import stage
 from fewstep.recipes.parts import Out, at_least_one
+from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def synthesize(
     at_least_one(number=number, batch=batch, per_shard=per_shard)
     if steps is not None:
         at_least_one(steps=steps)
-    if student_steps < 0 or threads < 0:
-        raise UserError("--student-steps and --threads must be at least 0")
+    if student_steps < 0:
+        raise UserError("--student-steps must be at least 0")
+    counted_threads(threads)
     ranks = ranks_of(os.environ)
     lines = _prompts(prompts, data, number, seed)
 

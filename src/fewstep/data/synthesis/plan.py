@@ -6,10 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fewstep import times
+from msgspec import Meta
+
+from fewstep import formats, times
 from fewstep.files import write
 from fewstep.types import Model, UserError
 
@@ -17,6 +20,15 @@ PLAN = "plan.json"
 NULL = "null.npz"
 LAYOUT = 1
 """Of the folder; counted up when readers of today could not read it."""
+
+
+MOST_STEPS = 10_000
+MOST_NUMBERS = 2**27
+"""Of the arrays of one sample."""
+
+Steps = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+Width = Annotated[int, Meta(ge=1, le=2**20)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +65,19 @@ class Plan:
     text: str
     dtype: str
     t5: bool
-    guidance: float | None
-    steps: int
-    student_steps: int
-    shift: float
-    seed: int
-    number: int
+    guidance: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
+    steps: Steps
+    student_steps: Annotated[int, Meta(ge=0, le=MOST_STEPS)]
+    shift: Annotated[float, Meta(ge=1e-3, le=1e3)]
+    seed: Annotated[int, Meta(ge=0)]
+    number: Count
     captions: str
-    per_shard: int
+    per_shard: Count
     pictures: bool
-    latent: tuple[int, ...]
-    context: tuple[int, int]
-    pooled: int
-    clip_length: int | None
+    latent: Annotated[tuple[Width, ...], Meta(min_length=3, max_length=3)]
+    context: tuple[Width, Width]
+    pooled: Width
+    clip_length: Annotated[int, Meta(ge=0, le=2**20)] | None
 
     @property
     def times(self) -> list[float]:
@@ -139,7 +151,7 @@ def make(
         raise UserError(f"seeds lie between 0 and 2**64 - 1; {len(prompts)} from {seed} on do not")
     null = teacher.text([""])
     length, width = (int(n) for n in null.context.shape[1:])
-    return Plan(
+    plan = Plan(
         teacher=teacher.name,
         weights=weights,
         text=text,
@@ -159,11 +171,32 @@ def make(
         pooled=int(null.pooled.shape[1]),
         clip_length=clip_length,
     )
+    return _checked(formats.convert(asdict(plan), Plan, "the plan"), "the plan")
+
+
+def _checked(plan: Plan, where: str) -> Plan:
+    """The plan, if its numbers fit together.
+
+    Raises:
+        UserError: they do not.
+    """
+    if plan.student_steps and plan.steps % plan.student_steps:
+        raise UserError(f"{where} has {plan.steps} steps, which {plan.student_steps} do not divide")
+    if plan.seed > 2**64 - plan.number:
+        raise UserError(f"{where} has seeds from {plan.seed} on: they end at 2**64 - 1")
+    if max(prod(plan.shape(kind)) for kind in ("states", "context", "pooled")) > MOST_NUMBERS:
+        raise UserError(f"{where} has samples of more than {MOST_NUMBERS} numbers")
+    return plan
 
 
 def digest(prompts: Sequence[str]) -> str:
     """What tells these captions in this order from all others."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    layout: int
 
 
 def read(folder: Path) -> Plan:
@@ -176,15 +209,14 @@ def read(folder: Path) -> Plan:
     if not path.is_file():
         raise UserError(f"{folder} holds no {PLAN}; make samples there with: fewstep synthesize")
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if told["layout"] != LAYOUT:
-            raise UserError(f"{path} is of layout {told['layout']}, which is not read here; make it again")
-        if told.keys() != {field.name for field in fields(Plan)}:
-            raise ValueError("its entries are not those of a plan")
-        told |= {name: tuple(told[name]) for name in ("latent", "context")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken ({error}); delete the folder and make it again") from error
-    return Plan(**told)
+        told: dict[str, Any] = formats.read(path, python=True)
+        if (layout := formats.convert(told, _Layout, str(path)).layout) != LAYOUT:
+            raise UserError(f"{path} is of layout {layout}, which is not read here")
+        if odd := sorted(told.keys() - {field.name for field in fields(Plan)}):
+            raise UserError(f"{path} is broken: {odd[0][:40]} is no entry of a plan")
+        return _checked(formats.convert(told, Plan, str(path)), str(path))
+    except UserError as error:
+        raise UserError(f"{error}; delete the folder and make it again") from None
 
 
 def claim(folder: Path, plan: Plan) -> Plan:

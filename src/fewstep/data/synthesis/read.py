@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import math
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 
 from fewstep.data import epochs
+from fewstep.data.npy import LONGEST_HEAD, from_npy, from_npz
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
 from fewstep.text import decode_caption
 from fewstep.types import Batch, Cond, UserError
 
 KINDS = ("states", "context", "pooled")
-LONGEST_HEAD = 256
-"""Bytes before the numbers of a ``.npy`` file: 128 at any rank that occurs here."""
+LONGEST_CAPTION = 2**20
+"""Bytes."""
 
 Numpy = np.ndarray[Any, Any]
 
@@ -55,8 +53,10 @@ class Synthetic:
         """
         folder = Path(folder)
         plan = plans.read(folder)
-        there = sum(plan.path(folder, shard).is_file() for shard in range(plan.shards))
-        if there < plan.shards:
+        # Files are counted, not numbers: a plan may say that there are a thousand million.
+        names = {path.name for path in folder.glob("synthetic-*.tar") if path.is_file()}
+        there = min(len(names), plan.shards)
+        if there < plan.shards or any(plan.path(folder, k).name not in names for k in range(there)):
             raise UserError(
                 f"{folder}: {there} of {plan.shards} shards are there; run the same fewstep synthesize again"
             )
@@ -141,20 +141,25 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             members = {member.name: member for member in tar}
+            size = path.stat().st_size
+            if any(member.offset_data + member.size > size for member in members.values()):
+                raise ValueError("a file in it goes on behind its end")
             if not members:
                 raise UserError(f"{path} is empty; {again}")
             for row in plan.rows(shard):
                 key = f"{row:08d}"
                 if (caption := members.get(f"{key}.txt")) is None:
                     raise UserError(f"{path}: {key} has no caption (.txt); {again}")
+                if caption.size > LONGEST_CAPTION:
+                    raise ValueError(f"{caption.name} has {caption.size} bytes")
                 prompts.append(decode_caption(_bytes(file, caption), f"{path}: {key}.txt"))
                 places.append([_place(members, f"{key}.{kind}.npy", plan.shape(kind)) for kind in KINDS])
             for kind in KINDS:  # of the first row; the others are as long
-                array = np.load(io.BytesIO(_bytes(file, members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"])))
-                if (array.shape, array.dtype) != (plan.shape(kind), np.float16):
-                    raise ValueError(
-                        f"{kind} are {array.dtype} {array.shape}, not float16 {plan.shape(kind)}"
-                    )
+                first = members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"]
+                try:
+                    from_npy(_bytes(file, first), plan.shape(kind))
+                except ValueError as error:
+                    raise ValueError(f"{kind} are {error}") from None
     except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is cut short or not of this plan ({error}); {again}") from error
 
@@ -183,11 +188,9 @@ def _null(folder: Path, plan: Plan) -> Cond:
 
     path = folder / NULL
     try:
-        with np.load(path) as read:
-            context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
-        if context.shape != (1, *plan.context) or pooled.shape != (1, plan.pooled):
-            raise ValueError("it is of other text encoders")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
+        read = from_npz(path, {"context": (1, *plan.context), "pooled": (1, plan.pooled)})
+        context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
+    except (OSError, ValueError, MemoryError) as error:
         raise UserError(
             f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
         ) from error
