@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -30,6 +31,20 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/families")]
+
+IMPORTED = (
+    "diffusers.models.transformers.transformer_sd3",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.onnx",
+    "torch.utils.tensorboard",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)
+"""What takes long to import: before the fork, for all processes."""
 
 State = Mapping[str, str]
 """Path in the output folder -> digest of what is deterministic in it."""
@@ -148,8 +163,13 @@ def leftovers(out: Path) -> list[str]:
 def run(words: list[str], log: Path, fresh: bool, after: float | None = None) -> int:
     """Run ``fewstep``, killed with all its children ``after`` so many seconds; its exit status."""
     process = _fresh(words, log) if fresh else _forked(words, log)
-    if after is not None:
-        time.sleep(after)
+    until = None if after is None else time.monotonic() + after
+    while until is not None and time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    if until is not None:
         os.killpg(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
@@ -161,9 +181,8 @@ def _fresh(words: list[str], log: Path) -> int:
 
 
 def _forked(words: list[str], log: Path) -> int:
-    import diffusers  # noqa: F401  # before the fork, for all processes
-    import torch  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     process = os.fork()
     if process == 0:
         _become(words, log)
@@ -247,21 +266,31 @@ class Trial:
         Raises:
             Failure: something is not as it must be.
         """
-        hit = found = 0
+        found = begun = 0
         for moment in moments:
-            self._begin()
-            after = moment * self.seconds
-            status = run([*self.command.words, "-o", str(self.out)], self.log, self.fresh, after)
-            hit += status == -signal.SIGKILL
+            after = self._kill(moment)
+            begun += self.out.exists()
             found += bool(leftovers(self.out))
             there = state(self.out, self.command.ignored)
             check_killed(self.name, self.command, there, self.old, self.new)
             self._carry_out(self.command.words)
             self._check_rerun(f"{self.name}, killed at {after:.2f} s and run again")
         return (
-            f"{self.name}: {len(moments)} moments in {self.seconds:.1f} s, {hit} killed it, {found} left "
-            "something unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
+            f"{self.name}: killed at {len(moments)} moments of {self.seconds:.1f} s; {begun} left an output, "
+            f"{found} something unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
         )
+
+    def _kill(self, moment: float) -> float:
+        """Kill it at a moment; the seconds until then. It may be quicker than it was: then once more."""
+        while True:
+            self._begin()
+            since, after = time.monotonic(), moment * self.seconds
+            status = run([*self.command.words, "-o", str(self.out)], self.log, self.fresh, after)
+            if status == -signal.SIGKILL:
+                return after
+            if status != 0:
+                raise Failure(f"{self.name} failed: {self.log.read_text()[-2000:]}")
+            self.seconds = min(self.seconds, time.monotonic() - since)
 
     def _check_rerun(self, what: str) -> None:
         there = state(self.out, self.command.ignored)

@@ -210,7 +210,8 @@ def _part(target: Path) -> Generator[Path]:
     while True:
         part = _new_part(target)
         part.mkdir()
-        with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
+        # Another process may take it for a leftover before it is locked, at any place of what follows.
+        with suppress(FileNotFoundError, FileExistsError):
             if (lock := _lock(part)) is not None:
                 break
     with lock:
