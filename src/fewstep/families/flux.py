@@ -144,7 +144,8 @@ class Text:
 
     def _ids(self, name: str, prompts: Sequence[str], most: int) -> Array:
         tokenizer = self.parts[name]
-        return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length))
+        words = self.parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length), words)
 
 
 def time_shift(config: Any, tokens: int) -> float:

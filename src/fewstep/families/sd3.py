@@ -100,13 +100,15 @@ class Text:
 
     def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
         encoder = self.parts[f"text_encoder{which}"]
-        ids = tokenize(self.parts[f"tokenizer{which}"], prompts, self._clip_length(which))
+        tokenizer, words = self.parts[f"tokenizer{which}"], encoder.config.vocab_size
+        ids = tokenize(tokenizer, prompts, self._clip_length(which), words)
         out = encoder(ids.to(encoder.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
     def _t5(self, prompts: Sequence[str]) -> Array:
         tokenizer, encoder = self.parts["tokenizer_3"], self.parts["text_encoder_3"]
-        ids = tokenize(tokenizer, prompts, min(T5_LENGTH, tokenizer.model_max_length))
+        most, words = min(T5_LENGTH, tokenizer.model_max_length), encoder.config.vocab_size
+        ids = tokenize(tokenizer, prompts, most, words)
         return encoder(ids.to(encoder.device))[0]
 
 
