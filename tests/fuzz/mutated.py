@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 7, 77, 4096, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 10**9, 2**60,
     2**63, 2**64, 10**30, -(2**63), 0.5, 1.5, 1e-300, 1e308, float("nan"), float("inf"), "", "x", "7", "\0",
-    "../x", "/etc/passwd", "x" * 300, "é",  "\ud800", [], {}, [[]], [0], ["a"], [1, 2], {"a": 1}, {"id": 1},
+    "../x", "/etc/passwd", "x" * 300, "é", "\ud800", [], {}, [[]], [0], ["a"], [1, 2], {"a": 1}, {"id": 1},
     "none", "SD3Transformer2DModel",
 ]  # fmt: skip
 """Values that take the place of others."""

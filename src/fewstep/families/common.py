@@ -11,14 +11,33 @@ from typing import Any
 from fewstep.families import Family
 from fewstep.families.schedules import of_scheduler
 from fewstep.runtime.tokens import PromptWarning
-from fewstep.types import Array, TextEncoder, Velocity
+from fewstep.types import Array, TextEncoder, UserError, Velocity
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Array:
-    """Token ids ``[B, length]``: longer prompts cut, shorter ones padded."""
-    return tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | None = None) -> Array:
+    """Token ids ``[B, length]``: longer prompts cut, shorter ones padded.
+
+    Args:
+        tokenizer: of transformers.
+        prompts: ``B`` texts.
+        length: of a row.
+        words: that the text encoder knows, where the two come from a stranger.
+
+    Raises:
+        UserError: the tokenizer fails, or gives words that the encoder does not know.
+    """
+    try:
+        ids = tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+    except Exception as error:  # of two libraries that believe what they read
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the model's tokenizer cannot read the prompt: {reason}") from error
+    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise UserError(
+            f"the model's tokenizer gives the word {int(ids.max())}, its text encoder has {words}"
+        )
+    return ids
 
 
 TOO_LONG = "too long"
@@ -33,15 +52,21 @@ class Reader:
         name: of the encoder's kind, for people.
         tokenizer: of transformers.
         length: tokens that the encoder reads, marks of beginning and end included.
+        vocab_size: of the encoder; a stranger's tokenizer may have another.
     """
 
     name: str
     tokenizer: Any
     length: int
+    vocab_size: int
 
     def __call__(self, prompts: Sequence[str]) -> Array:
-        """Token ids ``[B, length]``."""
-        return tokenize(self.tokenizer, prompts, self.length)
+        """Token ids ``[B, length]``.
+
+        Raises:
+            UserError: see :func:`tokenize`.
+        """
+        return tokenize(self.tokenizer, prompts, self.length, self.vocab_size)
 
     @property
     def room(self) -> int:

@@ -152,11 +152,12 @@ class Text:
     @property
     def readers(self) -> tuple[Reader, Reader]:
         """The tokenizers of CLIP and T5."""
-        most = self.parts["text_encoder"].config.max_position_embeddings
+        clip, t5 = self.parts["text_encoder"], self.parts["text_encoder_2"]
+        most = clip.config.max_position_embeddings
         first, second = self.parts["tokenizer"], self.parts["tokenizer_2"]
         return (
-            Reader("CLIP", first, min(most, first.model_max_length)),
-            Reader("T5", second, min(self.length, second.model_max_length)),
+            Reader("CLIP", first, min(most, first.model_max_length), clip.config.vocab_size),
+            Reader("T5", second, min(self.length, second.model_max_length), t5.config.vocab_size),
         )
 
 

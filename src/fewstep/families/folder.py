@@ -82,6 +82,7 @@ def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
         UserError: see :func:`read_facts`.
     """
     formats.convert(facts, _Facts, str(place))
+    facts = {name: fact for name, fact in facts.items() if fact is not None or name == "guidance"}
     try:
         if facts.get("steps") is not None:
             facts["steps"] = whole("steps", facts["steps"], 1, MANY)

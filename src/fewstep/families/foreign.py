@@ -42,46 +42,51 @@ Token = Number | None
 
 @dataclass(frozen=True)
 class _Sd3:
-    sample_size: Side = 128
-    patch_size: Annotated[int, Meta(ge=1, le=64)] = 2
-    in_channels: Width = 16
+    sample_size: Side
+    patch_size: Annotated[int, Meta(ge=1, le=64)]
+    in_channels: Width
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    pos_embed_max_size: Side
     num_layers: Layers = 18
-    attention_head_dim: Width = 64
-    num_attention_heads: Width = 18
-    joint_attention_dim: Width = 4096
     caption_projection_dim: Width = 1152
     pooled_projection_dim: Width = 2048
     out_channels: Width | None = 16
-    pos_embed_max_size: Side = 96
     dual_attention_layers: Indices = ()
     qk_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class _Flux:
+    in_channels: Width
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    pooled_projection_dim: Width
     patch_size: Annotated[int, Meta(ge=1, le=64)] = 1
-    in_channels: Width = 64
     out_channels: Width | None = None
     num_layers: Layers = 19
     num_single_layers: Layers = 38
-    attention_head_dim: Width = 128
-    num_attention_heads: Width = 24
-    joint_attention_dim: Width = 4096
-    pooled_projection_dim: Width = 768
     guidance_embeds: bool = False
     axes_dims_rope: Widths = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(axis % 2 for axis in axes):
+            raise ValueError("axes_dims_rope must be three even numbers whose sum is attention_head_dim")
 
 
 @dataclass(frozen=True)
 class _Kl:
+    block_out_channels: Widths
+    latent_channels: Width
     in_channels: Width = 3
     out_channels: Width = 3
     down_block_types: Names = ()
     up_block_types: Names = ()
-    block_out_channels: Widths = (64,)
     layers_per_block: Annotated[int, Meta(ge=1, le=16)] = 1
     act_fn: str = "silu"
-    latent_channels: Width = 4
     norm_num_groups: Width = 32
     sample_size: Width | Widths = 32
     scaling_factor: Factor = 0.18215
@@ -120,12 +125,12 @@ class _Clip:
     hidden_size: Width = 512
     intermediate_size: Width = 2048
     projection_dim: Width = 512
-    num_hidden_layers: Layers = 12
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)] = 12  # the last but one is read
     num_attention_heads: Width = 8
     max_position_embeddings: Annotated[int, Meta(ge=1, le=4096)] = 77
     hidden_act: str = "quick_gelu"
     bos_token_id: Token = None
-    eos_token_id: Token = None
+    eos_token_id: Number = 49407
     pad_token_id: Token = None
 
 

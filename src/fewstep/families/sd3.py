@@ -118,12 +118,13 @@ class Text:
         return [*(self._reader(which) for which in CLIPS), *third]
 
     def _reader(self, which: str) -> Reader:
-        return Reader("CLIP", self.parts[f"tokenizer{which}"], self._clip_length(which))
+        tokenizer, config = self.parts[f"tokenizer{which}"], self.parts[f"text_encoder{which}"].config
+        return Reader("CLIP", tokenizer, self._clip_length(which), config.vocab_size)
 
     @property
     def _t5_reader(self) -> Reader:
-        tokenizer = self.parts["tokenizer_3"]
-        return Reader("T5", tokenizer, min(T5_LENGTH, tokenizer.model_max_length))
+        tokenizer, config = self.parts["tokenizer_3"], self.parts["text_encoder_3"].config
+        return Reader("T5", tokenizer, min(T5_LENGTH, tokenizer.model_max_length), config.vocab_size)
 
 
 def assemble(

@@ -39,8 +39,8 @@ class Figure:
     """A figure of a model, as ``results.json`` has it."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
     without: list[float] | None = None
 
 

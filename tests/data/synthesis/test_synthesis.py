@@ -277,6 +277,16 @@ def without(ending: str) -> Callable[[Path], None]:
     return change
 
 
+def planned(**changes: Any) -> Callable[[Path], object]:
+    """A plan that says other numbers."""
+
+    def change(path: Path) -> None:
+        note = path.parent / PLAN
+        note.write_text(json.dumps({**json.loads(note.read_text()), **changes}))
+
+    return change
+
+
 def empty(path: Path) -> None:
     tarfile.open(path, "w").close()
 
@@ -313,6 +323,13 @@ def single(path: Path) -> None:
         (lambda path: path.unlink(), "2 of 3 shards are there; run the same fewstep synthesize again"),
         (lambda path: (path.parent / PLAN).write_text("{"), "plan.json is damaged"),
         (lambda path: (path.parent / PLAN).write_text('{"layout": 0}'), "plan.json is of layout 0"),
+        (planned(number=10**9, per_shard=1), "3 of 1000000000 shards are there"),
+        (planned(number=10**12), "number: expected int <="),
+        (planned(steps=10**9), "steps: expected int <="),
+        (planned(latent=[2**20, 2**20, 2**20]), "samples of more than"),
+        (planned(latent=[4, 8]), "latent: expected array of length >= 3"),
+        (planned(shift=0), "shift: expected float >="),
+        (planned(more=1), "more is no entry of a plan"),
         (lambda path: (path.parent / PLAN).unlink(), "make samples there with: fewstep synthesize"),
         (lambda path: (path.parent / NULL).write_bytes(b"PK"), "null.npz is missing or broken"),
     ],

@@ -1,0 +1,66 @@
+"""Notes of a run that earlier versions wrote are read; damaged ones are said to be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.train import best, checkpoint
+from fewstep.train.log import Log
+from fewstep.types import UserError
+
+ABOUT: dict[str, Any] = {"recipe": "r", "made_of": {"teacher": "t"}}
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+
+
+def test_a_log_with_figures_that_are_no_numbers_goes_on(tmp_path: Path) -> None:
+    there = [{"step": 1, "time": 1.5, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3}]
+    text = "".join(json.dumps(line) + "\n" for line in there)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 4, "lo')
+    log = Log(tmp_path, "r", ABOUT, 2)
+    log.close()
+    assert [line["step"] for line in log.earlier] == [1, 2] == [line["step"] for line in lines(tmp_path)]
+    assert math.isnan(lines(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": "1"}', '{"loss": [1]}', "\0" * 9, "[" * 10**5])
+def test_a_damaged_line_is_not_dropped_without_a_word(tmp_path: Path, line: str) -> None:
+    text = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2, is damaged"):
+        Log(tmp_path, "r", ABOUT, 2)
+    assert (tmp_path / "log.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"recipe": 3}', '{"made_of": ["t"]}', "[" * 10**5, "\xff"])
+def test_a_damaged_run_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"run\.json is damaged") as caught:
+        checkpoint.check_owner(tmp_path, ABOUT)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_says_what_json_cannot_is_known(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({**ABOUT, "lr": math.nan, "out": "a\udcff"}))
+    checkpoint.check_owner(tmp_path, ABOUT)
+
+
+def test_a_damaged_note_of_the_best_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    note = tmp_path / "best" / "best.json"
+    odd = ('{"step": 1, "metric": "m", "value": "0.5"}', '{"step": 1.5, "metric": "m", "value": 1}')
+    for text in ("", "{}", *odd):
+        note.write_text(text)
+        with pytest.raises(UserError, match=r"best\.json is damaged"):
+            best.read(tmp_path)
+    note.write_text('{"step": 1, "metric": "m", "value": 0.5}')
+    assert best.read(tmp_path) == {"step": 1, "metric": "m", "value": 0.5}
+    note.unlink()
+    assert best.read(tmp_path) is None
