@@ -185,3 +185,15 @@ def test_facts_of_another_type_are_one_line(model: Path) -> None:
         (model / folder.FACTS).write_text(json.dumps(facts))
         with pytest.raises(UserError, match=r"fewstep\.json"):
             source.load_family(str(model))
+
+
+def test_what_transformers_leaves_out_is_its_default(model: Path) -> None:
+    """It writes what differs from a class's defaults."""
+    from fewstep.staged.outline import checked
+
+    path = model / CLIP
+    told = json.loads(path.read_text())
+    del told["max_position_embeddings"], told["vocab_size"]
+    path.write_text(json.dumps(told))
+    found = checked(model / "text_encoder", "CLIPTextModelWithProjection")
+    assert (found["max_position_embeddings"], found["vocab_size"]) == (77, 49408)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewstep.families.folder import read_index, read_json, read_part
-from fewstep.families.foreign import check_config
+from fewstep.families.foreign import check_config, with_defaults
 from fewstep.types import UserError
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -144,8 +144,9 @@ def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
             are quantized already.
     """
     told = read_json(folder / "config.json")
-    check_config(told, name or told.get("_class_name"), str(folder / "config.json"))
-    config = {k: v for k, v in told.items() if not k.startswith("_")}
+    name = name or str(told.get("_class_name"))
+    check_config(told, name, str(folder / "config.json"))
+    config = {k: v for k, v in with_defaults(told, name).items() if not k.startswith("_")}
     if any(key in config for key in OVERHEAD):
         raise UserError(f"{folder} holds weights that are quantized already: give the model in 16 or 32 bits")
     return config
