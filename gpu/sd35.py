@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fewstep.bench.likeness import psnr
 from fewstep.families.pocket import byte_tokenizer
+from fewstep.families.weights import Weights, tied
 from fewstep.pipeline import Pipeline
 from fewstep.staged import Wish
 from fewstep.staged.bare import bare, made
@@ -41,23 +42,28 @@ from fewstep.staged.model import Codec, Walker
 from fewstep.staged.outline import SD35_MEDIUM, Outline
 from fewstep.staged.student import Student
 from fewstep.staged.text import Text
-from fewstep.staged.weights import Weights
 
 PROMPT = "a red apple on a wooden table, morning light"
 STEPS = 4
 BUDGETS = (4, 6, 8, 12, 16, 24)
-STUDENT = Student("random", STEPS, None, "euler", 3.0, t5=True)
+STUDENT = Student("random", STEPS, None, "euler", None, t5=True)
 
 
 @dataclass(frozen=True)
 class Random(Weights):
     """Weights of a part, drawn where they are asked for: the same ones whoever asks."""
 
-    shapes: dict[str, tuple[int, ...]]
-    device: str
+    drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.drawn
+
+    def kind(self, name: str) -> str:
+        return "BF16"
 
     def read(self, name: str) -> Tensor:
-        shape = self.shapes[name]
+        shape = self.drawn[name]
         # Of matrices so that what they give is as large as what they are given.
         scale = 0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
         return scale * self._drawn(name, shape)
@@ -74,8 +80,8 @@ class Random(Weights):
 def random(outline: Outline, part: str) -> Weights:
     """The weights of a part, on the device."""
     net = bare(outline, part, torch.bfloat16)
-    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
-    return Random(Path(part), {}, {name: tuple(t.shape) for name, t in held}, DEVICE)
+    held = {name: tuple(t.shape) for name, t in net.state_dict().items() if name not in tied(net)}
+    return Random(Path(part), {}, drawn=held, device=DEVICE)
 
 
 def model(tiny: bool) -> Outline:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -31,6 +32,20 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/families")]
 
+IMPORTED = (
+    "diffusers.models.transformers.transformer_sd3",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.onnx",
+    "torch.utils.tensorboard",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)
+"""What takes long to import: before the fork, for all processes."""
+
 State = Mapping[str, str]
 """Path in the output folder -> digest of what is deterministic in it."""
 
@@ -50,7 +65,6 @@ class Command:
     earlier: list[str] = field(default_factory=list)
     units: Callable[[str], str] = lambda path: path
     ignored: str = r"$^"
-    option: str = "-o"
 
 
 class Failure(Exception):
@@ -63,7 +77,9 @@ def commands(inputs: Path) -> dict[str, Command]:
     pictures, others = str(inputs / "pictures"), str(inputs / "others" / "pictures")
     run = r"tensorboard/.*"
     learn = ["--teacher", teacher, "--synthetic", walks, "--batch", "2", "--device", "cpu", "--threads", "1"]
-    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "24"]
+    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "240"]
+    sample += ["--steps", "4"]
+    data = ["data", "folder", "--size", "64"]
     return {
         "export": Command(
             ["export", "pocket", "--to", "openvino", "--compute", "bfloat16"],
@@ -75,7 +91,7 @@ def commands(inputs: Path) -> dict[str, Command]:
             ["quantize", teacher, "--prompts", "0", "--rounds", "1", "--bits", "8", "--name", "earlier"],
             units=lambda path: path.split("/")[0],
         ),
-        "data": Command(["data", "folder", pictures, "--size", "64"], ["data", "folder", others, "--size", "64"]),
+        "data": Command([*data, pictures], [*data, others]),
         "train": Command(
             ["train", "scene-detector", "--data", str(inputs / "stickers"), "--steps", "6", "--batch", "2"],
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
@@ -86,7 +102,7 @@ def commands(inputs: Path) -> dict[str, Command]:
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
             ignored=run,
         ),
-        "synthesize": Command([*sample, "--steps", "4", "--student-steps", "2", "--per-shard", "2", "--pictures"]),
+        "synthesize": Command([*sample, "--student-steps", "2", "--per-shard", "2", "--pictures"]),
     }  # fmt: skip
 
 
@@ -147,8 +163,13 @@ def leftovers(out: Path) -> list[str]:
 def run(words: list[str], log: Path, fresh: bool, after: float | None = None) -> int:
     """Run ``fewstep``, killed with all its children ``after`` so many seconds; its exit status."""
     process = _fresh(words, log) if fresh else _forked(words, log)
-    if after is not None:
-        time.sleep(after)
+    until = None if after is None else time.monotonic() + after
+    while until is not None and time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    if until is not None:
         os.killpg(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
@@ -160,9 +181,8 @@ def _fresh(words: list[str], log: Path) -> int:
 
 
 def _forked(words: list[str], log: Path) -> int:
-    import diffusers  # noqa: F401  # before the fork, for all processes
-    import torch  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     process = os.fork()
     if process == 0:
         _become(words, log)
@@ -209,58 +229,84 @@ def check_killed(name: str, command: Command, there: State, old: State, new: Sta
             raise Failure(f"{name}: {unit} is neither what it was nor what it shall be")
 
 
-def trial(name: str, command: Command, place: Path, fresh: bool, moments: list[float], with_old: bool) -> str:
-    """Undisturbed once, then killed at each of ``moments`` (shares of that time) and run again.
+class Trial:
+    """A command, undisturbed at first, then killed at some moments.
 
-    Raises:
-        Failure: something is not as it must be.
+    Args:
+        name: of the command.
+        command: to try.
+        place: a folder of its own.
+        fresh: whether each process is a new Python.
+        with_old: whether an earlier result lies where it writes.
     """
-    out, log, old = place / "out", place.parent / f"{place.name}.log", {}
-    place.mkdir()
 
-    def words(of: list[str]) -> list[str]:
-        return [*of, "-o", str(out)]
-
-    def carry_out(of: list[str]) -> None:
-        if run(words(of), log, fresh) != 0:
-            raise Failure(f"{name} failed: {log.read_text()[-2000:]}")
-
-    def begin() -> None:
-        shutil.rmtree(place)
+    def __init__(self, name: str, command: Command, place: Path, fresh: bool, with_old: bool) -> None:
+        self.name, self.command, self.fresh = name + with_old * " over an earlier result", command, fresh
+        self.before, self.room = place / "before", place / "room"
+        self.out, self.log = self.room / "out", place / "log"
         place.mkdir()
+        self.before.mkdir()
+        self.old: State = {}
+        self._begin()
         if with_old:
-            shutil.copytree(place.parent / f"{place.name}.old", out)
+            self._carry_out(command.earlier)
+            self.old = state(self.out, command.ignored)
+            shutil.copytree(self.out, self.before / "out")
+        self._begin()
+        since = time.monotonic()
+        self._carry_out(command.words)
+        self.seconds = time.monotonic() - since
+        self.new = state(self.out, command.ignored)
+        if left := leftovers(self.out):
+            raise Failure(f"{self.name}: an undisturbed run left {left}")
 
-    if with_old:
-        carry_out(command.earlier)
-        old = state(out, command.ignored)
-        shutil.copytree(out, place.parent / f"{place.name}.old")
-    begin()
-    since = time.monotonic()
-    carry_out(command.words)
-    seconds = time.monotonic() - since
-    new = state(out, command.ignored)
-    if left := leftovers(out):
-        raise Failure(f"{name}: an undisturbed run left {left}")
-    hit = found = 0
-    for moment in moments:
-        begin()
-        hit += run(words(command.words), log, fresh, moment * seconds) == -signal.SIGKILL
-        found += bool(leftovers(out))
-        check_killed(name, command, state(out, command.ignored), old, new)
-        carry_out(command.words)
-        if (there := state(out, command.ignored)) != new:
-            odd = sorted(path for path in there.keys() | new.keys() if there.get(path) != new.get(path))
-            raise Failure(
-                f"{name}, killed at {moment * seconds:.2f} s: {odd} differ from an undisturbed run's"
-            )
-        if left := leftovers(out):
-            raise Failure(f"{name}, killed at {moment * seconds:.2f} s and run again: {left} are left")
-    what = " over an earlier result" if with_old else ""
-    return (
-        f"{name}{what}: {len(moments)} moments in {seconds:.1f} s, {hit} killed it, {found} left something "
-        "unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
-    )
+    def killed(self, moments: list[float]) -> str:
+        """Kill it at each of ``moments``, shares of its time, and run it again; what happened, in a line.
+
+        Raises:
+            Failure: something is not as it must be.
+        """
+        found = begun = 0
+        for moment in moments:
+            after = self._kill(moment)
+            begun += self.out.exists()
+            found += bool(leftovers(self.out))
+            there = state(self.out, self.command.ignored)
+            check_killed(self.name, self.command, there, self.old, self.new)
+            self._carry_out(self.command.words)
+            self._check_rerun(f"{self.name}, killed at {after:.2f} s and run again")
+        return (
+            f"{self.name}: killed at {len(moments)} moments of {self.seconds:.1f} s; {begun} left an output, "
+            f"{found} something unfinished or a lock; each rerun ended as undisturbed, with no leftovers"
+        )
+
+    def _kill(self, moment: float) -> float:
+        """Kill it at a moment; the seconds until then. It may be quicker than it was: then once more."""
+        while True:
+            self._begin()
+            since, after = time.monotonic(), moment * self.seconds
+            status = run([*self.command.words, "-o", str(self.out)], self.log, self.fresh, after)
+            if status == -signal.SIGKILL:
+                return after
+            if status != 0:
+                raise Failure(f"{self.name} failed: {self.log.read_text()[-2000:]}")
+            self.seconds = min(self.seconds, time.monotonic() - since)
+
+    def _check_rerun(self, what: str) -> None:
+        there = state(self.out, self.command.ignored)
+        odd = sorted(path for path in there.keys() | self.new.keys() if there.get(path) != self.new.get(path))
+        if odd:
+            raise Failure(f"{what}: {odd} differ from an undisturbed run's")
+        if left := leftovers(self.out):
+            raise Failure(f"{what}: {left} are left")
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.room, ignore_errors=True)
+        shutil.copytree(self.before, self.room)
+
+    def _carry_out(self, words: list[str]) -> None:
+        if run([*words, "-o", str(self.out)], self.log, self.fresh) != 0:
+            raise Failure(f"{self.name} failed: {self.log.read_text()[-2000:]}")
 
 
 def main() -> None:
@@ -284,7 +330,7 @@ def main() -> None:
             for with_old, number in parts:
                 moments = [rng.random() for _ in range(number)]
                 place = Path(folder) / f"{name}-{with_old}"
-                print(trial(name, command, place, given.fresh, moments, with_old), flush=True)
+                print(Trial(name, command, place, given.fresh, with_old).killed(moments), flush=True)
 
 
 if __name__ == "__main__":

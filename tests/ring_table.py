@@ -1,4 +1,7 @@
-"""The table of docs/method.md: where scores are taken, on the ring. ``python tests/ring_table.py``."""
+"""Print matching's settings side by side on the ring of eight modes. ``python tests/ring_table.py``.
+
+Two hundred updates are the beginning of a training: the figures do not rank methods.
+"""
 
 from __future__ import annotations
 

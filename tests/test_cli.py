@@ -19,6 +19,7 @@ from PIL import Image
 
 import fewstep
 from fewstep import cli
+from fewstep.extras import install
 from fewstep.picture import open_image
 from tiny_bundle import write_bundle
 
@@ -595,4 +596,119 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     assert cli.run(["train"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fewstep: this needs surely_not_installed") and error.count("\n") == 1
-    assert "pip install 'fewstep[train]'" in error
+    assert error.endswith(f"{install('train')}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["generate", "a", "--quiet"], "there is no option --quiet: see fewstep generate --help"),
+        (["models", "--quiet"], "there is no option --quiet: see fewstep models --help"),
+        (["--quiet"], "there is no option --quiet: see fewstep --help"),
+        (["generate", "a", "--widht=3"], "there is no option --widht: see fewstep generate --help"),
+        (["generate", "a", "-q"], "there is no option -q: see fewstep generate --help"),
+        (["generate", "a", "--outptu", "x"], "there is no option --outptu. Did you mean --output?"),
+        (["train", "pocket-teacher", "--quiet"], "there is no option --quiet: see fewstep train pocket-"),
+        (["generate", "a", "--no-grid"], "there is no option --no-grid: leave --grid out instead"),
+        (["generate", "a", "--json=yes", "--grid=3"], "--grid takes no value: give --grid alone"),
+        (["generate", "a", "--steps", "3", "--steps", "4"], "--steps is given more than once"),
+        (["generate", "a", "--steps=abc"], "--steps: 'abc' is not a whole number"),
+        (["generate", "a", "--guidance", "much"], "--guidance: 'much' is not a number"),
+        (["generate", "a", "--seed", "--steps", "3"], "--seed requires an argument"),
+        (["generate", "a", "--bits", "5"], "--bits: '5' is none of its values. Choose from 32, 16, 8, 4."),
+        (["generate", "a", "--backend", "onxx"], "Choose from onnx, openvino, executorch, torch. Did you"),
+        (["export", "pocket"], "-o or --output is missing: see fewstep export --help"),
+        (["quantize", "pocket"], "-o or --output is missing: see fewstep quantize --help"),
+        (["evaluate", "pocket"], "-o or --output is missing: see fewstep evaluate --help"),
+        (["show"], "PICTURE is missing: see fewstep show --help"),
+        (["data", "folder"], "SOURCE is missing: see fewstep data folder --help"),
+        (["generate", "a", "--" + "x" * 5000], "there is no option"),
+        (["generate", "a", "--steps", "\x1b[31m" * 2000], "is not a whole number"),
+    ],
+)
+def test_what_the_parser_refuses_is_said_well(arguments: list[str], line: str, capsys: Capture) -> None:
+    assert cli.run(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith(f"fewstep: {line}" if line[0] in "t-SP" else "fewstep: ")
+    assert line in error and error.count("\n") == 1 and "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (["a", "red", "apple"], True),
+        (["red", "apple"], True),
+        (["ein", "großer", "Apfel,", "3D"], True),
+        (["apple"], False),
+        (["a red apple", "pear"], False),
+        (["🍎", "🍐"], False),
+    ],
+)
+def test_words_without_quotes_are_asked_about(at: Path, words: list[str], warned: bool) -> None:
+    done = generate(*words, "--seed", "1")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(words)
+    line = f"warning: these are {len(words)} prompts of one word each; if one was meant, quote it:"
+    assert (f'fewstep: {line} "{" ".join(words)}"\n' in done.stderr) == warned
+
+
+def test_no_character_of_a_path_or_prompt_steers_the_terminal(at: Path, capsys: Capture) -> None:
+    path = "a\x1b]0;title\x07\u202e\nb.png"
+    assert inside("a cat", "--seed", "1", "-o", path) == 0
+    out, error = capsys.readouterr()
+    assert out == "a ]0;title   b.png\n" and error == "" and (at / path).is_file()
+    assert inside("a cat", "--seed", "1", "--json", "-o", path) == 0
+    out, _ = capsys.readouterr()
+    assert json.loads(out)["path"] == path and not set("\x1b\x07\u202e") & set(out)
+
+
+def test_what_no_model_takes_is_refused_before_one_is_loaded(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("fewstep.generate.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("fewstep.generate.is_bundle", lambda model: False)
+    (at / "broken.png").write_bytes(b"PNG")
+    for more, line in (
+        (["--steps", "0"], "steps must be a whole number from 1 to 100"),
+        (["--seed", "-1"], "seed must be"),
+        (["-n", "0"], "n must be"),
+        (["--strength", "0.5"], "give a picture"),
+        (["--guidance", "nan"], "guidance must be a number"),
+        (["--image", "none.png"], "there is no picture none.png"),
+        (["--image", "broken.png"], "is not a picture"),
+        ([""], "a prompt is empty"),
+    ):
+        assert cli.run(["generate", "a", "--model", "org/name", *more]) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
+
+
+def test_what_a_torch_model_cannot_be_is_said_without_torch(at: Path) -> None:
+    (at / "sd").mkdir()
+    (at / "sd" / "model_index.json").write_text("{}")
+    code = """
+import sys
+from fewstep.cli import run
+status = run(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+    for more, line in (
+        (["--memory", "lots"], "--memory must be a size such as 24GiB, not lots"),
+        (["--student", "none"], "there is no student none"),
+        (["--tiny-decoder", "none"], "there is no tiny-decoder none"),
+    ):
+        command = [sys.executable, "-c", code, "generate", "a", "--model", "sd", *more]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert_one_line(done, line)
+
+
+def test_libraries_speak_of_numbers_alone(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "warnoptions", [])
+    show = cli._our_warnings(lambda message, *_, **__: shown.append(str(message)))
+    for category in (FutureWarning, UserWarning, DeprecationWarning, RuntimeWarning):
+        show(category.__name__, category)
+    assert shown == ["RuntimeWarning"] and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
+    show("all", UserWarning)
+    assert shown[-1] == "all"

@@ -165,6 +165,50 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
             pass
 
 
+def test_a_folder_that_is_held_is_swept_and_nothing_of_the_hold_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with pytest.raises(KeyboardInterrupt), files.held(folder, "trained"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "deep").exists()
+    (folder / "checkpoints").mkdir(parents=True)
+    killed("inside", "replacing_folder", folder / "checkpoints" / "a")
+    killed("inside", "replacing_file", folder / "b")
+    with files.replacing_file(folder / "checkpoints" / "c") as living, files.held(folder, "trained"):
+        assert names(folder) == [files.LOCK, "checkpoints"]
+        assert names(folder / "checkpoints") == [living.parent.name]
+        living.touch()
+    assert names(folder) == ["checkpoints"] and names(folder / "checkpoints") == ["c"]
+
+
+def test_what_others_call_a_part_stays(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    for name in (".film.mp4.part", "a.0123abcd.part", ".part", ".a.part.tar"):
+        (tmp_path / "home" / name).touch()
+    with files.held(tmp_path, "filled"):
+        pass
+    assert len(names(tmp_path / "home")) == 4
+
+
+def test_those_who_share_a_folder_hold_their_parts(tmp_path: Path) -> None:
+    with files.held(tmp_path, "filled", ".rank-0.lock"), files.held(tmp_path, "filled", ".rank-1.lock"):
+        with pytest.raises(UserError, match="being filled"), files.held(tmp_path, "filled", ".rank-0.lock"):
+            pass
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "00000003"
+    folder.mkdir()
+    (folder / "a").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", lambda folder: None)  # as if it were killed there
+        files.remove(folder)
+    assert not folder.exists() and names(tmp_path)[0].endswith(".part")
+    files.remove(folder)
+    files.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_a_link_stays_and_what_it_points_at_is_written(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     for name in ("a", "b", "c"):

@@ -16,11 +16,11 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 FLOORS = {
     0: ("types", "flow"),
-    1: ("times", "sample", "guide", "losses", "files", "formats", "progress", "signals", "workers"),
+    1: ("times", "sample", "guide", "losses", "files", "formats", "progress", "signals", "workers", "extras"),
     2: ("runtime", "nets", "text", "families", "data", "picture", "request", "metadata"),
     3: ("methods", "deploy", "staged", "pipeline", "source"),
     4: ("train", "evaluate", "bench", "serve", "study", "output"),
-    5: ("recipes", "cli", "generate", "show", "__main__", "__init__"),
+    5: ("recipes", "cli", "cli_errors", "generate", "show", "__main__", "__init__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 COMMAND = "command"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fewstep import formats
@@ -78,6 +80,18 @@ def test_numbers_that_python_gave_are_checked_as_those_of_a_file() -> None:
     assert formats.convert({"height": 3}, Latent, "it") == Latent(3)
     with pytest.raises(UserError, match="it is damaged or no such file: height: expected int, got str"):
         formats.convert({"height": "3"}, Latent, "it")
+
+
+def test_an_array_is_numbers_or_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert formats.read_array(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    np.save(tmp_path / "b.npy", np.array([print]), allow_pickle=True)
+    (tmp_path / "c.npy").write_bytes(pickle.dumps(print))
+    (tmp_path / "d.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+    for name in ("b.npy", "c.npy", "d.npy", "nowhere.npy"):
+        with pytest.raises(UserError, match=f"{name} is damaged") as caught:
+            formats.read_array(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_pythons_json_writes_is_read_where_it_was_written(tmp_path: Path) -> None:

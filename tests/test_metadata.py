@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import time
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 
 from fewstep import metadata, picture
 from fewstep.metadata import CHUNK, PARAMETERS
+from fewstep.types import UserError
 
 KINDS = ("PNG", "JPEG", "WEBP")
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -54,7 +57,7 @@ def test_texts_larger_than_a_segment_survive(kind: str, size: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_utf8_cannot_hold_is_no_error(kind: str) -> None:
-    assert read(written({PARAMETERS: "a \udcff"}, kind)) == {PARAMETERS: "a ?"}
+    assert read(written({PARAMETERS: "a \udcff\nSteps: 4"}, kind)) == {PARAMETERS: "a ?\nSteps: 4"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,6 +87,10 @@ def user_comment(value: bytes, endian: str | None = None) -> bytes:
 @pytest.mark.parametrize("endian", ["<", ">"])
 def test_user_comments_of_other_programs_are_read(value: bytes, endian: str) -> None:
     assert read(written({}, "JPEG", exif=user_comment(value, endian))) == {PARAMETERS: "a cat\nSteps: 4"}
+
+
+def test_the_comment_of_a_photo_says_nothing() -> None:
+    assert read(written({}, "JPEG", exif=user_comment(b"ASCII\0\0\0holidays"))) == {}
 
 
 RDF = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"'
@@ -145,3 +152,58 @@ def test_the_record_of_a_sheet_of_thousands_fits_every_format(tmp_path: Path) ->
         image.info[CHUNK] = text
         picture.save(image, tmp_path / f"a{suffix}")
         assert picture.read_records(tmp_path / f"a{suffix}") == [record] * 3000
+
+
+RECORD = json.loads(picture.Record("a cat", 1, 4, "pocket", "ab", (8, 8), guidance=4.5, negative="b").json())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*RECORD, "sheet"]), inner),
+    max_leaves=9,
+)
+
+
+CHANGES = st.dictionaries(st.sampled_from(sorted(RECORD)), JSON, max_size=3)
+
+
+@given(CHANGES, JSON, st.booleans(), st.integers(0, 999))
+@quick
+def test_any_record_is_read_or_refused_in_one_line(
+    changes: dict[str, Any], other: Any, sheet: bool, cut: int
+) -> None:
+    facts: Any = {**RECORD, **changes}
+    for each in ({"sheet": [RECORD, facts]} if sheet else facts, other, {"sheet": other}):
+        text = json.dumps(each)
+        for damaged in (text, text[:cut]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", picture.RecordWarning)
+                try:
+                    for record in picture.records_of(picture.read_json(damaged, "x"), "x"):
+                        assert picture.Record.parse(record.json()) == record
+                        record.parameters()
+                except UserError as error:
+                    assert "\n" not in str(error)
+
+
+FILES = {kind: written({CHUNK: json.dumps(RECORD), PARAMETERS: "a\nSteps: 4"}, kind) for kind in KINDS}
+
+
+NOISE = st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=4)
+
+
+@given(st.sampled_from(KINDS), NOISE, st.data())
+@quick
+def test_any_file_is_read_or_refused_in_one_line(
+    kind: str, changes: list[tuple[int, bytes]], data: st.DataObject
+) -> None:
+    damaged = bytearray(FILES[kind])
+    for at, noise in changes:
+        at %= len(damaged)
+        damaged[at : at + data.draw(st.integers(0, 4))] = noise
+    with TemporaryDirectory() as folder:
+        (path := Path(folder, "x")).write_bytes(damaged)
+        try:
+            picture.read_records(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+        except picture.RecordWarning:  # a field's name was changed
+            pass

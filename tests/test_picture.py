@@ -70,7 +70,8 @@ FACTS = json.loads(RECORD.json())
 @pytest.mark.parametrize(
     "change",
     [{"image": 5}, {"image": ["x"]}, {"seed": "1"}, {"seed": True}, {"seed": 1.5}, {"size": "ab"},
-     {"size": [1, 2, 3]}, {"version": 5}, {"guidance": "much"}, {"prompt": None}, {"batch": None}],
+     {"size": [1, 2, 3]}, {"version": 5}, {"guidance": [1.0]}, {"guidance": "much"},
+     {"prompt": None}, {"batch": None}],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", picture.SUFFIXES)
 def test_a_record_that_is_none_of_ours_is_refused(
@@ -85,6 +86,7 @@ def test_a_record_that_is_none_of_ours_is_refused(
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "5", "null", "[" * 100_000, '{"a":' * 100_000, '{"seed": 1' + "0" * 5000 + "}", "{}",
+     '{"seed": NaN}', '{"guidance": 1e999}',
      '{"sheet": 5}', '{"sheet": []}', '{"sheet": [5]}', '{"sheet": [{}]}', '{"sheet": {}}', "\0\x1b[31m"],
     ids=lambda text: text[:20],
 )  # fmt: skip
@@ -150,6 +152,14 @@ def test_every_mode_is_written_in_the_format_of_the_suffix(tmp_path: Path, mode:
         image.load()
         assert image.format == picture.SUFFIXES[suffix.lower()]
     assert picture.read_record(tmp_path / f"a{suffix}") == RECORD
+
+
+def test_an_image_that_was_opened_keeps_its_record_in_another_format(tmp_path: Path) -> None:
+    fewstep.save(RECORD.stamp(Image.new("RGB", (8, 8))), tmp_path / "a.png")
+    for before, after in (("a.png", "b.jpg"), ("b.jpg", "c.webp"), ("c.webp", "d.png")):
+        with Image.open(tmp_path / before) as image:
+            fewstep.save(image, tmp_path / after)
+        assert picture.read_info(tmp_path / after) == picture.read_info(tmp_path / "a.png")
 
 
 def test_png_and_webp_keep_all_pixels_and_jpeg_nearly() -> None:

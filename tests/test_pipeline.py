@@ -283,3 +283,107 @@ def test_records_list_what_a_picture_depends_on(pipe: Pipeline, photo: Image.Ima
     facts = json.loads(image.info["fewstep"])
     assert facts["strength"] == 0.5 and facts["batch"] == 1
     assert set(facts) < {field.name for field in dataclasses.fields(picture.Record)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_one_line(pipe: Pipeline, value: float) -> None:
+    """Of the net, the text encoders and the decoder; and no warning of numpy's beside it."""
+
+    def net(x_t: Any, t: Any, cond: Any) -> Any:
+        return np.full_like(x_t, value)
+
+    def text(prompts: Any) -> Any:
+        return pipe.model.text(prompts).map(lambda array: array * np.float32(value))
+
+    class Codec:
+        encode = staticmethod(pipe.model.codec.encode)
+
+        @staticmethod
+        def decode(latents: Any) -> Any:
+            return pipe.model.codec.decode(latents) + np.float32(value)
+
+    def through(x_t: Any, t: Any, cond: Any) -> Any:
+        return x_t * cond.pooled.mean()
+
+    for parts, words in (
+        ({"velocity": net}, "the net gave"),
+        ({"text": text, "velocity": through}, "a text encoder"),
+        ({"codec": Codec()}, "the decoder gave"),
+    ):
+        broken = dataclasses.replace(pipe, model=dataclasses.replace(pipe.model, **parts))
+        with pytest.raises(UserError, match=words), np.errstate(invalid="ignore"):
+            broken(PROMPT, seed=1)
+
+
+def test_the_package_shows_its_api_and_a_pipeline_itself(pipe: Pipeline, tmp_path: Path) -> None:
+    assert dir(fewstep) == ["Pipeline", "UserError", "__version__", "load", "save"]
+    assert repr(pipe) == "<fewstep.Pipeline tiny: onnx, 32x32 px, 4 steps>"
+    odd = dataclasses.replace(pipe, bundle=None, model=dataclasses.replace(pipe.model, name="a\x1b[31m\nb"))
+    assert repr(odd).isprintable() and "torch" in repr(odd) and len(repr(odd)) < 120
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"num_images_per_prompt": 2, "num_inference_steps": 3}, {"n": 2, "steps": 3}),
+        ({"prompt": PROMPT, "prompts": None}, {}),
+        ({"width": 32, "height": 32}, {}),
+        ({"negative_prompt": "a dog", "guidance_scale": 2.0}, {"negative": "a dog", "guidance": 2.0}),
+        ({"negative_prompt": None, "guidance_scale": None, "height": None}, {}),
+    ],
+)
+def test_diffusers_names_mean_the_same(
+    guided: Pipeline, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    base = {"prompts": PROMPT, "seed": 5}
+    drawn, expected = guided(**{**base, **theirs}), guided(**{**base, **ours})
+    assert len(drawn) == len(expected) and all(map(same, drawn, expected))
+    assert drawn[0].info == expected[0].info
+
+
+UNKNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"step": 3}, "takes no step: did you mean steps?"),
+    ({"num_inference_step": 3}, "did you mean num_inference_steps?"),
+    ({"generator": 1}, "did you mean seed?"),
+    ({"xyzzy": 1}, "takes no xyzzy: there are guidance, guidance_scale, height, image"),
+    ({"steps": 3, "num_inference_steps": 3}, "num_inference_steps is another name of steps"),
+    ({"n": 1, "num_images_per_prompt": 2}, "num_images_per_prompt is another name of n"),
+    ({"prompt": "a dog"}, "prompt is another name of prompts"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNKNOWN)
+@pytest.mark.parametrize("kind", [UserError, TypeError])
+def test_an_argument_that_there_is_not(
+    pipe: Pipeline, options: dict[str, Any], message: str, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as told:
+        pipe(PROMPT, **options)
+    assert message in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 64}, "draws 32x32 pixels, not 64x32: leave it out"),
+        ({"height": 512, "width": 512}, "not 512x512"),
+        ({"height": 0}, "height must be a whole number"),
+        ({"height": "tall"}, "height must be a whole number"),
+        ({"num_inference_steps": 99}, "steps must be"),
+        ({"guidance_scale": 3.5}, "takes no guidance"),
+    ],
+)
+def test_diffusers_names_are_checked(pipe: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe(PROMPT, **options)
+
+
+def test_another_size_of_a_model_that_can_is_asked_for_at_loading(pipe: Pipeline) -> None:
+    able = dataclasses.replace(pipe, facts={"bits": 16})
+    with pytest.raises(UserError, match=r'not 768x512: fewstep.load\(..., size="768x512"\) draws that'):
+        able.request(PROMPT, width=768, height=512)
+
+
+def test_an_option_of_loading_that_there_is_not(pipe: Pipeline) -> None:
+    with pytest.raises(TypeError, match="load takes no sise: did you mean size"):
+        fewstep.load(pipe.source, sise="512")  # type: ignore[call-arg]

@@ -25,9 +25,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from fewstep import signals
+from fewstep.progress import say
 
 if TYPE_CHECKING:
-    from cyclopts import App, CycloptsError
+    from cyclopts import App
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 COMMANDS = {
@@ -120,10 +121,12 @@ def _run(tokens: list[str]) -> int:
 
     from cyclopts import CycloptsError
 
-    from fewstep.source import hush, missing_extra
+    from fewstep.extras import missing_extra
+    from fewstep.source import hush
     from fewstep.types import UserError
 
     hush()
+    _calm()
     # A bare "-" is a prompt that stands for standard input; the parser would take it for an option.
     tokens = ["/dev/stdin" if token == "-" else token for token in tokens]
     try:
@@ -135,7 +138,9 @@ def _run(tokens: list[str]) -> int:
     except UserError as error:
         return _end(str(error), 2)
     except CycloptsError as error:
-        return _end(_explain(error), 2)
+        from fewstep.cli_errors import explain
+
+        return _end(explain(error, list(COMMANDS)), 2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
             raise
@@ -147,13 +152,24 @@ def _run(tokens: list[str]) -> int:
         return _end(str(missing), 2)
 
 
+def _calm() -> None:
+    """Let libraries that are imported later print errors alone, here and in processes of ours.
+
+    What they say of their own insides reads like a failure of what was asked for.
+    """
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
-    """Print our own warnings as one line, and those of libraries as ever."""
+    """Print our own warnings as one line, and of libraries' those about numbers; ``python -W`` shows all."""
 
     def show(message: Warning | str, category: type[Warning], *more: object, **named: object) -> None:
         if category.__module__.startswith("fewstep."):
-            _say(f"warning: {message}")
-        else:
+            say(f"warning: {message}")
+        elif sys.warnoptions or issubclass(category, RuntimeWarning):
             plain(message, category, *more, **named)
 
     return show
@@ -177,31 +193,6 @@ def application() -> App:
     return app
 
 
-def _explain(error: CycloptsError) -> str:
-    from difflib import get_close_matches
-
-    from cyclopts import UnknownCommandError, UnusedCliTokensError
-
-    if isinstance(error, UnknownCommandError) and error.unused_tokens:
-        # cyclopts' own text would import every command, and PyTorch with it, to name one.
-        word, group = error.unused_tokens[0], " ".join(error.command_chain or ())
-        names = [n for n in error.app or () if not n.startswith("-")] if group else list(COMMANDS)
-        near = get_close_matches(word, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(names)}"
-        return f"there is no command {f'{group} {word}'.strip()}: {hint}"
-    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        command = " ".join(error.command_chain or ())
-        return f"{error.unused_tokens[0]} is one argument too many: see fewstep {command} --help"
-    return str(error)
-
-
 def _end(message: str, status: int) -> int:
-    _say(message)
+    say(message)
     return status
-
-
-def _say(message: str) -> None:
-    """One line on standard error, without signs that steer a terminal; lost if nobody can take it."""
-    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(message.split()))
-    with suppress(OSError):
-        print(f"fewstep: {line}", file=sys.stderr, flush=True)

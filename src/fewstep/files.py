@@ -21,8 +21,10 @@ from fewstep.types import UserError
 
 LOCK = ".lock"
 """The lock of a folder, and of a part."""
-_PART = re.compile(r"\..+\.part(\.\w+)?")
-"""The name of a part, whatever its target."""
+_PART = re.compile(r"\.(.+\.)?[0-9a-f-]{8,}\.part(\.tar)?")
+"""The name of a part, whatever its target. Other programs call what is unfinished ``.part``, too."""
+_DEPTH = 3
+"""How many folders below one that is held are looked through: someone may give a home folder."""
 _OLD = ".old"
 """In a part: the folder that held the target before, where the two cannot be exchanged at once."""
 _NAME_BYTES = 200
@@ -152,7 +154,7 @@ def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
 
     Args:
         folder: made where it does not exist, and removed at the end if nothing was put into it. What was
-            left is looked for in all folders below it, too.
+            left is looked for in the folders below it, too.
         doing: what another process is told that is being done there, such as ``trained``.
         lock: name of the lock in the folder, for processes that share a folder and each have a part of it.
 
@@ -169,9 +171,11 @@ def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
         raise UserError(f"{folder} is being {doing} by another process: let it end, or stop it first")
     with taken:
         try:
-            for below, _, _ in os.walk(folder):
-                sweep(Path(below))
+            _sweep_all(folder)
             yield
+        except BaseException:
+            _sweep_all(folder)  # of workers that were killed
+            raise
         finally:
             # While it is still locked: whoever opened the file before knows it for one without a name.
             with suppress(OSError):
@@ -179,6 +183,13 @@ def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
             with suppress(OSError):  # not empty
                 for path in missing:
                     path.rmdir()
+
+
+def _sweep_all(folder: Path) -> None:
+    for below, folders, _ in os.walk(folder):
+        sweep(Path(below))
+        if len(Path(below).relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
 
 
 def _lock(folder: Path, name: str = LOCK) -> AbstractContextManager[Any] | None:
@@ -199,7 +210,8 @@ def _part(target: Path) -> Generator[Path]:
     while True:
         part = _new_part(target)
         part.mkdir()
-        with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
+        # Another process may take it for a leftover before it is locked, at any place of what follows.
+        with suppress(FileNotFoundError, FileExistsError):
             if (lock := _lock(part)) is not None:
                 break
     with lock:

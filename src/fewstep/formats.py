@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from fewstep.types import UserError
 
@@ -119,6 +120,18 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     if len(data) > most:
         raise UserError(f"{path} is larger than the {most} bytes that such a file may have")
     return data
+
+
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """The array of a ``.npy`` file, read from the disk as it is used. Objects are refused: they are pickles.
+
+    Raises:
+        UserError: it is missing, or no array of numbers.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def _field(error: msgspec.ValidationError) -> str:

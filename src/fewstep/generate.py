@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json as jsons
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
 
 from cyclopts import Parameter, Token
 
-from fewstep.source import load, shipped, split
+from fewstep.progress import emit, printable, say, stdout_errors
+from fewstep.source import is_bundle, load, shipped, split
 from fewstep.staged import Wish
 from fewstep.types import UserError
 
@@ -34,10 +35,17 @@ if TYPE_CHECKING:
 BATCH = 8
 PLAIN = Wish()
 
+_WORD = re.compile(r"(?=.*[^\W\d_])[\w'’-]+[,.;:!?]?")
+"""One word, perhaps with a mark behind it."""
+
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
 STDIN = "/dev/stdin"
 """What the command line hands over for a bare ``-``, which its parser would take for an option."""
+
+
+class PromptsWarning(UserWarning):
+    """Several prompts may have been meant as one."""
 
 
 class ModelWarning(UserWarning):
@@ -92,7 +100,8 @@ def generate(
         negative: What to steer away from, for a model that has guidance.
         image: A picture to start from.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
-        model: A shipped model, a folder, or a hub name (org/name); sd3: or flux: in front says its family.
+        model: A shipped model, a folder, also of a finished run, or a hub name (org/name); sd3: or flux: in
+            front says its family.
             [default: pocket]
         backend: Insist on onnx, openvino, executorch or torch.
         output: A .png, .jpg or .webp file (overwritten), a folder, a pattern with {index} {seed} {prompt}
@@ -104,11 +113,12 @@ def generate(
         threads: Processor threads. [default: all cores]
         torch: How a PyTorch model shall run.
     """
-    options = {
+    options: dict[str, Any] = {
         "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
         "image": image, "strength": strength,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
+    check_quotes(prompts)
     texts = read_prompts(prompts, prompts_file)
     record, whole_sheet = None, False
     if again is not None:
@@ -122,17 +132,17 @@ def generate(
         given, texts, model = repeat(record, given, texts, model)
     number = 1 if number is None else number
     name = destination(output, 1 if grid else len(texts) * number, json)
-    together = max(1, min(BATCH, len(texts) * number))
-    if record is not None:
-        from fewstep.request import MOST_AT_ONCE, whole
-
-        together = whole("batch", record.batch, 1, MOST_AT_ONCE)
+    together = batch_of(record, len(texts) * number)
     wish = dataclasses.replace(torch, batch=together, image="image" in given)
+    if not is_bundle(model):  # others take long to load
+        from fewstep.request import check_values
+
+        check_values(texts, **given, n=number)
     pipe = load(model, backend, threads, **vars(wish))
     for line in pipe.plan:
-        print(f"fewstep: {line}", file=sys.stderr)
+        say(line)
     if torch.compile:
-        print("fewstep: compiling while the first picture is drawn, about a minute", file=sys.stderr)
+        say("compiling while the first picture is drawn, about a minute")
     request = pipe.request(texts, n=number, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
@@ -149,6 +159,19 @@ def generate(
         elif path is not None and path != told:  # a contact sheet is one file of many images
             emit_path(path)
         told = path
+
+
+def batch_of(record: Record | None, images: int) -> int:
+    """How many images run through the net together: as when those of ``record`` were made.
+
+    Raises:
+        UserError: the record's number is out of its range.
+    """
+    if record is None:
+        return max(1, min(BATCH, images))
+    from fewstep.request import MOST_AT_ONCE, whole
+
+    return whole("batch", record.batch, 1, MOST_AT_ONCE)
 
 
 def destination(output: str | None, images: int, json: bool) -> Names | StandardOutput:
@@ -170,6 +193,15 @@ def destination(output: str | None, images: int, json: bool) -> Names | Standard
     from fewstep.output import names
 
     return names(output, images)
+
+
+def check_quotes(prompts: Sequence[str]) -> None:
+    """Warn of several prompts of one word each: a prompt without quotes comes as such."""
+    if len(prompts) > 1 and all(_WORD.fullmatch(text) for text in prompts):
+        whole = " ".join(prompts)
+        whole = whole if len(whole) <= 60 else f"{whole[:60]}…"
+        text = f'these are {len(prompts)} prompts of one word each; if one was meant, quote it: "{whole}"'
+        warnings.warn(text, PromptsWarning, stacklevel=2)
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -231,7 +263,11 @@ def repeat(
 
 def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
     """How the PyTorch model of ``record`` ran, with what the user gave now on top; ``wish`` for any other."""
-    if record.bits is None or model not in (None, record.model):
+    if model not in (None, record.model):
+        return wish
+    if record.lora and not wish.lora:
+        wish = dataclasses.replace(wish, lora=record.lora)
+    if record.bits is None:
         return wish
     made: dict[str, Any] = {
         "bits": record.bits, "student": record.student, "tiny_decoder": record.tiny_decoder,
@@ -321,7 +357,7 @@ class StandardOutput:
         from fewstep.picture import encode
 
         data = encode(image, Path(f"image{self.suffix}"))
-        with _standard_output_errors():
+        with stdout_errors():
             self.stream.write(data)
             self.stream.flush()
 
@@ -349,39 +385,14 @@ def emit_path(path: Path) -> None:
     text = str(path)
     if sys.stdout is None or sys.stdout.isatty():
         emit(printable(text))
-    elif any("\udc80" <= sign <= "\udcff" for sign in text) and hasattr(sys.stdout, "buffer"):
-        with _standard_output_errors():  # bytes that are no UTF-8
-            sys.stdout.flush()
+        return
+    with stdout_errors():
+        if any("\udc80" <= sign <= "\udcff" for sign in text) and hasattr(sys.stdout, "buffer"):
+            sys.stdout.flush()  # bytes that are no UTF-8
             sys.stdout.buffer.write(os.fsencode(text) + b"\n")
             sys.stdout.flush()
-    else:
-        emit(text)
-
-
-def printable(text: str, keep: str = "") -> str:
-    """``text`` with a space for each sign that would steer a terminal, but those of ``keep``."""
-    return "".join(sign if sign.isprintable() or sign in keep else " " for sign in text)
-
-
-def emit(line: str) -> None:
-    """Print a line to standard output at once.
-
-    Raises:
-        UserError: standard output is full or broken.
-        BrokenPipeError: nobody reads it any more.
-    """
-    with _standard_output_errors():
-        print(line, flush=True)
-
-
-@contextmanager
-def _standard_output_errors() -> Generator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write to standard output: {error.strerror}") from None
+        else:
+            print(text, flush=True)
 
 
 class Progress:

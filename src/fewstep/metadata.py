@@ -39,14 +39,14 @@ _UNICODE, _OTHERS = b"UNICODE\0", (b"ASCII\0\0\0", bytes(8))
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def options(info: Mapping[Any, Any], kind: str) -> dict[str, Any]:
-    """What Pillow's ``save`` is given so that the texts of ``info`` stand in the file.
+def options(texts: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """What Pillow's ``save`` is given so that texts stand in the file.
 
     Args:
-        info: of an image.
+        texts: ``parameters`` and ``fewstep``, both or one or none.
         kind: ``PNG``, ``JPEG`` or ``WEBP``.
     """
-    texts = {name: _utf8(str(info[name])) for name in (PARAMETERS, CHUNK) if name in info}
+    texts = {name: _utf8(text) for name, text in texts.items()}
     if kind == "PNG":
         from PIL.PngImagePlugin import PngInfo
 
@@ -69,11 +69,11 @@ def options(info: Mapping[Any, Any], kind: str) -> dict[str, Any]:
 def texts(image: Image.Image) -> dict[str, str]:
     """The texts ``parameters`` and ``fewstep`` of an image that was opened, as far as it has them.
 
-    EXIF and XMP that are damaged, or not of our kind, count as absent.
+    EXIF and XMP that are damaged, or say something else, count as absent.
     """
     found = {name: str(image.info[name]) for name in (PARAMETERS, CHUNK) if name in image.info}
     comment = _user_comment(image.info.get("exif"))
-    if PARAMETERS not in found and comment:
+    if PARAMETERS not in found and comment and "Steps: " in comment:
         found[PARAMETERS] = comment
     if CHUNK not in found:
         segments = [content for name, content in getattr(image, "applist", ()) if name == "APP1"]

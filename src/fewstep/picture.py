@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
+import logging
 import math
+import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from fewstep import files, metadata
 from fewstep.metadata import CHUNK, PARAMETERS
 from fewstep.types import Array, UserError
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises too
 Image.preinit()  # Pillow does this at the first save; here it runs while the model loads
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -46,6 +52,22 @@ class RecordWarning(UserWarning):
     """A record has fields that this version does not know."""
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+"""Formats that are read, by Pillow's names. Of others some start programs (EPS: Ghostscript)."""
+MOST_BYTES = 2**28
+"""Of an image's file."""
+MOST_PIXELS = 2**26
+"""Of an image when it is decoded: 67 megapixels, so that all copies of it take less than 1 GB."""
+_SMALLER = {"WEBP": MOST_PIXELS // 2, "AVIF": MOST_PIXELS // 2}
+"""Formats whose decoders hold more copies at once."""
+_OPAQUE = {"1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}
+_CLEAR = {"LA", "La", "P", "PA", "RGBA", "RGBa"}
+_HALF = 0.5 / 255
+_SILENCING = threading.Lock()
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
+"""Tags of TIFF and EXIF."""
+
+
 @dataclass(frozen=True)
 class Record:
     """How a picture was made: enough to make it again.
@@ -65,6 +87,7 @@ class Record:
         batch: how many pictures went through the net together. Rounding depends on it.
         bits: of the net's weights, for a PyTorch model whose parts come and go.
         student: what was laid over that model, if anything.
+        lora: LoRAs that were added to that model, ``FILE:WEIGHT`` each, if any.
         tiny_decoder: the tiny autoencoder that decoded instead of its own, if any.
         version: of fewstep.
     """
@@ -83,6 +106,7 @@ class Record:
     batch: int = 1
     bits: int | None = None
     student: str | None = None
+    lora: tuple[str, ...] | None = None
     tiny_decoder: str | None = None
     version: str = ""
 
@@ -160,10 +184,19 @@ def read_json(text: str, where: str) -> dict[str, Any]:
     from fewstep import formats
 
     try:
-        facts = json.loads(text)  # not msgspec: it refuses paths that are no UTF-8, which :meth:`json` keeps
+        # Not msgspec: it refuses paths that are no UTF-8, which Record.json keeps.
+        facts = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         raise UserError(f"the metadata of {where} is damaged") from None
     return formats.convert(facts, dict[str, Any], f"the metadata of {where}")
+
+
+def _finite(text: str) -> float:
+    """A number of JSON. ``NaN`` and ``Infinity``, which Python would read too, are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -226,7 +259,7 @@ def read_info(path: str | Path) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
-            with Image.open(io.BytesIO(data), formats=sorted({*SUFFIXES.values()})) as image:
+            with Image.open(io.BytesIO(data), formats=_formats(SUFFIXES.values())) as image:
                 return metadata.texts(image)
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture that can be read: no PNG, JPEG or WebP") from None
@@ -235,61 +268,180 @@ def read_info(path: str | Path) -> dict[str, str]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open and decode a picture file.
+    """Open and decode an image file; see :func:`decode`.
 
     Raises:
-        UserError: it cannot be read, is no picture, or is cut short.
+        UserError: it cannot be read, is no image, or is damaged.
     """
     return decode(read(path), str(path))
 
 
 def read(path: str | Path) -> bytes:
-    """A picture's file.
+    """The bytes of an image file, which may be a pipe.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has more than :data:`MOST_BYTES`.
     """
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a picture that can be read: {_reason(error)}") from None
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path} is not a picture that can be read: it has more than {MOST_BYTES >> 20} MiB")
+    return data
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """Decode a picture file; ``where`` names it in errors.
+    """Decode the first frame of an image file. Its content alone tells which of :data:`FORMATS` it is.
+
+    Args:
+        data: the file.
+        where: what it is called in errors.
 
     Raises:
-        UserError: it is no picture, too large a one, or cut short.
+        UserError: it is of no such format, larger than :data:`MOST_PIXELS`, or damaged.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
+            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                _limit(image, where)
+                with _silent() if image.format == "TIFF" else nullcontext():
+                    image.load()
                 return image
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"{where} is not a picture that can be read") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        known = ", ".join(FORMATS)
+        raise UserError(f"{where} is not a picture that can be read: none of {known}") from None
+    except Exception as error:  # a decoder raises whatever goes wrong in it first
         raise UserError(f"{where} is not a picture that can be read: {_reason(error)}") from None
 
 
-def flat(image: Image.Image) -> Image.Image:
-    """Turn a picture the right way up, bring it to 8 bits a channel and lay it on white: RGB.
+@contextmanager
+def _silent() -> Generator[None]:
+    """Within the block, standard error leads nowhere: libtiff prints what Pillow raises too."""
+    with _SILENCING, ExitStack() as stack:
+        with suppress(OSError):  # standard error may be closed
+            before = os.dup(2)
+            stack.callback(os.close, before)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            stack.callback(os.dup2, before, 2)
+        yield
+
+
+def _formats(names: Iterable[str] = FORMATS) -> list[str]:
+    """Those of some formats that this Pillow has; no other format's module is loaded."""
+    known: list[str] = []
+    for name in dict.fromkeys(names):
+        with suppress(ImportError):
+            importlib.import_module(f"PIL.{'WebP' if name == 'WEBP' else name.title()}ImagePlugin")
+        if name in Image.OPEN:
+            known.append(name)
+    return known
+
+
+def _limit(image: ImageFile.ImageFile, where: str) -> None:
+    """Refuse a large image before it is decoded. A large JPEG is decoded at half its size instead.
+
+    A progressive JPEG is not: all of its coefficients are held at once, at any size.
 
     Raises:
-        UserError: pixels of a kind that Pillow cannot turn into RGB.
+        UserError: it has more than :data:`MOST_PIXELS`.
+    """
+    (width, height), most = image.size, _SMALLER.get(image.format or "", MOST_PIXELS)
+    if width * height > MOST_PIXELS and image.format in ("JPEG", "MPO") and "progressive" not in image.info:
+        image.draft(None, (width // 2, height // 2))
+    if image.width * image.height > most:
+        size = f"{width * height / 1e6:.0f} megapixels ({width} x {height})"
+        raise UserError(f"{where} has {size}, and at most {most / 1e6:.0f} are read: make it smaller")
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """Turn an image the right way up, bring it to 8 bits a channel and lay it on white: RGB.
+
+    Raises:
+        UserError: colours that are not followed, or pixels of a range that does not say what is white.
     """
     try:
+        tags = getattr(image, "tag_v2", {})
         image = _upright(image)
-        if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
-            levels = np.clip(np.asarray(image, np.float64) / 257, 0, 255)
-            image = Image.fromarray(levels.round().astype(np.uint8))
-        image = image.convert("RGBA")
-    except ValueError as error:
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _eight_bits(image, tags)
+        if image.mode in _OPAQUE and "transparency" not in image.info:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode not in _CLEAR | _OPAQUE:
+            raise ValueError(f"its colours are {image.mode}; save it as RGB")
+        result = Image.new("RGB", image.size)
+        for box in _boxes(image.size):
+            part = image.crop(box)
+            part = (part.convert("LA") if part.mode == "La" else part).convert("RGBA")
+            result.paste(
+                Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box
+            )
+        return result
+    except (OSError, SyntaxError, ValueError) as error:  # a caller's image may not be decoded yet
         raise UserError(f"that picture cannot be used: {_reason(error)}") from None
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """An image's parts, left, top, right, bottom: in these copies of four channels or floats stay small."""
+    width, height = size
+    for top in range(0, height, 1024):
+        for left in range(0, width, 4096):
+            yield left, top, min(left + 4096, width), min(top + 1024, height)
+
+
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Whole numbers of more than 8 bits, or floats, as ``L``, or ``LA`` where one value is transparent.
+
+    Args:
+        image: of a mode that is ``F`` or begins with ``I``.
+        tags: of a TIFF, by their numbers.
+
+    Raises:
+        ValueError: see :func:`_white`.
+    """
+    bits = tags.get(_BITS, (16,))
+    white = 4095 if image.mode != "F" and tuple(bits) == (12,) else _white(image)
+    clear = image.info.get("transparency")
+    result = Image.new("L" if clear is None else "LA", image.size)
+    for box in _boxes(image.size):
+        values = np.asarray(image.crop(box), np.float64)
+        levels = np.clip(values * 255 / white, 0, 255).round()
+        if tags.get(_PHOTOMETRIC) == 0:  # of a TIFF: 0 is white, which Pillow minds with 8 bits only
+            levels = 255 - levels
+        part = Image.fromarray(levels.astype(np.uint8))
+        if clear is not None:
+            part.putalpha(Image.fromarray(np.uint8(255) * (values != clear)))
+        result.paste(part, box)
+    return result
+
+
+def _white(image: Image.Image) -> float:
+    """The value that is white, where 0 is black.
+
+    It is 65535 for whole numbers. For floats it is 1, or 255 where they are whole numbers of 8 bits.
+
+    Raises:
+        ValueError: the range of the values does not tell. Half a level beyond it is allowed, for filters.
+    """
+    parts = [np.asarray(image.crop(box)) for box in _boxes(image.size)]
+    low, high = (float(bound) for bound in (min(p.min() for p in parts), max(p.max() for p in parts)))
+    floats = image.mode == "F"
+    if floats and -_HALF <= low and high <= 1 + _HALF:
+        return 1
+    if floats and low >= 0 and high <= 255 and all(np.array_equal(part, np.rint(part)) for part in parts):
+        return 255
+    # Whole numbers of 32 bits that 8 would hold may be meant as either.
+    if not floats and (image.mode != "I" or high > 255 or high == 0) and low >= 0 and high <= 65535:
+        return 65535
+    kind = "floats" if floats else "whole numbers of 32 bits"
+    raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}; save it with 8 or 16 bits a channel")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -298,9 +450,13 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ImageOps.exif_transpose(image)
-    except (SyntaxError, OSError, KeyError):
-        return image  # broken metadata says nothing of which way is up
+            # Where nothing is to be turned, Pillow makes a copy.
+            turned = image.getexif().get(_ORIENTATION) in range(2, 9)
+            return ImageOps.exif_transpose(image) if turned else image
+    except MemoryError:
+        raise
+    except Exception:  # broken metadata, which says nothing of which way is up
+        return image
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -320,8 +476,25 @@ def to_images(pixels: np.ndarray) -> list[Image.Image]:
     return from_levels(levels(pixels))
 
 
+NOT_FINITE = (
+    "values that are NaN or infinite, so there is no image: its weights are broken, or too large for the "
+    "precision that it runs in"
+)
+
+
+def finite(array: Array) -> bool:
+    """Whether no number of a numpy array or torch tensor is NaN or infinite."""
+    return bool((np.isfinite(array) if isinstance(array, np.ndarray) else array.isfinite()).all())
+
+
 def levels(pixels: Array) -> Array:
-    """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are."""
+    """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are.
+
+    Raises:
+        UserError: a pixel is NaN or infinite, which would become black or white.
+    """
+    if not finite(pixels):
+        raise UserError(f"the decoder gave {NOT_FINITE}")
     return ((pixels + 1) * 127.5).round().clip(0, 255)
 
 
@@ -376,7 +549,7 @@ def format_of(path: Path) -> str:
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
-    """An image as the bytes of a file, with the records of ``image.info`` in its metadata.
+    """An image as the bytes of a file, with its records (:func:`fewstep.metadata.texts`) in the metadata.
 
     PNG and WebP keep all pixels. JPEG has the quality :data:`JPEG_QUALITY` and full colour resolution;
     what is transparent becomes white in it.
@@ -396,7 +569,7 @@ def encode(image: Image.Image, path: Path) -> bytes:
     pixels = image if image.mode in _MODES[kind] else flat(image)
     data = io.BytesIO()
     try:
-        pixels.save(data, kind, **how, **metadata.options(image.info, kind))
+        pixels.save(data, kind, **how, **metadata.options(metadata.texts(image), kind))
     except (OSError, ValueError, SystemError, MemoryError) as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from None
     return data.getvalue()

@@ -5,25 +5,40 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
 from fewstep import __version__, flow, sample, times
 from fewstep.guide import Guided
-from fewstep.picture import Record, decode, fit, from_levels, levels, read
-from fewstep.request import MOST_AT_ONCE, Request, check, whole
+from fewstep.picture import NOT_FINITE, Record, decode, finite, fit, from_levels, levels, read
+from fewstep.progress import printable
+from fewstep.request import (
+    MOST_AT_ONCE,
+    Diffusers,
+    Request,
+    check,
+    check_known,
+    check_size,
+    own_names,
+    whole,
+)
 from fewstep.runtime.bundle import Bundle
 from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
+
+_OURS = {"model", "styles", "prompts"}
+"""What ``check`` takes and nobody gives by keyword."""
 
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], None]
 """``on_step(step, steps, preview)``: ``step`` counts from 1 over all batches of a call, ``steps`` is their
 total, and ``preview()`` decodes what the pictures of this batch would be if the walk ended here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """A model, ready to draw.
 
@@ -43,12 +58,18 @@ class Pipeline:
     at_once: int = 8
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def __repr__(self) -> str:
+        engine = "torch" if self.bundle is None else self.bundle.engine
+        width, height = self.size
+        size, steps = f"{width}x{height} px", f"{self.model.steps} step" + "s" * (self.model.steps != 1)
+        return f"<fewstep.Pipeline {printable(self.model.name)[:80]}: {engine}, {size}, {steps}>"
+
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         seed: int | None = None,
-        n: int = 1,
+        n: int | None = None,
         steps: int | None = None,
         style: str | None = None,
         guidance: float | None = None,
@@ -57,39 +78,49 @@ class Pipeline:
         strength: float | None = None,
         on_step: OnStep | None = None,
         batch: int | None = None,
+        **diffusers: Unpack[Diffusers],
     ) -> list[Image.Image]:
         """Draw ``n`` pictures of each prompt.
 
         Args:
             prompts: one prompt, or several.
             seed: 0 to 2**32 - 1; picture ``i`` of each prompt has the seed ``seed + i``. Drawn when ``None``.
-            n: pictures of each prompt.
+            n: pictures of each prompt; 1 when ``None``.
             steps: 1 to 8; 1 to 100 for a model with guidance or of many steps. The model's own when ``None``.
             style: a style word of the model; adds ", STYLE style" to each prompt that lacks it.
-            guidance: ``uncond + guidance (cond - uncond)``; only for a model with guidance.
+            guidance: ``uncond + guidance (cond - uncond)``, or the scale that a net with embedded guidance is
+                given; only for a model that has either.
             negative: what to steer away from; only for a model with guidance.
             image: a picture to start from: a path or a Pillow image.
             strength: 0 keeps that picture (encoded and decoded), 1 ignores it; 0.95 when ``None``.
             on_step: sees each step, and can preview it.
             batch: most pictures that run through the net together, 1 to 64; ``at_once`` when ``None``.
+            diffusers: its names for the same: ``prompt``, ``negative_prompt``, ``num_inference_steps``,
+                ``guidance_scale``, ``num_images_per_prompt``. ``width`` and ``height`` must be those of the
+                model: another size is chosen by ``fewstep.load(..., size="768x512")``, of models that can.
 
         Returns:
             Pillow images, prompt by prompt. ``info["parameters"]`` and ``info["fewstep"]`` say how each was
             made, and ``fewstep.save`` writes them into its PNG.
 
         Raises:
-            UserError: a value that makes no sense, or that this model has no use for.
+            UserError: a value that makes no sense, or that this model has no use for; a keyword argument
+                that there is not, which is a ``TypeError`` too.
         """
         request = self.request(
             prompts, seed=seed, n=n, steps=steps, style=style,
-            guidance=guidance, negative=negative, image=image, strength=strength,
+            guidance=guidance, negative=negative, image=image, strength=strength, **diffusers,
         )  # fmt: skip
         return [picture for group in self.run(request, on_step, batch) for picture in group]
 
-    def request(self, prompts: str | Sequence[str], **options: Any) -> Request:
+    def request(self, prompts: str | Sequence[str] | None = None, **options: Any) -> Request:
         """Check the options of :meth:`__call__` (all but ``on_step`` and ``batch``) without drawing."""
+        check_known("a pipeline", options, {*signature(check).parameters, *Diffusers.__annotations__} - _OURS)
+        given = own_names({"prompts": prompts, **options})
+        other = 'fewstep.load(..., size="{size}") draws that' if "bits" in self.facts else "leave it out"
+        check_size(self.size, given.pop("width", None), given.pop("height", None), other)
         styles = () if self.bundle is None else self.bundle.styles
-        return check(self.model, styles, prompts, **options)
+        return check(self.model, styles, given.pop("prompts", ()), **given)
 
     def run(
         self, request: Request, on_step: OnStep | None = None, batch: int | None = None
@@ -97,7 +128,7 @@ class Pipeline:
         """Draw what was checked, one batch after the other.
 
         Raises:
-            UserError: the input picture cannot be read, or nothing of a prompt can.
+            UserError: the input picture cannot be read, nothing of a prompt can, or a value is not finite.
         """
         batch = self.at_once if batch is None else whole("batch", batch, 1, MOST_AT_ONCE)
         if self.plan and batch > self.at_once:
@@ -105,14 +136,15 @@ class Pipeline:
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step must be a function, not {type(on_step).__name__}")
         if isinstance(self.model.text, Farsighted):
-            away = [] if request.guidance in (None, 1) else [request.negative or ""]
+            away = [request.negative or ""] if _second_pass(self.model, request) else []
             self.model.text.prepare([*(text for text, _ in request.jobs), *away])
         start, record = self._start(request)
+        hint = "; try --bits 32" if self.facts.get("bits") in (16, 8, 4) else ""
         groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
         strength = 1 if start is None else request.strength
         grid = times.strength_grid(request.steps, strength, self.model.shift)
         for index, jobs in enumerate(groups):
-            walk = _Walk(self.model, request, grid, start, (index, len(groups)), on_step)
+            walk = _Walk(self.model, request, grid, start, (index, len(groups)), on_step, hint)
             records = [replace(record, prompt=text, seed=seed, batch=len(jobs)) for text, seed in jobs]
             yield [made.stamp(image) for made, image in zip(records, walk.draw(jobs), strict=True)]
 
@@ -161,6 +193,8 @@ class _Walk:
     place: tuple[int, int]
     """Number of this batch, and of all."""
     on_step: OnStep | None
+    hint: str = ""
+    """What else to do about values that are NaN or infinite."""
 
     def draw(self, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
         seeds = [seed for _, seed in jobs]
@@ -169,7 +203,15 @@ class _Walk:
             x = flow.mix(self.start[[0] * len(jobs)], x, self.grid[0])
         cond = self._encode([text for text, _ in jobs])
         step = sample.taken(self.model.sampler, seeds, self.model.lift)
-        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, step, self._report))
+
+        def report(index: int, t_next: float, x0: Array) -> None:
+            if self.on_step is not None:
+                at, groups = self.place
+                steps = len(self.grid) - 1
+                preview = partial(self._decode, x0, cond)
+                self.on_step(at * steps + index + 1, groups * steps, preview)
+
+        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, step, report), cond)
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """Each distinct prompt goes through the text encoders once."""
@@ -178,17 +220,31 @@ class _Walk:
         return self.model.text(distinct).map(lambda array: array[rows])
 
     def _velocity(self) -> Velocity:
-        if self.request.guidance is None or self.request.guidance == 1:
-            return self.model.velocity
+        velocity: Any = self.model.velocity
+        if self.request.guidance is not None and self.model.embedded_guidance is not None:
+            return velocity.with_guidance(self.request.guidance)
+        if self.request.guidance is None or not _second_pass(self.model, self.request):
+            return velocity
         uncond = self.model.text([self.request.negative or ""])
-        return Guided(self.model.velocity, uncond, self.request.guidance)
+        return Guided(velocity, uncond, self.request.guidance)
 
-    def _decode(self, latents: Array) -> list[Image.Image]:
-        pixels = self.model.codec.decode(latents)
-        return from_levels(np.asarray(self.model.lower(levels(pixels)), np.float32))
+    def _decode(self, latents: Array, cond: Cond) -> list[Image.Image]:
+        if not finite(latents):
+            raise UserError(f"{self._broken(cond)} gave {NOT_FINITE}{self.hint}")
+        pixels = levels(self.model.codec.decode(latents))
+        return from_levels(np.asarray(self.model.lower(pixels), np.float32))
 
-    def _report(self, index: int, t_next: float, x0: Array) -> None:
-        if self.on_step is not None:
-            at, groups = self.place
-            steps = len(self.grid) - 1
-            self.on_step(at * steps + index + 1, groups * steps, lambda: self._decode(x0))
+    def _broken(self, cond: Cond) -> str:
+        """The first part whose values are not finite, when the last latents are not."""
+        if self.start is not None and not finite(self.start):
+            return "the encoder of the input image"
+        if not finite(cond.pooled):
+            return "a text encoder (its pooled embedding)"
+        if not finite(cond.context):
+            return "a text encoder (its token embeddings)"
+        return "the net"
+
+
+def _second_pass(model: Model, request: Request) -> bool:
+    """Whether the net is asked without the prompt too."""
+    return model.guidance is not None and request.guidance not in (None, 1)

@@ -1,16 +1,175 @@
-"""What long work is doing, in lines on standard error."""
+"""What long work says of itself on standard error: bars on a terminal, lines elsewhere (floor 1)."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from fewstep.signals import check
+from fewstep.types import UserError
 
 FIRST, EVERY = 10.0, 30.0
 """Seconds until a stage is named, and from then on between lines where standard error is no terminal."""
+
+
+STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that steer a terminal or turn the direction of text; a line's end is none of them."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with a space for each character that would steer a terminal, but those of ``keep``."""
+    return "".join(sign if sign.isprintable() or sign in keep else " " for sign in text)
+
+
+def say(line: str) -> None:
+    """Print ``fewstep: LINE`` on standard error; it is lost where nobody can take it."""
+    with suppress(OSError, ValueError):
+        print(f"fewstep: {' '.join(printable(line).split())}", file=sys.stderr, flush=True)
+
+
+def emit(line: str) -> None:
+    """Print a line to standard output at once, without characters that steer a terminal.
+
+    Raises:
+        UserError: standard output is full or broken.
+        BrokenPipeError: nobody reads it any more.
+    """
+    with stdout_errors():
+        print(STEERING.sub(" ", line), flush=True)
+
+
+@contextmanager
+def stdout_errors() -> Generator[None]:
+    """Within the block an error of standard output is one line.
+
+    Raises:
+        UserError: standard output is full or broken.
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3 h 20 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress:
+    """Names the stages of long work and counts what is done, on standard error.
+
+    On a terminal each stage has a bar. Elsewhere a line names a stage when it begins, and another line says
+    every half minute how far it is, also while one long call is running.
+
+        with Progress() as progress:
+            progress("tracing")
+            for index in range(256):
+                progress("calibrating", index, 256)
+
+    Args:
+        every: seconds between two lines.
+        bars: whether a terminal gets bars; they take some time of a core.
+        named: whether a line names each stage when it begins; without, what is done names itself.
+    """
+
+    def __init__(self, every: float = EVERY, *, bars: bool = True, named: bool = True) -> None:
+        self._every, self._wanted, self._named = every, bars, named
+        self._over = threading.Event()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._stage, self._began, self._first = "", 0.0, 0
+        self._done = self._total = 0
+
+    def __enter__(self) -> Progress:
+        if self._wanted and on_terminal():
+            self._bars, self._tasks = _bars(), {}
+            self._bars.start()
+        else:
+            self._over = threading.Event()
+            threading.Thread(target=self._repeat, args=(self._over,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        else:
+            self._over.set()
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done.
+
+        Args:
+            stage: its name.
+            done: how much of it is done; the first value may be what an earlier run did.
+            total: of how much; 0 where nobody knows.
+        """
+        if stage != self._stage:
+            self._end_stage()
+            self._stage, self._began, self._first = stage, time.monotonic(), done
+            self._done, self._total = done, total
+            if self._bars is None and self._named:
+                say(self._line())
+        self._done, self._total = done, total
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(printable(stage))
+            self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+    def _end_stage(self) -> None:
+        """A bar that counts nothing would run on after its stage."""
+        if self._bars is not None and self._stage in self._tasks and not self._total:
+            self._bars.update(self._tasks[self._stage], completed=1, total=1)
+
+    def _repeat(self, over: threading.Event) -> None:
+        while not over.wait(self._every):
+            if self._stage and not (self._total and self._done >= self._total):
+                say(self._line())
+
+    def _line(self) -> str:
+        spent = time.monotonic() - self._began
+        parts = [self._stage]
+        if self._total and (self._done or spent > 1):
+            parts.append(f"{self._done} of {self._total}")
+        if spent > 1:
+            parts.append(f"{duration(spent)} so far")
+        if (new := self._done - self._first) > 0 and self._total > self._done:
+            parts.append(f"about {duration((self._total - self._done) * spent / new)} left")
+        return ", ".join(parts)
+
+
+def _bars() -> Any:
+    """Bars on standard error; what is printed meanwhile stands above them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # else rich sends to the terminal what belongs into a file
+    )
+
 
 _stages: list[Stage] = []
 """Those that go on, each within the one before; the last one is told of."""
@@ -32,7 +191,7 @@ class Stage:
         self._place = f": {done} of {total}"
 
     def __str__(self) -> str:
-        return f"fewstep: {self._name}{self._place}"
+        return f"{self._name}{self._place}"
 
 
 @contextmanager
@@ -58,7 +217,6 @@ def _tell(here: Stage, end: threading.Event) -> None:
     while not end.wait(wait):
         wait = EVERY
         if _stages[-1:] == [here]:
-            with suppress(OSError, ValueError):  # whoever read it has left
-                print(here, file=sys.stderr, flush=True)
-                if sys.stderr.isatty():
-                    return
+            say(str(here))
+            if sys.stderr.isatty():
+                return

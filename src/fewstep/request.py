@@ -7,11 +7,13 @@ import operator
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from fewstep.text import PromptWarning, clean, syntax
 from fewstep.types import Model, UserError
 
 SEEDS = 2**32
@@ -25,8 +27,6 @@ MANY = 100
 STRENGTH = 0.95
 PER_CORE, ALWAYS = 4, 16
 """Threads that may be asked for, a core of the machine and on any machine."""
-_BLANKS = dict.fromkeys([*range(32), 127], " ")
-
 
 LONGEST = 10_000
 """Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
@@ -39,7 +39,7 @@ class Request:
     Attributes:
         jobs: (prompt, seed) of each picture, in order.
         steps: number of steps.
-        guidance: guidance scale, or ``None`` for a model that takes none.
+        guidance: guidance scale, of a second pass or embedded; ``None`` for a model that takes none.
         negative: negative prompt, or ``None``.
         image: the input picture: a path, a Pillow image, or ``None``.
         strength: how much of the input picture is given up, 0 to 1.
@@ -51,6 +51,77 @@ class Request:
     negative: str | None
     image: Any
     strength: float
+
+
+class Diffusers(TypedDict, total=False):
+    """diffusers' names for arguments of ``Pipeline.__call__``."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int | None
+    width: int | None
+    height: int | None
+
+
+ALIASES = {
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "n",
+}
+INSTEAD = {"generator": "seed", "callback_on_step_end": "on_step", "num_images": "n", "cfg_scale": "guidance"}
+"""Arguments that other libraries have, and ours that does the same."""
+
+
+class ArgumentError(UserError, TypeError):
+    """A keyword argument that there is not, or that is given under two names."""
+
+
+def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under our names; what is ``None`` was not given.
+
+    Raises:
+        ArgumentError: one is given under both its names.
+    """
+    said = {name: value for name, value in given.items() if value is not None}
+    for alias, name in ALIASES.items():
+        if alias in said and name in said:
+            raise ArgumentError(f"{alias} is another name of {name}: give one of them")
+    return {ALIASES.get(name, name): value for name, value in said.items()}
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that there are not.
+
+    Raises:
+        ArgumentError: there is one. The line names the nearest that there is.
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = [INSTEAD[name]] if INSTEAD.get(name) in names else get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+            raise ArgumentError(f"{what} takes no {name}: {hint}")
+
+
+def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
+    """Refuse another size than the model draws, in pixels; ``other`` says how to get another.
+
+    Raises:
+        UserError: it is another, or no size.
+    """
+    asked = tuple(
+        own if value is None else whole(name, value, 1, 2**16)
+        for name, value, own in zip(("width", "height"), (width, height), size, strict=True)
+    )
+    if asked != size:
+        there, here = (f"{side[0]}x{side[1]}" for side in (size, asked))
+        raise UserError(f"this model draws {there} pixels, not {here}: {other.format(size=here)}")
 
 
 def check(
@@ -72,25 +143,62 @@ def check(
     Raises:
         UserError: a value that makes no sense, or that this model has no use for.
     """
-    texts = _texts(prompts)
-    if not texts:
-        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
-    count = whole("n", n, 1, MOST)
-    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
-    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
-    clean = [_style(_prompt(text), style, styles) for text in texts]
+    texts, count, first = _values(prompts, seed, n, strength, image)
+    lines = [_style(text, style, styles) for text in texts]
     scale, away = _guidance(model, guidance, negative)
-    if strength is not None and image is None:
-        raise UserError("strength is for image-to-image: give a picture with image (--image)")
     most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
-        jobs=tuple((text, first + index) for text in clean for index in range(count)),
+        jobs=tuple((text, first + index) for text in lines for index in range(count)),
         steps=whole("steps", model.steps if steps is None else steps, 1, most),
         guidance=scale,
         negative=away,
         image=str(image) if isinstance(image, Path) else image,
         strength=real("strength", STRENGTH if strength is None else strength, 0, 1),
     )
+
+
+def check_values(
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    image: str | None = None,
+    strength: float | None = None,
+    **others: Any,
+) -> None:
+    """Refuse what no model takes, before one is loaded; ``image`` is a path, ``others`` are for a model.
+
+    Raises:
+        UserError: a value that makes no sense, or a picture that cannot be read.
+    """
+    _values(prompts, seed, n, strength, image)
+    if steps is not None:
+        whole("steps", steps, 1, MANY)
+    if guidance is not None:
+        real("guidance", guidance, 0, 100)
+    if image is not None:
+        from fewstep.picture import open_image
+
+        open_image(image)
+
+
+def _values(
+    prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
+) -> tuple[list[str], int, int]:
+    """The prompts, how many pictures of each, and the first seed, drawn where none is given."""
+    texts = _texts(prompts)
+    if not texts:
+        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+    count = whole("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
+    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
+    clean = [_prompt(text) for text in texts]
+    if strength is not None and image is None:
+        raise UserError("strength is for image-to-image: give a picture with image (--image)")
+    real("strength", STRENGTH if strength is None else strength, 0, 1)
+    return clean, count, first
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -180,12 +288,16 @@ def _prompt(text: Any) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
-    clean = " ".join(text.translate(_BLANKS).split())
-    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in clean):  # nothing but signs unseen
+    line = clean(text)
+    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in line):  # nothing but signs unseen
         raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
-    if len(clean) > LONGEST:
-        raise UserError(f"a prompt has {len(clean)} characters; at most {LONGEST} are taken: shorten it")
-    return clean
+    if len(line) > LONGEST:
+        raise UserError(f"a prompt has {len(line)} characters; at most {LONGEST} are taken: shorten it")
+    if parts := syntax(line):
+        warnings.warn(
+            f"{', '.join(parts[:4])}: read as text, as all of a prompt is", PromptWarning, stacklevel=2
+        )
+    return line
 
 
 def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
@@ -208,10 +320,13 @@ def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
 
 def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:
     if model.guidance is None:
-        for name, value in (("guidance", guidance), ("negative", negative)):
+        embedded = model.embedded_guidance
+        for name, value in (("guidance", guidance if embedded is None else None), ("negative", negative)):
             if value is not None:
                 raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
-        return None, None
+        if embedded is None:
+            return None, None
+        return real("guidance", embedded if guidance is None else guidance, 0, 100), None
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"negative must be text, not {type(negative).__name__}")
     scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)

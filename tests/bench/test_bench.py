@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fewstep.bench import floor, plot
 from fewstep.bench.device import Rates
 from fewstep.bench.measure import psnr
 from fewstep.cli import run
+from fewstep.extras import install
 from fewstep.families import sd3
 from fewstep.runtime.bundle import seal
 from tiny_bundle import write_bundle, write_openvino_bundle
@@ -162,10 +164,10 @@ def test_bad_input_is_one_clear_line(
 def test_a_missing_library_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fewstep.bench.command.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert run(["bench"]) == 2
     said = capfd.readouterr()
-    assert "pip install 'fewstep[bench]'" in said.err and not said.out
+    assert install("bench") in said.err and not said.out
 
 
 def record(model: str, seconds: float, processor: str) -> dict[str, Any]:
@@ -225,3 +227,25 @@ def test_stock_draws_the_size_that_is_asked_for(tmp_path: Path, capfd: pytest.Ca
     ours, stock = records(out)
     assert ours["size"] == stock["size"] == [64, 48]
     assert stock["psnr"] > 35  # other noise is some 14 dB away
+
+
+def test_a_lora_is_measured_with_the_model_that_it_is_added_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    sd3.save(sd3.assemble(tiny.parts(), name="base", steps=2, guidance=None), tmp_path / "base")
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    file = str(tmp_path / "a.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}, file
+    )
+    base, out = str(tmp_path / "base"), str(tmp_path / "b.jsonl")
+    words = ("--lora", f"{file}:0.5", "-o", out)
+    assert run(["bench", base, "--rounds", "1", "--threads", "1", *words]) == 0
+    assert records(tmp_path / "b.jsonl")[0]["bits"] == 32  # as without a LoRA
+    capsys.readouterr()
+    for other in ([base, "--against", base], [base, "--whole", "--against", base], []):
+        assert run(["bench", *other, *words]) == 2
+        assert "--lora is" in capsys.readouterr().err

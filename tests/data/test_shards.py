@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewstep import cli
 from fewstep.data import shards
 from fewstep.data.compose import Composer
 from fewstep.data.concepts import Concept, held_out, held_out_scene
@@ -156,3 +158,156 @@ def test_a_shard_without_captions_is_refused(tmp_path: Path) -> None:
         tar.add(picture, "x.png")
     with pytest.raises(UserError, match="caption"):
         list(shards.read(tmp_path / "s.tar"))
+
+
+def photos(folder: Path, *names: str, caption: bytes | None = None) -> Path:
+    """A folder of small images, each with a caption: its name, if not given."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jpg": "JPEG", "tif": "TIFF"}.get(path.suffix[1:].lower(), path.suffix[1:].upper())
+        Image.new("RGB", (9, 9), "red").save(path, kind)
+        path.with_suffix(".txt").write_bytes(name.encode() if caption is None else caption)
+    return folder
+
+
+def prompts(paths: list[Path]) -> list[str]:
+    return [example.prompt for path in paths for example in shards.read(path)]
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        b"\xef\xbb\xbfa \xe2\x80\x9cred\xe2\x80\x9d apple\r\n",
+        "a “red” apple".encode("utf-16"),
+        "a\u00a0“red”\tapple".encode(),
+    ],
+    ids=["BOM", "UTF-16", "blanks"],
+)
+def test_a_caption_is_learnt_as_its_prompt_is_read(tmp_path: Path, caption: bytes) -> None:
+    source = photos(tmp_path / "photos", "a.png", caption=caption)
+    made = shards.write_folder(source, tmp_path / "out", 16, 10)
+    assert prompts(made) == ['a "red" apple']
+    raw = tmp_path / "raw.tar"  # written by others
+    with tarfile.open(raw, "w") as tar:
+        shards.add(tar, "a.png", (source / "a.png").read_bytes())
+        shards.add(tar, "a.txt", caption)
+    assert prompts([raw]) == ['a "red" apple']
+
+
+def test_a_caption_in_another_encoding_is_named_in_a_shard(tmp_path: Path) -> None:
+    source, raw = photos(tmp_path / "photos", "a.png", "b.png"), tmp_path / "raw.tar"
+    with tarfile.open(raw, "w") as tar:
+        for name, caption in (("a", b"a cat"), ("b", b"caf\xe9")):
+            shards.add(tar, f"{name}.png", (source / f"{name}.png").read_bytes())
+            shards.add(tar, f"{name}.txt", caption)
+    with pytest.raises(UserError, match=r"raw\.tar: b\.txt is not UTF-8 text: save it as UTF-8"):
+        prompts([raw])
+
+
+def test_links_are_followed_and_hidden_leftovers_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = photos(tmp_path / "photos", "a.png", ".ipynb_checkpoints/a-checkpoint.png", "b/.c.png")
+    photos(tmp_path / "elsewhere", "d.png", "e/f.png")
+    (source / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    (source / "more").symlink_to("../elsewhere")
+    (source / "more/back").symlink_to(source)
+    (source / "g.png").symlink_to(tmp_path / "elsewhere/d.png")
+    (source / "g.txt").write_text("g")
+    (source / "alone.txt").write_text("notes")
+    assert cli.run(["data", "folder", str(source), "-o", str(tmp_path / "out"), "--size", "16"]) == 0
+    [path] = shards.find(tmp_path / "out")
+    assert [e.key for e in shards.read(path)] == ["a", "g", "more_d", "more_e_f"]
+    said = capsys.readouterr().err
+    assert "passed over 4 hidden files or folders" in said
+    assert "passed over 1 link to a folder that is taken" in said
+    assert "passed over 1 caption without a picture" in said
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", "a.png")
+    (source / "a.png").unlink()
+    (source / "a.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"a\.png"):
+        shards.write_folder(source, tmp_path / "out", 16, 10)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_folders_of_one_name_keep_their_shards_apart(tmp_path: Path, again: bool) -> None:
+    one, two = photos(tmp_path / "x/photos", "a.png", "b.png"), photos(tmp_path / "y/photos", "c.png")
+    near = photos(tmp_path / "z/photos-2", "d.png")
+    out = tmp_path / "out"
+    for source in (one, two, near):
+        shards.write_folder(source, out, 16, 10)
+    if again:  # each writes its own anew, and no other's
+        (one / "a.txt").write_text("a new caption")
+        (two / "c.txt").write_text("another")
+        for source in (two, one):
+            shards.write_folder(source, out, 16, 10)
+    expected = ["a new caption", "b.png", "another"] if again else ["a.png", "b.png", "c.png"]
+    assert sorted(prompts(shards.find(out))) == sorted([*expected, "d.png"])
+    assert (out / "photos-00000.tar").exists() and (out / "photos-2-00000.tar").exists()
+
+
+@pytest.mark.parametrize(("name", "shard"), [(".photos", "photos"), ("..photos", "photos"), (".", "here")])
+def test_a_folder_with_a_leading_dot_writes_shards_that_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shard: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    photos(Path(name), "a.png")
+    shards.write_folder(Path(name), tmp_path / "out", 16, 10)
+    assert [path.name for path in shards.find(tmp_path / "out")] == [f"{shard}-00000.tar"]
+
+
+def test_a_note_of_fewstep_0_1_is_read_and_another_one_refused(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", "a.png")
+    [path] = shards.write_folder(source, tmp_path / "out", 16, 10)
+    note, before = tmp_path / "out/photos.made-of", path.stat().st_mtime_ns
+    note.write_text(json.loads(note.read_text())["digest"])
+    shards.write_folder(source, tmp_path / "out", 16, 10)
+    assert path.stat().st_mtime_ns == before
+    note.write_text("0" * 64)
+    with pytest.raises(UserError, match=r"made-of is damaged .*; remove it and the shards beside it"):
+        shards.write_folder(source, tmp_path / "out", 16, 10)
+    assert path.exists()
+
+
+def test_names_may_be_of_any_case_and_hold_dots(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", "a.v1.PNG", "b.JPG", "c.tif", "d.Webp")
+    (source / "b.txt").rename(source / "b.TXT")
+    made = shards.write_folder(source, tmp_path / "out", 16, 10)
+    assert [(e.key, e.prompt) for e in shards.read(made[0])] == [
+        ("a_v1", "a.v1.PNG"), ("b", "b.JPG"), ("c", "c.tif"), ("d", "d.Webp")
+    ]  # fmt: skip
+    (source / "b.txt").write_text("two")
+    with pytest.raises(UserError, match=r"b\.JPG: its caption b\.TXT could be b\.txt too"):
+        shards.write_folder(source, tmp_path / "out", 16, 10)
+
+
+def test_hidden_shards_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tar").touch()
+    (tmp_path / ".photos-00000.tar").touch()
+    assert shards.find(tmp_path) == [tmp_path / "a.tar"]
+    assert "passed over 1 hidden shard" in capsys.readouterr().err
+
+
+def test_a_file_that_says_it_is_enormous_is_not_read(tmp_path: Path) -> None:
+    entry = tarfile.TarInfo("a.png")
+    entry.size = 2**40
+    (tmp_path / "s.tar").write_bytes(entry.tobuf() + bytes(10_240))
+    with pytest.raises(UserError, match=r"s\.tar: a\.png has more than 256 MiB"):
+        list(shards.read(tmp_path / "s.tar"))
+
+
+def test_shards_of_others_are_read_as_webdataset_groups_them(tmp_path: Path) -> None:
+    source, path = photos(tmp_path / "photos", "a.png"), tmp_path / "s.tar.gz"
+    data = (source / "a.png").read_bytes()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in {
+            "__meta__": b"x", "x/1.PNG": data, "x/1.seg.png": data, "x/1.cls": b"3", "x/1.txt": b"one",
+            "x/1.json": b'{"score": NaN}', "x/2.jpg": data, "x/2.txt": b"two",
+        }.items():  # fmt: skip
+            shards.add(tar, name, content)
+    assert [(e.key, e.prompt) for e in shards.read(path)] == [("x/1", "one"), ("x/2", "two")]

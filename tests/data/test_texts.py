@@ -21,6 +21,22 @@ def shard(path: Path, entries: dict[str, bytes]) -> Path:
     return path
 
 
+def test_captions_are_cleaned_and_hidden_files_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = {
+        "./a.txt": b"\xef\xbb\xbfa red\r\napple",
+        "._b.txt": b"\0\5\x16\7",
+        "b.txt": "a “cat”".encode("utf-16"),
+        "c.json": '{"prompt": "a dog’s  hat", "similarity": NaN}'.encode(),
+        "d.json": b'{"prompt": "another"}',
+        "d.TXT": b"the caption",
+    }
+    told = [truth["prompt"] for truth in truths_of([shard(tmp_path / "a.tar", entries)])]
+    assert told == ["a red apple", 'a "cat"', "a dog's hat", "the caption"]
+    assert "passed over 1 hidden file in" in capsys.readouterr().err
+
+
 def test_captions_are_drawn_by_chance_that_the_seed_decides(tmp_path: Path) -> None:
     first = shard(tmp_path / "a.tar", {f"{i}.txt": f"a disc {i}\n".encode() for i in range(20)})
     truth = {"x.png": b"", "x.txt": b"a ring", "x.json": b'{"objects": []}'}
@@ -37,9 +53,14 @@ def test_captions_are_drawn_by_chance_that_the_seed_decides(tmp_path: Path) -> N
         ({}, "no captions"),
         ({"x.png": b"picture"}, "no captions"),
         ({"x.json": b'{"objects": []}'}, r"x has no caption \(\.txt\)"),
-        ({"x.txt": b"\xff\xfe"}, "no tar of captions"),
-        ({"x.txt": b"a", "x.json": b"{"}, "no tar of captions"),
-        ({"x.txt": b"a", "x.json": b"[1]"}, "no tar of captions"),
+        ({"a.txt": b"a", "x.txt": b"caf\xe9"}, "x.txt is not UTF-8 text: save it as UTF-8"),
+        ({"x.txt": b"\xff\xfea"}, "x.txt is not UTF-8 text"),
+        ({"x.txt": "a cat".encode("utf-16-le")}, "x.txt is not UTF-8 text"),
+        ({"x.txt": "a cat".encode("utf-32")}, "x.txt is not UTF-8 text"),
+        ({"x.txt": b"a", "x.json": b"{"}, "x.json is damaged"),
+        ({"x.txt": b"a", "x.json": b"[1]"}, "x.json is damaged"),
+        ({"x.txt": b"a", "x.json": b"[" * 100_000}, "x.json is damaged"),
+        ({"x.json": b'{"prompt": 5}'}, r"x has no caption \(\.txt\)"),
     ],
 )
 def test_what_is_no_shard_of_captions_is_one_clear_line(

@@ -32,6 +32,7 @@ from fewstep.deploy import coreml as engine
 from fewstep.deploy.common.graphs import Part, parts
 from fewstep.deploy.common.half import HalfGroupNorm, HalfRMSNorm, guarded
 from fewstep.deploy.common.modules import DecoderModule, ModulationModule, TextModule, TransformerModule
+from fewstep.extras import install
 from fewstep.families import Family, flux, sd3
 from fewstep.recipes.imagined import PRESETS
 from fewstep.types import Cond, UserError
@@ -460,7 +461,7 @@ def test_nothing_of_this_machine_is_in_the_files(exported: Any) -> None:
     ("arguments", "says"),
     [
         (["--bits", "5"], "bits for coreml must be one of 4, 6, 8, 16, not 5"),
-        ([], "pip install 'fewstep[coreml]'"),
+        ([], install("coreml")),
     ],
 )
 def test_a_wrong_number_of_bits_and_a_missing_coremltools_are_a_line(

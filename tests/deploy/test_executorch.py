@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from fewstep import cli, sample, source
 from fewstep.deploy import Facts
 from fewstep.deploy import executorch as engine
 from fewstep.deploy.common import bundle as common
+from fewstep.extras import install
 from fewstep.families import Family, sd3
 from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.model import open_bundle
@@ -43,7 +45,7 @@ class TestWithout:
         with pytest.raises(ImportError) as caught:
             engine.export(small, tmp_path / "b", 32, Facts())
         assert "needs executorch" in str(source.missing_extra(caught.value))
-        assert "fewstep[executorch]" in str(source.missing_extra(caught.value))
+        assert install("executorch") in str(source.missing_extra(caught.value))
         assert not list(tmp_path.iterdir())
 
     def test_other_bits_are_one_clear_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +71,7 @@ class TestWithout:
         latent = {"channels": 4, "height": 8, "width": 8, "downscale": 8}
         facts = {"name": "x", "family": "sd3", "license": "MIT", "latent": latent, "shift": 3.0, "steps": 4}
         seal(tmp_path, facts | {"guidance": None, "text": {"length": 24}, "engine": "executorch"})
-        with pytest.raises(UserError, match=r"needs executorch.*pip install 'fewstep\[executorch\]'"):
+        with pytest.raises(UserError, match="needs executorch.*" + re.escape(install("executorch"))):
             fewstep.load(tmp_path)
 
 

@@ -25,6 +25,7 @@ from fewstep.bench.worker import Stages
 from fewstep.cli import run
 from fewstep.deploy import Facts, genai
 from fewstep.deploy.common import graphs, ir, stock
+from fewstep.extras import install
 from fewstep.families import Family, sd3
 from fewstep.guide import Guided
 from fewstep.types import UserError
@@ -160,5 +161,5 @@ def test_what_is_not_installed_is_named(
     model = str(folders[16].parent / "model")
     assert run(["export", model, "--to", "genai", "-o", str(tmp_path / "b")]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("openvino_tokenizers, which is not installed: pip install 'fewstep[genai]'")
+    assert told.endswith(f"openvino_tokenizers, which is not installed: {install('genai')}")
     assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from fewstep.cli import run
 from fewstep.deploy import Facts, common, onnx
 from fewstep.deploy import openvino as engine
 from fewstep.deploy.common import graphs, ir
+from fewstep.extras import install
 from fewstep.families import Family, flux, sd3
 from fewstep.runtime import openvino as runtime
 from fewstep.runtime.bundle import Bundle, read, seal
@@ -315,7 +316,7 @@ def test_what_is_not_installed_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(fewstep.runtime, "openvino")
     monkeypatch.delattr(common, "ir")
-    expected = f"fewstep: this needs {module}, which is not installed: pip install 'fewstep[{extra}]'\n"
+    expected = f"fewstep: this needs {module}, which is not installed: {install(extra)}\n"
     model = str(bundles[8].folder.parent / "run")
     capsys.readouterr()
     assert run(["export", model, "--to", "openvino", "--bits", "8", "-o", str(tmp_path / "b")]) == 2

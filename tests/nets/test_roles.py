@@ -156,6 +156,35 @@ def test_a_saved_role_is_a_lora_that_diffusers_reads(family: Any, tmp_path: Path
     assert all(torch.equal(merged[key], value) for key, value in again.merged("student").items())
 
 
+def test_a_scale_in_the_header_is_not_lost(tmp_path: Path) -> None:
+    """A LoRA that diffusers' trainers wrote: the same role as with the scale in ``B``."""
+    from safetensors.torch import load_file, save_file
+
+    roles = roles_of(sd3, net_of(sd3))
+    stir(roles, "student")
+    file = roles.save("student", tmp_path)
+    tensors = load_file(file)
+    merged: list[dict[str, Any]] = []
+    for scale, said in ((3.0, {}), (1.0, {"transformer.r": 4, "transformer.lora_alpha": 12})):
+        header = {"lora_adapter_metadata": json.dumps(said)} if said else {}
+        save_file({k: scale * v if "lora_B" in k else v for k, v in tensors.items()}, file, header)
+        again = roles_of(sd3, net_of(sd3))
+        again.load("student", tmp_path)
+        merged.append(again.merged("student"))
+    assert all(torch.allclose(merged[0][key], value, atol=1e-6) for key, value in merged[1].items())
+    assert not torch.allclose(
+        merged[0]["transformer_blocks.0.attn.to_q.weight"],
+        roles.merged("student")["transformer_blocks.0.attn.to_q.weight"],
+    )
+    save_file(
+        tensors,
+        file,
+        {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.use_dora": True})},
+    )
+    with pytest.raises(UserError, match="use_dora"):
+        again.load("student", tmp_path)
+
+
 def test_a_lora_of_another_rank_or_a_broken_one_is_one_line(tmp_path: Path) -> None:
     roles = roles_of(sd3, net_of(sd3))
     roles.save("student", tmp_path)

@@ -16,6 +16,7 @@ import pytest
 from fewstep import files
 from fewstep.recipes import processes
 from fewstep.recipes.processes import Processes, trained
+from fewstep.signals import Stop
 from fewstep.types import UserError
 
 STAND_IN = """#!/usr/bin/env bash
@@ -83,13 +84,14 @@ def test_a_killed_cell_says_so_and_its_time_counts(tmp_path: Path) -> None:
     assert spent["since"] is None and spent["begun"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_children_save_and_go_on_the_next_time(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     thread = when(tmp_path / "waits/begun", number)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stop) as caught:
         carry_out(tmp_path, "waits", "after")
     thread.join()
+    assert caught.value.number == number
     assert signal.getsignal(number) is before
     assert (tmp_path / "waits/saved").exists() and not (tmp_path / "after").exists()
     spent = cost(tmp_path / "waits", "spent.json")

@@ -57,7 +57,7 @@ def test_help_comes_without_torch(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["train", "pocket-teacher", "--stepz", "3"], "Unknown option: --stepz. Did you mean --steps?"),
+        (["train", "pocket-teacher", "--stepz", "3"], "there is no option --stepz. Did you mean --steps?"),
         (["train", "pocket-teacher", "--steps", "0"], "--steps must be at least 1"),
         (["train", "pocket-teacher", "--steps", "many"], "--steps"),
         (["train", "pocket-teacher", "--lr", "nan"], "--lr must be a positive number, not nan"),

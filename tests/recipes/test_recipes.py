@@ -25,6 +25,7 @@ from fewstep.recipes.pocket_teacher import pocket_teacher
 from fewstep.recipes.pocket_text import pocket_text
 from fewstep.recipes.pocket_words import pocket_words
 from fewstep.recipes.student import Setting
+from fewstep.text import PromptWarning
 from fewstep.train.checkpoint import done
 from fewstep.train.trainer import train
 from fewstep.types import WHOLE, UserError
@@ -233,3 +234,17 @@ def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:
         (folder / "a").write_text("second")
         raise OSError
     assert (tmp_path / "model" / "a").read_text() == "first"
+
+
+def test_captions_that_the_tokenizer_cannot_read_are_told() -> None:
+    from transformers import AutoTokenizer
+
+    from fewstep.families.pocket import byte_tokenizer
+    from fewstep.recipes.pocket_teacher import _warn_of_unknown
+
+    pocket = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "models/pocket-teacher/tokenizer")
+    captions = ["a red apple", "красное яблоко", "rote Äpfel auf dem Tisch", "a cat"]
+    with pytest.warns(PromptWarning, match="^2 of 4 captions .* may not know: красное, яблоко$"):
+        _warn_of_unknown(pocket, captions)
+    _warn_of_unknown(pocket, captions[::3])
+    _warn_of_unknown(byte_tokenizer(), captions)  # all is bytes to it

@@ -61,3 +61,59 @@ def test_a_tokenizer_of_another_length_is_refused(tokens: Tokens, tmp_path: Path
     bundle = write_bundle(tmp_path)
     with pytest.raises(UserError, match=f"gives {LENGTH} tokens a prompt, not 99"):
         Tokens(bundle.path("tokenizer.json"), 99)(["a"])
+
+
+POCKET = Path(__file__).parents[2] / "models/pocket-teacher/tokenizer/tokenizer.json"
+FOREIGN = """rote Äpfel auf dem Tisch
+ein kleiner Hund mit blauem Hut
+drei gelbe Bananen
+der Mond über dem Meer
+ein fliegendes Einhorn
+une pomme rouge sur la table
+un petit chien avec un chapeau bleu
+un gâteau avec des bougies
+una manzana roja sobre la mesa
+un perro pequeño con sombrero azul
+un pez rojo
+una mela rossa sul tavolo""".splitlines()
+
+
+def _unsure(tokens: Tokens, prompts: list[str]) -> list[str]:
+    """Those of the prompts that hold words which the tokenizer may not know, as it says."""
+    found: list[str] = []
+    for prompt in prompts:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tokens([prompt])
+        if any("may not know these words" in str(each.message) for each in said):
+            found.append(prompt)
+    return found
+
+
+def test_words_of_other_languages_are_told_and_english_ones_hardly_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fewstep.runtime.tokens.MOST_WARNINGS", 1000)
+    docs, tokens = Path(__file__).parents[2] / "docs", Tokens(POCKET, 32)
+    assert _unsure(tokens, FOREIGN) == FOREIGN
+    assert _unsure(tokens, (docs / "prompts.txt").read_text().splitlines()) == []
+    lines = [line.partition("\t")[0] for line in (docs / "handwritten.tsv").read_text().splitlines()]
+    assert len(_unsure(tokens, lines)) <= 0.04 * len(lines)
+
+
+def test_the_words_are_named() -> None:
+    with pytest.warns(PromptWarning, match="may not know these words: rote, Äpfel, auf, dem, Tisch "):
+        Tokens(POCKET, 32)(["rote Äpfel auf dem Tisch"])
+
+
+def test_of_many_prompts_the_first_are_told() -> None:
+    tokens = Tokens(POCKET, 32)
+    assert _unsure(tokens, FOREIGN) == FOREIGN[:5]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Tokens(POCKET, 32)(FOREIGN)
+    assert len(said) == 5 and "; such words in further prompts are not named" in str(said[-1].message)
+
+
+def test_a_tokenizer_of_bytes_says_nothing_of_words(tokens: Tokens) -> None:
+    assert _unsure(tokens, FOREIGN[:2]) == []

@@ -311,7 +311,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     cases = {
         "there is no student": ("--student", str(tmp_path / "nowhere")),
         "is no student": ("--student", str(tmp_path / "empty")),
-        "is a flux": ("--student", str(tmp_path / "flux")),
+        "is of the family flux": ("--student", str(tmp_path / "flux")),
         "another shape": ("--student", str(wide)),
         "does not say its steps": ("--student", str(tmp_path / "bare")),
         "must be a size": ("--memory", "8GB?"),
@@ -327,7 +327,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
             continue
         line = told(capsys, *model, *options)
         assert words in line, line
-    assert "is a sd3, no flux" in told(capsys, "--model", f"flux:{folder}")
+    assert "is of the family sd3, not flux" in told(capsys, "--model", f"flux:{folder}")
     assert "is a bundle" in told(capsys, "--model", "pocket", "--memory", "8GiB")
     assert "is a bundle" in told(capsys, "--model", "sd3:pocket")
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.extras import need
+from fewstep.progress import Progress, emit
+from fewstep.request import memory
 from fewstep.request import threads as counted_threads
 from fewstep.staged import Wish
 from fewstep.types import UserError
@@ -73,11 +74,14 @@ def bench(
     if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
         raise UserError("--rounds, --steps and --batch must be at least 1")
     counted_threads(threads)
-    _check(models, against)
+    if whole and (dtypes != ("float32",) or batch != (1,) or len(steps) > 1):
+        raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
+    if torch.memory is not None:
+        memory(torch.memory)
+    others = _check(models, against)
+    torch = replace(torch, lora=_loras(torch.lora, models, others, whole))
     if whole:
-        if dtypes != ("float32",) or batch != (1,) or len(steps) > 1:
-            raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
-        _whole(models, against, prompt, steps[0] if steps else 4, rounds, threads)
+        _whole(models, others, prompt, steps[0] if steps else 4, rounds, threads)
         return
     from fewstep.bench.device import describe, rates
     from fewstep.bench.measure import Spec, measure
@@ -88,41 +92,68 @@ def bench(
     if new:
         output.unlink()
     told: dict[str, Any] = {"device": describe(), "threads": threads}
-    _say("the device")
-    device = rates(threads or told["device"]["cores"])
-    print(
-        f"{told['device']['processor']}: {device.operations / 1e9:.0f} GFLOP/s, {device.bytes / 1e9:.1f} GB/s"
-    )
-    for number in steps or (None,):
-        for many in batch:
-            wish = vars(replace(torch, batch=many)) if torch.named() else {}
-            specs = [
-                Spec(model, number, many, wish={} if bundle_of(model) else wish)
-                for model in models or (DEFAULT,)
-            ]
-            for folder in against:
-                specs += _others(folder, number, many, dtypes, wish)
-            made = measure(specs, prompt, rounds, threads, device, _say)
-            print(_table(made))
-            lines = [
-                told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
-            ]
-            _append(output, lines)
-    print(output)
+    with Progress(bars=False) as progress:  # bars would take time of the cores that are measured
+        progress("measuring the processor")
+        device = rates(threads or told["device"]["cores"])
+        name, operations, reads = told["device"]["processor"], device.operations / 1e9, device.bytes / 1e9
+        print(f"{name}: {operations:.0f} GFLOP/s, {reads:.1f} GB/s")
+        for number in steps or (None,):
+            for many in batch:
+                said = vars(replace(torch, batch=many)) if set(torch.named()) - {"--lora"} else {}
+                wish = {**said, **({"lora": torch.lora} if torch.lora else {})}
+                specs = [
+                    Spec(model, number, many, wish={} if bundle_of(model) else wish)
+                    for model in models or (DEFAULT,)
+                ]
+                for folder in others:
+                    specs += _others(folder, number, many, dtypes, wish)
+                made = measure(specs, prompt, rounds, threads, device, progress)
+                print(_table(made))
+                lines = [
+                    told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
+                ]
+                _append(output, lines)
+    emit(str(output))
 
 
-def _check(models: Sequence[str], against: Sequence[Path]) -> None:
-    """Refuse models that are not there, before anything is measured, and a missing library."""
+def _check(models: Sequence[str], against: Sequence[Path]) -> list[Path]:
+    """Refuse models that are not there, before anything is measured, and a missing library.
+
+    Returns:
+        The folders of ``against``; of a run's folder its model.
+    """
     from fewstep.source import locate, split
 
-    if find_spec("onnx") is None:
-        raise UserError(
-            "a bundle's floor is counted with onnx, which is not installed: pip install 'fewstep[bench]'"
-        )
+    need("onnx", extra="bench")
     for model in models:
         locate(split(model)[1])
-    if strange := [folder for folder in against if not (folder / "model_index.json").is_file()]:
+    if against:
+        need("torch", "diffusers", "transformers")
+    others = [locate(str(folder)) if folder.is_dir() else folder for folder in against]
+    if strange := [folder for folder in others if not (folder / "model_index.json").is_file()]:
         raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
+    return others
+
+
+def _loras(
+    given: Sequence[str], models: Sequence[str], against: Sequence[Path], whole: bool
+) -> tuple[str, ...]:
+    """LoRAs that all engines can be given.
+
+    Raises:
+        UserError: one of the engines would draw without them.
+    """
+    if not given:
+        return ()
+    from fewstep.families.lora import specs
+    from fewstep.source import bundle_of
+
+    if against or whole:
+        raise UserError("--lora is added to our own models alone: leave out --against and --whole")
+    for model in models or (None,):
+        if model is None or bundle_of(model):
+            raise UserError("--lora is for PyTorch models, and a bundle is to be measured: leave it out")
+    return specs(given)
 
 
 def _others(
@@ -173,14 +204,15 @@ def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str) -> None:
+    need("matplotlib")
     from fewstep.bench import plot
 
     records = plot.read(files)
     plot.latency(records, folder / "latency.png")
-    print(folder / "latency.png")
+    emit(str(folder / "latency.png"))
     if results is not None:
         plot.quality(records, plot.scores_of(results, figure), figure, folder / "quality.png")
-        print(folder / "quality.png")
+        emit(str(folder / "quality.png"))
 
 
 def _whole(
@@ -195,7 +227,8 @@ def _whole(
         raise UserError("--whole compares one model with the stock pipeline: name it with --against")
     read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
+        progress("timing whole processes")
         result = paired(models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work))
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
     for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
@@ -206,7 +239,3 @@ def _whole(
 
 def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f}  {statistics.median(values):.2f}  {max(values):.2f}"
-
-
-def _say(line: str) -> None:
-    print(f"fewstep: {line}", file=sys.stderr)

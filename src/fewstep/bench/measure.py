@@ -18,6 +18,7 @@ import numpy as np
 
 from fewstep.bench import floor, likeness
 from fewstep.bench.device import Rates
+from fewstep.data.folders import list_files
 from fewstep.types import UserError
 
 
@@ -133,7 +134,7 @@ def measure(
     rounds: int,
     threads: int,
     rates: Rates,
-    told: Callable[[str], None],
+    told: Callable[[str, int, int], None],
 ) -> list[Record]:
     """Let all draw the same in turn, ``rounds`` times after one that is not counted.
 
@@ -143,7 +144,7 @@ def measure(
         rounds: at least 1.
         threads: processor threads of each; 0 leaves their choice.
         rates: of the device, for the floors.
-        told: hears what is being done.
+        told: called with what is being done, how much of it is done, and of how much (0: not known).
 
     Raises:
         UserError: one of them failed.
@@ -153,14 +154,14 @@ def measure(
         with tempfile.TemporaryDirectory() as work:
             first: list[dict[str, Any]] = []
             for index, spec in enumerate(specs):
-                told(f"{spec.model}{f', diffusers {spec.stock}' if spec.stock else ''}: first picture")
+                told(f"{spec.model}{f', diffusers {spec.stock}' if spec.stock else ''}: first picture", 0, 0)
                 workers.append(Worker(spec, threads))
                 first.append(workers[-1].draw(prompt, Path(work) / f"{index}.npy"))
             pictures = [np.load(Path(work) / f"{index}.npy") for index in range(len(specs))]
         floors = [_floor(spec, one["steps"]) for spec, one in zip(specs, first, strict=True)]
         turns: list[list[dict[str, Any]]] = []
         for number in range(rounds + 1):
-            told(f"round {number} of {rounds}")
+            told("rounds in turn", number, rounds + 1)
             turns.append([worker.draw(prompt) for worker in workers])
     finally:
         for worker in workers:
@@ -202,7 +203,7 @@ def _record(
         for theirs, ours in zip(stock, turns, strict=bool(stock))
         if theirs["steps"] == ours["steps"]
     ]
-    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    files = [place] if place.is_file() else [path for path in list_files(place).files if path.is_file()]
     return Record(
         model=spec.model,
         engine=last["engine"],

@@ -90,11 +90,11 @@ def _run(command: Sequence[str], threads: int) -> Cost:
 def psnr(one: Path, other: Path) -> float:
     """Of two pictures of one size, dB; infinite where they are equal."""
     import numpy as np
-    from PIL import Image
 
     from fewstep.bench import likeness
+    from fewstep.picture import flat, open_image
 
-    return likeness.psnr(*(np.asarray(Image.open(path).convert("RGB")) for path in (one, other)))
+    return likeness.psnr(*(np.asarray(flat(open_image(path))) for path in (one, other)))
 
 
 def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from fewstep.extras import need
 from fewstep.files import held
+from fewstep.progress import Progress, emit
 from fewstep.types import UserError
 
 app = App(name="data", help="Pictures to learn from: stickers and scenes, your own folders, latents.")
@@ -37,11 +38,16 @@ def stickers(
         seed: Another seed, another set.
         workers: Processes; 0 takes one a core.
     """
+    from fewstep.data.sources import check_npm
     from fewstep.data.stickers import build
 
     if size not in (64, 128, 256) or pictures < 1 or not 0 <= scenes <= 1:
         raise UserError("--size must be 64, 128 or 256, --pictures at least 1, --scenes between 0 and 1")
-    with held(output, "filled"), _bar() as say:
+    if workers < 0 or not 0 <= seed < 2**63:
+        raise UserError(f"--workers must be at least 0, and --seed lie between 0 and {2**63 - 1}")
+    need("resvg")
+    check_npm(output / "packages")
+    with held(output, "filled"), Progress() as progress:
         build(
             output,
             size=size,
@@ -49,9 +55,9 @@ def stickers(
             scenes=scenes,
             seed=seed,
             workers=workers or os.cpu_count() or 1,
-            progress=say,
+            progress=progress,
         )
-    print(output)
+    emit(str(output))
 
 
 @app.command
@@ -69,31 +75,7 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
         raise UserError(f"{source}: no such folder")
     if not 8 <= size <= 4096:
         raise UserError(f"--size must lie between 8 and 4096, not {size}")
-    with held(output, "filled"), _bar() as say:
-        write_folder(source, output, size, 1000, lambda done, total: say("write", done, total))
-    print(output)
-
-
-class _bar:
-    """A progress bar a stage, on a terminal; a line a stage elsewhere."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._progress = Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
-        self._tasks: dict[str, int] = {}
-        self._progress.start()
-        return self._say
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _say(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total or None)
-            if not sys.stderr.isatty():
-                print(f"fewstep: {stage}", file=sys.stderr)
-        self._progress.update(
-            self._progress.tasks[self._tasks[stage]].id, completed=done, total=total or None
-        )
+    with held(output, "filled"), Progress() as progress:
+        progress("writing shards")
+        write_folder(source, output, size, 1000, partial(progress, "writing shards"))
+    emit(str(output))

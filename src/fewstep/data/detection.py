@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 
 from fewstep.data.captions import COLOURS
 from fewstep.data.render import Renderings
+from fewstep.picture import decode
 
 Rng = np.random.Generator
 _ROOM = 0.04  # how far things may reach over the border, or into each other, in units of the picture's side
@@ -113,7 +114,7 @@ def _worn(canvas: Image.Image, rng: Rng) -> NDArray[np.uint8]:
     if rng.random() < 0.25:
         file = BytesIO()
         canvas.save(file, "JPEG", quality=int(rng.integers(30, 90)))
-        canvas = Image.open(file)
+        canvas = decode(file.getvalue(), "a JPEG of our own")
     pixels: Any = np.asarray(canvas)
     if rng.random() < 0.4:
         pixels = pixels * rng.normal(1, 0.05, 3).astype(np.float32) + np.float32(rng.normal(0, 6))

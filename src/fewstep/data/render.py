@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from PIL import Image
 from fewstep.data.concepts import Concept, icon_names
 from fewstep.data.sources import STYLES, read_json
 from fewstep.files import replacing_file, write
+from fewstep.formats import read_array
+from fewstep.picture import decode
 from fewstep.types import UserError
 from fewstep.workers import pool
 
@@ -74,7 +75,7 @@ def load(folder: Path, size: int) -> Renderings:
     """Open what :func:`render_all` wrote.
 
     Raises:
-        UserError: nothing was rendered there at this size.
+        UserError: nothing was rendered there at this size, or a file is damaged.
     """
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
@@ -90,10 +91,7 @@ def _opened(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, 
         UserError: it holds other arrays, or pairs of what is no concept.
     """
     again = "delete it and run fewstep data stickers again"
-    try:
-        images: Any = np.load(store, mmap_mode="r")
-    except Exception as error:  # a header is read by Python's own parser, which has errors of its own
-        raise UserError(f"{store} is broken ({error}); {again}") from error
+    images = read_array(store)
     if images.shape != (len(pairs), size, size, 4) or images.dtype != np.uint8:
         raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {again}")
     if any(not 0 <= place < len(concepts) or style not in STYLES for place, style in pairs):
@@ -131,7 +129,11 @@ def _svg(icons: dict[str, Any], name: str, size: int) -> str:
 
 def _draw(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     kind, data, size = job
-    picture = _rasterise(data.decode()) if kind == "svg" else Image.open(io.BytesIO(data)).convert("RGBA")
+    picture = (
+        _rasterise(data.decode())
+        if kind == "svg"
+        else decode(data, "a rendering of a package").convert("RGBA")
+    )
     return np.asarray(_trim(picture).resize((size, size), Image.Resampling.LANCZOS), np.uint8)
 
 
@@ -140,7 +142,7 @@ def _rasterise(svg: str) -> Image.Image:
 
     tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
     identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # x scale, x skew, x shift; y skew, y scale, y shift
-    return Image.open(io.BytesIO(resvg.render(tree, identity))).convert("RGBA")
+    return decode(resvg.render(tree, identity), "resvg's PNG").convert("RGBA")
 
 
 def _trim(picture: Image.Image) -> Image.Image:

@@ -1,16 +1,21 @@
 """WebDataset shards: written in parallel and resumably, read in order.
 
-A shard is a tar of ``KEY.png`` (or any picture Pillow opens), ``KEY.txt`` (the caption) and, where the truth
-is known, ``KEY.json``. Whatever was made elsewhere in that layout is read the same way.
+A shard is a tar of ``KEY.png`` (or another of :data:`PICTURES`), ``KEY.txt`` (the caption) and, where the
+truth is known, ``KEY.json``. Whatever was made elsewhere in that layout is read the same way. Files whose
+names begin with a dot are passed over, as in folders.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
+import lzma
+import os
+import re
+import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -23,13 +28,18 @@ from PIL import Image
 
 from fewstep import formats
 from fewstep.data.compose import Composer, Sample
+from fewstep.data.folders import list_files, say_passed_over
 from fewstep.files import replacing_file
 from fewstep.files import write as write_file
-from fewstep.picture import decode, flat
+from fewstep.picture import MOST_BYTES, decode, flat
+from fewstep.picture import read as read_image
+from fewstep.text import decode_caption
 from fewstep.types import UserError
 from fewstep.workers import pool
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
+MOST_CAPTION = 2**20
+"""Bytes of a caption's file."""
 Make = Callable[[int], Sample]
 
 
@@ -113,8 +123,14 @@ def find(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    found = path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name)
-    paths = sorted(p for p in found if not p.name.startswith("."))  # what a killed writer left
+    try:
+        found = [
+            p for p in (path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name)) if p.is_file()
+        ]
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{source}: cannot be searched for shards ({error})") from error
+    say_passed_over([p for p in found if p.name.startswith(".")], "hidden shard", "hidden shards", source)
+    paths = sorted(p for p in found if not p.name.startswith("."))
     if not paths:
         raise UserError(
             f"{source}: no .tar shards there; write some with: fewstep data stickers (or: data folder)"
@@ -126,37 +142,88 @@ def read(shard: Path) -> Iterator[Example]:
     """The examples of one shard, in order.
 
     Raises:
-        UserError: the shard is cut short or empty, a picture is broken, or a caption is missing.
+        UserError: the shard is cut short or empty, an image is broken, or a caption is missing.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
     count = 0
-    try:
-        with shard.open("rb") as stream:
-            for raw in group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])):
-                yield _example(raw, shard)
-                count += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{shard}: cut short or no tar of pictures and captions ({error}); write it again"
-        ) from error
+    for key, files in _grouped(shard):
+        yield _example(key, files, shard)
+        count += 1
     if count == 0:
         raise UserError(f"{shard}: the shard is empty; write it again")
 
 
-def _example(raw: dict[str, Any], shard: Path) -> Example:
-    key = str(raw["__key__"])
-    picture = next((raw[ending[1:]] for ending in PICTURES if ending[1:] in raw), None)
-    if picture is None or "txt" not in raw:
+def entries(shard: Path, endings: Sequence[str] = ()) -> Iterator[tuple[str, bytes]]:
+    """The files of a shard by their names, in order, without folders and WebDataset's own ``__NAME__``.
+
+    Files are passed over, with a line, whose name or folder begins with a dot.
+
+    Args:
+        shard: a tar, compressed or not.
+        endings: of the names that are wanted, in lower case; empty for all.
+
+    Raises:
+        UserError: it is cut short or no tar, or a file in it is larger than an image may be.
+    """
+    hidden: list[str] = []
+    try:
+        with tarfile.open(shard, "r|*") as tar:
+            for entry in tar:
+                parts = entry.name.split("/")
+                if not entry.isreg() or re.match(r"__[^/]*__($|/)", entry.name):
+                    continue
+                if any(part.startswith(".") and part not in (".", "..") for part in parts):
+                    hidden.append(entry.name)
+                elif entry.name.lower().endswith(tuple(endings) or ""):
+                    if entry.size > MOST_BYTES:
+                        raise UserError(f"{shard}: {entry.name} has more than {MOST_BYTES >> 20} MiB")
+                    if (file := tar.extractfile(entry)) is not None:
+                        yield entry.name, file.read()
+                tar.members = []  # type: ignore[misc]  # else it keeps all that it has read of
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"{shard}: cut short or no tar of pictures and captions ({error}); write it again"
+        ) from error
+    say_passed_over(hidden, "hidden file", "hidden files", shard)
+
+
+def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The files of each example by their endings. A key reaches to the first dot of a name, in WebDataset."""
+    key, files = "", dict[str, bytes]()
+    for name, data in entries(shard, (*PICTURES, ".txt", ".json")):
+        folder, slash, base = name.rpartition("/")
+        stem, dot, ending = base.partition(".")
+        if not dot:
+            continue
+        if folder + slash + stem != key:
+            if files:
+                yield key, files
+            key, files = folder + slash + stem, {}
+        if ending.lower() in files:
+            raise UserError(f"{shard}: {name} is there twice; write it again")
+        files[ending.lower()] = data
+    if files:
+        yield key, files
+
+
+def _example(key: str, files: dict[str, bytes], shard: Path) -> Example:
+    picture = next((files[ending[1:]] for ending in PICTURES if ending[1:] in files), None)
+    if picture is None or "txt" not in files:
         missing = "picture" if picture is None else "caption (.txt)"
         raise UserError(f"{shard}: {key} has no {missing}")
-    truth: dict[str, Any] = formats.parse(raw["json"], where=f"{shard}: {key}.json") if "json" in raw else {}
-    return Example(key, open_picture(picture, f"{shard}: {key}"), raw["txt"].decode().strip(), truth)
+    truth: dict[str, Any] = {}
+    if "json" in files:  # other people's may hold NaN
+        truth = formats.parse(files["json"], where=f"{shard}: {key}.json", python=True)
+    caption = decode_caption(files["txt"], f"{shard}: {key}.txt")
+    return Example(key, open_picture(picture, f"{shard}: {key}"), caption, truth)
 
 
 def open_picture(data: bytes, where: str) -> Image.Image:
     """Decode, laid on white, to RGB; a broken file is a :class:`UserError` that names it."""
-    return flat(decode(data, where))
+    image = decode(data, where)
+    try:
+        return flat(image)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def square(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -169,6 +236,28 @@ def square(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]
     return np.ascontiguousarray(np.asarray(cut, np.uint8).transpose(2, 0, 1))
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """An image of a folder, its caption's file, and the key that both get in a shard."""
+
+    key: str
+    image: Path
+    caption: Path
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a folder's shards were made of.
+
+    Attributes:
+        source: the folder, without links in its path.
+        digest: tells its images and captions, and how they were written, from others.
+    """
+
+    source: str
+    digest: str
+
+
 def write_folder(
     source: Path,
     folder: Path,
@@ -176,62 +265,117 @@ def write_folder(
     per_shard: int,
     progress: Callable[[int, int], None] = lambda d, t: None,
 ) -> list[Path]:
-    """Shards of a folder of pictures, each with a caption of the same name in a ``.txt`` beside it.
+    """Shards of a folder of images, each with a caption of the same name in a ``.txt`` beside it.
+
+    They are called ``SOURCE-00000.tar`` and so on by the source's name, without leading dots. Where another
+    folder of that name has its shards in ``folder``, a short hash of the source's place is added.
 
     Raises:
-        UserError: there is no picture, a caption is missing or empty, or a picture is broken.
+        UserError: there is no image, a caption is missing or empty, or an image is broken.
     """
-    pictures = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
-    if not pictures:
-        raise UserError(f"{source}: no pictures ({', '.join(PICTURES)}) in that folder")
-    keys = [_key(p, source) for p in pictures]
-    if len(set(keys)) < len(keys):
-        twice = next(k for k in keys if keys.count(k) > 1)
-        raise UserError(f"{source}: two pictures would both be named {twice}; rename one")
-    _claim(folder, source.name, _told(pictures, size, per_shard))
+    pairs = _pairs(source)
+    name = _claim(folder, source, _digest(pairs, size, per_shard))
     paths: list[Path] = []
-    for number, start in enumerate(range(0, len(pictures), per_shard)):
-        paths.append(folder / f"{source.name}-{number:05d}.tar")
-        chosen = pictures[start : start + per_shard]
+    for number, start in enumerate(range(0, len(pairs), per_shard)):
+        paths.append(folder / f"{name}-{number:05d}.tar")
+        chosen = pairs[start : start + per_shard]
         if not paths[-1].exists():
-            write_shard(paths[-1], map(partial(_captioned, source=source, size=size), chosen))
-        progress(start + len(chosen), len(pictures))
+            write_shard(paths[-1], map(partial(_captioned, size=size), chosen))
+        progress(start + len(chosen), len(pairs))
     return paths
 
 
-def _told(pictures: Sequence[Path], size: int, per_shard: int) -> str:
-    """What tells these pictures and captions, as they are now, from others."""
-    facts = [[size, per_shard]]
-    for path in pictures:
-        both = [path, path.with_suffix(".txt")]
-        facts += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in both if p.exists()]
+def _pairs(source: Path) -> list[_Pair]:
+    """The images of a folder and its subfolders with their captions. What has no partner is told or refused.
+
+    Raises:
+        UserError: there is no image, one has no caption or two, or two would have one key.
+    """
+    listing = list_files(source)
+    listing.say(source)
+    captions: dict[Path, list[Path]] = {}
+    for path in listing.files:
+        if path.suffix.lower() == ".txt":
+            captions.setdefault(path.with_suffix(""), []).append(path)
+    pairs: dict[str, _Pair] = {}
+    for path in listing.files:
+        if path.suffix.lower() not in PICTURES:
+            continue
+        found, key = captions.get(path.with_suffix(""), []), _key(path, source)
+        if len(found) != 1:
+            many = "is missing or empty" if not found else f"could be {found[1].name} too"
+            raise UserError(f"{path}: its caption {(found or [path.with_suffix('.txt')])[0].name} {many}")
+        if key in pairs:
+            raise UserError(f"{source}: two pictures would both be named {key}; rename one")
+        pairs[key] = _Pair(key, path, found[0])
+    if not pairs:
+        raise UserError(f"{source}: no pictures ({', '.join(PICTURES)}) in that folder")
+    used = {pair.caption for pair in pairs.values()}
+    alone = [path for paths in captions.values() for path in paths if path not in used]
+    say_passed_over(alone, "caption without a picture", "captions without a picture", source)
+    return list(pairs.values())
+
+
+def _digest(pairs: Sequence[_Pair], size: int, per_shard: int) -> str:
+    """What tells these images and captions, as they are now, from others."""
+    facts: list[list[Any]] = [[size, per_shard]]
+    for path in (path for pair in pairs for path in (pair.image, pair.caption)):
+        try:
+            facts.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _claim(folder: Path, name: str, told: str) -> None:
-    """Keep shards of an interrupted run on the same pictures, remove those of other ones."""
+def _claim(folder: Path, source: Path, digest: str) -> str:
+    """What the shards of ``source`` are called. Those that it has there are kept if made of the same.
+
+    Raises:
+        UserError: nothing tells whose the shards of its name are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / f"{name}.made-of"
-    if not note.exists() or note.read_text() != told:
-        for stale in folder.glob(f"{glob.escape(name)}-*.tar"):
-            stale.unlink()
-        write_file(note, told.encode())
+    made = _Made(os.path.realpath(source), digest)
+    base = Path(os.path.abspath(source)).name.lstrip(".") or "images"
+    place = hashlib.sha256(os.fsencode(made.source)).hexdigest()[:8]
+    for name in (base, f"{base}-{place}"):
+        note = folder / f"{name}.made-of"
+        there = _read_note(note, made)
+        if there is not None and there.source != made.source:
+            print(f"fewstep: {name}-*.tar in {folder} are of {there.source}, and are kept", file=sys.stderr)
+            continue
+        if there != made:
+            for stale in folder.iterdir():
+                if re.fullmatch(rf"{re.escape(name)}-\d{{5,}}\.tar", stale.name):
+                    stale.unlink()
+            write_file(note, json.dumps(vars(made)).encode())
+        return name
+    raise UserError(f"{folder} holds shards of two other folders named {base}; choose another folder")
+
+
+def _read_note(note: Path, made: _Made) -> _Made | None:
+    """What a note says, or ``None`` where there is none."""
+    if not note.exists():
+        return None
+    if note.read_bytes() == made.digest.encode():  # fewstep 0.1.0 wrote the digest alone
+        return made
+    try:
+        return formats.read(note, _Made)
+    except UserError as error:
+        raise UserError(f"{error}; remove it and the shards beside it, or choose another folder") from None
 
 
 def _key(path: Path, source: Path) -> str:
     return "_".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
 
 
-def _captioned(path: Path, source: Path, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
-    caption = path.with_suffix(".txt")
-    try:
-        text = caption.read_text(encoding="utf-8").strip() if caption.exists() else ""
-    except ValueError:
-        raise UserError(f"{caption} is not UTF-8 text") from None
+def _captioned(pair: _Pair, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
+    text = decode_caption(formats.read_bytes(pair.caption, MOST_CAPTION), str(pair.caption))
     if not text:
-        raise UserError(f"{path}: its caption {caption.name} is missing or empty")
-    pixels = square(open_picture(path.read_bytes(), str(path)), size)
-    return _key(path, source), Image.fromarray(pixels.transpose(1, 2, 0)), text, {}
+        raise UserError(f"{pair.image}: its caption {pair.caption.name} is missing or empty")
+    if pair.image.exists() and not pair.image.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{pair.image} is no file")
+    pixels = square(open_picture(read_image(pair.image), str(pair.image)), size)
+    return pair.key, Image.fromarray(pixels.transpose(1, 2, 0)), text, {}
 
 
 def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]]:

@@ -10,11 +10,14 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep import formats
+from fewstep.extras import install_npm
 from fewstep.files import replacing_file, replacing_folder
 from fewstep.types import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ def fetch(folder: Path, say: Callable[[str], None] = print) -> dict[str, Path]:
     return {name: _fetch_one(package, folder, say) for name, package in PACKAGES.items()}
 
 
+def check_npm(folder: Path) -> None:
+    """Refuse to fetch packages into ``folder`` without npm; what is there already needs none.
+
+    Raises:
+        UserError: npm is needed and not installed.
+    """
+    names = [package.archive for package in PACKAGES.values()]
+    there = all((folder / name.removesuffix(".tgz")).exists() or (folder / name).exists() for name in names)
+    if not there and shutil.which("npm") is None:
+        raise UserError(f"this needs npm, which is not installed and fetches the emoji: {install_npm()}")
+
+
 def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Path:
     target = folder / package.archive.removesuffix(".tgz")
     if (target / "package.json").exists():
@@ -113,9 +128,8 @@ def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Pa
 
 
 def _npm_pack(package: Package, folder: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise UserError("npm was not found; install Node.js (it fetches the emoji packages) and try again")
+    check_npm(folder)
+    npm = shutil.which("npm") or "npm"
     command = [npm, "pack", "--silent", f"{package.name}@{package.version}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -128,8 +142,8 @@ def _integrity(archive: Path) -> str:
     return "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
 
 
-def read_json(path: Path, kind: Any = Any) -> Any:
-    """A JSON file of a package or of ours (:func:`fewstep.formats.read`).
+def read_json(path: Path, kind: type[T] | Any = Any) -> T:
+    """A JSON file of a package or of ours as ``kind``; see :func:`fewstep.formats.read`.
 
     Raises:
         UserError: it cannot be read, or has another shape.

@@ -51,16 +51,28 @@ def build(
     write(folder / "LICENCES.md", sources.licence_table().encode())
     found = concepts.load(packages)
     rendered = render.render_all(
-        packages, found, folder, size, workers, lambda d, t: progress("rasterise", d, t)
+        packages, found, folder, size, workers, lambda d, t: progress("rasterising emoji", d, t)
     )
     train = Composer(rendered, size, seed, scenes)
     shards.write(
-        train, folder / "train", "train", pictures, 1000, workers, lambda d, t: progress("train", d, t)
+        train,
+        folder / "train",
+        "train",
+        pictures,
+        1000,
+        workers,
+        lambda d, t: progress("writing training shards", d, t),
     )
     held = Composer(rendered, size, seed + 1, scenes, training=False)
     many = max(256, pictures // 20)
     shards.write(
-        held, folder / "heldout", "heldout", many, 1000, workers, lambda d, t: progress("held out", d, t)
+        held,
+        folder / "heldout",
+        "heldout",
+        many,
+        1000,
+        workers,
+        lambda d, t: progress("writing held-out shards", d, t),
     )
 
 
@@ -68,7 +80,7 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     """Refuse to mix two data sets in one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "stickers.json"
-    if note.exists() and (there := sources.read_json(note)) != options:
+    if note.exists() and (there := sources.read_json(note, dict[str, Any])) != options:
         changed = ", ".join(k for k in options if there.get(k) != options[k])
         raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")
     write(note, json.dumps(options, indent=1).encode())

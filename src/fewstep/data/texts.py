@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,11 +13,11 @@ import numpy as np
 from fewstep import formats
 from fewstep.data.captions import COLOURS
 from fewstep.data.concepts import Concept
+from fewstep.data.shards import entries
 from fewstep.data.sources import STYLES
+from fewstep.text import clean, decode_caption
 from fewstep.types import UserError
 
-MOST_BYTES = 2**20
-"""Of a caption or of the facts of a sample."""
 HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
 """Style -> letters that each of its wordings holds, in lower case."""
 
@@ -94,8 +93,8 @@ class _Truth:
     ground: str | None = None
 
 
-def _facts(data: str, where: str) -> dict[str, Any]:
-    told: dict[str, Any] = formats.parse(data, where=where)
+def _facts(data: bytes, where: str) -> dict[str, Any]:
+    told: dict[str, Any] = formats.parse(data, where=where, python=True)
     formats.convert(told, _Truth, where)
     return {name: value for name, value in told.items() if value is not None}
 
@@ -113,22 +112,20 @@ def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def _truths(shard: Path) -> list[dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(shard) as tar:
-            for entry in tar:
-                stem, _, ending = entry.name.rpartition(".")
-                if ending in ("json", "txt") and (file := tar.extractfile(entry)) is not None:
-                    if entry.size > MOST_BYTES:
-                        raise ValueError(f"{entry.name} has {entry.size} bytes")
-                    data = file.read().decode()
-                    told = _facts(data, entry.name) if ending == "json" else {"prompt": data.strip()}
-                    out.setdefault(stem, {}).update(told)
-    except (tarfile.TarError, OSError, EOFError, ValueError, UserError) as error:
-        raise UserError(f"{shard}: cut short or no tar of captions ({error}); write it again") from error
+    captions: dict[str, str] = {}
+    for name, data in entries(shard, (".json", ".txt")):
+        stem, _, ending = name.rpartition(".")
+        where, truth = f"{shard}: {name}", out.setdefault(stem, {})
+        if ending.lower() == "txt":
+            captions[stem] = decode_caption(data, where)
+        else:
+            truth |= _facts(data, where)
     if not out:
         raise UserError(f"{shard}: no captions (.txt) in it; write it again")
-    if dumb := next((stem for stem, truth in out.items() if "prompt" not in truth), None):
-        raise UserError(f"{shard}: {dumb} has no caption (.txt)")
+    for stem, truth in out.items():
+        if not isinstance(prompt := captions.get(stem, truth.get("prompt")), str):
+            raise UserError(f"{shard}: {stem} has no caption (.txt)")
+        truth["prompt"] = clean(prompt)
     return list(out.values())
 
 

@@ -48,6 +48,10 @@ class Target(Protocol):
     BITS: tuple[int, ...]
     T5: bool
 
+    def needs(self, bits: int) -> tuple[str, ...]:
+        """Modules that writing so many bits a weight takes, besides PyTorch's."""
+        ...
+
     def check(self, out: Path) -> None:
         """Refuse what is known before a model is loaded.
 

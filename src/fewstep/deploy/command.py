@@ -11,6 +11,8 @@ from cyclopts import Parameter
 
 from fewstep.deploy import Facts
 from fewstep.deploy.common.place import writing
+from fewstep.extras import need
+from fewstep.progress import Progress, emit
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
@@ -31,6 +33,7 @@ def export(
     bits: int | None = None,
     t5: str | None = None,
     compute: Compute = "float32",
+    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
@@ -51,13 +54,14 @@ def export(
             openvino). [default: dropped from bundles]
         compute: What the graphs compute in; bfloat16 and, with 8 or 4 bits, int8 (openvino) are faster on
             processors that multiply them.
+        lora: A LoRA to add to the weights, as FILE or FILE:WEIGHT; several options add several.
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
         about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
     from fewstep.deploy import Computer, Converter, targets
-    from fewstep.families.folder import read_json
+    from fewstep.families.lora import apply, named, specs
 
     if steps is not None and not 1 <= steps <= LARGEST:
         raise UserError(f"steps must be 1 to {LARGEST}, not {steps}")
@@ -74,29 +78,44 @@ def export(
             f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
         )
     keeps, its_bits = _t5(t5, to, target)
+    more = read_about(about)
+    need(*target.needs(bits or max(target.BITS)))
 
-    from fewstep.source import bundle_of, kind_of, load_family
+    from fewstep.source import bundle_of, kind_of, load_family, locate, split
 
-    place = model_of(source)
-    if isinstance(target, Converter) and (bundle := bundle_of(place)) is not None:
-        if t5 is not None:
-            raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+    target.check(output)
+    place = locate(split(source)[1])
+    if isinstance(target, Converter) and (bundle := bundle_of(source)) is not None:
+        _check_bundle(source, t5, lora)
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
-        more = {} if about is None else read_json(about)
         _converted(bundle, target, output, bits or UNPACKED, given, more)
         return
     bits = bits or target.BITS[0]
-    facts = replace(facts_of(place, license, about), compute=compute)
-    if (kind := kind_of(place)) not in target.FAMILIES:
+    need("torch", "diffusers", "transformers", *target.needs(bits))
+    facts = replace(facts_of(place, license, more), compute=compute)
+    loras = specs(lora)
+    facts = replace(facts, about={**facts.about, **named(loras)})
+    if (kind := kind_of(source)) not in target.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, which cannot be written for {to}")
-    target.check(output)
     if keeps and not has_t5(place):
         raise UserError(f"{source} has no T5: leave --t5 out")
-    family = load_family(place, t5=keeps)
-    family = replace(family, steps=steps or family.steps, name=name or family.name)
-    with writing(output):
-        line = target.export(family, output, bits, facts, **its_bits)
-    print(f"{family.name}: {output}, {line}")
+    with Progress() as progress:
+        progress(f"loading {source}")
+        family = load_family(source, t5=keeps)
+        apply(family.parts, family.kind, loras)
+        family = replace(family, steps=steps or family.steps, name=name or family.name)
+        progress(f"writing {output} for {to}")
+        with writing(output):
+            line = target.export(family, output, bits, facts, **its_bits)
+    emit(f"{family.name}: {output}, {line}")
+
+
+def _check_bundle(source: str, t5: str | None, lora: tuple[str, ...]) -> None:
+    """Refuse options that a bundle's weights are too far made for."""
+    if t5 is not None:
+        raise UserError(f"{source} is a bundle, whose T5 is as it is: leave --t5 out")
+    if lora:
+        raise UserError(f"{source} is a bundle, and --lora is for PyTorch models: leave it out")
 
 
 def _converted(
@@ -104,13 +123,13 @@ def _converted(
 ) -> None:
     if bundle.engine != "onnx":
         raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
-    target.check(output)
     told = bundle.told()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
-    with writing(output):
+    with Progress() as progress, writing(output):
+        progress(f"writing {output}")
         line = target.convert(bundle, output, bits, told)
-    print(f"{told['name']}: {output}, {line}")
+    emit(f"{told['name']}: {output}, {line}")
 
 
 def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[str, int]]:
@@ -134,30 +153,32 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
     raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
 
 
-def has_t5(place: str) -> bool:
+def has_t5(place: Path) -> bool:
     """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
     from fewstep.families.folder import has_part
 
-    folder = Path(place)
-    return not (folder / "model_index.json").is_file() or has_part(folder, "text_encoder_3")
+    return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
 
 
-def model_of(source: str) -> str:
-    """The model of a run's folder; any other source as it is."""
-    model = Path(source) / "model"
-    return str(model) if (model / "model_index.json").is_file() else source
+def read_about(about: Path | None) -> dict[str, Any]:
+    """The facts of ``--about``.
 
-
-def facts_of(place: str, license: str | None, about: Path | None) -> Facts:
-    """What an export of the model at ``place`` tells of itself."""
+    Raises:
+        UserError: the file is no JSON object, or its styles are no words.
+    """
     from fewstep.families.folder import read_json
 
-    text = Path(place) / "LICENSE"
-    given = text if text.is_file() else None
-    card = Path(place) / CARD
     told = {} if about is None else read_json(about)
     styles = told.get("styles", [])
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
         raise UserError(f'{about}: "styles" must be a list of words')
+    return told
+
+
+def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> Facts:
+    """What an export of the model at ``place`` tells of itself."""
+    text = place / "LICENSE"
+    given = text if text.is_file() else None
+    card = place / CARD
     name = license or ("unknown" if given is None else "see LICENSE")
     return Facts(name, given, told, card if card.is_file() else None)

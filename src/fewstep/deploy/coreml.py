@@ -17,6 +17,7 @@ from fewstep import formats
 from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import Part, parts
 from fewstep.deploy.common.manifest import described, write_tokenizer
+from fewstep.extras import install
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.types import UserError
@@ -53,6 +54,11 @@ in halves. All other graphs are float16 through and through."""
 SLICED = "common::scaled_dot_product_attention_sliced_q"
 """coremltools' own pass for attention over 1280 tokens and more: sixteen slices of the queries in turn, so
 that the table of all against all is never whole."""
+
+
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("coremltools", "sklearn")
 
 
 def check(out: Path) -> None:
@@ -192,9 +198,7 @@ def _check_tools() -> None:
         version: str = importlib.import_module("coremltools").__version__
         importlib.import_module("sklearn")  # finds the palettes; coremltools imports it late
     if version.startswith("9.0") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        raise UserError(
-            f"coremltools 9.0 does not work with numpy {np.__version__}: pip install 'fewstep[coreml]'"
-        )
+        raise UserError(f"coremltools 9.0 does not work with numpy {np.__version__}: {install('coreml')}")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,11 @@ BITS = (32,)
 T5 = True
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ()
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     check_place(out)

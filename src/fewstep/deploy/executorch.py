@@ -24,6 +24,11 @@ QUANTIZED = ("modulation", "transformer")
 """Graphs whose linear layers have 8 bits. The text encoders lose too much; the codec has few."""
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("executorch",)
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     check_place(out)

@@ -38,6 +38,11 @@ PIPELINE = {
 }
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("openvino", "openvino_tokenizers", *(("nncf",) if bits < 16 else ()))
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     if out.exists() and not is_ours(out):

@@ -25,6 +25,11 @@ OUTER = ("pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embe
 """What all tokens share, left at float16: 1 % of SD3.5 Medium's weights, and its table of positions."""
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("gguf",)
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]

@@ -18,6 +18,11 @@ T5 = False
 T5_BITS = BITS
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("onnx", "onnxscript")
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     check_place(out)

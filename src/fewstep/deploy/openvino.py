@@ -22,6 +22,11 @@ T5 = False
 T5_BITS = BITS
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ("openvino", *(("nncf",) if bits < 16 else ()))
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     check_place(out)

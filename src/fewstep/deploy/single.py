@@ -17,6 +17,11 @@ BITS = (16, 32)
 T5 = True
 
 
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.deploy.Target`."""
+    return ()
+
+
 def check(out: Path) -> None:
     """See :class:`fewstep.deploy.Target`."""
     check_file(out, ".safetensors", _ours)

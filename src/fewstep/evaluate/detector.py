@@ -69,12 +69,8 @@ class Finder:
     """
 
     def __init__(self, folder: Path) -> None:
+        check(folder)
         note, graph = folder / NOTE, folder / GRAPH
-        if not (note.is_file() and graph.is_file()):
-            raise UserError(
-                f"{folder} holds no detector of scenes; name one with --detector, make one with "
-                "fewstep train scene-detector, or leave scenes out with --scenes 0"
-            )
         self._size = formats.read(note, _Note).size
         for name in external_files(graph):
             raise UserError(f"{graph} reads the file {name[:80]!r}: all weights of a detector are in it")
@@ -88,6 +84,19 @@ class Finder:
             heat, box = self._graph(images=_resized(images[at : at + BATCH], self._size))
             found += [_boxes(*maps) for maps in zip(heat[:, 0], box, strict=True)]
         return found
+
+
+def check(folder: Path) -> None:
+    """Refuse a folder that holds no detector.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if not ((folder / NOTE).is_file() and (folder / GRAPH).is_file()):
+        raise UserError(
+            f"{folder} holds no detector of scenes; name one with --detector, make one with "
+            "fewstep train scene-detector, or leave scenes out with --scenes 0"
+        )
 
 
 class Detector:

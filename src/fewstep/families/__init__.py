@@ -25,8 +25,6 @@ class Family(Model):
         clip_length: how many rows of a context come first and are the CLIPs'; what follows them is T5's and
             may be left out. ``None`` where nothing may.
         kind: name of its family's module here.
-        told: the scale that a net with embedded guidance is told (``velocity.guidance``); ``None`` for a net
-            without.
     """
 
     net: Any
@@ -34,7 +32,6 @@ class Family(Model):
     parts: Mapping[str, Any]
     kind: str
     clip_length: int | None = None
-    told: float | None = None
 
     def student(self, net: Any, name: str, steps: int) -> Family:
         """The same model with another net of the same kind, one that needs ``steps`` steps and no
@@ -51,17 +48,17 @@ class Family(Model):
         return importlib.import_module(f"{__name__}.{self.kind}")
 
     def at(self, guidance: float) -> Family:
-        """The same model at another guidance scale: that of its second pass, or what its net is told.
+        """The same model at another guidance scale: that of its second pass, or the embedded one.
 
         Raises:
             UserError: guidance is distilled into the net, and it cannot be told any.
         """
         if self.guidance is not None:
             return replace(self, guidance=guidance)
-        if self.told is None:
+        if self.embedded_guidance is None:
             raise UserError(f"model {self.name} takes no guidance: guidance is distilled into it")
         velocity: Any = self.velocity
-        return replace(self, velocity=replace(velocity, guidance=guidance), told=guidance)
+        return replace(self, velocity=velocity.with_guidance(guidance), embedded_guidance=guidance)
 
 
 def family_of(folder: Path) -> ModuleType:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.families import Family
+from fewstep.families.schedules import of_scheduler
+from fewstep.runtime.tokens import PromptWarning
 from fewstep.types import Array, TextEncoder, UserError, Velocity
 
 
@@ -35,6 +38,99 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | N
             f"the model's tokenizer gives the word {int(ids.max())}, its text encoder has {words}"
         )
     return ids
+
+
+TOO_LONG = "too long"
+READS = "reads the first"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer before its text encoder.
+
+    Attributes:
+        name: of the encoder's kind, for people.
+        tokenizer: of transformers.
+        length: tokens that the encoder reads, marks of beginning and end included.
+        vocab_size: of the encoder; a stranger's tokenizer may have another.
+    """
+
+    name: str
+    tokenizer: Any
+    length: int
+    vocab_size: int
+
+    def __call__(self, prompts: Sequence[str]) -> Array:
+        """Token ids ``[B, length]``.
+
+        Raises:
+            UserError: see :func:`tokenize`.
+        """
+        return tokenize(self.tokenizer, prompts, self.length, self.vocab_size)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that are read."""
+        return self.length - self.tokenizer.num_special_tokens_to_add()
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, however many are read."""
+        if len(prompt.encode()) < self.room:  # no token is shorter than a byte
+            return 0
+        said = self.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False)
+        return len(said.input_ids)
+
+
+def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
+    """Say in a :class:`PromptWarning` what text encoders do not read of each prompt that is too long.
+
+    A prompt is cut where every encoder cuts it. Where one reads all of it, that is said as well.
+    """
+    for prompt in dict.fromkeys(prompts):
+        counts = [(reader, reader.count(prompt)) for reader in readers]
+        cut = [(reader, count) for reader, count in counts if count > reader.room]
+        if not cut:
+            continue
+        reader, count = max(cut, key=lambda pair: pair[0].room / pair[1])
+        message = f"the prompt is {TOO_LONG}: {reader.room} of {count} tokens were kept"
+        if whole := [other.name for other, many in counts if many <= other.room]:
+            message = f"{reader.name} {READS} {reader.room} of the prompt's {count} tokens, {whole[-1]} all"
+        warnings.warn(message, PromptWarning, stacklevel=3)
+
+
+@contextmanager
+def cuts_known() -> Generator[None]:
+    """Within the block cut prompts are not named: a run's own samples, or captions that were named before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptWarning)
+        yield
+
+
+@contextmanager
+def cuts_counted(total: int, what: str) -> Generator[None]:
+    """Within the block prompts that are cut are counted, and one warning after it says how many.
+
+    Args:
+        total: number of prompts.
+        what: what they are called.
+    """
+    cut: list[str] = []
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+            if category is PromptWarning and TOO_LONG in str(message):
+                cut.append(str(message))
+            elif category is not PromptWarning or READS not in str(message):
+                plain(message, category, *more, **named)
+
+        warnings.filterwarnings("always", category=PromptWarning)
+        warnings.showwarning = show
+        yield
+    if cut:
+        first = cut[0].partition(": ")[2]
+        message = f"{len(cut)} of {total} {what} are longer than the text encoders read (the first: {first})"
+        warnings.warn(message, PromptWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -71,7 +167,7 @@ def family_of_parts(
     guidance: float | None,
     blocks: Sequence[Any],
     clip_length: int | None = None,
-    told: float | None = None,
+    embedded_guidance: float | None = None,
 ) -> Family:
     """A family of diffusers components: what each family says of itself, and what follows from the parts.
 
@@ -86,6 +182,7 @@ def family_of_parts(
         shift: time shift.
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
+        embedded_guidance: see :class:`fewstep.types.Model`.
         blocks: and those below: see :class:`fewstep.families.Family`.
     """
     import torch
@@ -94,6 +191,7 @@ def family_of_parts(
         if isinstance(part, torch.nn.Module):
             part.to(device).requires_grad_(False).eval()
     vae = parts["vae"]
+    schedule = of_scheduler(parts["scheduler"])
     return Family(
         name=name,
         velocity=velocity,
@@ -104,23 +202,22 @@ def family_of_parts(
         shift=shift,
         steps=steps,
         guidance=guidance,
-        sampler="renoise" if parts["scheduler"].config.get("stochastic_sampling") else "euler",
+        embedded_guidance=embedded_guidance,
+        sampler="renoise" if schedule.stochastic_sampling else "euler",
         lift=lambda array: torch.from_numpy(array).to(device),
         lower=lambda tensor: tensor.detach().float().cpu().numpy(),
         net=parts["transformer"],
         blocks=blocks,
-        parts=parts,
+        parts={**parts, "scheduler": schedule.scheduler()},
         kind=kind,
         clip_length=clip_length,
-        told=told,
     )
 
 
 def renoising(family: Family) -> Family:
     """The same model, its steps taken with fresh noise: its scheduler says so, to stock diffusers as well."""
-    scheduler = family.parts["scheduler"]
-    told = type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
-    return replace(family, sampler="renoise", parts={**family.parts, "scheduler": told})
+    schedule = replace(of_scheduler(family.parts["scheduler"]), stochastic_sampling=True)
+    return replace(family, sampler="renoise", parts={**family.parts, "scheduler": schedule.scheduler()})
 
 
 def aside(family: Family) -> None:

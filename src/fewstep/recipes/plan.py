@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.extras import need
 from fewstep.recipes.imagined import PATCH, Imagined, Shape, shape_of
 from fewstep.recipes.parts import at_least_one
 from fewstep.request import memory as memory_of
@@ -91,6 +92,7 @@ def plan(
     at_least_one(batch=batch, student_steps=student_steps)
     if lora is not None and lora < 0:
         raise UserError(f"--lora must be at least 0, not {lora}")
+    need("torch", "diffusers", "transformers")
     shape, limit = shape_of(model), memory_of(memory)
     side = _side(shape, size)
     if measure:

@@ -76,13 +76,14 @@ def pocket_codec(
 
     def sheet(nets: dict[str, Any]) -> Any:
         from fewstep.evaluate.sheet import sheet as draw
+        from fewstep.picture import levels
 
         with torch.no_grad():
             vae = nets["vae"]
             back = vae(shown.to(vae.device), sample_posterior=False).sample.clamp(-1, 1).cpu()
         error = (back - shown).square().mean((1, 2, 3)) / 4
         labels = ["truth"] * len(shown) + [f"{-10 * float(e.log10()):.1f} dB" for e in error]
-        both = torch.cat([shown, back]).add(1).mul(127.5).round().byte().numpy()
+        both = levels(torch.cat([shown, back])).byte().numpy()
         return draw(both, labels, columns=12)
 
     def finish(nets: dict[str, Any]) -> None:

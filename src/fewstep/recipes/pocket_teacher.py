@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def pocket_teacher(
     size = family.downscale * family.latent[1]
     latents = encode(family, weights_of(codec), sources, data / "latents", size)
 
+    _warn_of_unknown(family.parts["tokenizer"], latents.prompts)
     lines = [*latents.prompts, ""]
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = captions.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
@@ -128,3 +130,30 @@ def pocket_teacher(
     return Run(
         "pocket-teacher", out, method, batches, options, about, sheet=sheet, finish=finish, bodies=[family]
     )
+
+
+def _warn_of_unknown(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Say how many captions hold words that Pocket's tokenizer breaks up, such as those of other scripts.
+
+    A bundle warns of the same words in prompts, and leaves other scripts out.
+    """
+    import warnings
+
+    from fewstep.runtime.tokens import TRAINED
+    from fewstep.text import PromptWarning, unknown_words
+
+    if len(tokenizer) < TRAINED:
+        return
+
+    @cache
+    def count(word: str) -> int:
+        return len(tokenizer.tokenize(word))
+
+    found = [words for line in captions if (words := unknown_words(line, count))]
+    if found:
+        some = ", ".join(found[0][:6])
+        warnings.warn(
+            f"{len(found)} of {len(captions)} captions have words that the tokenizer may not know: {some}",
+            PromptWarning,
+            stacklevel=2,
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,15 @@ from cyclopts import Parameter
 
 from fewstep import files
 from fewstep.bench.likeness import psnr
-from fewstep.recipes.parts import SHOWN, at_least, at_least_one, measurable, training_shards
+from fewstep.progress import Progress, emit, say
+from fewstep.recipes.parts import (
+    SHOWN,
+    at_least,
+    at_least_one,
+    check_counts,
+    measurable,
+    training_shards,
+)
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -86,19 +93,26 @@ def quantize(
     """
     from fewstep.data.texts import prompts_of
     from fewstep.deploy import onnx
-    from fewstep.deploy.command import facts_of, model_of
+    from fewstep.deploy.command import facts_of, read_about
     from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
     from fewstep.deploy.common.place import check_folder, writing
     from fewstep.deploy.common.sensitivity import allotted, calibrated
-    from fewstep.source import kind_of, load_family
+    from fewstep.extras import need
+    from fewstep.source import kind_of, load_family, locate, split
 
     at_least_one(rounds=rounds, pictures=pictures)
     at_least(0, prompts=prompts, scenes=scenes)
+    if prompts:
+        check_counts(prompts, scenes)
+    more = read_about(about)
     rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
     if odd := [number for number in rungs[1:] if number not in possible]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
+    need("torch", "diffusers", "transformers")
+    need(*onnx.needs(FULL))
     check_folder(output)
+    place = locate(split(source)[1])
     if any((output / index).exists() for index in ("model_index.json", "bundle.json")):
         raise UserError(f"{output} is a model: choose another folder for the ladder")
     for number in rungs:
@@ -111,51 +125,49 @@ def quantize(
     captions, told = SHOWN, "prompts of the sheet, without data (see --data)"
     if data or folder.is_dir():
         captions, told = prompts_of(training_shards(folder), CALIBRATED_ON, 0), f"captions of {folder}"
-    facts = facts_of(place := model_of(source), license, about)
-    if (kind := kind_of(place)) not in onnx.FAMILIES:
+    facts = facts_of(place, license, more)
+    if (kind := kind_of(source)) not in onnx.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, of which there are no bundles")
-    with files.held(output, "written"):
-        family = load_family(place, t5=False)
+    with files.held(output, "written"), Progress() as progress:
+        progress(f"loading {source}")
+        family = load_family(source, t5=False)
         family = replace(family, name=name or family.name)
         made = parts(family)
-        _say("tracing")
+        progress("tracing")
         traced = {stem: trace(part) for stem, part in made.items()}
-        _say(f"calibrating on {len(captions)} {told}")
-        inputs = calibrated(family, made, captions, partial(_count, "calibrating", "prompts"))
-        weights = _weights(family, made, inputs)
+        inputs = calibrated(family, made, captions, partial(progress, f"calibrating on {told}"))
+        weights = _weights(family, made, inputs, progress)
         given = {number: allotted(weights, number) for number in rungs if number < FULL}
         for number in rungs:
-            _say(f"{number} bits")
+            progress(f"writing {number} bits")
             choose = _chosen(weights, given.get(number, ()), inputs)
             with writing(output / str(number)):
                 onnx.write_traced(family, traced, output / str(number), number, facts, choose)
-        files.write(
-            output / "sensitivity.json", (json.dumps(_plain(weights, given), indent=1) + "\n").encode()
-        )
-        figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder)
+        note = json.dumps(_plain(weights, given), indent=1) + "\n"
+        files.write(output / "sensitivity.json", note.encode())
+        figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder, progress)
+        progress("timing")
         report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
         files.write(output / "report.md", report.encode())
-        print(output / "report.md")
+    emit(str(output / "report.md"))
 
 
 def _weights(
-    family: Family, made: Mapping[str, Part], inputs: Mapping[tuple[str, str], Inputs]
+    family: Family,
+    made: Mapping[str, Part],
+    inputs: Mapping[tuple[str, str], Inputs],
+    progress: Progress,
 ) -> list[Weight]:
     from fewstep.deploy.common.sensitivity import outcomes, sensitivity
 
     outcome = outcomes(family, made, SHOWN[:MEASURED_ON])
     found: list[Weight] = []
     for stem, part in made.items():
-        _say(f"what each weight of {stem} costs")
         its = {name: each for (graph, name), each in inputs.items() if graph == stem}
-        found += sensitivity(stem, part.module, outcome[stem], partial(_count, stem, "weights"), its)
+        found += sensitivity(
+            stem, part.module, outcome[stem], partial(progress, f"measuring the weights of {stem}"), its
+        )
     return found
-
-
-def _count(what: str, things: str, done: int, total: int) -> None:
-    """A line now and then: each is a walk."""
-    if done % 20 == 0:
-        _say(f"{what}: {done} of {total} {things}")
 
 
 def _chosen(
@@ -175,7 +187,7 @@ def _chosen(
     def choose(array: np.ndarray) -> Choice | None:
         choice = chosen.get(digest(array))
         if choice is None:
-            _say(f"a weight {array.shape} of the graphs was not measured and has the rung's bits")
+            say(f"a weight {array.shape} of the graphs was not measured and has the rung's bits")
         return choice
 
     return choose
@@ -190,6 +202,7 @@ def _figures(
     scenes: int,
     detector: Path,
     data: Path,
+    progress: Progress,
 ) -> dict[int, Mapping[str, Any]]:
     """Retrieval, scene score and KID to 16 bits of every rung; nothing without prompts."""
     if not prompts:
@@ -209,7 +222,7 @@ def _figures(
         seeds=pictures,
         scenes=load(data, detector, scenes) if scenes else None,
         shared=data / "features",
-        on_progress=lambda label, done, total: None if done else _say(f"measuring {label}"),
+        on_progress=lambda label, done, total: progress(f"measuring {label}", done, total),
     )
     by_label = {row.label: row.figures for row in results.rows}
     return {number: by_label[each.label] for number, each in candidates.items()}
@@ -229,7 +242,6 @@ def _report(
     from fewstep.source import load
 
     pipes = {number: load(output / str(number)) for number in rungs}
-    _say("timing")
     seconds, drawn = _timed(pipes, rounds), {number: _drawn(pipe) for number, pipe in pipes.items()}
     _sheet(drawn, output / "sheet.png")
     titles = ["bits", "MB", "% of 16 bit", "a picture, s", "PSNR to 16 bit, dB"]
@@ -315,7 +327,3 @@ def _plain(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> lis
         asdict(weight) | {"given": {number: bits[row] for number, bits in given.items()}}
         for row, weight in enumerate(weights)
     ]
-
-
-def _say(line: str) -> None:
-    print(f"fewstep: {line}", file=sys.stderr)

@@ -37,6 +37,7 @@ def words(path: Path, many: int, seed: int) -> list[str]:
 def meaning(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
     """Unit vectors of all lines, float16 ``[N, 384]``; computed once, and kept at ``path``."""
     from fewstep.files import replacing_file
+    from fewstep.formats import read_array
 
     if not path.exists():
         vectors = _encoder().encode(
@@ -44,4 +45,4 @@ def meaning(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
         )
         with replacing_file(path) as fresh:
             np.save(fresh, np.asarray(vectors, np.float16))
-    return np.load(path, mmap_mode="r")
+    return read_array(path)

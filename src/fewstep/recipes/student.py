@@ -268,7 +268,7 @@ class Lesson:
 
         family = self.teacher
         with torch.no_grad():
-            with common.at_hand(family):
+            with common.at_hand(family), common.cuts_known():
                 cond = family.text(prompts)
             if self.setting.drop_t5 > 0:
                 cond = self.made.without_t5(cond)
@@ -295,7 +295,7 @@ class Lesson:
             facts = {
                 "name": f"{self.teacher.name}-{self.name}",
                 "steps": self.setting.student_steps,
-                "guidance": self.teacher.told,
+                "guidance": self.teacher.embedded_guidance,
                 "sampler": self.sampler,
                 "t5": self.setting.drop_t5 < 1,
             }

@@ -11,13 +11,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fewstep.runtime.tokenizer_file import check, guarded
+from fewstep.text import PromptWarning, clean, unknown_words
 from fewstep.types import UserError
 
-_TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+__all__ = ["PromptWarning", "Tokens", "spell"]
+
+TRAINED = 4096
+"""A vocabulary of so many tokens tells words of its training from others; a smaller one breaks all."""
 
 
-class PromptWarning(UserWarning):
-    """A part of a prompt was left out."""
+MOST_WARNINGS = 5
+"""Of unknown words, from one tokenizer: an evaluation reads hundreds of prompts."""
 
 
 class Tokens:
@@ -35,18 +39,23 @@ class Tokens:
     def __init__(self, path: Path, length: int, warns: bool = True) -> None:
         self.length = length
         self.warns = warns
+        self._warned = 0
         self._where = str(path)
         text = check(path).decode()
         self._tokenizer: Tokenizer = guarded(Tokenizer.from_str, text, where=self._where)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token numbers, int64 ``[B, L]``. What is left out is said in a :class:`PromptWarning`.
+        """Token numbers, int64 ``[B, L]``.
+
+        What is left out, and words that the tokenizer hardly knows, are said in a :class:`PromptWarning`.
 
         Raises:
             UserError: nothing of a prompt can be read.
         """
-        encode = self._tokenizer.encode
-        rows = [guarded(encode, spell(prompt), where=self._where) for prompt in prompts]
+        lines = [spell(prompt) for prompt in prompts]
+        rows = [guarded(self._tokenizer.encode, line, where=self._where) for line in lines]
+        for line in lines if self.warns else ():
+            self._warn_of_unknown(line)
         for row in rows:
             if row.overflowing and self.warns:
                 kept, *cut = [part.special_tokens_mask.count(0) for part in (row, *row.overflowing)]
@@ -55,6 +64,19 @@ class Tokens:
         if tokens.shape != (len(prompts), self.length):
             raise UserError(f"the tokenizer gives {tokens.shape[-1]} tokens a prompt, not {self.length}")
         return tokens
+
+    def _warn_of_unknown(self, line: str) -> None:
+        if self._warned == MOST_WARNINGS or self._tokenizer.get_vocab_size() < TRAINED:
+            return
+        if words := unknown_words(line, self._count):
+            self._warned += 1
+            some = ", ".join(dict.fromkeys(words[:6]))
+            last = "; such words in further prompts are not named" if self._warned == MOST_WARNINGS else ""
+            _warn(f"the model may not know these words: {some} (it has learnt English{last})")
+
+    def _count(self, word: str) -> int:
+        """How many tokens a word is, up to the length of a prompt."""
+        return self._tokenizer.encode(word).special_tokens_mask.count(0)
 
 
 def spell(prompt: str) -> str:
@@ -66,7 +88,7 @@ def spell(prompt: str) -> str:
     Raises:
         UserError: nothing is left of the prompt.
     """
-    prompt = prompt.translate(_TYPED)
+    prompt = clean(prompt)
     if prompt.isascii():
         return prompt
     spelled = [_spell(sign) for sign in prompt]

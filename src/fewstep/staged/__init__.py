@@ -8,7 +8,9 @@ model of them, and ``load`` does it all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from cyclopts import Parameter
@@ -24,6 +26,7 @@ class Wish:
 
     Attributes:
         student: A student to lay over the model: a run folder, a diffusers folder, or a LoRA.
+        lora: A LoRA to add to the model, as FILE or FILE:WEIGHT; several options add several.
         memory: What may be used, such as 8GiB: of the GPU, or of this process on a CPU. [default: no limit]
         bits: Of the net's weights: 32, 16, 8 or 4. [default: what the device is fast in, or what fits]
         tiny_decoder: A folder with a tiny autoencoder (TAESD3) to decode with.
@@ -36,6 +39,7 @@ class Wish:
     """
 
     student: str | None = None
+    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
     memory: str | None = None
     bits: Bits | None = None
     tiny_decoder: str | None = None
@@ -48,7 +52,7 @@ class Wish:
     def named(self) -> list[str]:
         """The options that somebody gave, as the command line names them."""
         plain = Wish(batch=self.batch, image=self.image)
-        names = ("student", "memory", "bits", "tiny_decoder", "size", "device", "compile")
+        names = ("student", "lora", "memory", "bits", "tiny_decoder", "size", "device", "compile")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != getattr(plain, n)]
 
 
@@ -56,6 +60,7 @@ class Wished(TypedDict, total=False):
     """The fields of :class:`Wish`, as keyword arguments."""
 
     student: str | None
+    lora: str | Path | Sequence[str | Path | tuple[str | Path, float]]
     memory: str | None
     bits: Bits | None
     tiny_decoder: str | None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fewstep.families import Family
+from fewstep.families.lora_layers import Updates
+from fewstep.families.weights import Weights
 from fewstep.nets.hoist import hoisted
 from fewstep.staged.again import Again
 from fewstep.staged.bare import bare
@@ -20,9 +22,8 @@ from fewstep.staged.outline import Outline
 from fewstep.staged.parts import Part, Place, Shelf
 from fewstep.staged.plan import Asked, Choice, Plan
 from fewstep.staged.quantize import quantizable
-from fewstep.staged.student import Student
+from fewstep.staged.student import PartUpdates, Student, change_of
 from fewstep.staged.text import OneByOne, Text
-from fewstep.staged.weights import Weights
 from fewstep.types import Model
 
 Opened = Callable[[Outline, str], Weights]
@@ -47,6 +48,7 @@ class Assembly:
         device: where it runs.
         opened: where weights come from.
         compile: the net's blocks, text encoders and decoder.
+        loras: what LoRAs add to its parts.
     """
 
     outline: Outline
@@ -57,6 +59,7 @@ class Assembly:
     device: str
     opened: Opened
     compile: bool
+    loras: PartUpdates = field(default_factory=dict[str, Updates])
 
     @property
     def choice(self) -> Choice:
@@ -109,6 +112,7 @@ class Assembly:
             shift=shift_of(outline, family, self.asked.latents),
             steps=family.steps,
             guidance=family.guidance,
+            embedded_guidance=family.embedded_guidance,
             sampler=family.sampler,
             lift=lambda array: torch.from_numpy(array).to(self.device),
             lower=lambda tensor: tensor.detach().float().cpu().numpy(),
@@ -140,9 +144,8 @@ class Assembly:
         dtype = {32: torch.float32, 16: torch.bfloat16}.get(bits, self.native)
         net = bare(self.outline, "transformer", dtype)
         source = self._source("transformer", net, bits, dtype)
-        if self.student is not None:
-            own = source.weights if self.student.net is None else Weights.open(self.student.net)
-            source = replace(source, weights=own, change=self.student.lora)
+        if self.student is not None and self.student.net is not None:
+            source = replace(source, weights=Weights.open(self.student.net).matched(net))
         if self.outline.kind == "sd3":
             source = replace(source, window=self._cropped(net))
         return net, source
@@ -161,7 +164,9 @@ class Assembly:
         # What a GPU does not compile changes layouts around each norm: less memory, and more time.
         sparing = self.device == "cpu" or self.compile or self.plan.limit is not None
         pixels = part in ("vae", "decoder") and sparing
-        return Source(self.opened(self.outline, part), self.device, dtype, bits, few, pixels=pixels)
+        change = change_of(part, self.student, self.loras)
+        weights = self.opened(self.outline, part).matched(module)
+        return Source(weights, self.device, dtype, bits, few, change, pixels=pixels)
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:
         """Leave of the net's table of positions what the picture needs; what to read of its file."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from fewstep.families import Family
-from fewstep.families.folder import read_facts
+from fewstep.families.folder import name_of, read_facts
+from fewstep.families.schedules import of_scheduler, time_shift
 from fewstep.staged.outline import Outline
 from fewstep.staged.student import Student
 from fewstep.types import UserError
@@ -17,7 +19,7 @@ def family_of(outline: Outline, student: Student | None) -> Family:
     module = importlib.import_module(f"fewstep.families.{outline.kind}")
     parts = outline.parts()
     facts = {} if outline.folder is None else read_facts(outline.folder)
-    name = str(facts.get("name") or (outline.folder.stem if outline.folder else outline.kind))
+    name = str(facts.get("name") or (name_of(outline.folder) if outline.folder else outline.kind))
     told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key, 0) != 0}
     if outline.kind == "sd3":
         told.pop("side", None)
@@ -33,10 +35,10 @@ def family_of(outline: Outline, student: Student | None) -> Family:
 
 
 def _scheduler(scheduler: Any, student: Student) -> Any:
-    changed: dict[str, Any] = {"stochastic_sampling": student.sampler == "renoise"}
-    if student.shift is not None:
-        changed["shift"] = student.shift
-    return type(scheduler).from_config(scheduler.config, **changed)
+    if student.schedule is not None:
+        return student.schedule.scheduler()
+    schedule = of_scheduler(scheduler)
+    return replace(schedule, stochastic_sampling=student.sampler == "renoise").scheduler()
 
 
 def latents_of(size: str | None, outline: Outline, family: Family) -> tuple[int, int]:
@@ -60,8 +62,6 @@ def latents_of(size: str | None, outline: Outline, family: Family) -> tuple[int,
 
 
 def shift_of(outline: Outline, family: Family, latents: tuple[int, int]) -> float:
-    """The shift of the grid; FLUX's follows from the picture's size."""
-    if outline.kind != "flux":
-        return family.shift
+    """The shift of the grid, which may follow from the image's size."""
     tokens = (latents[0] // outline.patch) * (latents[1] // outline.patch)
-    return family.module.time_shift(family.parts["scheduler"].config, tokens)
+    return time_shift(of_scheduler(family.parts["scheduler"]), tokens)

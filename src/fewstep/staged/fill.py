@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.families.weights import Weights, tied
 from fewstep.staged.bare import frozen
 from fewstep.staged.quantize import quantize
-from fewstep.staged.weights import Weights
-from fewstep.types import UserError
 
-Change = Callable[[str, Tensor], Tensor]
-"""``(name, weight) -> weight``: what is done to a weight before it is cast or quantized."""
+Change = Callable[[str, Tensor, torch.dtype], Tensor]
+"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype``."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Source:
     """Where the weights of a net come from, and what becomes of them.
 
     Attributes:
-        weights: its tensors.
+        weights: its tensors, matched to the net (:meth:`fewstep.families.weights.Weights.matched`).
         device: where they go.
         dtype: what they are cast to.
         bits: of the layers ``quantized`` names.
@@ -47,33 +46,30 @@ class Source:
         """Give ``module``, which lies at ``prefix`` in the net, its weights.
 
         Raises:
-            UserError: one is missing, or has another shape.
+            UserError: one is missing.
         """
-        tied: Mapping[str, str] = getattr(module, "_tied_weights_keys", None) or {}
+        copies = tied(module)
         for path, layer in module.named_modules():
-            for name, old in [*layer.named_parameters(recurse=False), *_meta_buffers(layer)]:
+            for name, _ in [*layer.named_parameters(recurse=False), *_meta_buffers(layer)]:
                 at = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-                if at not in tied:
-                    self._set(layer, name, at, old)
+                if at not in copies:
+                    self._set(layer, name, at)
             for name, buffer in layer.named_buffers(recurse=False):
                 layer._buffers[name] = buffer.to(self.device)  # those that are in no file
             if self.bits < 16 and f"{prefix}{path}" in self.quantized:
                 quantize(layer, self.bits, self.device)
-        for target, source in tied.items():
+        for target, source in copies.items():
             layer, _, name = target.rpartition(".")
             module.get_submodule(layer)._parameters[name] = module.get_parameter(source)
 
-    def _set(self, layer: Any, name: str, at: str, old: Tensor) -> None:
+    def _set(self, layer: Any, name: str, at: str) -> None:
         if self.window is not None and at == self.window[0]:
             _, shape, cut = self.window
             tensor = self.weights.window(at, shape, cut).reshape(1, -1, shape[-1])
         else:
             tensor = self.weights.read(at)
-        if tensor.shape != old.shape:
-            what = f"{at} has the shape {tuple(tensor.shape)}, not {tuple(old.shape)}"
-            raise UserError(f"{self.weights.folder} is another net than its configuration says: {what}")
         if self.change is not None:
-            tensor = self.change(at, tensor)
+            tensor = self.change(at, tensor, self.dtype)
         tensor = tensor.to(self.device, self.dtype)
         if self.pixels and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)

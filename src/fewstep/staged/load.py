@@ -21,7 +21,7 @@ from fewstep.staged.process import give_back_at_once, resident
 from fewstep.staged.quantize import check as check_bits
 from fewstep.staged.quantize import lacking
 from fewstep.staged.rehearse import Rehearsal
-from fewstep.staged.student import Student, find
+from fewstep.staged.student import Student, find, loras_of
 from fewstep.types import Model
 
 STARTING = 2**25
@@ -83,10 +83,11 @@ def staged(base: Outline, student: Student | None, wish: Wish, opened: Opened = 
         outline = base.without(base.t5)
     if wish.tiny_decoder is not None:
         outline = with_decoder(outline, Path(wish.tiny_decoder))
+    loras = loras_of(wish.lora, outline)
     family = family_of(outline, student)
     asked = _asked(wish, outline, family, device)
     plan = _plan(outline, family, asked, wish)
-    model = Assembly(outline, family, asked, plan, student, device, opened, wish.compile).model()
+    model = Assembly(outline, family, asked, plan, student, device, opened, wish.compile, loras).model()
     t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
     return Staged(model, plan, plan.told(t5))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,10 @@ class Walker:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
         (made,) = self._modulations([self.velocity.embedded(t, cond.pooled)])
         return self._moved(x_t, t, cond.context, made)
+
+    def with_guidance(self, scale: float) -> Walker:
+        """The same net at another scale of its embedded guidance, which its modulations alone depend on."""
+        return replace(self, velocity=self.velocity.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""

@@ -11,13 +11,12 @@ from typing import Any
 
 from fewstep.families.folder import read_index, read_json, read_part
 from fewstep.families.foreign import check_config, with_defaults
+from fewstep.families.weights import Weights, refuse_quantized
 from fewstep.types import UserError
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NETS = ("transformer", "vae", *ENCODERS)
 """The parts that have weights."""
-
-OVERHEAD = ("quantization_config",)
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
     name = name or str(told.get("_class_name"))
     check_config(told, name, str(folder / "config.json"))
     config = {k: v for k, v in with_defaults(told, name).items() if not k.startswith("_")}
-    if any(key in config for key in OVERHEAD):
-        raise UserError(f"{folder} holds weights that are quantized already: give the model in 16 or 32 bits")
+    refuse_quantized(config, folder)
     return config
 
 
@@ -185,8 +183,6 @@ def _words(outline: Outline, part: str) -> int:
 
 
 def _stored(folder: Path) -> int:
-    from fewstep.staged.weights import Weights
-
     return Weights.open(folder).stored
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.extras import install
 from fewstep.staged.outline import Outline
 from fewstep.types import UserError
 
@@ -42,7 +43,7 @@ def lacking(bits: int, device: str) -> str | None:
     if bits == 4:
         return "a GPU; give --bits 8"
     if importlib.util.find_spec("torchao") is None:
-        return "torchao, which is not installed: pip install 'fewstep[torchao]'"
+        return f"torchao, which is not installed: {install('torchao')}"
     return None
 
 

@@ -7,42 +7,81 @@ to a LoRA beside a quantized weight, which has as large an error of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.families import lora, schedules
 from fewstep.families.folder import FACTS, checked_facts, has_part, read_facts, read_json
-from fewstep.nets.roles import FILE, PREFIX
+from fewstep.families.lora_alpha import FILE, PEFT_FILE
+from fewstep.families.lora_file import read
+from fewstep.families.lora_layers import Shapes, Updates, resolve
+from fewstep.families.lora_layers import shapes_of as shapes_of_net
+from fewstep.families.schedules import Schedule
+from fewstep.source import unfinished
 from fewstep.staged.outline import Outline, checked
-from fewstep.staged.weights import Weights, header
 from fewstep.types import Sampler, UserError
 
-ENDS = (".lora_A.weight", ".lora_B.weight")
+PartUpdates = Mapping[str, Updates]
+"""Part -> layer -> what is added to its weight."""
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank additions to a net's weights, as diffusers and our distillation write them.
+class AddLoras:
+    """What LoRAs do to the weights of one part (:data:`fewstep.staged.fill.Change`).
 
     Attributes:
-        weights: ``transformer.LAYER.lora_A.weight [r, in]`` and ``….lora_B.weight [out, r]``.
-        layers: names of the layers.
+        student: the student's own, rounded to the precision that weights are stored in, as its run merges it.
+        others: laid over that, and rounded to the precision that the net computes in.
     """
 
-    weights: Weights
-    layers: frozenset[str]
+    student: Updates
+    others: Updates
 
-    def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """``W + B A`` in float32, rounded to the precision that ``W [out, in]`` is stored in."""
-        layer = name.removesuffix(".weight")
-        if layer not in self.layers or layer == name:
+    def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``W + sum(scale B A)``."""
+        layer, _, end = name.rpartition(".")
+        if end != "weight":
             return weight
-        a, b = (self.weights.read(f"{PREFIX}{layer}{end}").float() for end in ENDS)
-        return (weight.float() + b @ a).to(weight.dtype)
+        if layer in self.student:
+            weight = lora.added(weight, self.student[layer], weight.dtype)
+        return lora.added(weight, self.others[layer], dtype) if layer in self.others else weight
+
+
+def change_of(part: str, student: Student | None, loras: PartUpdates) -> AddLoras | None:
+    """What is done to the weights of a part, if anything."""
+    own = {} if student is None else student.lora.get(part, {})
+    others = loras.get(part, {})
+    return AddLoras(own, others) if own or others else None
+
+
+def loras_of(given: Sequence[str], base: Outline) -> PartUpdates:
+    """What LoRAs add to a model; what cannot be used of them is warned of.
+
+    Args:
+        given: ``FILE[:WEIGHT]`` of each.
+        base: the model.
+
+    Raises:
+        UserError: one is missing, damaged, another model's, or not followed.
+    """
+    return lora.updates_of(given, base.kind, shapes_of(base)) if given else {}
+
+
+def shapes_of(base: Outline) -> Callable[[str], Shapes | None]:
+    """Part -> the layers that a LoRA may change; ``None`` for a part that the model has not."""
+    from fewstep.staged.bare import bare
+
+    def shapes(part: str) -> Shapes | None:
+        return shapes_of_net(bare(base, part, torch.float32)) if part in base.configs else None
+
+    return cache(shapes)
 
 
 @dataclass(frozen=True)
@@ -54,20 +93,20 @@ class Student:
         steps: that it needs.
         guidance: its scale; ``None`` where it is distilled into the net.
         sampler: how its steps are taken.
-        shift: of its grid; ``None`` is the base's.
+        schedule: its scheduler's; ``None`` is the base's with this sampler.
         t5: whether it hears T5.
         net: folder of its transformer; ``None`` for a LoRA.
-        lora: ``None`` for a net.
+        lora: what a LoRA adds; empty for a net.
     """
 
     name: str
     steps: int
     guidance: float | None
     sampler: Sampler
-    shift: float | None
+    schedule: Schedule | None
     t5: bool
     net: Path | None = None
-    lora: Lora | None = None
+    lora: PartUpdates = field(default_factory=dict[str, Updates])
 
 
 def find(name: str, base: Outline) -> Student:
@@ -84,9 +123,11 @@ def find(name: str, base: Outline) -> Student:
     for folder in (place, place / "model"):
         if (folder / "model_index.json").is_file():
             return _net(folder, base)
-    for file in (place, place / FILE, place / "lora" / FILE):
+    for file in (place, place / FILE, place / PEFT_FILE, place / "lora" / FILE):
         if file.is_file() and file.suffix == ".safetensors":
             return _lora(file, base)
+    if (why := unfinished(place)) is not None:
+        raise UserError(why)
     if place.exists():
         raise UserError(f"--student {name} is no student: neither model_index.json nor {FILE} is in it")
     raise UserError(f"there is no student {name}: give a run folder, a diffusers folder or a LoRA")
@@ -97,7 +138,9 @@ def _net(folder: Path, base: Outline) -> Student:
 
     kind = family_of(folder).__name__.rpartition(".")[2]
     if kind != base.kind:
-        raise UserError(f"student {folder} is a {kind}, and the model a {base.kind}: give its own base")
+        raise UserError(
+            f"student {folder} is of the family {kind}, the model of {base.kind}: give its own base"
+        )
     mine, other = (_shape(c) for c in (base.configs["transformer"], checked(folder / "transformer")))
     unlike = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
     if unlike:
@@ -117,43 +160,33 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
     facts = read_facts(folder)
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = schedules.read(folder / "scheduler")
     clips_alone = base.kind == "sd3" and not has_part(folder, "text_encoder_3")
     return {
         "name": str(facts.get("name") or folder.name),
         "steps": facts["steps"],
         "guidance": facts.get("guidance"),
-        "sampler": "renoise" if scheduler.get("stochastic_sampling") else "euler",
-        "shift": None if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0)),
+        "sampler": "renoise" if schedule.stochastic_sampling else "euler",
+        "schedule": schedule,
         "t5": not clips_alone,
     }
 
 
 def _lora(file: Path, base: Outline) -> Student:
     """A LoRA; how it draws is said beside it, or by the merged student of its run."""
-    entries = header(file)
-    layers = {
-        key.removeprefix(PREFIX).removesuffix(end) for end in ENDS for key in entries if key.endswith(end)
-    }
-    wanted = {f"{PREFIX}{layer}{end}" for layer in layers for end in ENDS}
-    if not layers or wanted != entries.keys():
-        odd = sorted(wanted ^ entries.keys())[:1] or ["no tensor at all"]
-        raise UserError(f"{file} is no LoRA of this program's or diffusers' layout: see {odd[0]}")
-    shapes = linears(base)
-    for layer in sorted(layers):
-        a, b = (entries[f"{PREFIX}{layer}{end}"].shape for end in ENDS)
-        if layer not in shapes:
-            raise UserError(f"{file} is a LoRA of another net: the model has no layer {layer}")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != shapes[layer]:
-            what = f"{layer} is {list(shapes[layer])}, the LoRA {list(b)} times {list(a)}"
-            raise UserError(f"{file} is a LoRA of another shape: {what}")
-    lora = Lora(Weights(file.parent, entries), frozenset(layers))
+    adapter = read(file)
+    found, left = resolve(adapter, base.kind, shapes_of(base))
+    if left:
+        raise UserError(f"{file} is a LoRA of another net: the model has no layer {left[0]}")
+    for note in adapter.notes:
+        warnings.warn(f"{file}: {note}", lora.LoraWarning, stacklevel=2)
+    updates = {part: {at: [update] for at, update in layers.items()} for part, layers in found.items()}
     beside = file.parent / FACTS
     if beside.is_file():
-        return Student(**_told(checked_facts(read_json(beside), beside), beside), lora=lora)
+        return Student(**_told(checked_facts(read_json(beside), beside), beside), lora=updates)
     model = file.parent.parent / "model"
     if (model / "model_index.json").is_file():
-        return Student(**_facts(model, base), lora=lora)
+        return Student(**_facts(model, base), lora=updates)
     raise UserError(f"{file} does not say its steps: {FACTS} is missing beside it")
 
 
@@ -166,18 +199,6 @@ def _told(facts: dict[str, Any], place: Path) -> dict[str, Any]:
         "steps": facts["steps"],
         "guidance": facts.get("guidance"),
         "sampler": sampler,
-        "shift": None,
+        "schedule": None,
         "t5": bool(facts.get("t5", True)),
-    }
-
-
-def linears(base: Outline) -> dict[str, tuple[int, int]]:
-    """Shapes ``(out, in)`` of the linear layers of the base's net."""
-    from fewstep.staged.bare import bare
-
-    net = bare(base, "transformer", torch.float32)
-    return {
-        path: (layer.out_features, layer.in_features)
-        for path, layer in net.named_modules()
-        if isinstance(layer, torch.nn.Linear)
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.families.common import cuts_counted
 from fewstep.files import replacing_file, sweep
 from fewstep.progress import Stage, stage
 from fewstep.train.device import held
@@ -52,7 +53,7 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
     sweep(folder)
     if not all(path.exists() for path in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        with stage("encoding captions") as here:
+        with stage("encoding captions") as here, cuts_counted(len(prompts), "captions"):
             _encode(text, prompts, paths[0], paths[1], here)
     try:
         context, pooled = (np.load(path, mmap_mode="r") for path in paths)

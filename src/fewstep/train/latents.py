@@ -16,6 +16,7 @@ import numpy as np
 from fewstep.data import epochs, shards
 from fewstep.files import replacing_file, sweep
 from fewstep.progress import stage
+from fewstep.text import clean
 from fewstep.train.device import half
 from fewstep.types import Model, UserError
 
@@ -72,7 +73,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
         try:
             with np.load(path) as read:
                 values.append(read["latents"])
-                prompts += [str(p) for p in read["prompts"]]
+                prompts += [clean(str(p)) for p in read["prompts"]]
         except Exception as error:  # a header is read by Python's own parser, which has errors of its own
             raise UserError(f"{path} is broken ({error}); delete it and run again") from error
     return Latents(np.concatenate(values), prompts)

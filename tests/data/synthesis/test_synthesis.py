@@ -233,6 +233,26 @@ def test_a_folder_of_another_plan_is_refused(
     assert line in str(told_.value) and "choose another folder" in str(told_.value)
 
 
+def test_a_teacher_is_known_by_its_weights_whatever_its_folder_is_called(
+    teacher: Family, tmp_path: Path
+) -> None:
+    synthesize(teacher, PROMPTS, plan_of(teacher, weights="abc"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "synthetic-00001.tar").unlink()
+    renamed = replace(teacher, name="elsewhere/tiny")
+    synthesize(renamed, PROMPTS, plan_of(renamed, weights="abc"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for other, line in (("abd", "weights abc there, abd now"), ("", "weights abc there")):
+        with pytest.raises(UserError, match=line):
+            synthesize(renamed, PROMPTS, plan_of(renamed, weights=other), tmp_path)
+
+
+def test_without_a_fingerprint_the_name_tells_teachers_apart(teacher: Family, made: Path) -> None:
+    other = replace(teacher, name="another")
+    with pytest.raises(UserError, match="teacher tiny there, another now"):
+        synthesize(other, PROMPTS, plan_of(other, pictures=True), made)
+
+
 def test_other_captions_are_refused(teacher: Family, made: Path) -> None:
     plan = plan_of(teacher, pictures=True)
     with pytest.raises(UserError, match="not the plan's"):
@@ -342,7 +362,7 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
         rows.append(len(x))
         return model.velocity(x, t, cond)
 
-    plan = plan_of(model, guidance=model.told)
+    plan = plan_of(model, guidance=model.embedded_guidance)
     synthesize(replace(model, velocity=counted), PROMPTS, plan, tmp_path, batch=4)
     assert rows == [3] * 8 + [1] * 4
     read = Synthetic.open(tmp_path)
@@ -358,7 +378,7 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
 
 def test_a_family_that_needs_t5_cannot_leave_it_out(tmp_path: Path) -> None:
     flux.save(flux.assemble(tiny_flux.parts("dev"), name="dev", side=4), tmp_path / "dev")
-    assert load_family(str(tmp_path / "dev")).told == flux.GUIDANCE
+    assert load_family(str(tmp_path / "dev")).embedded_guidance == flux.GUIDANCE
     with pytest.raises(UserError, match="always reads with T5"):
         load_family(str(tmp_path / "dev"), t5=False)
 

@@ -76,6 +76,7 @@ def synthesize(
 
     from fewstep.data.synthesis import plan as plans
     from fewstep.data.synthesis.write import synthesize as write
+    from fewstep.families.common import cuts_counted
     from fewstep.recipes.parts import fingerprint
 
     if threads:
@@ -86,7 +87,7 @@ def synthesize(
     plan = plans.make(
         family,
         lines,
-        guidance=family.told if family.guidance is None else family.guidance,
+        guidance=family.embedded_guidance if family.guidance is None else family.guidance,
         steps=steps or family.steps,
         student_steps=student_steps,
         seed=seed,
@@ -97,7 +98,7 @@ def synthesize(
         per_shard=per_shard,
         pictures=pictures,
     )
-    with stage("making samples") as here:
+    with stage("making samples") as here, cuts_counted(len(lines), "captions"):
         say = told()
 
         def progress(done: int, total: int) -> None:
@@ -162,8 +163,9 @@ def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]
     """``number`` prompts of the file in its order, or of the data set by chance."""
     if path is not None:
         from fewstep.generate import read_prompts
+        from fewstep.text import clean
 
-        lines = [line.strip() for line in read_prompts((), str(path))]
+        lines = [clean(line) for line in read_prompts((), str(path))]
         return [lines[row % len(lines)] for row in range(number)]
     from fewstep.data.texts import prompts_of
     from fewstep.recipes.parts import training_shards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -219,16 +219,25 @@ def read(folder: Path) -> Plan:
         raise UserError(f"{error}; delete the folder and make it again") from None
 
 
-def claim(folder: Path, plan: Plan) -> None:
+def claim(folder: Path, plan: Plan) -> Plan:
     """Write the plan into a folder, or make sure that it is the one there.
+
+    The fingerprint of its weights tells a teacher from others, not its name: folders are renamed.
+
+    Returns:
+        The plan that is in the folder.
 
     Raises:
         UserError: the folder was made by another plan, or cannot be written.
     """
     if not (folder / PLAN).exists():
         write(folder / PLAN, (json.dumps(asdict(plan), indent=2) + "\n").encode())
-        return
-    there, asked = asdict(read(folder)), asdict(plan)
+        return plan
+    before = read(folder)
+    if plan.weights:
+        plan = replace(plan, teacher=before.teacher)
+    there, asked = asdict(before), asdict(plan)
     other = [f"{name} {there[name]} there, {asked[name]} now" for name in asked if there[name] != asked[name]]
     if other:
         raise UserError(f"{folder} was made by another plan ({'; '.join(other)}); choose another folder")
+    return before

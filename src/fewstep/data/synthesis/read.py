@@ -15,6 +15,7 @@ from fewstep.data import epochs
 from fewstep.data.npy import LONGEST_HEAD, from_npy, from_npz
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
+from fewstep.text import decode_caption
 from fewstep.types import Batch, Cond, UserError
 
 KINDS = ("states", "context", "pooled")
@@ -151,7 +152,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                     raise UserError(f"{path}: {key} has no caption (.txt); {again}")
                 if caption.size > LONGEST_CAPTION:
                     raise ValueError(f"{caption.name} has {caption.size} bytes")
-                prompts.append(_bytes(file, caption).decode())
+                prompts.append(decode_caption(_bytes(file, caption), f"{path}: {key}.txt"))
                 places.append([_place(members, f"{key}.{kind}.npy", plan.shape(kind)) for kind in KINDS])
             for kind in KINDS:  # of the first row; the others are as long
                 first = members[f"{plan.rows(shard)[0]:08d}.{kind}.npy"]
@@ -159,7 +160,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
                     from_npy(_bytes(file, first), plan.shape(kind))
                 except ValueError as error:
                     raise ValueError(f"{kind} are {error}") from None
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is cut short or not of this plan ({error}); {again}") from error
 
 
@@ -189,7 +190,7 @@ def _null(folder: Path, plan: Plan) -> Cond:
     try:
         read = from_npz(path, {"context": (1, *plan.context), "pooled": (1, plan.pooled)})
         context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise UserError(
             f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
         ) from error

@@ -17,6 +17,7 @@ from fewstep.data import shards
 from fewstep.data.synthesis import plan as plans
 from fewstep.data.synthesis.plan import NULL, Plan
 from fewstep.files import held, replacing_file
+from fewstep.picture import finite, to_images
 from fewstep.types import Array, Cond, Model, UserError, Velocity
 
 Numpy = np.ndarray[Any, Any]
@@ -69,7 +70,7 @@ def _write(
     progress: Progress,
 ) -> None:
     """Write the shards ``mine`` of ``plan``, but for those that are there."""
-    plans.claim(folder, plan)
+    plan = plans.claim(folder, plan)
     null = teacher.text([""])
     if not (folder / NULL).exists():
         with replacing_file(folder / NULL) as fresh:
@@ -158,17 +159,17 @@ class _Maker:
         return about | {"teacher": plan.teacher, "weights": plan.weights, "times": plan.times}
 
     def _picture(self, latents: Array) -> bytes:
-        from PIL import Image
-
-        pixels = self.teacher.lower(self.teacher.codec.decode(latents))[0]
-        bytes_ = np.rint((pixels.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
         file = io.BytesIO()
-        Image.fromarray(bytes_).save(file, "PNG")
+        to_images(self.teacher.lower(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
         return file.getvalue()
 
 
 def _half(array: Numpy) -> Numpy:
-    return array.astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not finite(half):
+        raise UserError("the teacher's text encoders give NaN, or values too large for half precision")
+    return half
 
 
 def _npy(array: Numpy) -> bytes:

@@ -12,43 +12,10 @@ from typing import Any
 
 from fewstep.deploy import Facts
 from fewstep.families import Family
+from fewstep.families.original_names import Table, layer_table, swapped
 from fewstep.types import UserError
 
-Table = Mapping[str, tuple[str, ...]]
 Tensors = dict[str, Any]
-
-NET: Table = {
-    "pos_embed": ("pos_embed.pos_embed",),
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
-    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
-    "context_embedder": ("context_embedder",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
-BLOCK: Table = {
-    "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block.attn.ln_q": ("attn.norm_q",),
-    "x_block.attn.ln_k": ("attn.norm_k",),
-    "x_block.attn.proj": ("attn.to_out.0",),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block.attn2.ln_q": ("attn2.norm_q",),
-    "x_block.attn2.ln_k": ("attn2.norm_k",),
-    "x_block.attn2.proj": ("attn2.to_out.0",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",),
-    "x_block.mlp.fc2": ("ff.net.2",),
-    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.ln_q": ("attn.norm_added_q",),
-    "context_block.attn.ln_k": ("attn.norm_added_k",),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-    "context_block.mlp.fc2": ("ff_context.net.2",),
-}
-"""One block; the last one has less of the context's half, and only some have ``attn2``."""
 
 RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -65,16 +32,11 @@ def net_tensors(parts: Mapping[str, Any]) -> Tensors:
     """
     import torch
 
-    net = parts["transformer"]
-    last = len(net.transformer_blocks) - 1
-    table = {**NET}
-    for i in range(last + 1):
-        for new, olds in BLOCK.items():
-            table[f"joint_blocks.{i}.{new}"] = tuple(f"transformer_blocks.{i}.{old}" for old in olds)
-    out = renamed(net.state_dict(), table)
-    for place in ("final_layer", f"joint_blocks.{last}.context_block"):
+    state = parts["transformer"].state_dict()
+    out = renamed(state, layer_table("sd3", state))
+    for layer in swapped("sd3", state):
         for end in ("weight", "bias"):
-            key = f"{place}.adaLN_modulation.1.{end}"
+            key = f"{layer}.{end}"
             scale, shift = out[key].chunk(2)  # diffusers' order; Stability's is the other one
             out[key] = torch.cat([shift, scale])
     pooled = "y_embedder.mlp.0.weight"
