@@ -151,7 +151,7 @@ def test_an_index_names_files_in_its_folder_alone(model: Path) -> None:
     index = net / "diffusion_pytorch_model.safetensors.index.json"
     for name in ("../weights.safetensors", str(model / "weights.safetensors")):
         index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
-        with pytest.raises(UserError, match="outside its folder"):
+        with pytest.raises(UserError, match=r"no \.safetensors file beside it"):
             Weights.open(net)
 
 
