@@ -130,8 +130,8 @@ def read_array(path: Path) -> np.ndarray[Any, Any]:
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
+    except Exception as error:  # a header is read by Python's own parser, which has errors of its own
+        raise UserError(f"{path} is damaged ({_lower(str(error))}); delete it and run again") from error
 
 
 def _field(error: msgspec.ValidationError) -> str:

@@ -151,7 +151,7 @@ def test_an_index_names_files_in_its_folder_alone(model: Path) -> None:
     index = net / "diffusion_pytorch_model.safetensors.index.json"
     for name in ("../weights.safetensors", str(model / "weights.safetensors")):
         index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
-        with pytest.raises(UserError, match="no .safetensors file beside it"):
+        with pytest.raises(UserError, match=r"no \.safetensors file beside it"):
             Weights.open(net)
 
 
@@ -185,3 +185,15 @@ def test_facts_of_another_type_are_one_line(model: Path) -> None:
         (model / folder.FACTS).write_text(json.dumps(facts))
         with pytest.raises(UserError, match=r"fewstep\.json"):
             source.load_family(str(model))
+
+
+def test_what_transformers_leaves_out_is_its_default(model: Path) -> None:
+    """It writes what differs from a class's defaults."""
+    from fewstep.staged.outline import checked
+
+    path = model / CLIP
+    told = json.loads(path.read_text())
+    del told["max_position_embeddings"], told["vocab_size"]
+    path.write_text(json.dumps(told))
+    found = checked(model / "text_encoder", "CLIPTextModelWithProjection")
+    assert (found["max_position_embeddings"], found["vocab_size"]) == (77, 49408)

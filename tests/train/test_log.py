@@ -17,7 +17,8 @@ ABOUT: dict[str, Any] = {"recipe": "r", "made_of": {"teacher": "t"}}
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+    text = (folder / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_log_with_figures_that_are_no_numbers_goes_on(tmp_path: Path) -> None:

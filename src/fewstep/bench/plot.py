@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e18)]
 
 @dataclass(frozen=True)
 class _Seconds:
-    whole: Annotated[list[Amount], Meta(min_length=1)]
+    whole: Annotated[list[Annotated[float, Meta(gt=0, le=1e9)]], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
     except UserError as error:
         raise UserError(f"{path} is no results.json of fewstep evaluate ({error})") from None
     found = {row.label: row.figures[name].value for row in rows if name in row.figures}
+    if odd := [label for label, value in found.items() if not math.isfinite(value)]:
+        raise UserError(f"{path} says of {odd[0][:80]} that its {name} is {found[odd[0]]}")
     if not found:
         raise UserError(f"{path} has no figure {name}")
     return found

@@ -88,7 +88,7 @@ class _Object:
 class _Truth:
     """The shape of what we read of a sample's ``.json``; the shards of others have other facts."""
 
-    prompt: str | None = None
+    prompt: Any = None
     objects: list[_Object] | None = None
     ground: str | None = None
 

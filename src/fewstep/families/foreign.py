@@ -22,6 +22,8 @@ MOST_LISTED = 128
 """Of the values in a list."""
 MOST_WIDTH = 2**20
 """Of any other number: widths, sides, words of a vocabulary."""
+LEFT_OUT = ("vocab_size", "max_position_embeddings")
+"""What is read of a text encoder's configuration, whose file need not say it."""
 SPARE = 2**20
 """Weights that a configuration may declare beyond :data:`TIMES` as many as its files hold."""
 TIMES = 2
@@ -210,6 +212,18 @@ def check_config(config: Mapping[str, Any], name: str | None, where: str) -> Non
     """
     if name is not None and name in KNOWN:
         formats.convert(config, KNOWN[name][1], where)
+
+
+def with_defaults(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """A net's configuration with what transformers leaves out where it is the class's default.
+
+    Args:
+        config: as the JSON says.
+        name: of the class.
+    """
+    shape = KNOWN[name][1] if name is not None and name in KNOWN else None
+    told = {key: getattr(shape, key) for key in LEFT_OUT if shape in (_Clip, _T5) and hasattr(shape, key)}
+    return told | dict(config)
 
 
 def longest_prompt(folder: Path) -> float:

@@ -171,7 +171,7 @@ def _check_template(template: _Template, where: str) -> None:
         raise UserError(f"{where} has a template that does not hold the prompt once")
     for piece in (*template.single, *template.pair):
         name = piece.get("SpecialToken", {}).get("id")
-        if name is not None and name not in template.special_tokens:
+        if name is not None and (not isinstance(name, str) or name not in template.special_tokens):
             raise UserError(f"{where} has a template with the unknown token {str(name)[:40]!r}")
     for token in template.special_tokens.values():
         if len(token.ids) != len(token.tokens) or len(token.ids) > MOST_TOKENS:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewstep.families.folder import read_index, read_json, read_part
-from fewstep.families.foreign import check_config
+from fewstep.families.foreign import check_config, with_defaults
 from fewstep.families.weights import Weights, refuse_quantized
 from fewstep.types import UserError
 
@@ -143,8 +143,9 @@ def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
             are quantized already.
     """
     told = read_json(folder / "config.json")
-    check_config(told, name or told.get("_class_name"), str(folder / "config.json"))
-    config = {k: v for k, v in told.items() if not k.startswith("_")}
+    name = name or str(told.get("_class_name"))
+    check_config(told, name, str(folder / "config.json"))
+    config = {k: v for k, v in with_defaults(told, name).items() if not k.startswith("_")}
     refuse_quantized(config, folder)
     return config
 
