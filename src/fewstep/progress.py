@@ -76,8 +76,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """Names the stages of long work and counts what is done, on standard error.
 
-    On a terminal each stage has a bar. Elsewhere a line names a stage when it begins, and another line says
-    every half minute how far it is, also while one long call is running.
+    On a terminal each stage has a bar. Elsewhere a line names a stage that has lasted ten seconds, and another
+    line says every half minute how far it is, also while one long call is running. So short work says nothing,
+    and a refusal is one line.
 
         with Progress() as progress:
             progress("tracing")
@@ -85,13 +86,14 @@ class Progress:
                 progress("calibrating", index, 256)
 
     Args:
-        every: seconds between two lines.
+        first: seconds until a stage is named.
+        every: seconds between two lines of a stage.
         bars: whether a terminal gets bars; they take some time of a core.
-        named: whether a line names each stage when it begins; without, what is done names itself.
     """
 
-    def __init__(self, every: float = EVERY, *, bars: bool = True, named: bool = True) -> None:
-        self._every, self._wanted, self._named = every, bars, named
+    def __init__(self, first: float = FIRST, every: float = EVERY, *, bars: bool = True) -> None:
+        self._first_line, self._every, self._wanted = first, every, bars
+        self._due = 0.0
         self._over = threading.Event()
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
@@ -124,9 +126,7 @@ class Progress:
         if stage != self._stage:
             self._end_stage()
             self._stage, self._began, self._first = stage, time.monotonic(), done
-            self._done, self._total = done, total
-            if self._bars is None and self._named:
-                say(self._line())
+            self._due = self._began + self._first_line
         self._done, self._total = done, total
         if self._bars is not None:
             if stage not in self._tasks:
@@ -139,8 +139,10 @@ class Progress:
             self._bars.update(self._tasks[self._stage], completed=1, total=1)
 
     def _repeat(self, over: threading.Event) -> None:
-        while not over.wait(self._every):
-            if self._stage and not (self._total and self._done >= self._total):
+        while not over.wait(min(1.0, self._first_line, self._every)):
+            running = self._stage and not (self._total and self._done >= self._total)
+            if running and (now := time.monotonic()) >= self._due:
+                self._due = now + self._every
                 say(self._line())
 
     def _line(self) -> str:

@@ -67,6 +67,7 @@ def drawn(family: Family, prompt: str) -> np.ndarray:
     return ((pixels + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt is too long")
 @pytest.mark.parametrize("prompt", [PROMPT, LONG, ""])
 def test_genai_draws_what_the_family_draws(small: Family, folders: dict[int, Path], prompt: str) -> None:
     """The same tokens, noise, grid and guidance; a prompt too long is cut as it is elsewhere."""

@@ -109,7 +109,7 @@ def ablate(
     shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
     place = ["--device", device, "--threads", str(threads)]
     processes = Processes()
-    progress = Progress(named=False)
+    progress = Progress()
 
     def training(folder: Path, own: Sequence[str]) -> Task:
         return partial(trained, processes, folder, [*own, *shared], place, threads)

@@ -74,7 +74,7 @@ class Plan:
     captions: str
     per_shard: Count
     pictures: bool
-    latent: Annotated[tuple[Width, ...], Meta(min_length=3, max_length=3)]
+    latent: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=3)]
     context: tuple[Width, Width]
     pooled: Width
     clip_length: Annotated[int, Meta(ge=0, le=2**20)] | None
