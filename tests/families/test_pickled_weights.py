@@ -50,7 +50,7 @@ def test_a_part_whose_weights_are_a_pickle_is_refused(
     for weights in (folder / part).glob("*.safetensors"):
         weights.unlink()
     (folder / part / name).write_bytes(pickle.dumps(Bomb(canary)))
-    with pytest.raises(UserError, match=f"cannot load .*{part}") as caught:
+    with pytest.raises(UserError, match=f"{part} has no weights: .*pickled") as caught:
         load_family(str(folder))
     assert "\n" not in str(caught.value)
     assert not canary.exists()
