@@ -199,6 +199,14 @@ def test_records_of_several_devices_become_pictures(
     assert "line 1: no record" in capfd.readouterr().err
 
 
+def test_names_that_matplotlib_would_take_for_formulas_are_drawn(tmp_path: Path) -> None:
+    """Halves of characters stand for bytes of a path that are no UTF-8."""
+    told = record("a$\\frac$b\udcff", 0.1, "x$y")
+    (tmp_path / "a.jsonl").write_text(json.dumps(told) + "\n")
+    plot.latency(plot.read([tmp_path / "a.jsonl"]), tmp_path / "l.png")
+    assert (tmp_path / "l.png").stat().st_size > 1000
+
+
 def test_equal_pictures_have_no_noise_and_one_step_off_has_48_dB() -> None:
     picture = np.full((1, 4, 4, 3), 7, np.uint8)
     assert psnr(picture, picture) is None

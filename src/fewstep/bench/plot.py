@@ -194,7 +194,7 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
 def _model(record: Line) -> str:
     """What draws, in a few words."""
     bits = f", {record['bits']} bit" if record.get("bits") else ""
-    return f"{Path(record['model']).name} {record['engine']}{bits}"
+    return _drawable(f"{Path(record['model']).name} {record['engine']}{bits}")
 
 
 def _seconds(record: Line) -> float:
@@ -209,7 +209,12 @@ def _evaluated(record: Line) -> str:
 
 def _device(record: Line) -> str:
     device = record["device"]
-    return f"{device['processor']}, {record.get('threads') or device['cores']} threads"
+    return _drawable(f"{device['processor']}, {record.get('threads') or device['cores']} threads")
+
+
+def _drawable(text: str) -> str:
+    """Text that matplotlib draws as it is: without halves of characters, and with no formulas in it."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _write(figure: Any, path: Path) -> None:
