@@ -76,9 +76,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """Names the stages of long work and counts what is done, on standard error.
 
-    On a terminal each stage has a bar. Elsewhere a line names a stage that has lasted ten seconds, and another
-    line says every half minute how far it is, also while one long call is running. So short work says nothing,
-    and a refusal is one line.
+    On a terminal each stage has a bar. Elsewhere a line names a stage that has lasted ten seconds, and
+    another line says every half minute how far it is, also while one long call is running. So short work
+    says nothing, and a refusal is one line.
 
         with Progress() as progress:
             progress("tracing")

@@ -327,7 +327,7 @@ def single(path: Path) -> None:
         (planned(number=10**12), "number: expected int <="),
         (planned(steps=10**9), "steps: expected int <="),
         (planned(latent=[2**20, 2**20, 2**20]), "samples of more than"),
-        (planned(latent=[4, 8]), "latent: expected array of length >= 3"),
+        (planned(latent=[4, 8]), "not of this plan"),
         (planned(shift=0), "shift: expected float >="),
         (planned(more=1), "more is no entry of a plan"),
         (lambda path: (path.parent / PLAN).unlink(), "make samples there with: fewstep synthesize"),
