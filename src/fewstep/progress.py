@@ -7,8 +7,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fewstep.signals import check
@@ -73,6 +74,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+_running: list[Progress] = []
+"""Those that go on, each within the one before; the last one speaks."""
+
+
 class Progress:
     """Names the stages of long work and counts what is done, on standard error.
 
@@ -101,6 +106,8 @@ class Progress:
         self._done = self._total = 0
 
     def __enter__(self) -> Progress:
+        check()
+        _running.append(self)
         if self._wanted and on_terminal():
             self._bars, self._tasks = _bars(), {}
             self._bars.start()
@@ -110,6 +117,7 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        _running.remove(self)
         if self._bars is not None:
             self._bars.stop()
         else:
@@ -122,7 +130,11 @@ class Progress:
             stage: its name.
             done: how much of it is done; the first value may be what an earlier run did.
             total: of how much; 0 where nobody knows.
+
+        Raises:
+            Stop: the command was asked to end, and a library lost it.
         """
+        check()
         if stage != self._stage:
             self._end_stage()
             self._stage, self._began, self._first = stage, time.monotonic(), done
@@ -141,7 +153,7 @@ class Progress:
     def _repeat(self, over: threading.Event) -> None:
         while not over.wait(min(1.0, self._first_line, self._every)):
             running = self._stage and not (self._total and self._done >= self._total)
-            if running and (now := time.monotonic()) >= self._due:
+            if running and _running[-1:] == [self] and (now := time.monotonic()) >= self._due:
                 self._due = now + self._every
                 say(self._line())
 
@@ -173,52 +185,16 @@ def _bars() -> Any:
     )
 
 
-_stages: list[Stage] = []
-"""Those that go on, each within the one before; the last one is told of."""
-
-
-class Stage:
-    """A stage of long work."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._place = name, ""
-
-    def at(self, done: int, total: int) -> None:
-        """Note how far it is.
-
-        Raises:
-            Stop: the command was asked to end, and a library lost it.
-        """
-        check()
-        self._place = f": {done} of {total}"
-
-    def __str__(self) -> str:
-        return f"{self._name}{self._place}"
-
-
 @contextmanager
-def stage(name: str) -> Generator[Stage]:
-    """Tell what goes on in the block, if it takes long.
+def stage(name: str) -> Generator[Callable[[int, int], None]]:
+    """A stage of long work that has lines, and no bar: what prints lines of its own would break it.
 
     Args:
         name: such as ``loading the teacher``.
+
+    Yields:
+        A function of how much is done, and of how much in all.
     """
-    check()
-    here, end = Stage(name), threading.Event()
-    _stages.append(here)
-    threading.Thread(target=_tell, args=(here, end), daemon=True).start()
-    try:
-        yield here
-    finally:
-        end.set()
-        _stages.remove(here)
-
-
-def _tell(here: Stage, end: threading.Event) -> None:
-    wait = FIRST
-    while not end.wait(wait):
-        wait = EVERY
-        if _stages[-1:] == [here]:
-            say(str(here))
-            if sys.stderr.isatty():
-                return
+    with Progress(FIRST, EVERY, bars=False) as progress:
+        progress(name)
+        yield partial(progress, name)

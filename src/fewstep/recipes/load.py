@@ -112,7 +112,7 @@ def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: 
     with stage("making samples of the teacher") as here:
 
         def progress(done: int, total: int) -> None:
-            here.at(done, total)
+            here(done, total)
             print(f"walks of the teacher {done}/{total}", file=sys.stderr)
 
         synthesize(teacher, prompts, plan, folder, progress=progress)

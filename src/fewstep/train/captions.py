@@ -13,7 +13,7 @@ import numpy as np
 
 from fewstep.families.common import cuts_counted
 from fewstep.files import replacing_file, sweep
-from fewstep.progress import Stage, stage
+from fewstep.progress import stage
 from fewstep.train.device import held
 from fewstep.types import Cond, TextEncoder, UserError
 
@@ -62,7 +62,9 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
     return Encoded(context, pooled)
 
 
-def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Path, here: Stage) -> None:
+def _encode(
+    text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Path, here: Callable[[int, int], None]
+) -> None:
     with replacing_file(context) as one, replacing_file(pooled) as other:
         outs: list[Any] = []
         for start in range(0, len(prompts), CHUNK):
@@ -76,7 +78,7 @@ def _encode(text: TextEncoder, prompts: Sequence[str], context: Path, pooled: Pa
                 ]
             for out, part in zip(outs, parts, strict=True):
                 out[start : start + len(part)] = part
-            here.at(start, len(prompts))
+            here(start, len(prompts))
             print(f"captions {min(start + CHUNK, len(prompts))}/{len(prompts)}", file=sys.stderr)
         for out in outs:
             out.flush()

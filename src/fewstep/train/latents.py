@@ -65,7 +65,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     ):
         made = pool.map(partial(_encode_one, model, size, place), fresh)
         for number, _ in enumerate(made):
-            here.at(number + 1, len(fresh))
+            here(number + 1, len(fresh))
             print(f"latents {number + 1}/{len(fresh)}", file=sys.stderr)
     values: list[Any] = []
     prompts: list[str] = []

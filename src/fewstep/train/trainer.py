@@ -75,7 +75,7 @@ def _loop(run: Run, state: State, log: Log) -> Run:
     watch.recall(log.earlier)
     with _asked_to_stop() as asked, stage(f"{run.name}: training") as here:
         while state.step < run.options.steps:
-            here.at(state.step, run.options.steps)
+            here(state.step, run.options.steps)
             figures = state.advance()
             if run.options.minutes:
                 state.run = run = replace(run, options=clock.settled(run.options, state.step))

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from fewstep.progress import stage
 from fewstep.recipes.parts import Out, at_least_one
 from fewstep.request import threads as counted_threads
+from fewstep.signals import check
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -98,14 +99,8 @@ def synthesize(
         per_shard=per_shard,
         pictures=pictures,
     )
-    with stage("making samples") as here, cuts_counted(len(lines), "captions"):
-        say = told()
-
-        def progress(done: int, total: int) -> None:
-            here.at(done, total)
-            say(done, total)
-
-        write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=progress)
+    with cuts_counted(len(lines), "captions"):
+        write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=told())
     print(out)
 
 
@@ -138,6 +133,7 @@ def told(every: float = 10.0) -> Callable[[int, int], None]:
 
     def say(done: int, total: int) -> None:
         nonlocal last, before
+        check()
         now = time.monotonic()
         if before is None:  # what an earlier run made says nothing of this one's speed
             before = done
