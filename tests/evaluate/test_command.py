@@ -124,7 +124,6 @@ def test_command_line(models: Path, stickers: Path, capsys: pytest.CaptureFixtur
     assert run(typed) == 0
     shown = capsys.readouterr()
     assert shown.out == Path("out/results.md").read_text()
-    assert "teacher@8x2" in shown.err
     first = Path("out/results.json").read_bytes()
     results = json.loads(first)
     assert results["command"].startswith(
@@ -164,9 +163,8 @@ def test_a_setting_that_is_not_for_a_model_is_one_line(
     models: Path, stickers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["evaluate", "student@4x3", "--scenes", "0", "--data", str(stickers), "-o", "out"]) == 2
-    *stages, error = capsys.readouterr().err.splitlines()
+    (error,) = capsys.readouterr().err.splitlines()
     assert "takes no guidance" in error
-    assert stages == ["fewstep: reading the renderings", "fewstep: loading student"]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,10 @@ def test_two_rows_end_to_end_interrupted_and_done_once(
     first.send_signal(signal.SIGINT)  # to this process alone, as `timeout --foreground` sends it
     _, said = first.communicate(timeout=60)
     assert first.returncode == 130
-    assert said.splitlines() == ["fewstep: warm.4", "fewstep: interrupted"]
+    lines = [
+        line for line in said.splitlines() if " so far" not in line
+    ]  # what a slow machine says meanwhile
+    assert lines == ["fewstep: warm.4", "fewstep: interrupted"]
     (saved,) = (int(path.name) for path in (out / "warm.4/checkpoints").glob("[0-9]*"))
     assert 20 <= saved < 150
     spent = json.loads((out / "warm.4/spent.json").read_text())

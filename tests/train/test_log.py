@@ -29,6 +29,7 @@ def test_a_log_with_figures_that_are_no_numbers_goes_on(tmp_path: Path) -> None:
     log.close()
     assert [line["step"] for line in log.earlier] == [1, 2] == [line["step"] for line in lines(tmp_path)]
     assert math.isnan(lines(tmp_path)[0]["loss"])
+    assert [type(line["step"]) for line in lines(tmp_path)] == [int, int]  # the file says what it said
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"step": "1"}', '{"loss": [1]}', "\0" * 9, "[" * 10**5])

@@ -122,8 +122,8 @@ def test_a_stop_at_the_start_is_neither_a_traceback_nor_an_error(
     time.sleep(wait)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    if process.returncode == 2:  # a quick machine: it has ended already, for want of data
-        assert "no .tar shards" in said
+    if "no .tar shards" in said:  # a quick machine: it ended, for want of data, before it was told to
+        assert process.returncode in (2, -number)
     else:
         assert (process.returncode, said) == (status, f"fewstep: {word}\n")
     assert not list(tmp_path.iterdir())

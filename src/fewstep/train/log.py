@@ -122,7 +122,7 @@ def _until(path: Path, step: int) -> list[dict[str, float]]:
         return []
     lines = formats.read_bytes(path, MOST_BYTES).split(b"\n")[:-1]  # behind the last end is what was cut off
     told: list[dict[str, float]] = [
-        formats.parse(line, dict[str, float], f"{path}, line {number},", python=True)
+        formats.parse(line, dict[str, int | float], f"{path}, line {number},", python=True)
         for number, line in enumerate(lines, 1)
     ]
     kept = [line for line in told if line.get("step", math.inf) <= step]
