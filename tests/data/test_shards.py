@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import tarfile
 from pathlib import Path
 
@@ -293,6 +294,20 @@ def test_fewer_images_leave_no_shard_of_the_earlier_ones(tmp_path: Path) -> None
     for name in ("b.png", "b.txt"):
         (source / name).unlink()
     assert shards.write_folder(source, out, 16, 1) == shards.find(out)
+
+
+def test_a_full_disk_is_said_of_the_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a limit on the size of files, which the system enforces as it does a disk's."""
+    source, out = photos(tmp_path / "photos", "a.png"), tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        status = cli.run(["data", "folder", str(source), "-o", str(out), "--size", "64"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert f"cannot write {out / 'photos-00000.tar'}: File too large" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["photos.made-of"]
 
 
 @pytest.mark.parametrize(
