@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -304,3 +306,12 @@ def test_a_name_of_many_bytes_can_be_written(tmp_path: Path) -> None:
         fresh.write_bytes(b"y")
     with pytest.raises(UserError, match="cannot write"):
         files.write(tmp_path / f"{'字' * 90}.png", b"x")
+
+
+@pytest.mark.parametrize("replacing", [files.replacing_file, files.replacing_folder])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_full_disk_is_said_of_the_target(tmp_path: Path, replacing: Any, named: bool) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(OSError) as caught, replacing(target) as fresh:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(fresh)] if named else []))
+    assert caught.value.filename == str(target) and not target.exists()

@@ -15,7 +15,6 @@ status  meaning
 
 from __future__ import annotations
 
-import errno
 import gc
 import io
 import os
@@ -25,12 +24,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from fewstep import signals
+from fewstep.files import FULL
 from fewstep.progress import say
 
 if TYPE_CHECKING:
     from cyclopts import App
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 COMMANDS = {
     "generate": ("fewstep.generate:generate", "Draw pictures of prompts."),
     "show": ("fewstep.show:show", "Print how a picture was made."),

@@ -19,6 +19,8 @@ from typing import Any
 
 from fewstep.types import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that takes no more."""
 LOCK = ".lock"
 """The lock of a folder, and of a part."""
 _PART = re.compile(r"\.(.+\.)?[0-9a-f-]{8,}\.part(\.tar)?")
@@ -217,6 +219,11 @@ def _part(target: Path) -> Generator[Path]:
     with lock:
         try:
             yield part
+        except OSError as error:
+            # What writes into an open file says no name, and that of a part says nothing to anybody.
+            if error.errno in FULL and (error.filename is None or str(part) in str(error.filename)):
+                error.filename = str(target)
+            raise
         finally:
             _remove(part)
 

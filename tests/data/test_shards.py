@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fewstep import cli
-from fewstep.data import shards
+from fewstep.data import shards, stickers
 from fewstep.data.compose import Composer
 from fewstep.data.concepts import Concept, held_out, held_out_scene
 from fewstep.data.render import Renderings
@@ -248,6 +249,77 @@ def test_folders_of_one_name_keep_their_shards_apart(tmp_path: Path, again: bool
     expected = ["a new caption", "b.png", "another"] if again else ["a.png", "b.png", "c.png"]
     assert sorted(prompts(shards.find(out))) == sorted([*expected, "d.png"])
     assert (out / "photos-00000.tar").exists() and (out / "photos-2-00000.tar").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 100_000])
+def test_shards_that_we_did_not_make_are_neither_removed_nor_taken_for_ours(
+    tmp_path: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = photos(tmp_path / "photos", "a.png"), tmp_path / "out"
+    out.mkdir()
+    other = out / f"photos-{number:05d}.tar"
+    other.write_bytes(b"of somebody else")
+    [made] = shards.write_folder(source, out, 16, 10)
+    assert other.name in capsys.readouterr().err
+    (source / "a.txt").write_text("a new caption")
+    assert shards.write_folder(source, out, 16, 10) == [made]
+    assert other.read_bytes() == b"of somebody else" and prompts([made]) == ["a new caption"]
+    full = tmp_path / "full"
+    full.mkdir()
+    for name in (other.name, made.name):
+        (full / name).write_bytes(b"of somebody else")
+    assert cli.run(["data", "folder", str(source), "-o", str(full), "--size", "16"]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert [path.read_bytes() for path in full.iterdir()] == [b"of somebody else"] * 2
+
+
+def test_a_shard_put_beside_ours_is_neither_removed_nor_taken_for_ours(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "photos", "a.png", "b.png", "c.png"), tmp_path / "out"
+    whole = shards.write_folder(source, out, 16, 1)
+    other = out / "photos-00003.tar"
+    other.write_bytes(b"of somebody else")
+    assert shards.write_folder(source, out, 16, 1) == whole  # nothing is in the way
+    (source / "c.txt").write_text("a new caption")
+    assert prompts(shards.write_folder(source, out, 16, 1)) == ["a.png", "b.png", "a new caption"]
+    photos(source, "d.png")
+    with pytest.raises(UserError, match=r"photos-00003\.tar was made by something else"):
+        shards.write_folder(source, out, 16, 1)
+    assert other.read_bytes() == b"of somebody else"
+    assert prompts(whole) == ["a.png", "b.png", "a new caption"]
+
+
+def test_fewer_images_leave_no_shard_of_the_earlier_ones(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    shards.write_folder(source, out, 16, 1)
+    for name in ("b.png", "b.txt"):
+        (source / name).unlink()
+    assert shards.write_folder(source, out, 16, 1) == shards.find(out)
+
+
+def test_a_full_disk_is_said_of_the_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a limit on the size of files, which the system enforces as it does a disk's."""
+    source, out = photos(tmp_path / "photos", "a.png"), tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        status = cli.run(["data", "folder", str(source), "-o", str(out), "--size", "64"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert f"cannot write {out / 'photos-00000.tar'}: File too large" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["photos.made-of"]
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENCES.md", "renderings-128.npy", "train/train-00000.tar", "heldout/heldout-00000.tar"]
+)
+def test_stickers_take_nothing_of_others_for_theirs(tmp_path: Path, name: str) -> None:
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_bytes(b"of somebody else")
+    with pytest.raises(UserError, match="was not made by fewstep data stickers"):
+        stickers.build(tmp_path, size=128, pictures=1, scenes=0, seed=0, workers=1, progress=lambda *_: None)
+    assert other.read_bytes() == b"of somebody else" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(("name", "shard"), [(".photos", "photos"), ("..photos", "photos"), (".", "here")])

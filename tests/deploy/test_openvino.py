@@ -392,6 +392,22 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         ir.save(graph, tmp_path / "g.xml", half=False)
 
 
+def test_a_disk_without_room_to_unpack_a_graph_is_no_damaged_graph(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(64, 64).eval()
+    path = tmp_path / "g.onnx"
+    graphs.write_graph(graphs.trace(graphs.Part(layer, {"input": torch.zeros(2, 64)}, ("y",))), path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="is the disk full"), ir.folded(path, tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be unpacked by onnxruntime"), ir.folded(path, tmp_path):
+        pass
+
+
 def convert(source: str, out: Path, *words: str) -> int:
     return run(["export", source, "--to", "openvino", *words, "-o", str(out)])
 

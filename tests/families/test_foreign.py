@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import tiny
 from fewstep import source
 from fewstep.cli import run
 from fewstep.families import folder, sd3
-from fewstep.families.foreign import KNOWN
+from fewstep.families.foreign import KNOWN, PARTS, check_class, is_plain
 from fewstep.types import UserError
 
 
@@ -134,6 +136,122 @@ def test_an_entry_that_names_no_class_is_one_line(model: Path, entry: Any) -> No
     edit(model / "model_index.json", vae=entry)
     with pytest.raises(UserError):
         source.load_family(str(model))
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module ``evil`` that can be imported, and the file that it writes then."""
+    written = tmp_path / "canary"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/evil.py").write_text(
+        f"open({str(written)!r}, 'w').close()\nclass SD3Transformer2DModel: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    return written
+
+
+LIBRARIES = ("evil", "", ".", "os", "fewstep", "diffusers.models", "transformers\0", "..evil")
+ALL_PARTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_3",
+    "tokenizer",
+    "scheduler",
+    "image_encoder",
+)
+
+
+@pytest.mark.parametrize("part", ALL_PARTS)
+def test_no_reader_imports_a_library_that_a_folder_names(
+    model: Path, tmp_path: Path, canary: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    from fewstep.bench.worker import Stock
+
+    for library in LIBRARIES:
+        for name in ("SD3Transformer2DModel", ""):
+            edit(model / "model_index.json", **{part: [library, name]})
+            assert run(["generate", "a cat", "--model", str(model), "-o", str(tmp_path / "x.png")]) == 2
+            last = capsys.readouterr().err.strip().splitlines()[-1]
+            assert last.startswith("fewstep: ") and "model_index.json" in last
+            for reader in (
+                lambda: source.load_family(str(model)),
+                lambda: Stock(str(model), 1, 0, "float32", {}),
+            ):
+                with pytest.raises(UserError, match=r"model_index\.json"):
+                    reader()
+    assert not canary.exists() and not (tmp_path / "x.png").exists()
+
+
+def test_no_outline_makes_a_net_of_another_library(canary: Path) -> None:
+    from fewstep.staged.bare import made
+    from fewstep.staged.outline import SD35_MEDIUM
+
+    for library in LIBRARIES:
+        named = {**SD35_MEDIUM.classes, "transformer": (library, "SD3Transformer2DModel")}
+        with pytest.raises(UserError, match="only diffusers and transformers"):
+            made(replace(SD35_MEDIUM, classes=named), "transformer")
+    assert not canary.exists()
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"_class_name": "FluxPipeline"},
+    {"_class_name": "StableDiffusion3PAGPipeline"},
+    {"_class_name": "StableDiffusion3PAGImg2ImgPipeline"},
+    {"_class_name": "StableDiffusion3ControlNetPipeline"},
+    {"_class_name": "StableDiffusion3ControlNetInpaintingPipeline"},
+    {"_class_name": "StableDiffusion3"},
+    {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+    {"text_encoder": ["transformers", "CLIPTextModel"]},
+    {"text_encoder_2": ["transformers", "T5EncoderModel"]},
+    {"text_encoder_3": ["transformers", "CLIPTextModelWithProjection"]},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS)
+def test_another_pipelines_classes_are_refused_by_name(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    edit(model / "model_index.json", **changes)
+    assert run(["generate", "a cat", "--model", str(model), "-o", str(tmp_path / "x.png")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    value = next(iter(changes.values()))
+    assert (value if isinstance(value, str) else value[1]) in line or "FluxPipeline" in line
+    with pytest.raises(UserError):
+        source.load_family(str(model))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "part", "name"),
+    [
+        ("FluxPipeline", "transformer", "SD3Transformer2DModel"),
+        ("FluxPipeline", "text_encoder", "CLIPTextModelWithProjection"),
+        ("FluxPipeline", "text_encoder_2", "CLIPTextModel"),
+        ("StableDiffusion3Pipeline", "transformer", "FluxTransformer2DModel"),
+        ("StableDiffusion3Pipeline", "text_encoder_3", "CLIPTextModel"),
+    ],
+)
+def test_each_family_has_its_own_classes(pipeline: str, part: str, name: str) -> None:
+    library = "diffusers" if part == "transformer" else "transformers"
+    with pytest.raises(UserError, match=f"{name} for {part} of a {pipeline}"):
+        check_class((library, name), part, "index", pipeline)
+    check_class((library, PARTS[pipeline][part][0]), part, "index", pipeline)
+
+
+def test_pipelines_with_more_in_them_are_not_plain() -> None:
+    import diffusers
+
+    names = [name for name in dir(diffusers) if name.endswith("Pipeline")]
+    for stem in ("StableDiffusion3", "Flux"):
+        same = {name for name in names if is_plain(name, f"{stem}Pipeline")}
+        assert same == {f"{stem}Pipeline", f"{stem}Img2ImgPipeline", f"{stem}InpaintPipeline"}
+
+
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_pipelines_that_draw_the_same_of_a_text_are_read(model: Path, kind: str) -> None:
+    edit(model / "model_index.json", _class_name=f"StableDiffusion3{kind}Pipeline")
+    assert source.load_family(str(model)).kind == "sd3"
 
 
 def test_weights_of_another_shape_are_not_made_up(model: Path) -> None:

@@ -150,6 +150,11 @@ def _quanto(tensors: Tensors) -> None:
     tensors[f"{QUERY}.weight._scale"] = torch.ones(16, 1)
 
 
+def _described(**fields: Any) -> Callable[[Tensors], None]:
+    text = json.dumps({"format": "float8_e4m3fn", **fields}).encode()
+    return put(f"{QUERY}.comfy_quant", torch.tensor(list(text), dtype=torch.uint8))
+
+
 REFUSED: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "whole numbers": (NET, _whole_numbers, "I8"),
     "a scale a block": (NET, _blocks, "layout"),
@@ -157,6 +162,9 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "an inverse scale": (NET, _inverse, "weight_scale_inv"),
     "a scale of floats": (NET, put(f"{QUERY}.weight_scale", torch.tensor(2.0)), "F32"),
     "zero points": (NET, put(f"{QUERY}.weight_zero_point", torch.zeros(16)), "zero_point"),
+    "a mark of scales that are not there": (NET, put("scaled_fp8", torch.empty(2)), "no scale"),
+    "a field that is not known": (NET, _described(group_size=32), "group_size"),
+    "a rotation": (NET, _described(convrot=True), "convrot"),
     "quanto": (NET, _quanto, r"weight\._data"),
     "a LoRA": (NET, put(f"{QUERY}.lora_A.weight", torch.ones(2, 16)), "LoRA in a file"),
     "a block more": (NET, put("transformer_blocks.7.attn.to_q.weight", torch.ones(16, 16)), "blocks.7"),

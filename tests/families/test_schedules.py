@@ -198,3 +198,24 @@ def test_a_file_is_called_without_its_suffix(tmp_path: Path) -> None:
     assert (
         name_of(hub) == name_of(Path("stabilityai/stable-diffusion-3.5-medium")) == hub.parents[1].name[21:]
     )
+
+
+def test_a_setting_that_is_listed_as_a_default_is_the_classes_default(tmp_path: Path) -> None:
+    import diffusers
+
+    from fewstep.families import schedules
+
+    told = {"_class_name": EULER, "shift": 3.0, "invert_sigmas": True, "base_shift": 0.25}
+    for unset in ([], ["shift"], ["shift", "invert_sigmas"], ["invert_sigmas", "base_shift"]):
+        config = {**told, "_use_default_values": unset}
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+        if "invert_sigmas" not in unset:
+            with pytest.raises(UserError, match="invert_sigmas"):
+                schedules.read(tmp_path)
+            continue
+        stock = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path).config
+        ours = schedules.read(tmp_path)
+        assert (ours.shift, ours.base_shift) == (stock.shift, stock.base_shift)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**told, "_use_default_values": "shift"}))
+    with pytest.raises(UserError, match="_use_default_values"):
+        schedules.read(tmp_path)

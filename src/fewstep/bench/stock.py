@@ -102,8 +102,11 @@ def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
     import torch
     from diffusers import StableDiffusion3Pipeline
 
+    from fewstep.families import sd3
+    from fewstep.families.folder import read_index
     from fewstep.sample import noises
 
+    read_index(Path(folder), sd3.PIPELINE, sd3.REQUIRED)  # diffusers imports any library that it names
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config

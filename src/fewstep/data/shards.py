@@ -252,10 +252,12 @@ class _Made:
     Attributes:
         source: the folder, without links in its path.
         digest: tells its images and captions, and how they were written, from others.
+        shards: how many there are: ``NAME-00000.tar`` and so on. Any more of that name are somebody else's.
     """
 
     source: str
     digest: str
+    shards: int
 
 
 def write_folder(
@@ -267,14 +269,16 @@ def write_folder(
 ) -> list[Path]:
     """Shards of a folder of images, each with a caption of the same name in a ``.txt`` beside it.
 
-    They are called ``SOURCE-00000.tar`` and so on by the source's name, without leading dots. Where another
-    folder of that name has its shards in ``folder``, a short hash of the source's place is added.
+    They are called ``SOURCE-00000.tar`` and so on by the source's name, without leading dots. Where somebody
+    else has shards of that name in ``folder``, a short hash of the source's place is added.
 
     Raises:
-        UserError: there is no image, a caption is missing or empty, or an image is broken.
+        UserError: there is no image, a caption is missing or empty, an image is broken, or both names are
+            somebody else's.
     """
     pairs = _pairs(source)
-    name = _claim(folder, source, _digest(pairs, size, per_shard))
+    made = _Made(os.path.realpath(source), _digest(pairs, size, per_shard), -(-len(pairs) // per_shard))
+    name = _claim(folder, source, made)
     paths: list[Path] = []
     for number, start in enumerate(range(0, len(pairs), per_shard)):
         paths.append(folder / f"{name}-{number:05d}.tar")
@@ -327,14 +331,15 @@ def _digest(pairs: Sequence[_Pair], size: int, per_shard: int) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _claim(folder: Path, source: Path, digest: str) -> str:
+def _claim(folder: Path, source: Path, made: _Made) -> str:
     """What the shards of ``source`` are called. Those that it has there are kept if made of the same.
 
+    Only shards that a note says to be of this source are removed; any other of a name is somebody else's.
+
     Raises:
-        UserError: nothing tells whose the shards of its name are.
+        UserError: both names that the shards can have are somebody else's, or one of more shards than before.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = _Made(os.path.realpath(source), digest)
     base = Path(os.path.abspath(source)).name.lstrip(".") or "images"
     place = hashlib.sha256(os.fsencode(made.source)).hexdigest()[:8]
     for name in (base, f"{base}-{place}"):
@@ -343,13 +348,31 @@ def _claim(folder: Path, source: Path, digest: str) -> str:
         if there is not None and there.source != made.source:
             print(f"fewstep: {name}-*.tar in {folder} are of {there.source}, and are kept", file=sys.stderr)
             continue
+        ours, others = _shards_of(folder, name, there)
+        if others and there is None:
+            text = f"{others[0].name} in {folder} was made by something else, and is kept"
+            print(f"fewstep: {text}", file=sys.stderr)
+            continue
+        if taken := [path for path in others if _number(path) < made.shards]:
+            raise UserError(f"{taken[0]} was made by something else; move it, or choose another folder")
         if there != made:
-            for stale in folder.iterdir():
-                if re.fullmatch(rf"{re.escape(name)}-\d{{5,}}\.tar", stale.name):
-                    stale.unlink()
+            for stale in ours:
+                stale.unlink()
             write_file(note, json.dumps(vars(made)).encode())
         return name
-    raise UserError(f"{folder} holds shards of two other folders named {base}; choose another folder")
+    raise UserError(f"{folder} holds shards named {base} that are not of {source}; choose another folder")
+
+
+def _shards_of(folder: Path, name: str, made: _Made | None) -> tuple[list[Path], list[Path]]:
+    """The shards called ``name`` that a note tells of, and all others of that name."""
+    known = {f"{name}-{number:05d}.tar" for number in range(made.shards if made else 0)}
+    found = [p for p in folder.iterdir() if re.fullmatch(rf"{re.escape(name)}-\d{{5,}}\.tar", p.name)]
+    found.sort()
+    return [p for p in found if p.name in known], [p for p in found if p.name not in known]
+
+
+def _number(shard: Path) -> int:
+    return int(shard.stem.rpartition("-")[2])
 
 
 def _read_note(note: Path, made: _Made) -> _Made | None:

@@ -77,9 +77,16 @@ def build(
 
 
 def _claim(folder: Path, options: dict[str, Any]) -> None:
-    """Refuse to mix two data sets in one folder."""
+    """Refuse to mix two data sets in one folder, or ours with what somebody else has there."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "stickers.json"
+    names = ("LICENCES.md", "renderings-*", "train/train-*.tar", "heldout/heldout-*.tar")
+    others = [path for name in names for path in folder.glob(name)]
+    if others and not note.exists():
+        raise UserError(
+            f"{others[0]} was not made by fewstep data stickers (there is no {note.name}); "
+            "choose another folder with -o"
+        )
     if note.exists() and (there := sources.read_json(note, dict[str, Any])) != options:
         changed = ", ".join(k for k in options if there.get(k) != options[k])
         raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")

@@ -67,14 +67,15 @@ def family_of(folder: Path) -> ModuleType:
     Raises:
         UserError: not a diffusers folder, or a pipeline of no family here.
     """
-    from fewstep.families.folder import plain, read_pipeline
+    from fewstep.families.folder import read_pipeline
+    from fewstep.families.foreign import is_plain
 
     kind, _ = read_pipeline(folder)
     known: list[str] = []
     for found in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{found.name}")  # light: networks load in functions
         pipeline = getattr(module, "PIPELINE", None)
-        if pipeline and kind.startswith(pipeline):
+        if pipeline and is_plain(kind, pipeline):
             return module
-        known += [plain(pipeline)] if pipeline else []
+        known += [pipeline] if pipeline else []
     raise UserError(f"{folder} holds a {kind}; what can be read is a {' or a '.join(known)}")

@@ -31,7 +31,7 @@ from fewstep.request import whole
 from fewstep.types import Array, Cond, UserError
 
 PIPELINE = "FluxPipeline"
-"""The pipeline class whose folders this family reads: the nets of Fill, Control and FLUX.2 are others."""
+"""The plain pipeline class of the family."""
 
 REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 GUIDANCE = 3.5

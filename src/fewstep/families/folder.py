@@ -11,7 +11,14 @@ from typing import Any
 
 from fewstep import formats
 from fewstep.families import schedules, weights
-from fewstep.families.foreign import check_class, check_config, check_tokenizer, check_weights
+from fewstep.families.foreign import (
+    check_class,
+    check_config,
+    check_tokenizer,
+    check_weights,
+    class_of,
+    is_plain,
+)
 from fewstep.files import replacing_folder
 from fewstep.request import MANY, real, whole
 from fewstep.types import UserError
@@ -118,28 +125,30 @@ def has_part(folder: Path, part: str) -> bool:
     return isinstance(entry, list) and all(entry) and len(entry) == 2
 
 
-def plain(pipeline: str) -> str:
-    """The class of a family's plain pipeline, from how its classes are named."""
-    return f"{pipeline.removesuffix('Pipeline')}Pipeline"
-
-
 def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The parts that ``model_index.json`` names: ``{part: (library, class)}``, absent ones left out.
 
     Args:
         folder: a folder in diffusers' layout.
-        pipeline: what the name of its pipeline class must begin with.
+        pipeline: its family's plain pipeline.
         required: parts that must be there.
 
     Raises:
-        UserError: not a diffusers folder, another pipeline's, or an incomplete one.
+        UserError: not a diffusers folder, another pipeline's, an incomplete one, or a class in it cannot be
+            its part.
     """
     kind, index = read_pipeline(folder)
-    if not kind.startswith(pipeline):
-        raise UserError(f"{folder} holds a {kind}, but a {plain(pipeline)} is needed")
-    named = {part: entry for part, entry in index.items() if isinstance(entry, list) and any(entry)}
+    if not is_plain(kind, pipeline):
+        raise UserError(f"{folder} holds a {kind}, but a {pipeline} is needed")
+    named: dict[str, Any] = {}
+    for part, entry in index.items():
+        items: list[Any] = entry if isinstance(entry, list) else []
+        if any(item is not None for item in items):
+            named[part] = items
     where = str(folder / "model_index.json")
     parts: dict[str, tuple[str, str]] = formats.convert(named, dict[str, tuple[str, str]], where)
+    for part, entry in parts.items():
+        check_class(entry, part, where, pipeline)
     missing = [part for part in required if part not in parts]
     missing += [part for part in parts if part not in missing and not (folder / part).is_dir()]
     if missing:
@@ -180,7 +189,7 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
     where = folder / part
     if part == "scheduler":
         return schedules.read(where, name).scheduler()
-    kind = _class_of(folder, part, entry)
+    kind = class_of(entry, part, str(folder / "model_index.json"))
     if hasattr(kind, "vocab_files_names"):
         _check_vocabulary(where, kind.vocab_files_names)
         check_tokenizer(where)
@@ -197,29 +206,6 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"cannot load {where}: {first_line(error)}") from error
-
-
-def _class_of(folder: Path, part: str, entry: tuple[str, str]) -> Any:
-    """The class of a part.
-
-    Raises:
-        UserError: there is none of that name, or it cannot be that part.
-    """
-    library, name = entry
-    if library not in ("diffusers", "transformers"):
-        raise UserError(
-            f"{folder} names a class of {library} for {part}: only diffusers and transformers are known"
-        )
-    try:
-        kind = getattr(importlib.import_module(library), name, None)
-    except Exception:  # one of the library's modules that needs what is not installed
-        kind = None
-    if kind is None:
-        raise UserError(
-            f"{folder} names {library}.{name[:80]} for {part}, which the installed {library} does not have"
-        )
-    check_class(kind, name, part, str(folder / "model_index.json"))
-    return kind
 
 
 def _stored(folder: Path) -> int:

@@ -7,6 +7,7 @@ limits.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,27 +179,97 @@ KNOWN: Mapping[str, tuple[str, type]] = {
 """Class of a net -> the part of a model that it can be, and the shape of its configuration."""
 
 
-def check_class(kind: Any, name: str, part: str, where: str) -> None:
-    """Refuse what cannot be that part of a model: the libraries have hundreds of classes, and functions too.
+LIBRARIES = ("diffusers", "transformers")
+"""The only modules that are imported because a file names them: importing another would run its code."""
+
+_VAES = ("AutoencoderKL", "AutoencoderTiny")
+PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "StableDiffusion3Pipeline": {
+        "transformer": ("SD3Transformer2DModel",),
+        "vae": _VAES,
+        "text_encoder": ("CLIPTextModelWithProjection",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "text_encoder_3": ("T5EncoderModel",),
+    },
+    "FluxPipeline": {
+        "transformer": ("FluxTransformer2DModel",),
+        "vae": _VAES,
+        "text_encoder": ("CLIPTextModel",),
+        "text_encoder_2": ("T5EncoderModel",),
+    },
+}
+"""Plain pipeline of a family -> the classes that its nets can be."""
+
+
+def is_plain(kind: str, pipeline: str) -> bool:
+    """Whether a pipeline class makes the same images of a text as the plain pipeline of a family.
+
+    Those that begin with an image or a mask share all parts and the sampling; any other has more in it.
 
     Args:
-        kind: what the library has under that name.
-        name: of the class.
+        kind: name of the class.
+        pipeline: name of the plain one.
+    """
+    stem = pipeline.removesuffix("Pipeline")
+    return kind in (pipeline, f"{stem}Img2ImgPipeline", f"{stem}InpaintPipeline")
+
+
+def check_class(entry: tuple[str, str], part: str, where: str, pipeline: str | None = None) -> None:
+    """Refuse a class that cannot be that part of a model, by its name alone: nothing is imported.
+
+    Args:
+        entry: library and class, as the index says.
         part: by its diffusers name, such as ``text_encoder_2``.
+        where: of the index, for errors.
+        pipeline: the family's plain pipeline; ``None`` where the family is not known.
+
+    Raises:
+        UserError: it cannot, or its library is another than :data:`LIBRARIES`.
+    """
+    library, name = entry
+    if library not in LIBRARIES:
+        raise UserError(
+            f"{where} names a class of {library[:80] or 'no library'} for {part}: "
+            "only diffusers and transformers are known"
+        )
+    stem = part.rstrip("_123")
+    known = PARTS.get(pipeline or "", {})
+    if part in known:
+        fits = name in known[part]
+    elif stem in {kind for kind, _ in KNOWN.values()}:
+        fits = KNOWN.get(name, ("",))[0] == stem
+    else:  # a tokenizer or a scheduler, or what is never loaded
+        fits = name.isidentifier()
+    if not fits:
+        of = f" of a {pipeline}" if pipeline else ""
+        raise UserError(f"{where} names {name[:80] or 'no class'} for {part}{of}, which cannot be one")
+
+
+def class_of(entry: tuple[str, str], part: str, where: str) -> Any:
+    """The class of a part: the one place where a library is imported because a file names it.
+
+    Args:
+        entry: library and class, as the index says.
+        part: by its diffusers name.
         where: of the index, for errors.
 
     Raises:
-        UserError: it cannot.
+        UserError: see :func:`check_class`; or the library has no such class.
     """
-    stem = part.rstrip("_123")
-    if stem == "tokenizer":
-        fits = hasattr(kind, "vocab_files_names")
-    elif stem in {known for known, _ in KNOWN.values()}:
-        fits = KNOWN.get(name, ("",))[0] == stem
-    else:  # a part that lies alone, in a folder of any name
-        fits = name in KNOWN
-    if not fits:
+    check_class(entry, part, where)
+    library, name = entry
+    try:
+        kind = getattr(importlib.import_module(library), name, None)
+    except Exception:  # one of the library's modules that needs what is not installed
+        kind = None
+    if kind is None:
+        raise UserError(
+            f"{where} names {library}.{name[:80]} for {part}, which the installed {library} does not have"
+        )
+    tokenizer = part.rstrip("_123") == "tokenizer"
+    if tokenizer != hasattr(kind, "vocab_files_names") or not (tokenizer or name in KNOWN):
         raise UserError(f"{where} names {name[:80]} for {part}, which cannot be one")
+    return kind
 
 
 def check_config(config: Mapping[str, Any], name: str | None, where: str) -> None:

@@ -116,6 +116,11 @@ def read(folder: Path, kind: str | None = None) -> Schedule:
     """
     path = folder / "scheduler_config.json"
     config: dict[str, Any] = formats.read(path)
+    # diffusers takes the class's default for these, whatever value stands beside them.
+    unset = formats.convert(
+        config.get("_use_default_values", []), tuple[str, ...], f"{path}: _use_default_values"
+    )
+    config = {key: value for key, value in config.items() if key not in unset}
     named = config.get("_class_name") or kind or EULER
     if kind is not None and named != kind:
         raise UserError(f"{path} is of {named}, but model_index.json names {kind}: make them the same")

@@ -30,8 +30,8 @@ from fewstep.families.folder import (
 from fewstep.families.schedules import of_scheduler, time_shift
 from fewstep.types import Array, Cond
 
-PIPELINE = "StableDiffusion3"
-"""How the pipeline classes are named whose folders this family reads."""
+PIPELINE = "StableDiffusion3Pipeline"
+"""The plain pipeline class of the family."""
 
 CLIPS = ("", "_2")
 REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
@@ -231,7 +231,7 @@ def save(family: Family, folder: str | Path) -> None:
         UserError: something else is in the way, or the disk refuses.
     """
     facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
-    write_folder(family.parts, folder, "StableDiffusion3Pipeline", facts)
+    write_folder(family.parts, folder, PIPELINE, facts)
 
 
 def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def download(name: str, t5: bool | None) -> Path:
     Raises:
         UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
     """
-    return fetch(name, "StableDiffusion3Pipeline", dict.fromkeys(T5) if t5 is False else {})
+    return fetch(name, PIPELINE, dict.fromkeys(T5) if t5 is False else {})
 
 
 def fetched(name: str) -> Path:

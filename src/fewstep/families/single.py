@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 from fewstep import formats
 from fewstep.families.folder import T5, checked_facts, first_line, read_index, read_part
+from fewstep.families.foreign import class_of
 from fewstep.families.header import read_header
 from fewstep.families.schedules import Schedule
 from fewstep.families.weights import Converted, LoadWarning, Weights, empty, fill, header
@@ -56,7 +56,7 @@ def read_single(
     if t5 is False:
         lacking = [part for part in lacking if part not in T5]
     folder = _local(config) or _fetch(path, config, outline, lacking)
-    index = read_index(folder, "StableDiffusion3", T5 if t5 else ())
+    index = read_index(folder, "StableDiffusion3Pipeline", T5 if t5 else ())
     absent = T5 if t5 is False or any(part not in index for part in T5) else ()
     parts: dict[str, Any] = dict.fromkeys(absent)
     wanted = ["tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", *PREFIXES]
@@ -83,11 +83,8 @@ def _check_prefixes(weights: Weights) -> None:
 
 def _net(weights: Weights, part: str, folder: Path, entry: tuple[str, str], dtype: Any) -> Any:
     """A net with the file's weights and the folder's configuration."""
-    library, name = entry
     prefix, path = PREFIXES[part], weights.folder
-    kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
-    if kind is None:
-        raise UserError(f"{folder} names {library}.{name} for {part}, which is not known here")
+    kind = class_of(entry, part, str(folder / "model_index.json"))
     try:
         net = empty(kind, folder / part)
         tensors = {n.removeprefix(prefix): weights.read(n) for n in weights.entries if n.startswith(prefix)}
@@ -128,7 +125,6 @@ def _same(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]:
     return tensors
 
 
-LIBRARIES = ("diffusers", "transformers")
 CONVERSIONS = {"transformer": _transformer, "vae": _autoencoder, "text_encoder": _first_clip}
 """From the names of the file to those of the net; what has no name there keeps its own."""
 

@@ -132,12 +132,18 @@ def _check_formats(text: str, where: Path) -> None:
 
 
 def _check_format(layer: Any, where: Path) -> None:
+    if isinstance(layer, dict):
+        said: dict[str, Any] = layer  # pyright: ignore[reportUnknownVariableType]
+        if odd := sorted(key for key, value in said.items() if value and key not in QUANT_FIELDS):
+            raise UserError(f"{where} is quantized with {odd[0]}, which is not followed: {IN_FLOATS}")
     found = layer.get("format") if isinstance(layer, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if found is not None and found not in FORMATS:
-        raise UserError(
-            f"{where} is quantized to {found}, which is not followed: give the model in 16 or 32 bits, "
-            f"or in 8-bit floats"
-        )
+        raise UserError(f"{where} is quantized to {found}, which is not followed: {IN_FLOATS}")
+
+
+QUANT_FIELDS = ("format", "full_precision_matrix_mult")
+"""Of ComfyUI's description of a layer: all matrices are multiplied in full precision here."""
+IN_FLOATS = "give the model in 16 or 32 bits, or in 8-bit floats"
 
 
 class Stored(Protocol):
@@ -202,6 +208,7 @@ class Weights:
         """
         scales: dict[str, Entry] = {}
         used: set[str] = set()
+        marks: list[str] = []
         for name, entry in self.entries.items():
             layer, dot, last = name.rpartition(".")
             weight = f"{layer}{dot}weight"
@@ -216,6 +223,10 @@ class Weights:
                 used.add(name)
             elif last == "scaled_fp8":  # says that there are scales
                 used.add(name)
+                marks.append(name)
+        for mark in marks:
+            if not any(name.startswith(mark.removesuffix("scaled_fp8")) for name in scales):
+                raise UserError(f"{self.entries[mark].path} has {mark}, but no scale: they were lost")
         kept = {name: entry for name, entry in self.entries.items() if name not in used}
         return replace(self, entries=kept, scales=scales)
 

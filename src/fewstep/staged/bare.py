@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.families.folder import first_line
+from fewstep.families.foreign import class_of
 from fewstep.staged.outline import Outline
 from fewstep.types import UserError
 
@@ -42,9 +42,7 @@ def made(outline: Outline, part: str) -> Any:
         UserError: see :func:`bare`.
     """
     library, name = outline.classes[part]
-    kind: Any = getattr(importlib.import_module(library), name, None)
-    if kind is None:
-        raise UserError(f"the installed {library} has no {name}, which is the {part}")
+    kind = class_of((library, name), part, str(outline.folder or "the outline"))
     config = dict(outline.configs[part])
     try:
         if library == "diffusers":

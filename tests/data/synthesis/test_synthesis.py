@@ -233,6 +233,14 @@ def test_a_folder_of_another_plan_is_refused(
     assert line in str(told_.value) and "choose another folder" in str(told_.value)
 
 
+@pytest.mark.parametrize("name", ["synthetic-00000.tar", "synthetic-00099.tar", "null.npz"])
+def test_what_we_did_not_make_is_not_taken_for_ours(teacher: Family, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"of somebody else")
+    with pytest.raises(UserError, match=f"{name} was not made by fewstep synthesize"):
+        synthesize(teacher, PROMPTS, plan_of(teacher), tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"of somebody else"]
+
+
 def test_a_teacher_is_known_by_its_weights_whatever_its_folder_is_called(
     teacher: Family, tmp_path: Path
 ) -> None:

@@ -228,9 +228,17 @@ def claim(folder: Path, plan: Plan) -> Plan:
         The plan that is in the folder.
 
     Raises:
-        UserError: the folder was made by another plan, or cannot be written.
+        UserError: the folder was made by another plan or by something else, or cannot be written.
     """
+    others = [
+        *folder.glob("synthetic-*.tar"),
+        *folder.glob(NULL),
+    ]  # before the plan, which another rank may write
     if not (folder / PLAN).exists():
+        if others:
+            raise UserError(
+                f"{others[0]} was not made by fewstep synthesize (there is no {PLAN}); choose another folder"
+            )
         write(folder / PLAN, (json.dumps(asdict(plan), indent=2) + "\n").encode())
         return plan
     before = read(folder)

@@ -11,7 +11,7 @@ from fewstep.deploy import Facts
 from fewstep.deploy.common.graphs import t5_length
 from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
-from fewstep.files import replacing_folder
+from fewstep.files import FULL, replacing_folder
 from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, seal
 from fewstep.types import UserError
 
@@ -84,9 +84,14 @@ def rewrite_bundle(
 
 def _sealed(out: Path, bits: int, told: Mapping[str, Any], fill: Callable[[Path], None]) -> str:
     check_place(out)
-    with replacing_folder(out) as fresh:
-        fill(fresh)
-        bundle = seal(fresh, told)
+    try:
+        with replacing_folder(out) as fresh:
+            fill(fresh)
+            bundle = seal(fresh, told)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
     return f"{bundle.size / 1e6:.1f} MB, {bits}-bit weights"
 
 

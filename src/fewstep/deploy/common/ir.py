@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -53,7 +54,8 @@ def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
         beside: a folder for what is needed meanwhile; the system's by default.
 
     Raises:
-        UserError: it is no such graph, or there is no room for it.
+        UserError: it is no such graph.
+        OSError: there is no room for it.
     """
     from fewstep.runtime.graph import ort
 
@@ -71,10 +73,23 @@ def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
             graph = _read(plain)
         except Exception as error:  # the engines' exceptions share no narrower base
             why = reason(error)
-            if "Failed to write" in why:
-                raise UserError(f"cannot write to {folder}: is the disk full? ({why})") from error
+            if _can_be_read(path):  # then what failed is the writing, of which onnxruntime says little
+                raise OSError(errno.ENOSPC, f"is the disk full? ({why})", folder) from error
             raise UserError(f"{path} cannot be unpacked by onnxruntime: {why}") from error
         yield graph
+
+
+def _can_be_read(path: Path) -> bool:
+    from fewstep.runtime.graph import ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception:  # as above
+        return False
+    return True
 
 
 def check_float16(parts: Mapping[str, Any], instead: str) -> None:
