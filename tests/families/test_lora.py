@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def test_kohyas_header_is_alpha_only_where_nothing_else_is(tmp_path: Path) -> No
     said = {"ss_network_alpha": "2.0", "ss_network_dim": "4"}
     assert_adds(layouts.write(tmp_path / "a.safetensors", layouts.kohya(factors, None), said), one(0.5)[1])
     assert_adds(layouts.write(tmp_path / "b.safetensors", layouts.kohya(factors, 6), said), one(1.5)[1])
-    assert_adds(layouts.write(tmp_path / "c.safetensors", layouts.diffusers(factors), said), one(1)[1])
+    with pytest.raises(UserError, match="ss_network_alpha"):  # it may be in the factors, and may not
+        deltas(layouts.write(tmp_path / "c.safetensors", layouts.diffusers(factors), said))
     assert_adds(layouts.write(tmp_path / "d.safetensors", layouts.kohya(factors, None)), one(1)[1])
 
 
@@ -157,12 +159,9 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
     (folder / "adapter_config.json").unlink()
     stray = layouts.write(tmp_path / "stray" / "a.safetensors", layouts.diffusers(factors))
     (stray.parent / "adapter_config.json").write_text("{}")
-    train = {"training_config": '{"lora_alpha": 4}'}
     lone = {"lora_unet_final_layer_linear.alpha": torch.tensor(1.0)}
     files: dict[str, Any] = {
         "taken from its header": (layouts.kohya(factors, None), said),
-        "ss_network_alpha in its header is not used": (layouts.diffusers(factors), said),
-        "training_config in its header": (layouts.diffusers(factors), train),
         "there are no factors of it": (layouts.kohya(factors) | lone, {}),
         "no adapter_config.json": folder,
         "is not used, for a.safetensors may be": stray,
@@ -429,6 +428,137 @@ def test_two_alphas_must_agree(tmp_path: Path) -> None:
     layouts.write(path, PLAIN | alpha, layouts.configured(r=4, lora_alpha=16))
     with pytest.raises(UserError, match="two alphas"):
         deltas(path)
+
+
+# --- what else may be a scale ---
+
+SPELLINGS = ("alpha", "lora.alpha", "lora_A.alpha", "lora_B.alpha", "lora_alpha", "lora_A.default.alpha")
+
+
+@pytest.mark.parametrize("end", SPELLINGS[:-1])
+def test_an_alpha_of_a_layer_is_followed_however_it_is_spelt(end: str, tmp_path: Path) -> None:
+    alpha = {f"transformer.{LAYER}.{end}": torch.tensor(16.0)}
+    assert_adds(layouts.write(tmp_path / "a.safetensors", PLAIN | alpha), 4 * B @ A)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"transformer.{LAYER}.{SPELLINGS[-1]}", "transformer.alpha", "alpha", "lora_alpha", f"{LAYER}.alpha"],
+)
+def test_an_alpha_that_may_be_of_a_layer_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="may be a scale and is not followed"):
+        deltas(layouts.write(path, PLAIN | {name: torch.tensor(16.0)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora.LoraWarning)
+        assert_adds(layouts.write(path, PLAIN | {name: torch.tensor(4.0)}), B @ A)
+
+
+def test_two_alphas_of_a_layer_must_agree_however_they_are_spelt(tmp_path: Path) -> None:
+    alpha = {
+        f"transformer.{LAYER}.{end}": torch.tensor(x) for end, x in (("alpha", 8.0), ("lora.alpha", 4.0))
+    }
+    with pytest.raises(UserError, match="two alphas of one layer"):
+        deltas(layouts.write(tmp_path / "a.safetensors", PLAIN | alpha))
+
+
+@pytest.mark.parametrize(("value", "fits"), [(1.0, True), (0.0, False), (4.0, False)])
+def test_a_tensor_that_scales_is_refused_unless_it_is_one(value: float, fits: bool, tmp_path: Path) -> None:
+    scale = {f"transformer.{LAYER}.scale": torch.tensor(value)}
+    path = layouts.write(tmp_path / "a.safetensors", PLAIN | scale)
+    if fits:
+        assert_adds(path, B @ A)
+    else:
+        with pytest.raises(UserError, match="is not followed"):
+            deltas(path)
+
+
+@pytest.mark.parametrize("key", ["config", "adapter_config", "peft_config"])
+def test_a_configuration_under_another_key_is_followed(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    said = {"r": 4, "lora_alpha": 16}
+    assert_adds(layouts.write(path, PLAIN, {key: json.dumps(said)}), 4 * B @ A)
+    assert_adds(layouts.write(path, PLAIN, {key: json.dumps(said | {"use_rslora": True})}), 8 * B @ A)
+    for wrong in ({"r": 8}, {"use_dora": True}):
+        with pytest.raises(UserError):
+            deltas(layouts.write(path, PLAIN, {key: json.dumps(said | wrong)}))
+    two = {"config": json.dumps(said), "peft_config": json.dumps(said | {"lora_alpha": 4})}
+    with pytest.raises(UserError, match="contradict"):
+        deltas(layouts.write(path, PLAIN, two))
+
+
+OTHER_SCALES: tuple[dict[str, Any], ...] = (
+    {"config": {"r": 4, "alpha": 16}},
+    {"config": {"lora": {"lora_alpha": 16, "r": 4}}},
+    {"training_config": {"network": {"linear": 4, "linear_alpha": 16}}},
+    {"training_config": [{"deep": '{"lora_alpha": "16"}'}]},
+    {"training_config": "network:\n  linear: 4\n  linear_alpha: 16\n"},
+    {"training_config": "{'r': 4, 'lora_alpha': 16}"},
+    {"ss_network_alpha": "16", "ss_network_dim": "4"},
+    {"ss_network_args": {"alpha": 16}},
+    {"ss_network_args": {"rs_lora": "True"}},
+    {"ss_scale": "4"},
+    {"modelspec.scale": "4"},
+    {"multiplier": "4"},
+    {"lora_strength": "4"},
+    {"lora_scaling": "a lot"},
+    {"rank": "4", "rslora": "true"},
+    {"x": {"alpha_pattern": {"attn.to_q": 16}}},
+    {"alpha": "16"},
+)
+
+
+@pytest.mark.parametrize("header", OTHER_SCALES, ids=str)
+def test_a_header_with_another_scale_is_refused(header: dict[str, Any], tmp_path: Path) -> None:
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    with pytest.raises(UserError, match="which may be a scale and is not followed") as caught:
+        deltas(layouts.write(tmp_path / "a.safetensors", PLAIN, said))
+    assert "\n" not in str(caught.value)
+
+
+HARMLESS: tuple[dict[str, Any], ...] = (
+    {"config": {"r": 4, "alpha": 4}},
+    {"config": {"r": 8, "alpha": 8}},  # the rank was cut since
+    {"training_config": {"network": {"linear": 4, "linear_alpha": 4, "conv": 2, "conv_alpha": 2}}},
+    {"ss_network_alpha": "4.0", "ss_network_dim": "4"},
+    {"ss_network_args": {"rs_lora": "False"}, "ss_scale_weight_norms": "1.5", "ss_lr_multiplier": "2"},
+    {"ss_tag_frequency": {"1_cat": {"scales": 3, "grayscale": 5, "alpha": 2}}},
+    {
+        "ss_datasets": [{"alpha_mask": True, "tag_frequency": {"a": {"strength": 4}}}],
+        "ss_guidance_scale": "3.5",
+    },
+    {"ss_optimizer": "Adafactor(scale_parameter=False)", "ss_bucket_no_upscale": "True"},
+    {"scale": "1", "multiplier": "1.0", "use_rslora": "false", "lora_alpha": "None"},
+    {"modelspec.description": "[v2] sharp scales of fish", "x": "[" * 10**5},
+    {"x": {"alpha_pattern": {}, "rank_pattern": {}}},
+)
+
+
+@pytest.mark.parametrize("header", HARMLESS, ids=lambda header: str(header)[:60])
+def test_a_header_that_says_no_other_scale_is_taken_silently(header: dict[str, Any], tmp_path: Path) -> None:
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lora.LoraWarning)
+        assert_adds(layouts.write(tmp_path / "a.safetensors", PLAIN, said), B @ A)
+
+
+def test_a_header_beside_tensors_of_alpha_informs_in_kohyas_layout_alone(tmp_path: Path) -> None:
+    factors, expected = one(1.5)
+    said = {"ss_network_alpha": "16", "ss_network_args": json.dumps({"rs_lora": "True", "conv_alpha": "1"})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lora.LoraWarning)
+        assert_adds(layouts.write(tmp_path / "a.safetensors", layouts.kohya(factors, 6), said), expected)
+    alpha = {f"transformer.{LAYER}.alpha": torch.tensor(6.0)}
+    for tensors, header in ((PLAIN | alpha, said), (layouts.kohya(factors, 6), {"lora_alpha": "16"})):
+        with pytest.raises(UserError, match="may be a scale"):
+            deltas(layouts.write(tmp_path / "b.safetensors", tensors, header))
+
+
+@pytest.mark.parametrize("more", [{"rs_lora": "True"}, {"alpha": 3}, {"conv_dim": 4, "conv_alpha": 9}])
+def test_kohyas_header_that_says_more_than_alpha_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    said = {"ss_network_alpha": "16", "ss_network_args": json.dumps(more)}
+    with pytest.raises(UserError, match="may be a scale"):
+        deltas(layouts.write(tmp_path / "a.safetensors", layouts.kohya(one()[0], None), said))
 
 
 # --- files, weights ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import fewstep
@@ -166,6 +170,87 @@ def test_what_is_no_graph_is_one_line(tmp_path: Path) -> None:
             external_files(tmp_path / name)
     with pytest.raises(UserError, match="cannot read"):
         external_files(tmp_path / "none")
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """The fields of a model before its graph, and the graph; the graph is the last field but one."""
+    model = onnx.ModelProto.FromString(data)
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    return model.SerializeToString(), graph
+
+
+HIDING = {
+    "a tag beyond 32 bits": b"\xba\x80\x80\x80\x10",
+    "a tag of too many bytes": b"\xba\x80\x00",
+    "a tag of ten bytes": b"\xba" + b"\x80" * 8 + b"\x01",
+    "field 0": b"\x02",
+    "another field": b"\xfa\x01",
+    "a group": b"\x3b",
+}
+
+
+@pytest.mark.parametrize("how", HIDING)
+def test_a_graph_under_a_tag_that_engines_may_read_otherwise_is_refused(tmp_path: Path, how: str) -> None:
+    path = hostile(tmp_path)
+    rest, graph = _split(path.read_bytes())
+    path.write_bytes(rest + HIDING[how] + _varint(len(graph)) + graph)
+    with pytest.raises(UserError, match="cannot be checked"):
+        external_files(path)
+
+
+def test_a_length_of_too_many_bytes_is_refused(tmp_path: Path) -> None:
+    path = hostile(tmp_path)
+    rest, graph = _split(path.read_bytes())
+    size = _varint(len(graph))
+    path.write_bytes(rest + b"\x3a" + size[:-1] + bytes([size[-1] | 128, 0]) + graph)
+    with pytest.raises(UserError, match="cannot be checked"):
+        external_files(path)
+
+
+def test_a_graph_in_two_parts_is_read_whole(tmp_path: Path) -> None:
+    """protobuf merges the parts of a message that is not repeated."""
+    path = hostile(tmp_path)
+    rest, graph = _split(path.read_bytes())
+    whole = onnx.GraphProto.FromString(graph)
+    weights = onnx.GraphProto(initializer=whole.initializer)
+    whole.ClearField("initializer")
+    parts = [part.SerializeToString() for part in (whole, weights)]
+    path.write_bytes(rest + b"".join(b"\x3a" + _varint(len(part)) + part for part in parts))
+    assert external_files(path) == {"w.data"}
+
+
+@pytest.fixture(scope="module")
+def outer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return hostile(tmp_path_factory.mktemp("outer")).read_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_change_of_bytes_hides_a_file_from_the_scan(outer: bytes, data: st.DataObject) -> None:
+    """What protobuf's own parser finds in a changed file, the scan finds too, or it refuses the file."""
+    key = outer.index(b"location")
+    changed = bytearray(outer)
+    for _ in range(data.draw(st.integers(1, 3))):
+        near = st.integers(max(0, key - 60), key + 20) | st.integers(0, len(outer) - 1)
+        at = data.draw(near) % len(changed)
+        new = data.draw(st.binary(max_size=6) | st.sampled_from(list(HIDING.values())))
+        changed[at : at + data.draw(st.integers(0, 3))] = new
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        path.write_bytes(changed)
+        try:
+            found = external_files(path)
+        except UserError:
+            return
+    try:
+        model = onnx.ModelProto.FromString(bytes(changed))
+    except DecodeError:
+        return
+    entries = [entry for weight in model.graph.initializer for entry in weight.external_data]
+    named = [entry.value for entry in entries if entry.key == "location"]
+    plain = {name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name for name in named}
+    assert plain <= found
 
 
 def test_messages_in_messages_without_an_end_are_one_line(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
-from fewstep.runtime.tokenizer_file import check, guarded
+from fewstep.runtime.tokenizer_file import OTHER_GROWTH, UNICODE_GROWTH, check, guarded
 from fewstep.runtime.tokens import Tokens
 from fewstep.source import SHIPPED
 from fewstep.types import UserError
@@ -34,6 +36,16 @@ PROMPT, START = (
     {"Sequence": {"id": "A", "type_id": 0}},
     {"SpecialToken": {"id": "<|startoftext|>", "type_id": 0}},
 )
+
+
+def replacing(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
 WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
     "padding for ever": (("padding", "strategy"), {"Fixed": 2**60}),
     "padding to a multiple": (("padding", "pad_to_multiple_of"), 2**31),
@@ -54,6 +66,37 @@ WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
             "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
         },
     ),
+    "text before text": (("normalizer",), {"type": "Prepend", "prepend": "x" * 10**5}),
+    "some text before text, often": (("normalizer",), sequence(*[{"type": "Prepend", "prepend": "xxx"}] * 4)),
+    "text for nothing": (("normalizer",), replacing("", "a" * 100)),
+    "text for what may be nothing": (("normalizer",), replacing("a*", "a" * 100, "Regex")),
+    "text that grows in turns": (
+        ("normalizer",),
+        sequence(*[replacing("\u0627", "\ufdfa"), {"type": "NFKD"}] * 3),
+    ),
+    "a part without a type": (
+        ("normalizer",),
+        sequence(*[{"pattern": {"String": "a"}, "content": "aa"}] * 40),
+    ),
+    "a table with a long text": (
+        ("normalizer",),
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"x" * 9999).decode()},
+    ),
+    "a table that is none": (("normalizer",), {"type": "Precompiled", "precompiled_charsmap": "\u00e9"}),
+    "text that grows, and a table of nothing": (
+        ("normalizer",),
+        sequence({"type": "Precompiled", "precompiled_charsmap": ""}, replacing("a", "a" * 100)),
+    ),
+    "bytes of bytes": (
+        ("pre_tokenizer",),
+        {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True}] * 20},
+    ),
+    "a template of many tokens": (("post_processor", "single"), [*[START] * 5000, PROMPT]),
+    "a long token for padding": (("padding", "pad_token"), "x" * 10**5),
+    "a long token for unknown words": (("model", "unk_token"), "x" * 10**5),
+    "a long end of words": (("model", "end_of_word_suffix"), "x" * 10**5),
+    "a long added token": (("added_tokens",), [{"id": 1, "content": "x" * 10**5}]),
+    "a long text of a decoder": (("decoder",), {"type": "BPEDecoder", "suffix": "x" * 10**5}),
     "too many normalizers": (("normalizer",), {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}),
     "an added token of no letters": (("added_tokens",), [{"id": 1, "content": ""}]),
 }
@@ -85,6 +128,36 @@ def test_what_is_no_tokenizer_is_one_line(path: Path) -> None:
 def test_ours_are_taken(path: Path) -> None:
     for each in (path, SHIPPED / "pocket" / "tokenizer.json"):
         assert check(each) == each.read_bytes()
+
+
+T5 = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"a" * 18).decode()}
+USUAL: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "CLIP": (
+        sequence({"type": "NFC"}, replacing(r"\s+", " ", "Regex"), {"type": "Lowercase"}),
+        {"type": "ByteLevel"},
+    ),
+    "T5": (sequence(T5, replacing(" {2,}", "\u2581", "Regex")), {"type": "Metaspace"}),
+    "BERT": ({"type": "BertNormalizer"}, {"type": "BertPreTokenizer"}),
+    "Llama": (
+        sequence({"type": "Prepend", "prepend": "\u2581"}, replacing(" ", "\u2581")),
+        {"type": "Split"},
+    ),
+    "Gemma": (replacing(" ", "\u2581"), {"type": "Split", "pattern": {"String": " "}}),
+}
+
+
+@pytest.mark.parametrize("family", USUAL)
+def test_what_text_encoders_have_is_taken(path: Path, family: str) -> None:
+    for key, value in zip(("normalizer", "pre_tokenizer"), USUAL[family], strict=True):
+        edit(path, key, value=value)
+    check(path)
+
+
+@pytest.mark.parametrize("sign", ["a", "\ufdfa", "\u0390", "\u0130", "\U0001d160", "\u4e00"])
+def test_growth_is_no_more_than_is_reckoned(sign: str) -> None:
+    for kind, most in (UNICODE_GROWTH | OTHER_GROWTH).items():
+        if (make := getattr(normalizers, kind, None)) is not None:
+            assert len(make().normalize_str(sign * 10)) <= 10 * most, kind
 
 
 def test_a_panic_is_one_line_and_a_stop_is_a_stop() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import formats
+from fewstep.families.lora_header import Value, short, values_of
 from fewstep.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -19,6 +20,9 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """What PEFT writes: the tensors, and a ``LoraConfig``."""
 HEADER_CONFIG = "lora_adapter_metadata"
 """Where diffusers' trainers write a ``LoraConfig``: in the header, each key with its part in front."""
+HEADER_CONFIGS = ("config", "adapter_config", "lora_config", "peft_config")
+"""Where else one is followed, if it has ``r`` and ``lora_alpha``."""
+KOHYA_ALPHA = "ss_network_alpha"
 PARTS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -116,6 +120,7 @@ class Said:
         configs: part -> its configuration; that of ``""`` is for all others.
         header: alpha of all layers, from the header.
         where: what errors call the configuration.
+        values: of the header that may be scales, and must agree with what is drawn.
         notes: what was assumed, or is not used.
     """
 
@@ -124,6 +129,7 @@ class Said:
     configs: Mapping[str, Config]
     header: float | None
     where: str
+    values: tuple[Value, ...]
     notes: tuple[str, ...]
 
     @staticmethod
@@ -158,11 +164,12 @@ class Said:
             notes.append(f"there is no {PEFT_CONFIG} beside it: alpha is taken to be the rank")
         header = None
         if not alphas and not configs:
-            header = _header_alpha(path, metadata, flat)
+            header = _header_alpha(path, metadata) if flat else None
             if header is not None:
                 notes.append(f"alpha {header:g} is taken from its header (ss_network_alpha)")
-            notes += _unused(metadata, flat)
-        return Said(path, alphas, configs, header, where, tuple(notes))
+        followed = [HEADER_CONFIG, *_peft_configs(metadata, where)]
+        values = values_of(metadata, followed, f"the header of {path}")
+        return Said(path, alphas, configs, header, where, tuple(values), tuple(notes))
 
     def scale(self, layer: str, part: str, name: str, rank: int) -> float:
         """What the product of a layer's factors is multiplied with.
@@ -200,7 +207,10 @@ class Said:
 def _configs(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
     """Part -> its configuration, from the header."""
     if HEADER_CONFIG not in metadata:
-        return {}
+        configs = [_config(one, where) for one in _peft_configs(metadata, where).values()]
+        if any(one != configs[0] for one in configs):
+            raise UserError(f"{where} has two configurations that contradict each other")
+        return {"": configs[0]} if configs else {}
     said: dict[str, dict[str, Any]] = {}
     for key, value in formats.parse(metadata[HEADER_CONFIG], dict[str, Any], where).items():
         part, dot, name = key.partition(".")
@@ -211,40 +221,34 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
     return {part: _config(one, where) for part, one in said.items()}
 
 
-def _header_alpha(path: Path, metadata: Mapping[str, str], flat: bool) -> float | None:
-    """The alpha that kohya's header says, for a file without tensors of it.
+def _peft_configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+    """Key -> ``LoraConfig``, of keys that are followed where there is no :data:`HEADER_CONFIG`."""
+    if HEADER_CONFIG in metadata:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for key in HEADER_CONFIGS:
+        if metadata.get(key, "").lstrip().startswith("{"):
+            said = formats.parse(metadata[key], dict[str, Any], where)
+            if "r" in said and "lora_alpha" in said:
+                found[key] = said
+    return found
 
-    Files under other names were converted, and have it in their factors.
+
+def _header_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
+    """The alpha that kohya's header says, for a file of kohya's names without tensors of it.
+
+    Files under other names may have been converted, and have it in their factors.
 
     Raises:
-        UserError: something else there may be an alpha.
+        UserError: it is no number.
     """
-    odd = [key for key in metadata if not key.startswith("ss_") and re.search("alpha|scal", key, re.I)]
-    if flat and "ss_network_alpha" in metadata:
-        odd += ["ss_network_args"] if "alpha" in metadata.get("ss_network_args", "") else []
-        try:
-            alpha = float(metadata["ss_network_alpha"])
-        except ValueError:
-            alpha = math.nan
-        if not math.isfinite(alpha):
-            odd.append("ss_network_alpha")
-    else:
-        alpha = None
-    if odd:
-        what = f"{short(odd[0])} ({short(metadata[odd[0]])})"
+    if KOHYA_ALPHA not in metadata:
+        return None
+    try:
+        alpha = float(metadata[KOHYA_ALPHA])
+    except ValueError:
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        what = f"{KOHYA_ALPHA} ({short(metadata[KOHYA_ALPHA])})"
         raise UserError(f"the header of {path} says {what}, which may be a scale and is not followed")
     return alpha
-
-
-def _unused(metadata: Mapping[str, str], flat: bool) -> list[str]:
-    """What in a header speaks of alpha and is not used."""
-    found = [key for key, text in metadata.items() if not key.startswith("ss_") and "lora_alpha" in text]
-    if not flat and metadata.get("ss_network_alpha") != metadata.get("ss_network_dim"):
-        found.append("ss_network_alpha")
-    return [f"{short(key)} in its header is not used, and alpha is taken to be the rank" for key in found]
-
-
-def short(name: str) -> str:
-    """A name of a stranger, fit for a line."""
-    plain = "".join(sign if sign.isprintable() else "?" for sign in name[:121])
-    return plain if len(name) <= 120 else f"{plain[:117]}..."

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.families.folder import first_line
-from fewstep.families.lora_alpha import Said, short
+from fewstep.families.lora_alpha import Said
+from fewstep.families.lora_header import check, short
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ _TENSORS = tuple(
         r"_lora\.(?P<side>down|up)\.weight",
     )
 )
-_ALPHA = ".alpha"
+_ALPHA = re.compile(r"(?:^|[._])(?:lora_|network_)?alpha$")
+_OF_FACTORS = re.compile(r"[._]lora(?:_linear_layer|_A|_B|_down|_up)?(?:[._](?:down|up))?(?:\.weight)?$")
+"""What may stand between a layer's name and ``alpha``."""
+_SCALE = re.compile(r"(?:^|[._])\w*(?:scal|strength|multiplier)\w*$")
 
 OTHER_KINDS = {
     "hada_": "LoHa",
@@ -146,25 +150,65 @@ def read(path: Path) -> Lora:
         shapes = {name: tuple(int(n) for n in one.get_shape()) for name, one in header.items()}
         kinds = {name: str(one.get_dtype()) for name, one in header.items()}
         metadata: dict[str, str] = dict(file.metadata() or {})
-        alphas = {
-            name.removesuffix(_ALPHA): _alpha(path, name, file.get_tensor(name))
-            for name in shapes
-            if name.endswith(_ALPHA)
-        }
+        alphas = {name: _alpha(path, name, file.get_tensor(name)) for name in shapes if _ALPHA.search(name)}
     pairs, rest = _pairs(path, shapes)
-    unused = [name for name in rest if not name.endswith(_ALPHA)]
-    _check_rest(path, unused, bool(pairs))
+    others = [name for name in rest if name not in alphas]
+    _check_rest(path, others, bool(pairs))
+    unused = [name for name in others if not _nothing(name)]
     odd = [name for pair in pairs for name in pair[2:] if kinds[name] not in FLOATS]
     if odd:
         raise UserError(f"{path} holds {short(odd[0])} as {kinds[odd[0]]}: only floats are read")
     peft = any(layer.startswith("base_model.model.") for layer, *_ in pairs)
-    said = Said.of(path, metadata, alphas, peft, any(_split(layer)[2] for layer, *_ in pairs))
-    factors = tuple(_factors(path, shapes, said, *pair) for pair in pairs)
     layers = {layer for layer, *_ in pairs}
-    lone = sorted(name for name in alphas if name not in layers)
-    left = [f"the alpha of {listed(lone)} is not used: there are no factors of it"] if lone else []
+    of_layers, lone = _alphas_of(path, alphas, layers)
+    flat = any(_split(layer)[2] for layer in layers)
+    said = Said.of(path, metadata, of_layers, peft, flat)
+    factors = tuple(_factors(path, shapes, said, *pair) for pair in pairs)
+    whole = layers <= of_layers.keys() and (flat or any(".lora_down." in pair[2] for pair in pairs))
+    check(path, said.values, [(one.scale, one.rank) for one in factors], informs=whole)
+    _check_lone(path, lone, alphas, {pair[0]: one for pair, one in zip(pairs, factors, strict=True)})
+    left = [f"the alpha of {listed(sorted(lone))} is not used: there are no factors of it"] if lone else []
     left += [f"{listed(unused)} is not used: it holds nought alone"] if unused else []
     return Lora(path, factors, (*said.notes, *left))
+
+
+def _alphas_of(
+    path: Path, alphas: Mapping[str, float], layers: Collection[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Layer -> alpha; and what the others are of -> their names.
+
+    Raises:
+        UserError: a layer has two that differ.
+    """
+    found: dict[str, float] = {}
+    lone: dict[str, str] = {}
+    for name, alpha in alphas.items():
+        base = _ALPHA.sub("", name)
+        layer = next((one for one in (base, _OF_FACTORS.sub("", base)) if one in layers), None)
+        if layer is None:
+            lone[base] = name
+        elif found.setdefault(layer, alpha) != alpha:
+            raise UserError(f"{path} has two alphas of one layer: {short(layer)}")
+    return found, lone
+
+
+def _check_lone(
+    path: Path, lone: Mapping[str, str], alphas: Mapping[str, float], factors: Mapping[str, Factors]
+) -> None:
+    """Refuse an alpha that may be of some layers there are, by another name, and says another scale."""
+    for base, name in lone.items():
+        ours = _plain(base)
+        for layer, one in factors.items():
+            theirs = [_plain(layer), f"_{layer.replace('.', '_')}_"]
+            near = any(whole.startswith(ours) or ours.startswith(whole) for whole in theirs)
+            near = near or ours == f"_{one.part}_"
+            if near and not math.isclose(alphas[name], one.scale * one.rank, rel_tol=1e-3):
+                raise UserError(f"{path} holds {short(name)}, which may be a scale and is not followed")
+
+
+def _plain(name: str) -> str:
+    """A layer's name without its prefix, with underscores for dots, between underscores."""
+    return f"_{_split(name)[1].replace('.', '_')}_" if name else ""
 
 
 def _alpha(path: Path, name: str, tensor: Tensor) -> float:
@@ -203,14 +247,20 @@ def _pairs(
 
 
 def _check_rest(path: Path, rest: Sequence[str], some: bool) -> None:
-    """Refuse tensors that are not followed; where there are factors beside, nought changes nothing."""
+    """Refuse tensors that are not followed; beside factors, nought changes nothing, nor does a scale of 1."""
     for name in rest:
-        if not some or bool(tensor_of(path, name).float().count_nonzero()):
+        if not some or bool((tensor_of(path, name).float() != _nothing(name)).any()):
             kind = next((kind for mark, kind in OTHER_KINDS.items() if mark in name), None)
             what = f"{kind} ({short(name)})" if kind else short(name)
             raise UserError(f"{path} is no LoRA of a known layout: it holds {what}, which is not followed")
     if not some:
         raise UserError(f"{path} is no LoRA of a known layout: it holds no lora_A and lora_B, no down and up")
+
+
+def _nothing(name: str) -> float:
+    """The number at which a tensor changes nothing."""
+    other = any(mark in name for mark in OTHER_KINDS)
+    return 1.0 if _SCALE.search(name) and not other else 0.0
 
 
 def _factors(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fewstep.families.lora_alpha import short
 from fewstep.families.lora_file import Factors, Lora, tensor_of
+from fewstep.families.lora_header import short
 from fewstep.families.original_names import layer_table, swapped
 from fewstep.types import UserError
 

@@ -32,15 +32,40 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "entry": {},
 }
 """Message -> number of a field -> the message in it, as onnx.proto has them, where a tensor can be inside."""
+_OTHERS: dict[str, dict[int, tuple[int, ...]]] = {
+    "model": {_VARINT: (1, 5), _BYTES: (2, 3, 4, 6, 8, 14, 26)},
+    "training": {_BYTES: (3, 4)},
+    "graph": {_BYTES: (2, 10, 11, 12, 13, 14, 16)},
+    "function": {_BYTES: (1, 4, 5, 6, 8, 9, 10, 12, 13, 14)},
+    "node": {_BYTES: (1, 2, 3, 4, 6, 7, 8, 9, 10)},
+    "attribute": {_VARINT: (3, 8, 20), _FIXED32: (2, 7), _BYTES: (1, 4, 7, 8, 9, 13, 14, 15, 21)},
+    "sparse": {_VARINT: (3,), _BYTES: (3,)},
+    "tensor": {
+        _VARINT: (1, 2, 5, 7, 11, 14),
+        _FIXED64: (10,),
+        _FIXED32: (4,),
+        _BYTES: (1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16),
+    },
+    "entry": {_BYTES: (1, 2)},
+}
+"""Message -> wire type -> numbers of its other fields; repeated numbers come packed, as bytes, or not."""
+_TAGS = {
+    kind: frozenset(number << 3 | _BYTES for number in inner)
+    | frozenset(number << 3 | wire for wire, numbers in _OTHERS[kind].items() for number in numbers)
+    for kind, inner in _MESSAGES.items()
+}
+"""Message -> all tags that it may have. An engine may read another tag as one of these, or as nothing."""
 
 
 def external_files(path: Path) -> set[str]:
     """The locations that an ONNX file names, as they stand there; empty where all weights are in the file.
 
-    It takes some 1 ms for graphs of a thousand nodes: weights are skipped.
+    It takes some 1 ms for graphs of a thousand nodes: weights are skipped. So are messages without the bytes
+    of the key, for an engine that opens a file must find them there. Parts of one message count together, as
+    protobuf merges them.
 
     Raises:
-        UserError: the file cannot be read, or is no ONNX graph.
+        UserError: the file cannot be read, or is no ONNX graph of fields and encodings that are known.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -48,7 +73,7 @@ def external_files(path: Path) -> set[str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, IndexError) as error:  # mmap's of an empty file among them
-        raise UserError(f"{path} cannot be loaded: it is no ONNX graph ({error})") from None
+        raise UserError(f"{path} cannot be checked: it is no ONNX graph of known fields ({error})") from None
 
 
 def _locations(data: mmap.mmap) -> Iterator[bytes]:
@@ -58,39 +83,52 @@ def _locations(data: mmap.mmap) -> Iterator[bytes]:
         if depth > MOST_DEPTH:
             raise ValueError("nested too deeply")
         if kind == "entry":
-            entry = {number: data[first:last] for number, first, last in _fields(data, start, stop)}
+            entry = {number: data[first:last] for number, first, last in _fields(data, start, stop, kind)}
             if entry.get(1) == _KEY:
                 yield entry.get(2, b"")
             continue
         inner = _MESSAGES[kind]
-        for number, first, last in _fields(data, start, stop):
+        for number, first, last in _fields(data, start, stop, kind):
             if number in inner and (last - first > _SMALL or data.find(_KEY, first, last) >= 0):
                 todo.append((inner[number], first, last, depth + 1))
 
 
-def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: mmap.mmap, at: int, stop: int, message: str) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and end of the fields of a message that are bytes.
 
     Raises:
-        ValueError: a field is cut off, or of a kind that ONNX does not have.
+        ValueError: a field is cut off, not of this message, or encoded as no writer does.
     """
+    tags = _TAGS[message]
     while at < stop:
-        tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)  # the call costs more
+        tag, at = (data[at], at + 1) if data[at] < 128 else _shortest(data, at)  # the call costs more
+        if tag not in tags:
+            raise ValueError(f"field {tag >> 3} of wire type {tag & 7} in a {message}")
         kind = tag & 7
         if kind == _BYTES:
-            size, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
+            size, at = (data[at], at + 1) if data[at] < 128 else _shortest(data, at)
             if at + size > stop:
                 raise ValueError("cut short")
             yield tag >> 3, at, at + size
             at += size
         elif kind == _VARINT:
             _, at = _varint(data, at)
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"a field of kind {kind}")
+            at += 8 if kind == _FIXED64 else 4
         if at > stop:
             raise ValueError("cut short")
+
+
+def _shortest(data: Any, at: int) -> tuple[int, int]:
+    """A tag or a length, and where it ends.
+
+    Raises:
+        ValueError: it has bytes or bits that an engine may drop, and so read another number.
+    """
+    value, end = _varint(data, at)
+    if value >= 2**32 or (end - at > 1 and not data[end - 1]):
+        raise ValueError("a tag or a length with more bytes than it needs")
+    return value, end
 
 
 def _varint(data: Any, at: int) -> tuple[int, int]:
