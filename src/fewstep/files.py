@@ -225,6 +225,12 @@ def _new_part(target: Path) -> Path:
     return target.with_name(f".{_short(target.name)}.{os.urandom(4).hex()}.part")
 
 
+def shortened(name: str, most: int) -> str:
+    """A name cut to so many bytes at the end of a character. One that is short enough stays as it is."""
+    data = os.fsencode(name)
+    return name if len(data) <= most else data[:most].decode(errors="ignore")
+
+
 def _short(name: str) -> str:
     return name.encode(errors="surrogateescape")[:_NAME_BYTES].decode(errors="ignore")
 
