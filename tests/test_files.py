@@ -304,3 +304,52 @@ def test_a_name_of_many_bytes_can_be_written(tmp_path: Path) -> None:
         fresh.write_bytes(b"y")
     with pytest.raises(UserError, match="cannot write"):
         files.write(tmp_path / f"{'字' * 90}.png", b"x")
+
+
+def permissions(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666, 0o755, 0o400])
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_what_takes_a_files_place_keeps_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, unnamed: bool
+) -> None:
+    if not unnamed:
+        monkeypatch.setattr(files, "_unnamed", lambda folder: None)
+    target, link = tmp_path / "a", tmp_path / "link"
+    link.symlink_to(target)
+    target.touch()
+    target.chmod(mode)
+    files.write(link, b"x")
+    assert permissions(target) == mode and target.read_bytes() == b"x"
+    with files.replacing_file(target) as fresh:
+        fresh.write_bytes(b"y")
+        assert permissions(fresh.parent) == 0o700
+    assert permissions(target) == mode and target.read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_takes_a_folders_place_keeps_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a").chmod(mode)
+    with files.replacing_folder(tmp_path / "a") as fresh:
+        (fresh / "new").touch()
+    assert permissions(tmp_path / "a") == mode and names(tmp_path / "a") == ["new"]
+
+
+def test_what_is_new_has_the_permissions_of_all_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    files.write(tmp_path / "a", b"x")
+    with files.replacing_file(tmp_path / "b") as fresh:
+        fresh.touch()
+    with files.replacing_folder(tmp_path / "c"):
+        pass
+    assert {permissions(tmp_path / name) for name in ("a", "b")} == {permissions(tmp_path / "plain")}
+    assert permissions(tmp_path / "c") == permissions(tmp_path / "folder")

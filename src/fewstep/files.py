@@ -2,7 +2,7 @@
 
 What is unfinished lies in a part: a hidden folder ``.NAME.RANDOM.part`` beside its target, which its process
 keeps locked. The lock ends with the process, so the next writer of the same target knows what was left behind
-and removes it.
+and removes it. What takes the place of something keeps its permissions; nobody else can look into a part.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def replacing_file(target: Path) -> Generator[Path]:
     with _part(target) as part:
         fresh = part / target.name
         yield fresh
+        if (mode := _mode(target)) is not None:
+            fresh.chmod(mode)
         os.replace(fresh, target)
 
 
@@ -102,6 +104,8 @@ def replacing_folder(target: Path) -> Generator[Path]:
         fresh = part / target.name
         fresh.mkdir()
         yield fresh
+        if (mode := _mode(target)) is not None:
+            fresh.chmod(mode | 0o700)  # a folder that its owner cannot change cannot be moved either
         if target.exists() and _exchange(fresh, target):
             return
         old = part / _OLD / target.name
@@ -209,7 +213,7 @@ def _part(target: Path) -> Generator[Path]:
     sweep(target.parent, target.name)
     while True:
         part = _new_part(target)
-        part.mkdir()
+        part.mkdir(0o700)
         # Another process may take it for a leftover before it is locked, at any place of what follows.
         with suppress(FileNotFoundError, FileExistsError):
             if (lock := _lock(part)) is not None:
@@ -248,6 +252,14 @@ def _pointed_at(path: Path) -> Path:
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return path if path.name else path.absolute()
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of what is to be replaced; ``None`` where nothing is there."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return None
 
 
 def _unwritten(path: Path, error: OSError) -> UserError:
@@ -329,6 +341,8 @@ def _write_unnamed(path: Path, data: bytes | memoryview) -> bool:
                     return True
                 # Nothing links over a name. Between the next two calls the file is a part without a lock:
                 # whoever sweeps the folder just then removes it, and it is written once more.
+                if (mode := _mode(path)) is not None:
+                    os.fchmod(unnamed, mode)
                 sweep(path.parent, path.name)
                 part = _new_part(path)
                 if _name(unnamed, part):
