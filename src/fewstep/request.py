@@ -164,11 +164,11 @@ def check_values(
     n: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    image: str | None = None,
+    image: Any = None,
     strength: float | None = None,
     **others: Any,
 ) -> None:
-    """Refuse what no model takes, before one is loaded; ``image`` is a path, ``others`` are for a model.
+    """Refuse what no model takes, before one is loaded; ``others`` are for a model.
 
     Raises:
         UserError: a value that makes no sense, or a picture that cannot be read.
@@ -178,7 +178,7 @@ def check_values(
         whole("steps", steps, 1, MANY)
     if guidance is not None:
         real("guidance", guidance, 0, 100)
-    if image is not None:
+    if isinstance(image, str):
         from fewstep.picture import open_image
 
         open_image(image)
