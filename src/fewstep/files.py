@@ -47,6 +47,8 @@ def write(path: Path, data: bytes | memoryview) -> None:
                 fresh.write_bytes(data)
     except OSError as error:
         raise _unwritten(path, error) from error
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"cannot write {str(path)!r}: {error}") from None
 
 
 def write_new(paths: Iterable[Path], data: bytes | memoryview) -> Path:

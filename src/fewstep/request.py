@@ -276,9 +276,14 @@ def _draw(limit: int) -> int:
     return int.from_bytes(os.urandom(8)) % limit
 
 
+_SINGLE = (str, bytes, bytearray, memoryview, Mapping)
+"""What Python can iterate over, and is no list of prompts."""
+
+
 def _texts(prompts: Any) -> list[Any]:
     """One prompt or several as a list; :func:`_prompt` then refuses what is no text."""
-    return [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    single = isinstance(prompts, _SINGLE) or not isinstance(prompts, Iterable)
+    return [prompts] if single else list(prompts)
 
 
 def _prompt(text: Any) -> str:
