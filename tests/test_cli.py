@@ -96,7 +96,9 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         "steps must be a whole number from 1 to 8": ["a", "--steps", "0"],
         "guidance": ["a", "--guidance", "nan"],
         "is not a picture": ["a", "--image", __file__],
-        "cannot make the folder": ["a", "-o", "/dev/full"],
+        "cannot make the folder": ["a", "-o", "/dev/full/x/"],
+        "cannot write /dev/full: No space left": ["a", "-o", "/dev/full"],
+        "a name is missing in -o ' '": ["a", "-o", " "],
         "cannot write": ["a", "-o", "/proc/x.png"],
         "Did you mean --steps?": ["a", "--stepz", "3"],
     }
@@ -607,6 +609,20 @@ def test_hardly_anything_is_imported_before_signals_are_heard() -> None:
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert {"fewstep", "fewstep.cli", "fewstep.signals"} <= set(done.stdout.split())
     assert not {"typing", "re", "threading", "fewstep.types", "dataclasses"} & set(done.stdout.split())
+
+
+def test_a_pipe_or_device_takes_one_image(at: Path) -> None:
+    whole = generate("a cat", "--seed", "7", "-o", "-", text=False).stdout
+    for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        done = generate("a cat", "--seed", "7", "-o", name, text=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, whole, b"")
+    os.mkfifo(at / "pipe")
+    with subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE) as reader:
+        assert generate("a cat", "--seed", "7", "-o", "pipe").stdout == "pipe\n"
+        assert reader.communicate(timeout=20)[0] == whole
+    assert [path.name for path in at.iterdir()] == ["pipe"]
+    assert_one_line(generate("a", "-n", "2", "-o", "pipe"), "takes one image")
+    assert_one_line(generate("a", "-n", "2", "-o", "/dev/stdout"), "takes one image")
 
 
 def test_standard_output_that_takes_no_image_is_said(at: Path) -> None:

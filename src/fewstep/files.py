@@ -264,8 +264,20 @@ def _mode(path: Path) -> int | None:
         return None
 
 
+def is_stream(path: Path) -> bool:
+    """Whether something is there that is written through, such as a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def reason(path: Path, error: OSError) -> str:
+    """Why a path cannot be written: what the system says, or that links lead in a circle."""
+    if error.errno == errno.ELOOP or os.path.islink(os.path.realpath(path)):
+        return "it is a loop of links"
+    return str(error.strerror)
+
+
 def _unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}")
+    return UserError(f"cannot write {path}: {reason(path, error)}")
 
 
 def _write_through(path: Path, data: bytes | memoryview) -> None:

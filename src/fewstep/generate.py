@@ -192,7 +192,7 @@ def destination(output: str | None, images: int, json: bool) -> Names | Standard
     Raises:
         UserError: that cannot be written.
     """
-    if output == STREAM:
+    if output == STREAM or _is_stdout(output):
         if images > 1 or json:
             what = "lines of --json" if json else f"{images} images"
             raise UserError(f"standard output takes one image and nothing else: give -o a name for {what}")
@@ -200,6 +200,16 @@ def destination(output: str | None, images: int, json: bool) -> Names | Standard
     from fewstep.output import names
 
     return names(output, images)
+
+
+def _is_stdout(output: str | None) -> bool:
+    """Whether a path such as ``/dev/stdout`` is what this process prints to."""
+    if output is None or not output.startswith(("/dev/", "/proc/")) or sys.stdout is None:
+        return False
+    try:
+        return os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 def check_quotes(prompts: Sequence[str]) -> None:
