@@ -96,7 +96,9 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         "steps must be a whole number from 1 to 8": ["a", "--steps", "0"],
         "guidance": ["a", "--guidance", "nan"],
         "is not a picture": ["a", "--image", __file__],
-        "cannot make the folder": ["a", "-o", "/dev/full"],
+        "cannot make the folder": ["a", "-o", "/dev/full/x/"],
+        "cannot write /dev/full: No space left": ["a", "-o", "/dev/full"],
+        "a name is missing in -o ' '": ["a", "-o", " "],
         "cannot write": ["a", "-o", "/proc/x.png"],
         "Did you mean --steps?": ["a", "--stepz", "3"],
     }
@@ -504,6 +506,123 @@ def test_an_image_goes_to_standard_output(at: Path) -> None:
     done = generate("-", "-n", "4", "--seed", "7", "--grid", "-o", "-", text=False, input=b"a cat\n")
     inside("a cat", "-n", "4", "--seed", "7", "--grid", "-o", "sheet.png")
     assert done.stdout == (at / "sheet.png").read_bytes()
+
+
+def test_an_input_image_comes_from_standard_input(at: Path) -> None:
+    inside("a dog", "--seed", "7", "-o", "dog.png")
+    arguments = ("a cat", "--seed", "7", "--strength", "0.6")
+    inside(*arguments, "--image", "dog.png", "-o", "file.png")
+    data = (at / "dog.png").read_bytes()
+    for value in (["--image", "-"], ["--image=-"]):
+        done = generate(*arguments, *value, "-o", "stream.png", text=False, input=data)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (pixels(at / "stream.png") == pixels(at / "file.png")).all()
+        record = json.loads(open_info(at / "stream.png"))
+        assert (record["image"], record["image_sha256"]) == ("", "")
+    assert_one_line(generate("a", "--image", "-", input="text"), "standard input is not a picture")
+    assert_one_line(generate("-", "--image", "-", input="a"), "holds the prompts or the image")
+
+
+def open_info(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.info["fewstep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--style", "-"], "unknown style '-'"),
+        (["a", "--negative", "-"], "takes no negative"),
+        (["a", "--steps", "-"], "--steps: '-' is not a whole number"),
+        (["a", "--guidance", "-"], "--guidance: '-' is not a number"),
+        (["a", "--backend", "-"], "--backend: '-' is none of its values"),
+        (["a", "--prompts", "-"], "cannot read the prompts in -: No such file"),
+        (["--from", "-"], "there is no picture -"),
+        (["a", "--model", "-"], "there is no model '-'"),
+    ],
+)
+def test_a_dash_is_a_value_of_other_options(
+    at: Path, capsys: Capture, arguments: list[str], message: str
+) -> None:
+    assert cli.run(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and message in err
+    assert not list(at.iterdir())
+
+
+def test_a_dash_is_a_negative_prompt(bundle: Path, at: Path, tmp_path: Path) -> None:
+    guided = write_bundle(tmp_path / "guided", guidance=2.0).folder
+    arguments = ("generate", "a", "--model", str(guided), "--seed", "1", "-o", "x.png")
+    done = run(*arguments, "--negative", "-")
+    assert_one_line(done, "a prompt is empty")
+    assert run(*arguments, "--negative", "a - b").returncode == 0
+    assert json.loads(open_info(at / "x.png"))["negative"] == "a - b"
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_path_that_somebody_typed_is_no_stream(at: Path, capsys: Capture) -> None:
+    assert inside("/dev/stdin", "--seed", "1", "-o", "x.png") == 0
+    assert "/dev/stdin looks like a file" in capsys.readouterr().err
+    assert json.loads(open_info(at / "x.png"))["prompt"] == "/dev/stdin"
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_prompt_that_is_a_file_is_named(at: Path, capsys: Capture) -> None:
+    (at / "notes").touch()
+    (at / "apple").mkdir()
+    for prompt in ("B.safetensors", "q3.png", "./notes", "notes", "no/where.TXT"):
+        assert inside(prompt, "--seed", "1", "-o", "x.png") == 0
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"the prompt {prompt} looks like a file, and is drawn as text" in err
+    for prompt in ("apple", "a red apple", "3.5 apples", "a/b", "an apple.", "é" * 300):
+        assert inside(prompt, "--seed", "1", "-o", "x.png") == 0
+        assert "looks like a file" not in capsys.readouterr().err
+
+
+SIGNALLED = """
+import os, signal, sys
+class AtImport:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, AtImport())
+from fewstep.cli import main
+sys.argv = ["fewstep", "models"] + sys.argv[-1:]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["fewstep.progress", "fewstep.types", "cyclopts", "fewstep.source"])
+def test_a_signal_while_modules_are_imported_is_one_line(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, module],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert_one_line(done, "interrupted", 130)
+
+
+def test_hardly_anything_is_imported_before_signals_are_heard() -> None:
+    code = "import sys; before = set(sys.modules); import fewstep.cli; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert {"fewstep", "fewstep.cli", "fewstep.signals"} <= set(done.stdout.split())
+    assert not {"typing", "re", "threading", "fewstep.types", "dataclasses"} & set(done.stdout.split())
+
+
+def test_a_pipe_or_device_takes_one_image(at: Path) -> None:
+    whole = generate("a cat", "--seed", "7", "-o", "-", text=False).stdout
+    for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        done = generate("a cat", "--seed", "7", "-o", name, text=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, whole, b"")
+    os.mkfifo(at / "pipe")
+    with subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE) as reader:
+        assert generate("a cat", "--seed", "7", "-o", "pipe").stdout == "pipe\n"
+        assert reader.communicate(timeout=20)[0] == whole
+    assert [path.name for path in at.iterdir()] == ["pipe"]
+    assert_one_line(generate("a", "-n", "2", "-o", "pipe"), "takes one image")
+    assert_one_line(generate("a", "-n", "2", "-o", "/dev/stdout"), "takes one image")
 
 
 def test_standard_output_that_takes_no_image_is_said(at: Path) -> None:

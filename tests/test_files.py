@@ -315,3 +315,52 @@ def test_a_full_disk_is_said_of_the_target(tmp_path: Path, replacing: Any, named
     with pytest.raises(OSError) as caught, replacing(target) as fresh:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(fresh)] if named else []))
     assert caught.value.filename == str(target) and not target.exists()
+
+
+def permissions(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666, 0o755, 0o400])
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_what_takes_a_files_place_keeps_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, unnamed: bool
+) -> None:
+    if not unnamed:
+        monkeypatch.setattr(files, "_unnamed", lambda folder: None)
+    target, link = tmp_path / "a", tmp_path / "link"
+    link.symlink_to(target)
+    target.touch()
+    target.chmod(mode)
+    files.write(link, b"x")
+    assert permissions(target) == mode and target.read_bytes() == b"x"
+    with files.replacing_file(target) as fresh:
+        fresh.write_bytes(b"y")
+        assert permissions(fresh.parent) == 0o700
+    assert permissions(target) == mode and target.read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_takes_a_folders_place_keeps_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a").chmod(mode)
+    with files.replacing_folder(tmp_path / "a") as fresh:
+        (fresh / "new").touch()
+    assert permissions(tmp_path / "a") == mode and names(tmp_path / "a") == ["new"]
+
+
+def test_what_is_new_has_the_permissions_of_all_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    files.write(tmp_path / "a", b"x")
+    with files.replacing_file(tmp_path / "b") as fresh:
+        fresh.touch()
+    with files.replacing_folder(tmp_path / "c"):
+        pass
+    assert {permissions(tmp_path / name) for name in ("a", "b")} == {permissions(tmp_path / "plain")}
+    assert permissions(tmp_path / "c") == permissions(tmp_path / "folder")

@@ -182,3 +182,32 @@ def test_a_loop_of_links_is_one_line(output: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot"):
         names(str(tmp_path / output), 1).save(IMAGE, 1, RECORD)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("output", ["", " ", "\t", ".png", ".JPG", "a/ ", "a/.webp", " .png", "a/ .jpeg"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_name_that_is_missing_is_said(output: str, images: int) -> None:
+    with pytest.raises(UserError, match="a name is missing in -o"):
+        names(output, images)
+
+
+def test_an_odd_name_that_is_there_or_said_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".png", " "):
+        Path(folder).mkdir()
+        assert names(folder, 1).make(1, RECORD).parent == Path(folder)
+    for folder in (".webp/", ".", "..", ".hidden", "/"):
+        assert names(folder, 1).make(1, RECORD).parent == Path(folder)
+
+
+@pytest.mark.parametrize("output", ["loop", "loop/", "loop/x.png", "loop/y/x.png", "loop.png"])
+def test_a_loop_of_links_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.png"):
+        Path(name).symlink_to(f"other-{name}")
+        Path(f"other-{name}").symlink_to(name)
+    with pytest.raises(UserError, match=r"cannot .* loop.*: it is a loop of links"):
+        names(output, 1).save(Image.new("RGB", (2, 2)), 1, RECORD)
+    assert len(list(tmp_path.iterdir())) == 4

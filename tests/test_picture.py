@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,21 @@ def test_other_programs_read_the_parameters(
     assert float(found["CFG scale"]) == (1 if guidance is None else guidance)
     if negative is not None:
         assert found["Negative prompt"] == negative.strip()
+
+
+@pytest.mark.parametrize("image", [[1], None, b"x", "a.png", np.zeros((2, 2, 3), np.uint8)])
+def test_save_refuses_what_is_no_image(tmp_path: Path, image: Any) -> None:
+    with pytest.raises(UserError, match=f"save takes a Pillow image, not {type(image).__name__}"):
+        picture.save(image, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", [BytesIO(), 3, None, b"x.png", ["x.png"]])
+def test_save_refuses_what_is_no_path(path: Any) -> None:
+    with pytest.raises(UserError, match=f"save takes a path to write to, not {type(path).__name__}"):
+        picture.save(Image.new("RGB", (2, 2)), path)
+
+
+def test_save_refuses_a_zero_byte(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*null byte"):
+        picture.save(Image.new("RGB", (2, 2)), tmp_path / "a\0.png")

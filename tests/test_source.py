@@ -109,3 +109,37 @@ def test_every_command_calls_it_unfinished(
     error = capsys.readouterr().err
     assert "run is a run at step 34 of 40 that has not finished" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("memory", 24), ("memory", 2**35), ("memory", b"24GiB"),
+        ("size", (64, 64)), ("size", 768), ("size", [768, 512]),
+        ("student", ["a"]), ("student", 1), ("student", b"a"),
+        ("tiny_decoder", 1), ("tiny_decoder", True),
+        ("bits", "8"), ("bits", 8.0), ("bits", 5), ("bits", True), ("bits", [8]),
+        ("device", 3), ("device", "tpu"), ("device", None), ("device", {}),
+        ("compile", "yes"), ("compile", 1), ("compile", None),
+        ("image", "a.png"), ("batch", "2"), ("batch", 1.0), ("batch", 0),
+        ("lora", 3), ("lora", [b"a"]),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_one_line(tmp_path: Path, option: str, value: object) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    for model in (tmp_path, "pocket"):
+        with pytest.raises(UserError, match=f"^{option} must be ") as caught:
+            fewstep.load(model, **{option: value})  # pyright: ignore[reportArgumentType]
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["student", "tiny_decoder"])
+def test_a_path_is_as_good_as_its_text(option: str) -> None:
+    for value in (Path("there"), "there", None):
+        assert source._checked(option, value) == (None if value is None else "there")
+
+
+@pytest.mark.parametrize("model", [3, b"pocket", ["pocket"], 1.5, True])
+def test_a_model_of_another_type_is_one_line(model: object) -> None:
+    with pytest.raises(UserError, match=f"a model is named by a text or a path, not {type(model).__name__}"):
+        fewstep.load(model)  # pyright: ignore[reportArgumentType]

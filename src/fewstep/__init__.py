@@ -11,9 +11,10 @@ Importing this package imports nothing heavy; generation with a bundle never imp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # importing typing takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from fewstep.picture import save
     from fewstep.pipeline import Pipeline
     from fewstep.source import load

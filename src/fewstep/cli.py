@@ -19,15 +19,16 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
 
 from fewstep import signals
-from fewstep.files import FULL
-from fewstep.progress import say
 
+# Until main() listens to them, a signal ends in Python's own words: all that takes long is imported later.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
     from cyclopts import App
 
 COMMANDS = {
@@ -46,6 +47,13 @@ COMMANDS = {
     "evaluate": ("fewstep.evaluate.command:evaluate", "Measure what a model draws."),
     "bench": ("fewstep.bench.command:bench", "Time a generation against stock diffusers."),
 }
+
+
+class _Dash(str):
+    """A bare ``-``: a value, which the parser would take for an option by how it starts."""
+
+    def startswith(self, *_: object) -> bool:
+        return False
 
 
 def main() -> NoReturn:
@@ -85,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         status = 2  # the same: the printer of --help turns one into the other
     except OSError as error:
+        from fewstep.files import FULL
+
         if error.errno in FULL:
             status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
         elif error.filename is not None:  # a path of the user's that nobody checked before
@@ -126,8 +136,7 @@ def _run(tokens: list[str]) -> int:
 
     hush()
     _calm()
-    # A bare "-" is a prompt that stands for standard input; the parser would take it for an option.
-    tokens = ["/dev/stdin" if token == "-" else token for token in tokens]
+    tokens = [_Dash(token) if token == "-" else token for token in tokens]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _our_warnings(warnings.showwarning)
@@ -166,6 +175,8 @@ def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
     """Print our own warnings as one line, and of libraries' those about numbers; ``python -W`` shows all."""
 
     def show(message: Warning | str, category: type[Warning], *more: object, **named: object) -> None:
+        from fewstep.progress import say
+
         if category.__module__.startswith("fewstep."):
             say(f"warning: {message}")
         elif sys.warnoptions or issubclass(category, RuntimeWarning):
@@ -193,5 +204,7 @@ def application() -> App:
 
 
 def _end(message: str, status: int) -> int:
+    from fewstep.progress import say
+
     say(message)
     return status

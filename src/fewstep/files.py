@@ -2,7 +2,7 @@
 
 What is unfinished lies in a part: a hidden folder ``.NAME.RANDOM.part`` beside its target, which its process
 keeps locked. The lock ends with the process, so the next writer of the same target knows what was left behind
-and removes it.
+and removes it. What takes the place of something keeps its permissions; nobody else can look into a part.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def write(path: Path, data: bytes | memoryview) -> None:
                 fresh.write_bytes(data)
     except OSError as error:
         raise _unwritten(path, error) from error
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"cannot write {str(path)!r}: {error}") from None
 
 
 def write_new(paths: Iterable[Path], data: bytes | memoryview) -> Path:
@@ -85,6 +87,8 @@ def replacing_file(target: Path) -> Generator[Path]:
     with _part(target) as part:
         fresh = part / target.name
         yield fresh
+        if (mode := _mode(target)) is not None:
+            fresh.chmod(mode)
         os.replace(fresh, target)
 
 
@@ -104,6 +108,8 @@ def replacing_folder(target: Path) -> Generator[Path]:
         fresh = part / target.name
         fresh.mkdir()
         yield fresh
+        if (mode := _mode(target)) is not None:
+            fresh.chmod(mode | 0o700)  # a folder that its owner cannot change cannot be moved either
         if target.exists() and _exchange(fresh, target):
             return
         old = part / _OLD / target.name
@@ -211,7 +217,7 @@ def _part(target: Path) -> Generator[Path]:
     sweep(target.parent, target.name)
     while True:
         part = _new_part(target)
-        part.mkdir()
+        part.mkdir(0o700)
         # Another process may take it for a leftover before it is locked, at any place of what follows.
         with suppress(FileNotFoundError, FileExistsError):
             if (lock := _lock(part)) is not None:
@@ -230,6 +236,12 @@ def _part(target: Path) -> Generator[Path]:
 
 def _new_part(target: Path) -> Path:
     return target.with_name(f".{_short(target.name)}.{os.urandom(4).hex()}.part")
+
+
+def shortened(name: str, most: int) -> str:
+    """A name cut to so many bytes at the end of a character. One that is short enough stays as it is."""
+    data = os.fsencode(name)
+    return name if len(data) <= most else data[:most].decode(errors="ignore")
 
 
 def _short(name: str) -> str:
@@ -251,8 +263,28 @@ def _pointed_at(path: Path) -> Path:
     return path if path.name else path.absolute()
 
 
+def _mode(path: Path) -> int | None:
+    """The permissions of what is to be replaced; ``None`` where nothing is there."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether something is there that is written through, such as a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def reason(path: Path, error: OSError) -> str:
+    """Why a path cannot be written: what the system says, or that links lead in a circle."""
+    if error.errno == errno.ELOOP or os.path.islink(os.path.realpath(path)):
+        return "it is a loop of links"
+    return str(error.strerror)
+
+
 def _unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}")
+    return UserError(f"cannot write {path}: {reason(path, error)}")
 
 
 def _write_through(path: Path, data: bytes | memoryview) -> None:
@@ -330,6 +362,8 @@ def _write_unnamed(path: Path, data: bytes | memoryview) -> bool:
                     return True
                 # Nothing links over a name. Between the next two calls the file is a part without a lock:
                 # whoever sweeps the folder just then removes it, and it is written once more.
+                if (mode := _mode(path)) is not None:
+                    os.fchmod(unnamed, mode)
                 sweep(path.parent, path.name)
                 part = _new_part(path)
                 if _name(unnamed, part):

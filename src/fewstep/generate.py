@@ -40,12 +40,18 @@ _WORD = re.compile(r"(?=.*[^\W\d_])[\w'’-]+[,.;:!?]?")
 
 SAID = ("path", "prompt", "seed", "steps", "model", "seconds")
 """What ``--json`` says of each picture."""
-STDIN = "/dev/stdin"
-"""What the command line hands over for a bare ``-``, which its parser would take for an option."""
+STREAM = "-"
+"""Standard input as a prompt or an input image, standard output as ``-o``; plain text anywhere else."""
+_FILES = {
+    ".safetensors": "with its option, as in --lora A --lora B",
+    ".txt": "of prompts with --prompts",
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp"), "with --image, or its name with -o"),
+}
+"""Endings of a prompt that may have been meant as a file, and how to give that."""
 
 
 class PromptsWarning(UserWarning):
-    """Several prompts may have been meant as one."""
+    """Several prompts may have been meant as one, or one as a file."""
 
 
 class ModelWarning(UserWarning):
@@ -98,7 +104,7 @@ def generate(
         style: A style word of the model; adds ", STYLE style" to each prompt.
         guidance: Guidance scale, for a model that has guidance.
         negative: What to steer away from, for a model that has guidance.
-        image: A picture to start from.
+        image: A picture to start from; "-" reads it from standard input.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
         model: A shipped model, a folder, also of a finished run, or a hub name (org/name); sd3: or flux: in
             front says its family.
@@ -115,10 +121,11 @@ def generate(
     """
     options: dict[str, Any] = {
         "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
-        "image": image, "strength": strength,
+        "image": input_image(image, prompts), "strength": strength,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     check_quotes(prompts)
+    check_files(prompts)
     texts = read_prompts(prompts, prompts_file)
     record, whole_sheet = None, False
     if again is not None:
@@ -185,7 +192,7 @@ def destination(output: str | None, images: int, json: bool) -> Names | Standard
     Raises:
         UserError: that cannot be written.
     """
-    if output in ("-", STDIN):
+    if output == STREAM or _is_stdout(output):
         if images > 1 or json:
             what = "lines of --json" if json else f"{images} images"
             raise UserError(f"standard output takes one image and nothing else: give -o a name for {what}")
@@ -193,6 +200,16 @@ def destination(output: str | None, images: int, json: bool) -> Names | Standard
     from fewstep.output import names
 
     return names(output, images)
+
+
+def _is_stdout(output: str | None) -> bool:
+    """Whether a path such as ``/dev/stdout`` is what this process prints to."""
+    if output is None or not output.startswith(("/dev/", "/proc/")) or sys.stdout is None:
+        return False
+    try:
+        return os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 def check_quotes(prompts: Sequence[str]) -> None:
@@ -204,6 +221,19 @@ def check_quotes(prompts: Sequence[str]) -> None:
         warnings.warn(text, PromptsWarning, stacklevel=2)
 
 
+def check_files(prompts: Sequence[str]) -> None:
+    """Warn of prompts that are files: an option takes one value, and what follows it is a prompt."""
+    for text in prompts:
+        end = Path(text).suffix.lower()
+        # A single word may be the name of a folder by chance.
+        there = os.path.isfile(text) or (os.sep in text and os.path.exists(text))
+        if text != STREAM and (there or end in _FILES):
+            shown = text if len(text) <= 60 else f"…{text[-60:]}"
+            how = _FILES.get(end, "with the option that it is for")
+            line = f"the prompt {shown} looks like a file, and is drawn as text: give a file {how}"
+            warnings.warn(line, PromptsWarning, stacklevel=2)
+
+
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
     """Prompts of the command line, then of the file; a bare ``-`` stands for the lines of stdin.
 
@@ -212,15 +242,40 @@ def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
     """
     texts: list[str] = []
     for text in prompts:
-        if text == STDIN and sys.stdin is None:  # closed by whoever started us
-            raise UserError("there is no prompt in standard input: it is closed")
-        texts += _lines("standard input", sys.stdin.buffer.read()) if text == STDIN else [text]
+        texts += _lines("standard input", _stdin("prompt")) if text == STREAM else [text]
     if path is not None:
         try:
             texts += _lines(path, Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"cannot read the prompts in {path}: {error.strerror}") from None
     return texts
+
+
+def input_image(image: str | None, prompts: Sequence[str]) -> str | Image.Image | None:
+    """The option ``--image``, where a bare ``-`` stands for an image from standard input.
+
+    Raises:
+        UserError: standard input is no image, closed, or holds the prompts.
+    """
+    if image != STREAM:
+        return image
+    from fewstep.picture import MOST_BYTES, decode
+
+    if STREAM in prompts:
+        raise UserError("standard input holds the prompts or the image: give one of them otherwise")
+    data = _stdin("image", MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"standard input is not an image that can be read: more than {MOST_BYTES >> 20} MiB")
+    return decode(data, "standard input")
+
+
+def _stdin(what: str, most: int = -1) -> bytes:
+    if sys.stdin is None:  # closed by whoever started us
+        raise UserError(f"there is no {what} in standard input: it is closed")
+    try:
+        return sys.stdin.buffer.read(most)
+    except OSError as error:
+        raise UserError(f"cannot read standard input: {error.strerror}") from None
 
 
 def _lines(name: str, data: bytes) -> list[str]:

@@ -36,6 +36,7 @@ class Names:
     * nothing: ``PROMPT-SEED.png`` in the current folder;
     * a folder (it exists, or has no suffix): the same in that folder, which is made if need be;
     * a pattern with ``{index} {seed} {prompt} {model} {steps}``: that name;
+    * a pipe or device that is there: one image through it, a PNG where it has no suffix;
     * one image file: exactly that file, which alone may be overwritten; several images of one call
       become ``NAME-1.png``, ``NAME-2.png``, ….
 
@@ -73,6 +74,9 @@ class Names:
         from fewstep.picture import encode, save
 
         path = self.make(index, record)
+        if files.is_stream(path):
+            files.write(path, encode(image, Path(f"image{self.suffix}")))
+            return path
         _make_folder(path.parent)
         if not self.exact:
             return files.write_new(self._candidates(path), encode(image, path))
@@ -88,7 +92,7 @@ def names(output: str | None, images: int) -> Names:
     """Read the ``-o`` option for a call that writes ``images`` files.
 
     Raises:
-        UserError: an unknown field, a suffix of another format, or a name that is too long.
+        UserError: an unknown field, a suffix of another format, or a name that is missing or too long.
     """
     if output is None:
         return _pattern(DEFAULT)
@@ -96,6 +100,15 @@ def names(output: str | None, images: int) -> Names:
         return _pattern(output)
     path = Path(output)
     _check_length(path)
+    _check_name(output, path)
+    if files.is_stream(path):
+        if images > 1:
+            raise UserError(f"{output} is no file and takes one image: give -o a name for {images} images")
+        return Names(
+            lambda index, record: path,
+            exact=True,
+            suffix=_checked_suffix(path.with_suffix(path.suffix or ".png")),
+        )
     if path.is_dir() or output.endswith("/") or not path.suffix:
         return _pattern(DEFAULT, path)
     suffix = _checked_suffix(path)
@@ -170,9 +183,21 @@ def _check_length(path: Path) -> None:
         raise UserError(f"cannot write there: {text}")
 
 
+def _check_name(output: str, path: Path) -> None:
+    """Refuse a blank, and a suffix alone unless it is said or known to be a folder."""
+    from fewstep.picture import SUFFIXES
+
+    there = bool(output) and path.is_dir()
+    named = path.stem.strip() and (path.name.lower() not in SUFFIXES or output.endswith("/"))
+    if not (there or named):
+        raise UserError(
+            f"a name is missing in -o {output[-40:]!r}: give a file such as image.png, or a folder"
+        )
+
+
 def _make_folder(folder: Path) -> None:
     """Make a folder; a link that points at none yet stays, and what it points at is made."""
     try:
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {folder}: {files.reason(folder, error)}") from None

@@ -584,9 +584,15 @@ def save(image: Image.Image, path: str | Path) -> None:
             it points at is written.
 
     Raises:
-        UserError: another suffix, or it cannot be written.
+        UserError: another suffix, it cannot be written, or the arguments are no image and no path.
     """
-    path = Path(path)
+    given: Any = image
+    if not isinstance(given, Image.Image):
+        raise UserError(f"save takes a Pillow image, not {type(given).__name__}")
+    try:
+        path = Path(path)
+    except TypeError:
+        raise UserError(f"save takes a path to write to, not {type(path).__name__}") from None
     files.write(path, encode(image, path))
 
 

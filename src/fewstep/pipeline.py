@@ -28,6 +28,7 @@ from fewstep.request import (
     whole,
 )
 from fewstep.runtime.bundle import Bundle
+from fewstep.text import negative_prompt
 from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
 
 _OURS = {"model", "styles", "prompts"}
@@ -137,7 +138,8 @@ class Pipeline:
             raise UserError(f"on_step must be a function, not {type(on_step).__name__}")
         if isinstance(self.model.text, Farsighted):
             away = [request.negative or ""] if _second_pass(self.model, request) else []
-            self.model.text.prepare([*(text for text, _ in request.jobs), *away])
+            with negative_prompt(request.negative or ""):
+                self.model.text.prepare([*(text for text, _ in request.jobs), *away])
         start, record = self._start(request)
         hint = "; try --bits 32" if self.facts.get("bits") in (16, 8, 4) else ""
         groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
@@ -225,7 +227,8 @@ class _Walk:
             return velocity.with_guidance(self.request.guidance)
         if self.request.guidance is None or not _second_pass(self.model, self.request):
             return velocity
-        uncond = self.model.text([self.request.negative or ""])
+        with negative_prompt(self.request.negative or ""):
+            uncond = self.model.text([self.request.negative or ""])
         return Guided(velocity, uncond, self.request.guidance)
 
     def _decode(self, latents: Array, cond: Cond) -> list[Image.Image]:

@@ -164,11 +164,11 @@ def check_values(
     n: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    image: str | None = None,
+    image: Any = None,
     strength: float | None = None,
     **others: Any,
 ) -> None:
-    """Refuse what no model takes, before one is loaded; ``image`` is a path, ``others`` are for a model.
+    """Refuse what no model takes, before one is loaded; ``others`` are for a model.
 
     Raises:
         UserError: a value that makes no sense, or a picture that cannot be read.
@@ -178,7 +178,7 @@ def check_values(
         whole("steps", steps, 1, MANY)
     if guidance is not None:
         real("guidance", guidance, 0, 100)
-    if image is not None:
+    if isinstance(image, str):
         from fewstep.picture import open_image
 
         open_image(image)
@@ -276,9 +276,14 @@ def _draw(limit: int) -> int:
     return int.from_bytes(os.urandom(8)) % limit
 
 
+_SINGLE = (str, bytes, bytearray, memoryview, Mapping)
+"""What Python can iterate over, and is no list of prompts."""
+
+
 def _texts(prompts: Any) -> list[Any]:
     """One prompt or several as a list; :func:`_prompt` then refuses what is no text."""
-    return [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    single = isinstance(prompts, _SINGLE) or not isinstance(prompts, Iterable)
+    return [prompts] if single else list(prompts)
 
 
 def _prompt(text: Any) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from types import FrameType
+
+# The command line imports this before anything else, and signals are not heard until then.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from types import FrameType
 
 NAMES = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 """Signal -> what is said of a command that it ended. Not every system has all."""

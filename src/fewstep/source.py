@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fewstep.extras import missing_extra, need
-from fewstep.request import check_known
+from fewstep.request import MOST_AT_ONCE, check_known, whole
 from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
@@ -76,7 +76,7 @@ def load(
         UserError: there is no such model, it is damaged, what it needs is not installed, or it does not fit.
     """
     threads = None if threads is None else counted_threads(threads, 1)
-    name = DEFAULT if source is None else str(source)
+    name = DEFAULT if source is None else _name(source)
     family, plain = split(name)
     place = locate(plain)
     bundle = _bundle(place)
@@ -94,6 +94,13 @@ def load(
     return _load_bundle(name, bundle, threads)
 
 
+def _name(source: Any) -> str:
+    name = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(name, str):
+        raise UserError(f"a model is named by a text or a path, not {type(source).__name__}")
+    return name
+
+
 def _way(name: str, kind: Backend, wanted: Backend) -> str:
     """What to do about a model for another engine than the one wanted."""
     if wanted == "torch":
@@ -107,12 +114,47 @@ def _wish(given: Wished) -> Wish:
     from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
 
     check_known("load", given, Wish.__dataclass_fields__)
-    plain: dict[str, Any] = {**given, "lora": ()}
+    plain: dict[str, Any] = {name: _checked(name, value) for name, value in given.items()} | {"lora": ()}
     if given.get("lora", ()) != ():
         from fewstep.families.lora import specs  # as above
 
         plain["lora"] = specs(given.get("lora"))
     return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An option of :func:`load` other than ``lora``, as the command line would give it.
+
+    Raises:
+        UserError: it is of another type, or none of its values.
+    """
+    from fewstep.staged import Bits, Device
+
+    if name == "batch":
+        return whole(name, value, 1, MOST_AT_ONCE)
+    if name in ("compile", "image") and not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, not {_shown(value)}")
+    choices = {"bits": (None, *get_args(Bits)), "device": get_args(Device)}.get(name)
+    if choices is not None and (type(value) not in map(type, choices) or value not in choices):
+        some = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise UserError(f"{name} must be one of {some}, not {_shown(value)}")
+    if name in ("student", "tiny_decoder") and isinstance(value, Path):
+        return str(value)
+    if name in _TEXTS and not isinstance(value, str | None):
+        raise UserError(f"{name} must be {_TEXTS[name]}, not {_shown(value)}")
+    return value
+
+
+_TEXTS = {
+    "student": "the path of a folder or file",
+    "tiny_decoder": "the path of a folder",
+    "memory": 'a text such as "24GiB"',
+    "size": 'a text such as "768x512"',
+}
+
+
+def _shown(value: Any) -> str:
+    return f"{' '.join(repr(value).split())[:40]} ({type(value).__name__})"
 
 
 def hush() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from fewstep.types import UserError
 
@@ -34,8 +36,26 @@ _SYNTAX = re.compile(
 )
 
 
+_negative: ContextVar[str | None] = ContextVar("negative", default=None)
+
+
 class PromptWarning(UserWarning):
     """A part of a prompt is left out, or not read as it may be meant."""
+
+
+@contextmanager
+def negative_prompt(text: str) -> Generator[None]:
+    """Within the block warnings and errors call ``text`` the negative prompt (:func:`prompt_name`)."""
+    token = _negative.set(text)
+    try:
+        yield
+    finally:
+        _negative.reset(token)
+
+
+def prompt_name(text: str) -> str:
+    """What a prompt is called in warnings and errors: ``the prompt`` or ``the negative prompt``."""
+    return "the negative prompt" if text == _negative.get() else "the prompt"
 
 
 def clean(text: str) -> str:

@@ -117,6 +117,19 @@ def test_changed_pictures_are_written_anew_and_an_interrupted_run_goes_on(tmp_pa
     assert [e.prompt for e in shards.read(one)] == ["another", "b/a"] and not two.exists()
 
 
+@pytest.mark.parametrize("letter", ["a", "é", "汉"])
+def test_shards_of_folders_with_the_longest_names_have_names(tmp_path: Path, letter: str) -> None:
+    name = letter * (250 // len(letter.encode()))
+    for place in ("one", "two"):
+        source = tmp_path / place / name
+        source.mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(source / "a.png")
+        (source / "a.txt").write_text(place)
+    made = [shards.write_folder(tmp_path / place / name, tmp_path / "out", 48, 2) for place in ("one", "two")]
+    assert [e.prompt for paths in made for path in paths for e in shards.read(path)] == ["one", "two"]
+    assert all(path.name.startswith(letter * 70) for paths in made for path in paths)
+
+
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
     for ending in ("png", "jpg"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"a.{ending}")

@@ -69,8 +69,10 @@ def test_a_prompt_that_t5_reads_whole_is_not_called_cut(kind: str) -> None:
 
 def test_a_negative_prompt_that_is_cut_is_named() -> None:
     pipe = Pipeline(family("sd3 without T5"))
-    with pytest.warns(PromptWarning, match="too long"):
+    with pytest.warns(PromptWarning, match="^the negative prompt is too long: "):
         pipe("a cat", seed=1, steps=1, negative=LONG)
+    with pytest.warns(PromptWarning, match="^the prompt is too long: "):
+        pipe(LONG, seed=1, steps=1, negative="a cat")
 
 
 def test_captions_are_counted_in_one_line(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fewstep.runtime.tokens import PromptWarning, Tokens, spell
+from fewstep.text import negative_prompt
 from fewstep.types import UserError
 from tiny_bundle import LENGTH, write_bundle
 
@@ -117,3 +118,13 @@ def test_of_many_prompts_the_first_are_told() -> None:
 
 def test_a_tokenizer_of_bytes_says_nothing_of_words(tokens: Tokens) -> None:
     assert _unsure(tokens, FOREIGN[:2]) == []
+
+
+def test_a_negative_prompt_is_called_so() -> None:
+    with negative_prompt("苹果"):
+        with pytest.raises(UserError, match="the negative prompt has none"):
+            spell("苹果")
+        with pytest.raises(UserError, match="the prompt has none"):
+            spell("梨")
+    with pytest.warns(PromptWarning, match="left out of the negative prompt"), negative_prompt("a 苹果"):
+        spell("a 苹果")

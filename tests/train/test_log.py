@@ -66,3 +66,19 @@ def test_a_damaged_note_of_the_best_is_one_line(tmp_path: Path) -> None:
     assert best.read(tmp_path) == {"step": 1, "metric": "m", "value": 0.5}
     note.unlink()
     assert best.read(tmp_path) is None
+
+
+@pytest.mark.parametrize("data", [b"\x80\x04\x95\0\0", b"\0" * 64, b"PK\x03\x04", b"text", b'{"step": "1"}'])
+def test_what_is_no_log_stays_and_is_said(tmp_path: Path, data: bytes) -> None:
+    for before in (b"", b'{"step": 1}\n'):
+        (tmp_path / "log.jsonl").write_bytes(before + data)
+        with pytest.raises(UserError, match=r"log\.jsonl, line \d, is damaged"):
+            Log(tmp_path, "r", ABOUT, 2)
+        assert (tmp_path / "log.jsonl").read_bytes() == before + data
+
+
+def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    log = Log(tmp_path, "r", ABOUT, 2)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -29,7 +29,7 @@ from PIL import Image
 from fewstep import formats
 from fewstep.data.compose import Composer, Sample
 from fewstep.data.folders import list_files, say_passed_over
-from fewstep.files import replacing_file
+from fewstep.files import replacing_file, shortened
 from fewstep.files import write as write_file
 from fewstep.picture import MOST_BYTES, decode, flat
 from fewstep.picture import read as read_image
@@ -40,6 +40,8 @@ from fewstep.workers import pool
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 MOST_CAPTION = 2**20
 """Bytes of a caption's file."""
+_NAME_BYTES = 230
+"""Of a source's name in those of its shards, where a hash, a number and a suffix follow it."""
 Make = Callable[[int], Sample]
 
 
@@ -340,7 +342,7 @@ def _claim(folder: Path, source: Path, made: _Made) -> str:
         UserError: both names that the shards can have are somebody else's, or one of more shards than before.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    base = Path(os.path.abspath(source)).name.lstrip(".") or "images"
+    base = shortened(Path(os.path.abspath(source)).name.lstrip("."), _NAME_BYTES) or "images"
     place = hashlib.sha256(os.fsencode(made.source)).hexdigest()[:8]
     for name in (base, f"{base}-{place}"):
         note = folder / f"{name}.made-of"

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.schedules import of_scheduler
-from fewstep.runtime.tokens import PromptWarning
+from fewstep.text import PromptWarning, prompt_name
 from fewstep.types import Array, TextEncoder, UserError, Velocity
 
 
@@ -92,9 +92,10 @@ def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
         if not cut:
             continue
         reader, count = max(cut, key=lambda pair: pair[0].room / pair[1])
-        message = f"the prompt is {TOO_LONG}: {reader.room} of {count} tokens were kept"
+        what = prompt_name(prompt)
+        message = f"{what} is {TOO_LONG}: {reader.room} of {count} tokens were kept"
         if whole := [other.name for other, many in counts if many <= other.room]:
-            message = f"{reader.name} {READS} {reader.room} of the prompt's {count} tokens, {whole[-1]} all"
+            message = f"{reader.name} {READS} {reader.room} of {what}'s {count} tokens, {whole[-1]} all"
         warnings.warn(message, PromptWarning, stacklevel=3)
 
 

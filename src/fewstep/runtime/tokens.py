@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fewstep.runtime.tokenizer_file import check, guarded
-from fewstep.text import PromptWarning, clean, unknown_words
+from fewstep.text import PromptWarning, clean, prompt_name, unknown_words
 from fewstep.types import UserError
 
 __all__ = ["PromptWarning", "Tokens", "spell"]
@@ -56,10 +56,10 @@ class Tokens:
         rows = [guarded(self._tokenizer.encode, line, where=self._where) for line in lines]
         for line in lines if self.warns else ():
             self._warn_of_unknown(line)
-        for row in rows:
+        for prompt, row in zip(prompts, rows, strict=True):
             if row.overflowing and self.warns:
                 kept, *cut = [part.special_tokens_mask.count(0) for part in (row, *row.overflowing)]
-                _warn(f"the prompt is too long: {kept} of {kept + sum(cut)} tokens were kept")
+                _warn(f"{prompt_name(prompt)} is too long: {kept} of {kept + sum(cut)} tokens were kept")
         tokens = np.array([row.ids for row in rows], np.int64)
         if tokens.shape != (len(prompts), self.length):
             raise UserError(f"the tokenizer gives {tokens.shape[-1]} tokens a prompt, not {self.length}")
@@ -88,7 +88,7 @@ def spell(prompt: str) -> str:
     Raises:
         UserError: nothing is left of the prompt.
     """
-    prompt = clean(prompt)
+    what, prompt = prompt_name(prompt), clean(prompt)
     if prompt.isascii():
         return prompt
     spelled = [_spell(sign) for sign in prompt]
@@ -96,8 +96,8 @@ def spell(prompt: str) -> str:
     text = " ".join("".join(text or "" for text in spelled).split())
     if foreign:
         if not any(sign.isalnum() for sign in text):
-            raise UserError(f"the model knows English only, and the prompt has none: {prompt[:60]!r}")
-        _warn(f"the model knows English only: {foreign[:40]!r} was left out of the prompt")
+            raise UserError(f"the model knows English only, and {what} has none: {prompt[:60]!r}")
+        _warn(f"the model knows English only: {foreign[:40]!r} was left out of {what}")
     return text
 
 

@@ -59,11 +59,11 @@ class Wish:
 class Wished(TypedDict, total=False):
     """The fields of :class:`Wish`, as keyword arguments."""
 
-    student: str | None
+    student: str | Path | None
     lora: str | Path | Sequence[str | Path | tuple[str | Path, float]]
     memory: str | None
     bits: Bits | None
-    tiny_decoder: str | None
+    tiny_decoder: str | Path | None
     size: str | None
     device: Device
     compile: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from fewstep.train.parallel import world
 
 MOST_BYTES = 2**28
 """Of a log; a million lines have less."""
+_HALF_LINE = re.compile(rb"\{[ -~]*(?<!\})")
+"""The start of a line, as a process leaves it that is killed while it writes: ASCII, as ``json`` writes."""
 
 
 class Log:
@@ -116,11 +119,13 @@ def _until(path: Path, step: int) -> list[dict[str, float]]:
     """The lines up to a step; later ones, and one that a killed process left half written, leave the file.
 
     Raises:
-        UserError: another line is none of a log.
+        UserError: another line is none of a log. The file stays as it is.
     """
     if not path.exists():
         return []
-    lines = formats.read_bytes(path, MOST_BYTES).split(b"\n")[:-1]  # behind the last end is what was cut off
+    *lines, rest = formats.read_bytes(path, MOST_BYTES).split(b"\n")
+    if rest and not _HALF_LINE.fullmatch(rest):
+        lines.append(rest)  # whole, or nothing that a log ever held
     told: list[dict[str, float]] = [
         formats.parse(line, dict[str, int | float], f"{path}, line {number},", python=True)
         for number, line in enumerate(lines, 1)
