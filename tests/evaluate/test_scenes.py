@@ -240,7 +240,7 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"detector.json is damaged"):
         Finder(tmp_path)
     (tmp_path / "detector.json").write_text('{"size": 128}')
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be checked: it is no ONNX graph"):
         Finder(tmp_path)(PLAIN[None])
     with pytest.raises(UserError, match="no renderings"):
         scenes.load(tmp_path, FOLDER, 12)
