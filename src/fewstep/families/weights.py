@@ -40,8 +40,6 @@ NARROW = ("F8_E4M3", "F8_E5M2")
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """Quantization formats (of ComfyUI) that are 8-bit floats with a scale."""
 
-MOST_HEADER = 10**8
-"""Bytes of a header, as the safetensors library limits them."""
 
 SCALES = (".scale_weight", ".weight_scale")
 """Ends of the names of scales: ComfyUI's, and that of most others. Each multiplies ``.weight``."""

@@ -23,11 +23,12 @@ import tiny_flux
 from fewstep import guide, sample, times
 from fewstep.data import shards
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.command import Ranks, ranks_of, time_left, told
+from fewstep.data.synthesis.command import Ranks, ranks_of, told
 from fewstep.data.synthesis.plan import NULL, PLAN, Plan
 from fewstep.data.synthesis.read import Synthetic
 from fewstep.data.synthesis.write import synthesize
 from fewstep.families import Family, flux, sd3
+from fewstep.progress import duration
 from fewstep.source import load_family
 from fewstep.types import Cond, Model, UserError
 from mixture import Mixture, images
@@ -467,7 +468,7 @@ def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "fewstep: 4 of 8 samples are there"
     assert "6 of 8 samples" in lines[1] and lines[2].endswith(" a second, 0 s left")
-    assert [time_left(s) for s in (44, 800, 12_000)] == ["44 s", "13 min", "3 h 20 min"]
+    assert [duration(s) for s in (44, 800, 12_000)] == ["44 s", "13 min", "3 h 20 min"]
 
 
 def test_a_plan_comes_back_as_it_was(teacher: Family, made: Path) -> None:

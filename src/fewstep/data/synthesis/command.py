@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fewstep.progress import stage
+from fewstep.progress import duration, stage
 from fewstep.recipes.parts import Out, at_least_one
 from fewstep.request import threads as counted_threads
 from fewstep.signals import check
@@ -141,18 +141,10 @@ def told(every: float = 10.0) -> Callable[[int, int], None]:
                 print(f"fewstep: {done} of {total} samples are there", file=sys.stderr)
         elif now - last >= every or done == total:
             last, speed = now, (done - before) / (now - begun)
-            left = time_left((total - done) / speed)
+            left = duration((total - done) / speed)
             print(f"fewstep: {done} of {total} samples, {speed:.2g} a second, {left} left", file=sys.stderr)
 
     return say
-
-
-def time_left(seconds: float) -> str:
-    """``45 s``, ``12 min`` or ``3 h 20 min``."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]:
