@@ -10,7 +10,7 @@ DATA=${DATA:-data/stickers}               # the stickers; made where it holds no
 RUNS=${RUNS:-runs/gpu}                    # run folders: checkpoints, logs, sheets, models
 OUT=${OUT:-$RUNS/out}                     # what to bring home, in files of less than 16 MiB
 TEACHER=${TEACHER:-models/pocket-teacher} # the teacher to go on from, where it is there
-CODEC=${CODEC:-runs/pocket-codec/model}   # else: the parts to start a new one from
+CODEC=${CODEC:-runs/pocket-vae/model}   # else: the parts to start a new one from
 TEXT=${TEXT:-runs/pocket-text/model}
 WHEELS=${WHEELS:-.wheels}                 # carried wheels, for a machine that reaches no package registry
 PYTHON=${PYTHON:-python3}
@@ -110,12 +110,12 @@ parts() {
 }
 
 data() {
-  [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --pictures "$PICTURES"
+  [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --images "$PICTURES"
 }
 
 codec() { # a sharper decoder: latents, and all that was trained on them, stay what they are
-  timed train pocket-codec --data "$DATA" --out "$RUNS/codec" --init "$CODEC" --decoder-only \
-    --minutes "$CODEC_MINUTES" --steps "$CODEC_STEPS" --batch "$CODEC_BATCH" --lr "$CODEC_LR" --device "$DEVICE"
+  timed train pocket-vae --data "$DATA" --output "$RUNS/codec" --init "$CODEC" --decoder-only \
+    --max-minutes "$CODEC_MINUTES" --steps "$CODEC_STEPS" --batch-size "$CODEC_BATCH" --lr "$CODEC_LR" --device "$DEVICE"
   mkdir -p "$RUNS/codec/model/vae"
   mv "$RUNS/codec/model"/*.* "$RUNS/codec/model/vae"
   bring "$RUNS/codec" codec vae
@@ -124,8 +124,8 @@ codec() { # a sharper decoder: latents, and all that was trained on them, stay w
 text() {
   local from=(--codec "$CODEC")
   [ ! -d "$TEACHER" ] || from+=(--init "$TEACHER")
-  timed train pocket-text --data "$DATA" --out "$RUNS/text" "${from[@]}" \
-    --words "$WORDS" --minutes "$TEXT_MINUTES" --steps "$TEXT_STEPS" --batch "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
+  timed train pocket-text --data "$DATA" --output "$RUNS/text" "${from[@]}" \
+    --words "$WORDS" --max-minutes "$TEXT_MINUTES" --steps "$TEXT_STEPS" --batch-size "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
   bring "$RUNS/text" text tokenizer text_encoder text_encoder_2
   bring "$RUNS/text" t5-text tokenizer text_encoder_3
 }
@@ -135,15 +135,15 @@ teacher() {
   [ ! -d "$RUNS/text/model" ] || text=$RUNS/text/model
   local from=(--codec "$CODEC" --text "$text")
   [ ! -d "$TEACHER/transformer" ] || from+=(--init "$TEACHER")
-  timed train pocket-teacher --data "$DATA" --out "$RUNS/teacher" "${from[@]}" \
-    --keep-t5 0 --minutes "$TEACHER_MINUTES" --steps "$STEPS" --batch "$BATCH" --lr "$LR" $COMPILE --device "$DEVICE"
+  timed train pocket-teacher --data "$DATA" --output "$RUNS/teacher" "${from[@]}" \
+    --keep-t5 0 --max-minutes "$TEACHER_MINUTES" --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" $COMPILE --device "$DEVICE"
   bring "$RUNS/teacher" teacher transformer fewstep.json
 }
 
 t5() { # last the teacher hears T5 now and then: as long as it must hear it, no batch is a compiled one's size
   # The codec by the name that the teacher's run gave it: latents are kept by their codec's file.
-  timed train pocket-teacher --data "$DATA" --out "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$CODEC" \
-    --keep-t5 0.4 --minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch "$BATCH" --lr "$T5_LR" --device "$DEVICE"
+  timed train pocket-teacher --data "$DATA" --output "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$CODEC" \
+    --keep-t5 0.4 --max-minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch-size "$BATCH" --lr "$T5_LR" --device "$DEVICE"
   bring "$RUNS/t5" teacher transformer fewstep.json
 }
 
@@ -154,15 +154,15 @@ learnt() { # the teacher that is distilled
 }
 
 walks() {
-  timed synthesize --teacher "$(learnt)" --data "$DATA" --out "$RUNS/walks" --number "$WALKS" --steps "$WALK_STEPS" \
-    --student-steps 4 --guidance "$GUIDANCE" --batch 256 --dtype float32 --no-t5 --device "$DEVICE"
+  timed sample-teacher --teacher "$(learnt)" --data "$DATA" --output "$RUNS/walks" --num-samples "$WALKS" --steps "$WALK_STEPS" \
+    --student-steps 4 --guidance "$GUIDANCE" --batch-size 256 --dtype float32 --no-t5 --device "$DEVICE"
 }
 
 student() {
-  timed distill trajectory --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/warm" --minutes "$WARM_MINUTES" \
-    --steps "$WARM" --batch "$WARM_BATCH" --lr "$WARM_LR" --device "$DEVICE"
-  timed distill flash --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/student" --init "$RUNS/warm/model" --warm 0 \
-    --minutes "$STUDENT_MINUTES" --steps "$STUDENT_STEPS" --split "$SPLIT" --batch "$STUDENT_BATCH" --lr "$STUDENT_LR" \
+  timed distill trajectory --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/warm" --max-minutes "$WARM_MINUTES" \
+    --steps "$WARM" --batch-size "$WARM_BATCH" --lr "$WARM_LR" --device "$DEVICE"
+  timed distill flash --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/student" --init "$RUNS/warm/model" --warm-start-steps 0 \
+    --max-minutes "$STUDENT_MINUTES" --steps "$STUDENT_STEPS" --split-steps "$SPLIT" --batch-size "$STUDENT_BATCH" --lr "$STUDENT_LR" \
     --device "$DEVICE"
   bring "$RUNS/warm" warm transformer fewstep.json model_index.json
   bring "$RUNS/student" student transformer fewstep.json model_index.json
@@ -170,8 +170,8 @@ student() {
 
 ablate() {
   local pack
-  timed ablate --teacher "$(learnt)" --synthetic "$RUNS/walks" --out "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
-    --seeds "$SEEDS" --passes "$PASSES" --warm "$ABLATE_WARM" --batch "$ABLATE_BATCH" \
+  timed ablate --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
+    --seeds "$SEEDS" --passes "$PASSES" --warm-start-steps "$ABLATE_WARM" --batch-size "$ABLATE_BATCH" \
     --prompts "$PROMPTS" --scenes "$SCENES" --data "$DATA" --device "$DEVICE"
   pack=$(mktemp -d)
   notes "$RUNS/ablate" "$pack"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """SD3.5 Medium's shape with random weights on the GPU that is there: ours against stock diffusers.
 
-    OUT=out python gpu/sd35.py [--minutes 9] [--sizes 1024,512] [--tiny]
+    OUT=out python gpu/sd35.py [--max-minutes 9] [--sizes 1024,512] [--tiny]
 
 Writes JSON lines to ``$OUT/sd35.jsonl``: seconds of a picture (median of a few, after one that is not
 counted), peaks of ``torch.cuda.max_memory_allocated`` and what recordings keep beside it, planned ones beside
@@ -35,13 +35,13 @@ from fewstep.bench.likeness import psnr
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.families.weights import Weights, tied
 from fewstep.pipeline import Pipeline
-from fewstep.staged import Wish
-from fewstep.staged.bare import bare, made
+from fewstep.staged import TorchOptions
+from fewstep.staged.bare import init_from_config, init_on_meta
 from fewstep.staged.load import staged
-from fewstep.staged.model import Codec, Walker
-from fewstep.staged.outline import SD35_MEDIUM, Outline
+from fewstep.staged.model import Codec, OffloadedVelocity
+from fewstep.staged.outline import SD35_MEDIUM, ModelSpec
 from fewstep.staged.student import Student
-from fewstep.staged.text import Text
+from fewstep.staged.text import CachedTextEncoder
 
 PROMPT = "a red apple on a wooden table, morning light"
 STEPS = 4
@@ -77,19 +77,19 @@ class Random(Weights):
         return torch.randn(shape, generator=dice, device=self.device, dtype=torch.bfloat16)
 
 
-def random(outline: Outline, part: str) -> Weights:
+def random(outline: ModelSpec, part: str) -> Weights:
     """The weights of a part, on the device."""
-    net = bare(outline, part, torch.bfloat16)
+    net = init_on_meta(outline, part, torch.bfloat16)
     held = {name: tuple(t.shape) for name, t in net.state_dict().items() if name not in tied(net)}
     return Random(Path(part), {}, drawn=held, device=DEVICE)
 
 
-def model(tiny: bool) -> Outline:
+def model(tiny: bool) -> ModelSpec:
     """The outline with tokenizers that know bytes alone: what they say is as random as the weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     outline = SD35_MEDIUM
-    words = dict(outline.words)
+    words = dict(outline.max_tokens)
     if tiny:
         outline = small(outline)
     others: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
@@ -98,7 +98,7 @@ def model(tiny: bool) -> Outline:
     return replace(outline, others=others)
 
 
-def small(outline: Outline) -> Outline:
+def small(outline: ModelSpec) -> ModelSpec:
     """The same kinds of parts, narrow."""
     configs = {part: dict(config) for part, config in outline.configs.items()}
     configs["transformer"] |= {
@@ -118,14 +118,14 @@ def small(outline: Outline) -> Outline:
     return replace(outline, configs=configs)
 
 
-def stock(outline: Outline, side: int) -> Callable[[], Any]:
+def stock(outline: ModelSpec, side: int) -> Callable[[], Any]:
     """Stock diffusers in eager bf16, all of it on the device."""
     parts: dict[str, Any] = dict(outline.others)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
             for part in outline.configs:
-                parts[part] = made(outline, part).to(DEVICE, torch.bfloat16).eval()
+                parts[part] = init_from_config(outline, part).to(DEVICE, torch.bfloat16).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     absent = dict.fromkeys(name for name in ("text_encoder_3", "tokenizer_3") if name not in parts)
@@ -136,12 +136,14 @@ def stock(outline: Outline, side: int) -> Callable[[], Any]:
     )  # without T5 it feeds 256 rows of zeros in its place, as anybody's does
 
 
-def ours(outline: Outline, side: int, **wish: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+def ours(outline: ModelSpec, side: int, **wish: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Ours, and what was planned."""
-    done = staged(outline, replace(STUDENT, t5=outline.t5 is not None), Wish(size=str(side), **wish), random)
+    done = staged(
+        outline, replace(STUDENT, t5=outline.t5 is not None), TorchOptions(size=str(side), **wish), random
+    )
     pipe = Pipeline(done.model)
     plan = done.plan
-    facts = {**vars(plan.choice), "planned_gib": plan.peak / 2**30 if plan.stages else None}
+    facts = {**vars(plan.config), "planned_gib": plan.peak / 2**30 if plan.stages else None}
     text: Any = done.model.text
 
     def draw() -> Any:
@@ -179,7 +181,8 @@ def recorded() -> int:
 
 
 STAGES = (
-    (Text, "prepare", "text"), (Walker, "_modulations", "modulations"), (Walker, "_moved", "steps"),
+    (CachedTextEncoder, "prepare", "text"), (OffloadedVelocity, "_modulations", "modulations"),
+    (OffloadedVelocity, "_moved", "steps"),
     (Codec, "decode", "decode"), (StableDiffusion3Pipeline, "encode_prompt", "text"),
     (SD3Transformer2DModel, "forward", "steps"), (AutoencoderKL, "decode", "decode"),
 )  # fmt: skip
@@ -240,7 +243,7 @@ Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 """What is told of a row, and what makes the rest of it."""
 
 
-def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[Case]:
+def cases(whole: ModelSpec, sizes: Sequence[int], times: int, tiny: bool) -> list[Case]:
     """What is run, the most wanted first."""
     clips = whole.without("text_encoder_3")
 
@@ -282,7 +285,7 @@ def cases(whole: Outline, sizes: Sequence[int], times: int, tiny: bool) -> list[
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--max-minutes", type=float, default=9.0)
     parser.add_argument("--sizes", help="[default: 1024,512; of --tiny 64,32]")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--skip", type=int, default=0, help="rows that an earlier command has done")

@@ -73,11 +73,31 @@ class Failure(Exception):
 
 def commands(inputs: Path) -> dict[str, Command]:
     """The commands by name. ``inputs`` is filled by :func:`prepare`."""
+    stickers = str(inputs / "stickers")
     teacher, walks = str(inputs / "teacher"), str(inputs / "walks")
     pictures, others = str(inputs / "pictures"), str(inputs / "others" / "pictures")
     run = r"tensorboard/.*"
-    learn = ["--teacher", teacher, "--synthetic", walks, "--batch", "2", "--device", "cpu", "--threads", "1"]
-    sample = ["synthesize", "--teacher", teacher, "--prompts", str(inputs / "prompts.txt"), "--number", "240"]
+    learn = [
+        "--teacher",
+        teacher,
+        "--samples",
+        walks,
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
+    sample = [
+        "sample-teacher",
+        "--teacher",
+        teacher,
+        "--prompts",
+        str(inputs / "prompts.txt"),
+        "--num-samples",
+        "240",
+    ]
     sample += ["--steps", "4"]
     data = ["data", "folder", "--size", "64"]
     return {
@@ -93,16 +113,16 @@ def commands(inputs: Path) -> dict[str, Command]:
         ),
         "data": Command([*data, pictures], [*data, others]),
         "train": Command(
-            ["train", "scene-detector", "--data", str(inputs / "stickers"), "--steps", "6", "--batch", "2"],
+            ["train", "scene-detector", "--data", stickers, "--steps", "6", "--batch-size", "2"],
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
             ignored=run,
         ),
         "distill": Command(
-            ["distill", "trajectory", *learn, "--steps", "40", "--lora", "2", "--score-every", "20"],
+            ["distill", "trajectory", *learn, "--steps", "40", "--lora", "2", "--validate-every", "20"],
             units=lambda path: "/".join(path.split("/")[:2 if path.startswith("checkpoints") else 1]),
             ignored=run,
         ),
-        "synthesize": Command([*sample, "--student-steps", "2", "--per-shard", "2", "--pictures"]),
+        "synthesize": Command([*sample, "--student-steps", "2", "--per-shard", "2", "--images"]),
     }  # fmt: skip
 
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from fewstep import sample, times
-from fewstep.methods.adversarial import Adversarial, Critic
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.dmd import Dmd, Matching
+from fewstep.methods.adversarial import LADD, AdversarialLoss
+from fewstep.methods.consistency import LCM
+from fewstep.methods.dmd import DistributionMatching, Dmd
 from fewstep.methods.flash import Flash
 from fewstep.methods.split import Split
 from fewstep.methods.tdm import Tdm
 from fewstep.methods.trajectory import Trajectory
-from fewstep.nets.branches import Branches
-from fewstep.nets.heads import Heads, Taps
-from fewstep.train import Options, Run
+from fewstep.nets.branches import TimestepExperts
+from fewstep.nets.heads import DiscriminatorHeads, FeatureTaps
+from fewstep.train import Run, TrainOptions
 from fewstep.train.trainer import train
-from fewstep.types import Batch, Cond, Share
+from fewstep.types import Batch, BatchSlice, Cond
 from mixture import energy_distance, ring
 
 GRID = times.grid(4)
@@ -58,13 +58,15 @@ def net(seed: int = 0, width: int = 128, depth: int = 4) -> Net:
         return Net(width, depth)
 
 
-def critic(tapped: Net, **options: Any) -> Critic:
+def critic(tapped: Net, **options: Any) -> AdversarialLoss:
     width = tapped.layers[0].out_features
-    return Critic(Taps(tapped, tapped.blocks), Heads([width] * len(tapped.blocks)), **options)
+    return AdversarialLoss(
+        FeatureTaps(tapped, tapped.blocks), DiscriminatorHeads([width] * len(tapped.blocks)), **options
+    )
 
 
 def flash(student: Any, velocity: Any, proxy: Net, **options: Any) -> Flash:
-    matching = Matching(ring(), proxy)
+    matching = DistributionMatching(ring(), proxy)
     return Flash(student, velocity, proxy, matching, critic(proxy, weight=0.1), GRID, **options)
 
 
@@ -73,12 +75,12 @@ def methods() -> dict[str, Any]:
     a, b, p = (net(seed, 16, 2) for seed in (1, 2, 3))
     tapped = net(4, 16, 2)
     made: dict[str, Any] = {
-        f"dmd {where} {proxied}": Dmd(a, a, p, Matching(ring(), p, where, proxied), GRID, 2, 0.98)
+        f"dmd {where} {proxied}": Dmd(a, a, p, DistributionMatching(ring(), p, where, proxied), GRID, 2, 0.98)
         for where in ("shared", "shared-free", "renoise")
         for proxied in ("finals", "estimates", "path")
     }
     made |= {
-        f"adversarial {judged} {kind}": Adversarial(
+        f"adversarial {judged} {kind}": LADD(
             a, a, critic(tapped, judged=judged, kind=kind, renewal=0.5), GRID
         )
         for judged in ("finals", "last", "estimates")
@@ -87,9 +89,9 @@ def methods() -> dict[str, Any]:
     return made | {
         "trajectory": Trajectory(a, a, GRID),
         "tdm": Tdm(a, a, p, p, ring(), GRID, 2),
-        "consistency": Consistency(a, a, ring(), times.grid(32)),
+        "consistency": LCM(a, a, ring(), times.grid(32)),
         "flash": flash(a, a, p, updates=2, follow=0.98),
-        "split": Split(a, b, flash(a, Branches(a, b), p, updates=2)),
+        "split": Split(a, b, flash(a, TimestepExperts(a, b), p, updates=2)),
     }
 
 
@@ -100,8 +102,8 @@ class Walked:
     states: torch.Tensor
 
     def __call__(self, batch: int) -> Any:
-        def rows(step: int, share: Share) -> Batch:
-            drawn = np.random.default_rng(step).integers(0, len(self.states), batch)[share.cut(batch)]
+        def rows(step: int, share: BatchSlice) -> Batch:
+            drawn = np.random.default_rng(step).integers(0, len(self.states), batch)[share.slice_of(batch)]
             states = self.states[torch.from_numpy(drawn)]
             return Batch(states[:, -1], none(len(states)), (), states)
 
@@ -113,7 +115,7 @@ def walked(many: int, substeps: int = 8) -> Walked:
     states = [torch.from_numpy(np.random.default_rng(0).standard_normal((many, 2), np.float32))]
     for i in range(4):
         part = fine[i * substeps : (i + 1) * substeps + 1]
-        states.append(sample.walk(ring(), states[-1], part, none(many)))
+        states.append(sample.sample_flow(ring(), states[-1], part, none(many)))
     return Walked(torch.stack(states, 1))
 
 
@@ -127,8 +129,8 @@ def taught(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Carry out a run by the real trainer; the nets, averaged where they are students."""
-    options = Options(
-        steps, lr, seed=seed, rates=rates or {}, warmup=10, decay=0.7, ema=0.99, weight_decay=0.0,
+    options = TrainOptions(
+        steps, lr, seed=seed, net_lrs=rates or {}, warmup=10, decay=0.7, ema=0.99, weight_decay=0.0,
         precision="fp32", device="cpu", log_every=10**6, save_minutes=60.0,
     )  # fmt: skip
     kept: dict[str, Any] = {}
@@ -153,7 +155,7 @@ def quality(velocity: Any, n: int = 16_000) -> Quality:
     truth = ring()
     start = torch.from_numpy(np.random.default_rng(5).standard_normal((n, 2), np.float32))
     with torch.no_grad():
-        ends = sample.walk(velocity, start, GRID, none(n)).numpy()
+        ends = sample.sample_flow(velocity, start, GRID, none(n)).numpy()
     apart = np.linalg.norm(ends[:, None] - truth.means[None], axis=2)
     weights = np.bincount(apart.argmin(1), minlength=len(truth.means)) / n * len(truth.means)
     some = slice(0, 8000)

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fewstep import times
-from fewstep.methods.dmd import Matching
+from fewstep.methods.dmd import DistributionMatching
 from fewstep.methods.finetune import Finetune
 from fewstep.methods.flash import Flash
 from fewstep.methods.trajectory import Trajectory
@@ -51,7 +51,7 @@ if __name__ == "__main__":
         ends: list[Any] = []
         for seed in range(3):
             one, proxy = copy.deepcopy(student), copy.deepcopy(flow)
-            matching = Matching(ring(), proxy, where, proxied)  # type: ignore[arg-type]
+            matching = DistributionMatching(ring(), proxy, where, proxied)  # type: ignore[arg-type]
             method = Flash(one, one, proxy, matching, critic(proxy, weight=weight), GRID, 5, 1.0, anchor)
             ends.append(quality(run(method, 200, 2e-4, RATES, seed)["student"]))
         cells: list[str] = []

@@ -532,7 +532,7 @@ def open_info(path: Path) -> str:
     ("arguments", "message"),
     [
         (["a", "--style", "-"], "unknown style '-'"),
-        (["a", "--negative", "-"], "takes no negative"),
+        (["a", "--negative-prompt", "-"], "takes no negative"),
         (["a", "--steps", "-"], "--steps: '-' is not a whole number"),
         (["a", "--guidance", "-"], "--guidance: '-' is not a number"),
         (["a", "--backend", "-"], "--backend: '-' is none of its values"),
@@ -553,9 +553,9 @@ def test_a_dash_is_a_value_of_other_options(
 def test_a_dash_is_a_negative_prompt(bundle: Path, at: Path, tmp_path: Path) -> None:
     guided = write_bundle(tmp_path / "guided", guidance=2.0).folder
     arguments = ("generate", "a", "--model", str(guided), "--seed", "1", "-o", "x.png")
-    done = run(*arguments, "--negative", "-")
+    done = run(*arguments, "--negative-prompt", "-")
     assert_one_line(done, "a prompt is empty")
-    assert run(*arguments, "--negative", "a - b").returncode == 0
+    assert run(*arguments, "--negative-prompt", "a - b").returncode == 0
     assert json.loads(open_info(at / "x.png"))["negative"] == "a - b"
 
 

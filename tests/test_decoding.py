@@ -125,14 +125,14 @@ def test_formats_are_told_by_content_and_damage_is_one_line(tmp_path: Path, kind
     data = png(SMALL, kind)
     file = tmp_path / "a.png"
     file.write_bytes(data)
-    assert picture.flat(picture.open_image(file)).size == (30, 40)
+    assert picture.to_rgb(picture.open_image(file)).size == (30, 40)
     rng = np.random.default_rng(1)
     for _ in range(40):
         broken = bytearray(data[: rng.integers(1, len(data))] if rng.random() < 0.5 else data)
         for at in rng.integers(0, len(broken), 6):
             broken[at] = rng.integers(256)
         try:
-            picture.flat(picture.decode(bytes(broken), "it"))
+            picture.to_rgb(picture.decode(bytes(broken), "it"))
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -153,7 +153,7 @@ def test_a_decoder_may_raise_what_it_likes(monkeypatch: pytest.MonkeyPatch) -> N
 def _levels(pixels: Any, kind: str = "TIFF", **options: Any) -> np.ndarray:
     """What an image's file of these pixels is as RGB: levels ``[h, w, 3]``."""
     image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    return np.asarray(picture.flat(picture.decode(png(image, kind, **options), "it")), int)
+    return np.asarray(picture.to_rgb(picture.decode(png(image, kind, **options), "it")), int)
 
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
@@ -184,7 +184,7 @@ def test_twelve_bits_are_twelve_bits(tmp_path: Path) -> None:
         struct.pack("<HHII", tag, kind, 1, at) for tag, kind, at in tags
     )
     data = b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\x00" + ifd + bytes(4)
-    levels = np.asarray(picture.flat(picture.decode(data, "it")))
+    levels = np.asarray(picture.to_rgb(picture.decode(data, "it")))
     assert levels[0, :, 0].tolist() == [0, 255]
 
 
@@ -218,14 +218,14 @@ def test_other_colours_are_right_or_refused() -> None:
     grey = np.array([[5, 40_000]], np.uint16)
     assert _levels(grey, "PNG", transparency=5)[0, :, 0].tolist() == [255, round(40_000 / 257)]
     with pytest.raises(UserError, match="its colours are LAB"):
-        picture.flat(Image.new("LAB", (2, 2)))
+        picture.to_rgb(Image.new("LAB", (2, 2)))
 
 
 def test_images_in_parts_are_those_in_one() -> None:
     rng = np.random.default_rng(2)
     image = Image.fromarray(rng.integers(0, 256, (1100, 4200, 4), dtype=np.uint8))
     whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    assert np.array_equal(np.asarray(picture.flat(image)), np.asarray(whole))
+    assert np.array_equal(np.asarray(picture.to_rgb(image)), np.asarray(whole))
 
 
 def _bomb(width: int, height: int) -> bytes:

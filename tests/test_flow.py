@@ -29,42 +29,42 @@ def close(a: Any, b: Any) -> None:
 def test_conversions_are_inverse(kind: str) -> None:
     x0, noise, t = arrays(kind)
     v = noise - x0
-    x_t = flow.mix(x0, noise, t)
+    x_t = flow.interpolate(x0, noise, t)
     close(flow.to_x0(x_t, v, t), x0)
     close(flow.to_noise(x_t, v, t), noise)
     close(flow.to_velocity(x_t, x0, t), v)
-    close(flow.mix(flow.to_x0(x_t, v, t), flow.to_noise(x_t, v, t), t), x_t)
+    close(flow.interpolate(flow.to_x0(x_t, v, t), flow.to_noise(x_t, v, t), t), x_t)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_a_time_belongs_to_its_sample(kind: str) -> None:
     x0, noise, t = arrays(kind)
-    together = flow.mix(x0, noise, t)
+    together = flow.interpolate(x0, noise, t)
     for i, alone in enumerate(t):
-        close(together[i], flow.mix(x0[i : i + 1], noise[i : i + 1], float(alone))[0])
+        close(together[i], flow.interpolate(x0[i : i + 1], noise[i : i + 1], float(alone))[0])
 
 
 def test_numpy_and_torch_agree_and_stay_float32() -> None:
     ours, theirs = arrays("numpy"), arrays("torch")
-    for function in (flow.mix, flow.to_x0, flow.to_noise, flow.to_velocity, flow.to_score):
+    for function in (flow.interpolate, flow.to_x0, flow.to_noise, flow.to_velocity, flow.to_score):
         a, b = function(*ours), function(*theirs)
         assert a.dtype == np.float32
         assert str(b.dtype) == "torch.float32"
         close(a, b)
-    assert flow.mix(ours[0], ours[1], np.float64(0.3)).dtype == np.float32
+    assert flow.interpolate(ours[0], ours[1], np.float64(0.3)).dtype == np.float32
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (4, 1), (4, 1, 1, 1), ()])
 def test_a_time_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
     x0, noise, _ = arrays("numpy")
     with pytest.raises(ValueError, match="one time a sample"):
-        flow.mix(x0, noise, np.full(shape, 0.5, np.float32))
+        flow.interpolate(x0, noise, np.full(shape, 0.5, np.float32))
 
 
 def test_signal_to_noise_falls_with_time() -> None:
     t = np.linspace(0.01, 0.99, 99)
     one = np.ones((99, 1))
-    signal, noise = flow.mix(one, 0 * one, t), flow.mix(0 * one, one, t)
+    signal, noise = flow.interpolate(one, 0 * one, t), flow.interpolate(0 * one, one, t)
     assert (np.diff((signal / noise) ** 2, axis=0) < 0).all()
 
 
@@ -81,6 +81,6 @@ def test_shift_and_its_inverse() -> None:
 def test_fill_keeps_float32_for_a_half_precision_net() -> None:
     import torch
 
-    t = flow.fill(0.74925, torch.zeros(2, 1, 1, 1, dtype=torch.bfloat16))
+    t = flow.expand_time(0.74925, torch.zeros(2, 1, 1, 1, dtype=torch.bfloat16))
     assert t.dtype == torch.float32
-    assert t.tolist() == flow.fill(0.74925, np.zeros((2, 1), np.float16)).tolist()
+    assert t.tolist() == flow.expand_time(0.74925, np.zeros((2, 1), np.float16)).tolist()

@@ -27,7 +27,7 @@ class Counted:
 
 def inputs(n: int = 4) -> tuple[Any, Any, Any, Cond]:
     teacher = images()
-    x = sample.noises(range(n), (2, 4, 4))
+    x = sample.batch_noise(range(n), (2, 4, 4))
     return teacher, x, np.full(n, 0.6, np.float32), teacher.cond(n, mode=1)
 
 
@@ -66,8 +66,8 @@ def test_a_guided_pair_is_a_velocity_that_walks_to_its_mode() -> None:
     teacher, n = ring(), 500
     guided = Guided(teacher, teacher.cond(1), 1.5)
     assert isinstance(guided, Velocity)
-    x, cond = sample.noises(range(n), (2,)), teacher.cond(n, mode=3)
-    out = sample.walk(guided, x, times.grid(64), cond)
+    x, cond = sample.batch_noise(range(n), (2,)), teacher.cond(n, mode=3)
+    out = sample.sample_flow(guided, x, times.grid(64), cond)
     there = np.linalg.norm(out - teacher.means[3], axis=1)
     assert (there < 1.0).mean() > 0.95
     assert energy_distance(out, teacher.sample(n, seed=1)) > 1  # one mode, not the ring

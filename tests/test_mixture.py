@@ -15,7 +15,7 @@ def points(teacher: Mixture, n: int = 6) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     t = np.linspace(0.2, 1.0, n)
     x0 = teacher.sample(n, seed=5).astype(np.float64)
-    return flow.mix(x0, rng.standard_normal(x0.shape), t), t
+    return flow.interpolate(x0, rng.standard_normal(x0.shape), t), t
 
 
 @TEACHERS

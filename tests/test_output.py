@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from at_once import WAYS, draw_at_once
-from fewstep.output import Names, names, numbered, slug
+from fewstep.output import FilenamePattern, names, numbered, slug
 from fewstep.picture import Record
 from fewstep.types import UserError
 from tiny_bundle import write_bundle
@@ -19,7 +19,7 @@ IMAGE = Image.new("RGB", (8, 8))
 LONG = Record("字" * 300, 2**32 - 1, 4, "𠀀" * 300, "", (8, 8))
 
 
-def save(name: Names, index: int = 1, record: Record = RECORD) -> Path:
+def save(name: FilenamePattern, index: int = 1, record: Record = RECORD) -> Path:
     """Where an image was written, which is there."""
     path = name.save(IMAGE, index, record)
     assert path.is_file()

@@ -43,18 +43,18 @@ def test_grey_is_grey_in_every_mode(image: Image.Image) -> None:
     if image.mode == "P":
         image.putpalette([128] * 3)
     if image.mode == "RGBA":
-        assert picture.flat(image).getpixel((4, 4)) == (128, 128, 128)  # half black on white
+        assert picture.to_rgb(image).getpixel((4, 4)) == (128, 128, 128)  # half black on white
     else:
-        assert picture.flat(image).getpixel((4, 4)) == (128, 128, 128)
+        assert picture.to_rgb(image).getpixel((4, 4)) == (128, 128, 128)
 
 
 def test_what_is_transparent_is_white() -> None:
-    assert picture.flat(Image.new("RGBA", (3, 3), (200, 0, 0, 0))).getpixel((1, 1)) == (255, 255, 255)
+    assert picture.to_rgb(Image.new("RGBA", (3, 3), (200, 0, 0, 0))).getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_broken_exif_is_passed_over(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "x.png", exif=b"garbage!garbage!")
-    assert picture.flat(picture.open_image(tmp_path / "x.png")).getpixel((3, 3)) == (255, 0, 0)
+    assert picture.to_rgb(picture.open_image(tmp_path / "x.png")).getpixel((3, 3)) == (255, 0, 0)
 
 
 def with_record(path: Path, facts: Any) -> Path:

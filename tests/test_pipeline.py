@@ -47,8 +47,8 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 def test_the_picture_is_the_walk_of_its_seed(pipe: Pipeline) -> None:
     model = pipe.model
-    x = sample.noises([7], model.latent)
-    x = sample.walk(model.velocity, x, times.grid(4, model.shift), model.text([PROMPT]))
+    x = sample.batch_noise([7], model.latent)
+    x = sample.sample_flow(model.velocity, x, times.grid(4, model.shift), model.text([PROMPT]))
     expected = picture.to_images(model.codec.decode(x))[0]
     (image,) = pipe(PROMPT, seed=7)
     assert image.size == (32, 32) and image.mode == "RGB"
@@ -92,7 +92,7 @@ def test_a_seed_is_drawn_and_recorded(pipe: Pipeline) -> None:
 def test_strength_0_is_the_codec_alone(pipe: Pipeline, photo: Image.Image) -> None:
     (image,) = pipe(PROMPT, image=photo, strength=0, seed=3)
     codec = pipe.model.codec
-    trip = picture.to_images(codec.decode(codec.encode(picture.fit(photo, (32, 32)))))[0]
+    trip = picture.to_images(codec.decode(codec.encode(picture.center_crop_resize(photo, (32, 32)))))[0]
     assert same(image, trip)
 
 
@@ -104,9 +104,9 @@ def test_between_it_starts_from_the_mixture(pipe: Pipeline, photo: Image.Image, 
     model, path = pipe.model, tmp_path / "photo.png"
     photo.save(path)
     grid = times.strength_grid(4, 0.5, model.shift)
-    start = model.codec.encode(picture.fit(photo, (32, 32)))
-    x = flow.mix(start, sample.noises([3], model.latent), grid[0])
-    x = sample.walk(model.velocity, x, grid, model.text([PROMPT]))
+    start = model.codec.encode(picture.center_crop_resize(photo, (32, 32)))
+    x = flow.interpolate(start, sample.batch_noise([3], model.latent), grid[0])
+    x = sample.sample_flow(model.velocity, x, grid, model.text([PROMPT]))
     expected = picture.to_images(model.codec.decode(x))[0]
     for image in (photo, path, str(path)):
         assert same(pipe(PROMPT, image=image, strength=0.5, seed=3)[0], expected)
@@ -129,13 +129,13 @@ def test_every_step_is_reported_and_the_last_preview_is_the_picture(pipe: Pipeli
 def test_guidance_steers(guided: Pipeline) -> None:
     model = guided.model
     cond, uncond = model.text([PROMPT]), model.text(["a dog"])
-    x = sample.noises([0], model.latent)
+    x = sample.batch_noise([0], model.latent)
 
     def velocity(x: np.ndarray, t: np.ndarray, _: Any) -> np.ndarray:
         away = model.velocity(x, t, uncond)
         return away + 2.5 * (model.velocity(x, t, cond) - away)
 
-    x = sample.walk(velocity, x, times.grid(4, model.shift), cond)
+    x = sample.sample_flow(velocity, x, times.grid(4, model.shift), cond)
     expected = pixels(picture.to_images(model.codec.decode(x))[0]).astype(int)
     (image,) = guided(PROMPT, seed=0, guidance=2.5, negative="a dog")
     assert abs(pixels(image) - expected).max() <= 1
@@ -232,12 +232,14 @@ def test_foreign_metadata_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_input_pictures_are_cropped_and_laid_on_white() -> None:
-    clear = picture.fit(Image.new("RGBA", (50, 20), (0, 0, 0, 0)), (32, 32))
+    clear = picture.center_crop_resize(Image.new("RGBA", (50, 20), (0, 0, 0, 0)), (32, 32))
     assert clear.shape == (1, 3, 32, 32) and clear.dtype == np.float32
     np.testing.assert_array_equal(clear, 1)
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("white", (30, 0, 60, 30))
-    assert picture.fit(wide, (32, 32)).min() > 0.9  # the filter sees a little over the edge of the crop
+    assert (
+        picture.center_crop_resize(wide, (32, 32)).min() > 0.9
+    )  # the filter sees a little over the edge of the crop
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ def levels(image: Image.Image) -> np.ndarray:
 def test_the_picture_is_the_guided_walk(pipe: Pipeline) -> None:
     model = pipe.model
     velocity = Guided(model.velocity, model.text(["a dog"]), 2.0)
-    x = model.lift(sample.noises([7], model.latent))
-    x = sample.walk(velocity, x, times.grid(3, model.shift), model.text(["a cat"]))
-    expected = picture.to_images(model.lower(model.codec.decode(x)))[0]
+    x = model.from_numpy(sample.batch_noise([7], model.latent))
+    x = sample.sample_flow(velocity, x, times.grid(3, model.shift), model.text(["a cat"]))
+    expected = picture.to_images(model.to_numpy(model.codec.decode(x)))[0]
     (image,) = pipe("a cat", seed=7, negative="a dog")
     assert abs(levels(image) - levels(expected)).max() <= 1
     record = picture.Record.parse(image.info["fewstep"])
@@ -60,7 +60,7 @@ def test_batches_agree(pipe: Pipeline) -> None:
 def test_strength_0_is_the_codec_alone(pipe: Pipeline) -> None:
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     model = pipe.model
-    latents = model.codec.encode(model.lift(picture.fit(photo, pipe.size)))
-    trip = picture.to_images(model.lower(model.codec.decode(latents)))[0]
+    latents = model.codec.encode(model.from_numpy(picture.center_crop_resize(photo, pipe.size)))
+    trip = picture.to_images(model.to_numpy(model.codec.decode(latents)))[0]
     (image,) = pipe("a cat", seed=0, image=photo, strength=0)
     assert abs(levels(image) - levels(trip)).max() <= 1

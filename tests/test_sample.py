@@ -16,7 +16,7 @@ KNOWN = [0.059911, 0.01556, -1.164438, -0.132647]
 
 
 def test_a_seed_is_the_same_noise_in_every_batch() -> None:
-    batch = sample.noises([5, 9, 2**64 - 1], SHAPE)
+    batch = sample.batch_noise([5, 9, 2**64 - 1], SHAPE)
     assert batch.dtype == np.float32
     for row, seed in zip(batch, [5, 9, 2**64 - 1], strict=True):
         assert (row == sample.noise(seed, SHAPE)).all()
@@ -52,29 +52,31 @@ def straight(target: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_euler_follows_a_straight_path_exactly(steps: int) -> None:
-    target = sample.noises([7, 8, 9], SHAPE)
-    x = sample.noises([1, 2, 3], SHAPE)
-    out = sample.walk(straight(target), x, times.grid(steps), EMPTY)
+    target = sample.batch_noise([7, 8, 9], SHAPE)
+    x = sample.batch_noise([1, 2, 3], SHAPE)
+    out = sample.sample_flow(straight(target), x, times.grid(steps), EMPTY)
     np.testing.assert_allclose(out, target, atol=1e-5)
     assert out.dtype == np.float32
 
 
 def test_on_step_sees_the_clean_estimate() -> None:
-    target = sample.noises([7, 8, 9], SHAPE)
+    target = sample.batch_noise([7, 8, 9], SHAPE)
     seen: list[tuple[int, float]] = []
 
     def look(index: int, t_next: float, x0: np.ndarray) -> None:
         seen.append((index, t_next))
         np.testing.assert_allclose(x0, target, atol=1e-5)
 
-    sample.walk(straight(target), sample.noises([1, 2, 3], SHAPE), times.grid(4), EMPTY, on_step=look)
+    sample.sample_flow(
+        straight(target), sample.batch_noise([1, 2, 3], SHAPE), times.grid(4), EMPTY, on_step=look
+    )
     assert [i for i, _ in seen] == [0, 1, 2, 3]
     assert [t for _, t in seen] == times.grid(4)[1:]
 
 
 def test_a_grid_of_one_time_is_no_step() -> None:
-    x = sample.noises([1, 2, 3], SHAPE)
-    assert sample.walk(straight(x), x, times.strength_grid(4, 0.0), EMPTY) is x
+    x = sample.batch_noise([1, 2, 3], SHAPE)
+    assert sample.sample_flow(straight(x), x, times.strength_grid(4, 0.0), EMPTY) is x
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -83,8 +85,8 @@ def test_walks_do_not_depend_on_batching(stochastic: bool) -> None:
 
     def run(seeds: list[int]) -> np.ndarray:
         step = sample.renoise(seeds) if stochastic else sample.euler
-        x = sample.noises(seeds, SHAPE)
-        return sample.walk(teacher, x, times.grid(4), teacher.cond(len(seeds)), step)
+        x = sample.batch_noise(seeds, SHAPE)
+        return sample.sample_flow(teacher, x, times.grid(4), teacher.cond(len(seeds)), step)
 
     together = run(seeds)
     for i, seed in enumerate(seeds):
@@ -96,12 +98,14 @@ def test_numpy_and_torch_walk_to_the_same_picture(stochastic: bool) -> None:
     import torch
 
     teacher, seeds = images(), [1, 2, 3, 4]
-    x, cond = sample.noises(seeds, SHAPE), teacher.cond(4)
+    x, cond = sample.batch_noise(seeds, SHAPE), teacher.cond(4)
     steps = [sample.renoise(seeds), sample.renoise(seeds, torch.from_numpy)]
     if not stochastic:
         steps = [sample.euler, sample.euler]
-    ours = sample.walk(teacher, x, times.grid(4), cond, steps[0])
-    theirs = sample.walk(teacher, torch.from_numpy(x), times.grid(4), cond.map(torch.from_numpy), steps[1])
+    ours = sample.sample_flow(teacher, x, times.grid(4), cond, steps[0])
+    theirs = sample.sample_flow(
+        teacher, torch.from_numpy(x), times.grid(4), cond.map(torch.from_numpy), steps[1]
+    )
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
@@ -109,7 +113,7 @@ def test_renoise_lands_on_the_noisy_marginal() -> None:
     target = np.zeros((64, *SHAPE), np.float32)
     seeds = list(range(64))
     step = sample.renoise(seeds)
-    x = sample.noises(seeds, SHAPE)
+    x = sample.batch_noise(seeds, SHAPE)
     out = step(x, flow.to_velocity(x, target, 1.0), 1.0, 0.5, 0)
     assert out.std() == pytest.approx(0.5, abs=0.02)  # (1 - t) 0 + t eps at t = 0.5
     assert np.corrcoef(out.ravel(), x.ravel())[0, 1] == pytest.approx(0, abs=0.06)
@@ -120,10 +124,11 @@ def test_renoise_lands_on_the_noisy_marginal() -> None:
 @pytest.mark.parametrize(("teacher", "shape"), [(line(), (1,)), (ring(), (2,)), (images(), SHAPE)])
 def test_many_steps_sample_the_mixture_and_four_do_not(teacher: Any, shape: tuple[int, ...]) -> None:
     n = 1500
-    x, cond = sample.noises(range(n), shape), teacher.cond(n)
+    x, cond = sample.batch_noise(range(n), shape), teacher.cond(n)
     truth = teacher.sample(n, seed=1)
     many, few, one = (
-        energy_distance(sample.walk(teacher, x, times.grid(steps), cond), truth) for steps in (64, 4, 1)
+        energy_distance(sample.sample_flow(teacher, x, times.grid(steps), cond), truth)
+        for steps in (64, 4, 1)
     )
     floor = abs(energy_distance(teacher.sample(n, seed=2), truth))
     assert many < max(3 * floor, 0.01)
@@ -132,20 +137,20 @@ def test_many_steps_sample_the_mixture_and_four_do_not(teacher: Any, shape: tupl
 
 def test_renoising_samples_the_mixture_too() -> None:
     teacher, n = ring(), 1500
-    x, truth = sample.noises(range(n), (2,)), teacher.sample(n, seed=1)
+    x, truth = sample.batch_noise(range(n), (2,)), teacher.sample(n, seed=1)
     # Where the estimate of x_0 is a blurred mean, renoising is not exact; it is far better than one step.
-    walked = sample.walk(teacher, x, times.grid(16), teacher.cond(n), sample.renoise(range(n)))
-    once = sample.walk(teacher, x, times.grid(1), teacher.cond(n))
+    walked = sample.sample_flow(teacher, x, times.grid(16), teacher.cond(n), sample.renoise(range(n)))
+    once = sample.sample_flow(teacher, x, times.grid(1), teacher.cond(n))
     assert energy_distance(walked, truth) < energy_distance(once, truth) / 4
 
 
 def test_image_to_image_stays_near_a_weak_strength() -> None:
     teacher, n = images(), 64
     start, cond = teacher.sample(n, seed=3), teacher.cond(n)
-    noise = sample.noises(range(n), SHAPE)
+    noise = sample.batch_noise(range(n), SHAPE)
     moved = []
     for strength in (0.1, 0.5, 1.0):
         grid = times.strength_grid(8, strength)
-        out = sample.walk(teacher, flow.mix(start, noise, grid[0]), grid, cond)
+        out = sample.sample_flow(teacher, flow.interpolate(start, noise, grid[0]), grid, cond)
         moved.append(float(np.square(out - start).mean()))
     assert all(a < b for a, b in pairwise(moved))

@@ -27,7 +27,7 @@ def a_run(folder: Path, steps: int = 40, done: tuple[int, ...] = ()) -> Path:
 
 def line(name: object) -> str:
     with pytest.raises(UserError) as told:
-        source.locate(str(name))
+        source.resolve(str(name))
     assert "\n" not in str(told.value)
     return str(told.value)
 
@@ -35,7 +35,7 @@ def line(name: object) -> str:
 def test_a_finished_run_is_its_model(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", done=(20, 40))
     write_bundle(run / "model")
-    assert source.locate(str(run)) == run / "model"
+    assert source.resolve(str(run)) == run / "model"
     assert source.bundle_of(str(run)) == source.bundle_of(str(run / "model"))
     pipe = fewstep.load(run, threads=1)
     assert (pipe("a cat", seed=3)[0].tobytes()) == fewstep.load(run / "model")("a cat", seed=3)[0].tobytes()
@@ -44,7 +44,7 @@ def test_a_finished_run_is_its_model(tmp_path: Path) -> None:
 def test_a_folder_that_is_a_model_hides_no_other(tmp_path: Path) -> None:
     write_bundle(tmp_path / "both")
     write_bundle(tmp_path / "both" / "model")
-    assert source.locate(str(tmp_path / "both")) == tmp_path / "both"
+    assert source.resolve(str(tmp_path / "both")) == tmp_path / "both"
 
 
 def test_an_unfinished_run_is_called_that(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_odd_names_are_no_models(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         ["export", "-o", "out"],
         ["quantize", "--prompts", "0", "-o", "out"],
         ["bench"],
-        ["bench", "--against"],
+        ["bench", "--baseline"],
         ["evaluate", "--scenes", "0", "-o", "out"],
     ],
 )

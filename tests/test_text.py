@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.request import check
-from fewstep.runtime.tokens import spell
+from fewstep.runtime.tokens import normalize_text
 from fewstep.text import PromptWarning, clean, decode_caption, syntax, unknown_words
 from fewstep.types import UserError
 from tiny_bundle import write_bundle
@@ -72,7 +72,7 @@ def test_a_prompt_is_read_as_the_same_caption_is(
     bundle = write_bundle(tmp_path_factory.mktemp("text"))
     model = fewstep.load(bundle.folder).model
     [(prompt, _)] = check(model, (), typed, seed=0).jobs
-    assert prompt == decode_caption(typed.encode(), "a.txt") == spell(typed)
+    assert prompt == decode_caption(typed.encode(), "a.txt") == normalize_text(typed)
 
 
 @pytest.mark.parametrize(

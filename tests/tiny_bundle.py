@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from fewstep.runtime.bundle import Bundle, seal
+from fewstep.runtime.bundle import Bundle, write_manifest
 
 CHANNELS, SIDE, DOWNSCALE, LENGTH, WIDTH, POOLED = 4, 4, 8, 24, 8, 6
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
@@ -45,7 +45,7 @@ def write_bundle(folder: Path, **changes: Any) -> Bundle:
     }
     for name, graph in graphs.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
-    return seal(folder, {**FACTS, **changes})
+    return write_manifest(folder, {**FACTS, **changes})
 
 
 def write_openvino_bundle(folder: Path, **changes: Any) -> Bundle:
@@ -58,7 +58,7 @@ def write_openvino_bundle(folder: Path, **changes: Any) -> Bundle:
         core.set_property({"ENABLE_MMAP": False})
         openvino.save_model(core.read_model(path), path.with_suffix(".xml"), compress_to_fp16=False)
         path.unlink()
-    return seal(folder, {**FACTS, "engine": "openvino", **changes})
+    return write_manifest(folder, {**FACTS, "engine": "openvino", **changes})
 
 
 def _tokenizer() -> Tokenizer:

@@ -31,17 +31,17 @@ def draw(model: Model) -> np.ndarray:
     cond, velocity = model.text(PROMPTS), model.velocity
     if model.guidance is not None:
         velocity = Guided(velocity, model.text([""]), model.guidance)
-    noise = model.lift(sample.noises(range(len(PROMPTS)), model.latent))
-    latents = sample.walk(velocity, noise, times.grid(STEPS, model.shift), cond)
-    images = np.asarray(model.lower(model.codec.decode(latents)), np.float32)
+    noise = model.from_numpy(sample.batch_noise(range(len(PROMPTS)), model.latent))
+    latents = sample.sample_flow(velocity, noise, times.grid(STEPS, model.shift), cond)
+    images = np.asarray(model.to_numpy(model.codec.decode(latents)), np.float32)
     return images.clip(-1, 1) * 127.5 + 127.5
 
 
 def stages(model: Model) -> list[float]:
     """Least milliseconds of one prompt's text, one step of one picture, and its decoder."""
     cond = model.text(PROMPTS[:1])
-    x: Any = model.lift(sample.noises([0], model.latent))
-    step = sample.steps_of(model.velocity, [0.75], cond)[0]
+    x: Any = model.from_numpy(sample.batch_noise([0], model.latent))
+    step = sample.prepare_steps(model.velocity, [0.75], cond)[0]
     done: list[float] = []
     for action in (lambda: model.text(PROMPTS[:1]), lambda: step(x), lambda: model.codec.decode(x)):
         taken: list[float] = []

@@ -22,7 +22,7 @@ import onnx
 
 from fewstep import sample, times
 from fewstep.deploy.common import graphs
-from fewstep.deploy.common.weights import shrink, to_int8
+from fewstep.deploy.common.weights import quantize_weights, to_int8
 from fewstep.families import Family, sd3
 from fewstep.runtime.graph import ort
 
@@ -93,8 +93,8 @@ def blockwise(level: int) -> Callable[[Any, Path], Any]:
 
 VARIANTS: dict[str, Callable[[Any, Path], Any]] = {
     "float32": lambda model, _: model,
-    "float16, cast at start": lambda model, _: shrink(model, 16),
-    "**int8, scaled at start**": lambda model, _: shrink(model, 8),
+    "float16, cast at start": lambda model, _: quantize_weights(model, 16),
+    "**int8, scaled at start**": lambda model, _: quantize_weights(model, 8),
     "int8, `DequantizeLinear`": dequantized,
     "`MatMulNBits`, level 0": blockwise(0),
     "`MatMulNBits`, level 1": blockwise(1),
@@ -130,8 +130,8 @@ def draw(net: Any, family: Family, cond: Any, rows: slice) -> np.ndarray:
     def velocity(x: Any, t: Any, c: Any) -> Any:
         return net.run(None, {"x": x, "t": t, "context": c.context, "pooled": c.pooled})[0]
 
-    noise = sample.noises(range(len(PROMPTS)), family.latent)[rows]
-    latents = sample.walk(velocity, noise, times.grid(4, family.shift), cond[rows])
+    noise = sample.batch_noise(range(len(PROMPTS)), family.latent)[rows]
+    latents = sample.sample_flow(velocity, noise, times.grid(4, family.shift), cond[rows])
     with torch.no_grad():
         images = family.codec.decode(torch.from_numpy(latents)).numpy()
     return images.clip(-1, 1) * 127.5 + 127.5
@@ -161,7 +161,7 @@ def main() -> None:
         steps = []
         for batch in (1, 4):
             feeds = {
-                "x": sample.noises(range(batch), family.latent),
+                "x": sample.batch_noise(range(batch), family.latent),
                 "t": np.full(batch, 0.75, np.float32),
                 "context": cond.context[:batch],
                 "pooled": cond.pooled[:batch],

@@ -36,11 +36,20 @@ COMMANDS = {
     "show": ("fewstep.show:show", "Print how a picture was made."),
     "models": ("fewstep.show:models", "List the models that are installed."),
     "data": ("fewstep.data.command:app", "Make training data."),
-    "synthesize": ("fewstep.data.synthesis.command:synthesize", "Write a teacher's samples as shards."),
+    "sample-teacher": (
+        "fewstep.data.synthesis.command:sample_teacher",
+        "Write a teacher's samples as shards.",
+    ),
     "train": ("fewstep.recipes.command:train", "Train Pocket's parts, and what judges scenes."),
     "distill": ("fewstep.recipes.command:distill", "Distil a few-step student from a teacher."),
-    "plan": ("fewstep.recipes.plan:plan", "Print the GPU memory that a distillation's step needs."),
-    "variance": ("fewstep.recipes.variance:variance", "Measure how noisy the gradient of matching is."),
+    "estimate-memory": (
+        "fewstep.recipes.plan:estimate_memory",
+        "Print the GPU memory that a distillation's step needs.",
+    ),
+    "gradient-noise": (
+        "fewstep.recipes.variance:gradient_noise",
+        "Measure how noisy the gradient of matching is.",
+    ),
     "ablate": ("fewstep.recipes.ablate:ablate", "Compare all methods of distillation in one table."),
     "export": ("fewstep.deploy.command:export", "Write a trained model for the program that shall run it."),
     "quantize": ("fewstep.recipes.quantize:quantize", "Write a model in fewer bits, and what that costs."),
@@ -131,10 +140,10 @@ def _run(tokens: list[str]) -> int:
     from cyclopts import CycloptsError
 
     from fewstep.extras import missing_extra
-    from fewstep.source import hush
+    from fewstep.source import quiet_loggers
     from fewstep.types import UserError
 
-    hush()
+    quiet_loggers()
     _calm()
     tokens = [_Dash(token) if token == "-" else token for token in tokens]
     try:
@@ -152,7 +161,9 @@ def _run(tokens: list[str]) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
             raise
-        return _end("the GPU's memory is full: generate --memory and fewstep plan say what fits", 2)
+        return _end(
+            "the GPU's memory is full: generate --memory and fewstep estimate-memory say what fits", 2
+        )
     except ImportError as error:
         missing = missing_extra(error)
         if missing is None:

@@ -32,7 +32,7 @@ def expand(t: Array, x: Array) -> Array:
     return t.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-def fill(t: float, x: Array) -> Array:
+def expand_time(t: float, x: Array) -> Array:
     """The time ``t`` once for every sample of ``x [B, ...]``: float32 ``[B]``, whatever the type of ``x``."""
     rows = x.shape[0]
     if isinstance(x, np.ndarray):
@@ -41,7 +41,7 @@ def fill(t: float, x: Array) -> Array:
     return x.new_zeros(rows).float() + t
 
 
-def mix(x0: Array, noise: Array, t: Array) -> Array:
+def interpolate(x0: Array, noise: Array, t: Array) -> Array:
     """``x_t = (1 - t) x_0 + t eps``; all ``[B, ...]``."""
     t = expand(t, x0)
     return (1 - t) * x0 + t * noise

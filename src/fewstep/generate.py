@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
 from cyclopts import Parameter, Token
 
 from fewstep.progress import emit, printable, say, stdout_errors
-from fewstep.source import is_bundle, load, shipped, split
-from fewstep.staged import Wish
+from fewstep.source import builtin_models, is_bundle, load, parse_family
+from fewstep.staged import TorchOptions
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fewstep.output import Names
+    from fewstep.output import FilenamePattern
     from fewstep.picture import Record
     from fewstep.pipeline import Pipeline
     from fewstep.request import Request
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Written: TypeAlias = tuple[Path | None, Record, float]
 
 BATCH = 8
-PLAIN = Wish()
+PLAIN = TorchOptions()
 
 _WORD = re.compile(r"(?=.*[^\W\d_])[\w'’-]+[,.;:!?]?")
 """One word, perhaps with a mark behind it."""
@@ -74,11 +74,11 @@ def generate(
     *prompts: str,
     prompts_file: Annotated[str | None, Parameter(name="--prompts")] = None,
     steps: MaybeWhole = None,
-    number: Annotated[MaybeWhole, Parameter(name=["-n", "--number"])] = None,
+    num_images: Annotated[MaybeWhole, Parameter(name=["-n", "--num-images"])] = None,
     seed: MaybeWhole = None,
     style: str | None = None,
     guidance: float | None = None,
-    negative: str | None = None,
+    negative_prompt: str | None = None,
     image: str | None = None,
     strength: float | None = None,
     model: str | None = None,
@@ -88,7 +88,7 @@ def generate(
     json: Annotated[bool, Parameter(negative="")] = False,
     again: Annotated[str | None, Parameter(name="--from")] = None,
     threads: MaybeWhole = None,
-    torch: Wish = PLAIN,
+    torch: TorchOptions = PLAIN,
 ) -> None:
     """Draw pictures of prompts, and print the path of each.
 
@@ -99,11 +99,11 @@ def generate(
         prompts_file: A text file with one prompt a line.
         steps: Number of steps: 1 to 8, or to 100 for a model with guidance or of many steps.
             [default: the model's own]
-        number: Pictures of each prompt. [default: 1]
+        num_images: Pictures of each prompt. [default: 1]
         seed: 0 to 4294967295. [default: drawn]
         style: A style word of the model; adds ", STYLE style" to each prompt.
         guidance: Guidance scale, for a model that has guidance.
-        negative: What to steer away from, for a model that has guidance.
+        negative_prompt: What to steer away from, for a model that has guidance.
         image: A picture to start from; "-" reads it from standard input.
         strength: How much of that picture to give up, 0 to 1. [default: 0.95]
         model: A shipped model, a folder, also of a finished run, or a hub name (org/name); sd3: or flux: in
@@ -120,7 +120,7 @@ def generate(
         torch: How a PyTorch model shall run.
     """
     options: dict[str, Any] = {
-        "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative,
+        "seed": seed, "steps": steps, "style": style, "guidance": guidance, "negative": negative_prompt,
         "image": input_image(image, prompts), "strength": strength,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
@@ -134,23 +134,23 @@ def generate(
         records = read_records(again)
         record, whole_sheet = records[0], len(records) > 1
         made, each = made_of(records)
-        texts, number = texts or made, each if number is None else number
-        torch = as_made(record, torch, model)
-        given, texts, model = repeat(record, given, texts, model)
-    number = 1 if number is None else number
-    name = destination(output, 1 if grid else len(texts) * number, json)
-    together = batch_of(record, len(texts) * number)
+        texts, num_images = texts or made, each if num_images is None else num_images
+        torch = restore_torch_options(record, torch, model)
+        given, texts, model = restore_request(record, given, texts, model)
+    num_images = 1 if num_images is None else num_images
+    name = destination(output, 1 if grid else len(texts) * num_images, json)
+    together = batch_of(record, len(texts) * num_images)
     wish = dataclasses.replace(torch, batch=together, image="image" in given)
     if not is_bundle(model):  # others take long to load
         from fewstep.request import check_values
 
-        check_values(texts, **given, n=number)
+        check_values(texts, **given, n=num_images)
     pipe = load(model, backend, threads, **vars(wish))
     for line in pipe.plan:
         say(line)
     if torch.compile:
         say("compiling while the first picture is drawn, about a minute")
-    request = pipe.request(texts, n=number, **given)
+    request = pipe.request(texts, n=num_images, **given)
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
     if grid:
@@ -176,12 +176,12 @@ def batch_of(record: Record | None, images: int) -> int:
     """
     if record is None:
         return max(1, min(BATCH, images))
-    from fewstep.request import MOST_AT_ONCE, whole
+    from fewstep.request import MOST_AT_ONCE, check_int
 
-    return whole("batch", record.batch, 1, MOST_AT_ONCE)
+    return check_int("batch", record.batch, 1, MOST_AT_ONCE)
 
 
-def destination(output: str | None, images: int, json: bool) -> Names | StandardOutput:
+def destination(output: str | None, images: int, json: bool) -> FilenamePattern | StandardOutput:
     """Where the files of a call go.
 
     Args:
@@ -288,7 +288,7 @@ def _lines(name: str, data: bytes) -> list[str]:
     return lines
 
 
-def repeat(
+def restore_request(
     record: Record, given: dict[str, Any], texts: list[str], model: str | None
 ) -> tuple[dict[str, Any], list[str], str | None]:
     """What made the picture of ``record``, with what the user gave now on top.
@@ -298,8 +298,8 @@ def repeat(
     """
     from fewstep.picture import file_hash
 
-    place = Path(split(record.model)[1])
-    if model is None and not (place.exists() or record.model in [at.name for at in shipped()]):
+    place = Path(parse_family(record.model)[1])
+    if model is None and not (place.exists() or record.model in [at.name for at in builtin_models()]):
         # A picture from a stranger must not choose what is downloaded.
         raise UserError(f"that picture was made by {record.model}: say so with --model {record.model}")
     made: dict[str, Any] = {
@@ -316,7 +316,7 @@ def repeat(
     return {**made, **given}, texts or [record.prompt], record.model if model is None else model
 
 
-def as_made(record: Record, wish: Wish, model: str | None) -> Wish:
+def restore_torch_options(record: Record, wish: TorchOptions, model: str | None) -> TorchOptions:
     """How the PyTorch model of ``record`` ran, with what the user gave now on top; ``wish`` for any other."""
     if model not in (None, record.model):
         return wish
@@ -370,7 +370,7 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1, exact: bool = False)
         request = dataclasses.replace(request, jobs=request.jobs * copies)
     with Progress() as progress:
         begun = time.perf_counter()
-        for group in pipe.run(request, progress, copies if exact else max(copies, pipe.at_once)):
+        for group in pipe.run(request, progress, copies if exact else max(copies, pipe.max_batch)):
             wanted = group[:1] if alone else group
             seconds = (time.perf_counter() - begun) / len(wanted)
             for image in wanted:
@@ -378,13 +378,13 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1, exact: bool = False)
             begun = time.perf_counter()
 
 
-def write(drawn: Iterator[Drawn], name: Names | StandardOutput) -> Iterator[Written]:
+def write(drawn: Iterator[Drawn], name: FilenamePattern | StandardOutput) -> Iterator[Written]:
     """Write each image as soon as it is drawn."""
     for index, (image, record, seconds) in enumerate(drawn, 1):
         yield name.save(image, index, record), record, seconds
 
 
-def write_sheet(drawn: Iterator[Drawn], name: Names | StandardOutput) -> Iterator[Written]:
+def write_sheet(drawn: Iterator[Drawn], name: FilenamePattern | StandardOutput) -> Iterator[Written]:
     """Write one contact sheet; its metadata lists the records of all images."""
     from fewstep.picture import CHUNK, SHEET, contact_sheet
 

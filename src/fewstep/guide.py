@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewstep.sample import steps_of
+from fewstep.sample import prepare_steps
 from fewstep.types import Array, Cond, Step, UserError, Velocity
 
 
@@ -43,12 +43,12 @@ class Guided:
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """The guided velocity at each of ``times``, prepared where the net can be."""
         if self.scale == 1:
-            return steps_of(self.velocity, times, cond)
+            return prepare_steps(self.velocity, times, cond)
 
         def guided(step: Step) -> Step:
             return lambda x: self._mixed(step(_join([x, x])))
 
-        return [guided(step) for step in steps_of(self.velocity, times, self._both(cond))]
+        return [guided(step) for step in prepare_steps(self.velocity, times, self._both(cond))]
 
     def _both(self, cond: Cond) -> Cond:
         """What the doubled batch is told: first without, then with the conditions."""

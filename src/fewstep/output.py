@@ -30,7 +30,7 @@ SLUG = 60
 
 
 @dataclass(frozen=True)
-class Names:
+class FilenamePattern:
     """Names images after ``-o``, and writes them.
 
     * nothing: ``PROMPT-SEED.png`` in the current folder;
@@ -88,7 +88,7 @@ class Names:
             yield path if number == 1 else numbered(path, number)
 
 
-def names(output: str | None, images: int) -> Names:
+def names(output: str | None, images: int) -> FilenamePattern:
     """Read the ``-o`` option for a call that writes ``images`` files.
 
     Raises:
@@ -104,7 +104,7 @@ def names(output: str | None, images: int) -> Names:
     if files.is_stream(path):
         if images > 1:
             raise UserError(f"{output} is no file and takes one image: give -o a name for {images} images")
-        return Names(
+        return FilenamePattern(
             lambda index, record: path,
             exact=True,
             suffix=_checked_suffix(path.with_suffix(path.suffix or ".png")),
@@ -113,8 +113,8 @@ def names(output: str | None, images: int) -> Names:
         return _pattern(DEFAULT, path)
     suffix = _checked_suffix(path)
     if images == 1:
-        return Names(lambda index, record: path, exact=True, suffix=suffix)
-    return Names(lambda index, record: numbered(path, index), exact=False, suffix=suffix)
+        return FilenamePattern(lambda index, record: path, exact=True, suffix=suffix)
+    return FilenamePattern(lambda index, record: numbered(path, index), exact=False, suffix=suffix)
 
 
 def slug(text: str) -> str:
@@ -130,7 +130,7 @@ def numbered(path: Path, number: int) -> Path:
     return path.with_name(stem + end)
 
 
-def _pattern(output: str, folder: Path | None = None) -> Names:
+def _pattern(output: str, folder: Path | None = None) -> FilenamePattern:
     def fill(index: int, seed: int, steps: int, prompt: str, model: str) -> Path:
         path = Path(output.format(index=index, seed=seed, steps=steps, prompt=prompt, model=model))
         return path if folder is None else folder / path
@@ -153,7 +153,7 @@ def _pattern(output: str, folder: Path | None = None) -> Names:
         fields = " ".join(f"{{{name}}}" for name in FIELDS)
         raise UserError(f"cannot read the pattern {output!r}; its fields are {fields}") from None
     _check_length(trial)
-    return Names(make, exact=False, suffix=_checked_suffix(trial))
+    return FilenamePattern(make, exact=False, suffix=_checked_suffix(trial))
 
 
 def _known(field: str | None, form: str | None, conversion: str | None) -> bool:

@@ -361,7 +361,7 @@ def _limit(image: ImageFile.ImageFile, where: str) -> None:
         raise UserError(f"{where} has {size}, and at most {most / 1e6:.0f} are read: make it smaller")
 
 
-def flat(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image the right way up, bring it to 8 bits a channel and lay it on white: RGB.
 
     Raises:
@@ -459,7 +459,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Crop the middle of a picture, laid on white, and scale it to ``size``.
 
     Returns:
@@ -467,13 +467,13 @@ def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """
     from PIL import ImageOps
 
-    pixels = np.asarray(ImageOps.fit(flat(image), size, Image.Resampling.LANCZOS), np.float32)
+    pixels = np.asarray(ImageOps.fit(to_rgb(image), size, Image.Resampling.LANCZOS), np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]) / 127.5 - 1
 
 
 def to_images(pixels: np.ndarray) -> list[Image.Image]:
     """``[B, 3, h, w]``, about [-1, 1] -> ``B`` Pillow images."""
-    return from_levels(levels(pixels))
+    return from_levels(to_uint8(pixels))
 
 
 NOT_FINITE = (
@@ -487,7 +487,7 @@ def finite(array: Array) -> bool:
     return bool((np.isfinite(array) if isinstance(array, np.ndarray) else array.isfinite()).all())
 
 
-def levels(pixels: Array) -> Array:
+def to_uint8(pixels: Array) -> Array:
     """``[B, 3, h, w]``, about [-1, 1] -> whole numbers from 0 to 255, made where the pixels are.
 
     Raises:
@@ -566,7 +566,7 @@ def encode(image: Image.Image, path: Path) -> bytes:
         "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True},
     }.get(kind, {})
-    pixels = image if image.mode in _MODES[kind] else flat(image)
+    pixels = image if image.mode in _MODES[kind] else to_rgb(image)
     data = io.BytesIO()
     try:
         pixels.save(data, kind, **how, **metadata.options(metadata.texts(image), kind))

@@ -15,21 +15,30 @@ from PIL import Image
 
 from fewstep import __version__, flow, sample, times
 from fewstep.guide import Guided
-from fewstep.picture import NOT_FINITE, Record, decode, finite, fit, from_levels, levels, read
+from fewstep.picture import (
+    NOT_FINITE,
+    Record,
+    center_crop_resize,
+    decode,
+    finite,
+    from_levels,
+    read,
+    to_uint8,
+)
 from fewstep.progress import printable
 from fewstep.request import (
     MOST_AT_ONCE,
     Diffusers,
     Request,
     check,
+    check_int,
     check_known,
     check_size,
     own_names,
-    whole,
 )
 from fewstep.runtime.bundle import Bundle
 from fewstep.text import negative_prompt
-from fewstep.types import Array, Cond, Farsighted, Model, UserError, Velocity
+from fewstep.types import Array, Cond, Model, PrefetchingTextEncoder, UserError, Velocity
 
 _OURS = {"model", "styles", "prompts"}
 """What ``check`` takes and nobody gives by keyword."""
@@ -48,16 +57,16 @@ class Pipeline:
         bundle: the bundle that it came from, if it came from one.
         source: the name or folder that it was loaded by; written into the pictures.
         plan: how it was made to fit a given memory, in lines; none where no memory was given.
-        at_once: pictures that run through the net together where nobody says; with a plan no more can.
-        facts: what else records say of how it runs (fields of :class:`fewstep.picture.Record`).
+        max_batch: pictures that run through the net together where nobody says; with a plan no more can.
+        record_fields: what else records say of how it runs (fields of :class:`fewstep.picture.Record`).
     """
 
     model: Model
     bundle: Bundle | None = None
     source: str | None = None
     plan: Sequence[str] = ()
-    at_once: int = 8
-    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    max_batch: int = 8
+    record_fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __repr__(self) -> str:
         engine = "torch" if self.bundle is None else self.bundle.engine
@@ -118,7 +127,9 @@ class Pipeline:
         """Check the options of :meth:`__call__` (all but ``on_step`` and ``batch``) without drawing."""
         check_known("a pipeline", options, {*signature(check).parameters, *Diffusers.__annotations__} - _OURS)
         given = own_names({"prompts": prompts, **options})
-        other = 'fewstep.load(..., size="{size}") draws that' if "bits" in self.facts else "leave it out"
+        other = (
+            'fewstep.load(..., size="{size}") draws that' if "bits" in self.record_fields else "leave it out"
+        )
         check_size(self.size, given.pop("width", None), given.pop("height", None), other)
         styles = () if self.bundle is None else self.bundle.styles
         return check(self.model, styles, given.pop("prompts", ()), **given)
@@ -131,17 +142,17 @@ class Pipeline:
         Raises:
             UserError: the input picture cannot be read, nothing of a prompt can, or a value is not finite.
         """
-        batch = self.at_once if batch is None else whole("batch", batch, 1, MOST_AT_ONCE)
-        if self.plan and batch > self.at_once:
-            raise UserError(f"batch must be at most {self.at_once}, which the memory was planned for")
+        batch = self.max_batch if batch is None else check_int("batch", batch, 1, MOST_AT_ONCE)
+        if self.plan and batch > self.max_batch:
+            raise UserError(f"batch must be at most {self.max_batch}, which the memory was planned for")
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step must be a function, not {type(on_step).__name__}")
-        if isinstance(self.model.text, Farsighted):
+        if isinstance(self.model.text, PrefetchingTextEncoder):
             away = [request.negative or ""] if _second_pass(self.model, request) else []
             with negative_prompt(request.negative or ""):
                 self.model.text.prepare([*(text for text, _ in request.jobs), *away])
         start, record = self._start(request)
-        hint = "; try --bits 32" if self.facts.get("bits") in (16, 8, 4) else ""
+        hint = "; try --bits 32" if self.record_fields.get("bits") in (16, 8, 4) else ""
         groups = [request.jobs[at : at + batch] for at in range(0, len(request.jobs), batch)]
         strength = 1 if start is None else request.strength
         grid = times.strength_grid(request.steps, strength, self.model.shift)
@@ -168,7 +179,7 @@ class Pipeline:
             guidance=request.guidance,
             negative=request.negative,
             version=__version__,
-            **self.facts,
+            **self.record_fields,
         )
         if request.image is None:
             return None, record
@@ -180,7 +191,7 @@ class Pipeline:
             digest = hashlib.sha256(data).hexdigest()
         else:
             raise UserError(f"image must be a path or a Pillow image, not {type(request.image).__name__}")
-        start = self.model.codec.encode(self.model.lift(fit(picture, self.size)))
+        start = self.model.codec.encode(self.model.from_numpy(center_crop_resize(picture, self.size)))
         return start, replace(record, image=path, image_sha256=digest, strength=request.strength)
 
 
@@ -200,11 +211,11 @@ class _Walk:
 
     def draw(self, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
         seeds = [seed for _, seed in jobs]
-        x = self.model.lift(sample.noises(seeds, self.model.latent))
+        x = self.model.from_numpy(sample.batch_noise(seeds, self.model.latent))
         if self.start is not None:
-            x = flow.mix(self.start[[0] * len(jobs)], x, self.grid[0])
+            x = flow.interpolate(self.start[[0] * len(jobs)], x, self.grid[0])
         cond = self._encode([text for text, _ in jobs])
-        step = sample.taken(self.model.sampler, seeds, self.model.lift)
+        step = sample.step_rule(self.model.sampler, seeds, self.model.from_numpy)
 
         def report(index: int, t_next: float, x0: Array) -> None:
             if self.on_step is not None:
@@ -213,7 +224,7 @@ class _Walk:
                 preview = partial(self._decode, x0, cond)
                 self.on_step(at * steps + index + 1, groups * steps, preview)
 
-        return self._decode(sample.walk(self._velocity(), x, self.grid, cond, step, report), cond)
+        return self._decode(sample.sample_flow(self._velocity(), x, self.grid, cond, step, report), cond)
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """Each distinct prompt goes through the text encoders once."""
@@ -234,8 +245,8 @@ class _Walk:
     def _decode(self, latents: Array, cond: Cond) -> list[Image.Image]:
         if not finite(latents):
             raise UserError(f"{self._broken(cond)} gave {NOT_FINITE}{self.hint}")
-        pixels = levels(self.model.codec.decode(latents))
-        return from_levels(np.asarray(self.model.lower(pixels), np.float32))
+        pixels = to_uint8(self.model.codec.decode(latents))
+        return from_levels(np.asarray(self.model.to_numpy(pixels), np.float32))
 
     def _broken(self, cond: Cond) -> str:
         """The first part whose values are not finite, when the last latents are not."""

@@ -116,7 +116,7 @@ def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> No
         UserError: it is another, or no size.
     """
     asked = tuple(
-        own if value is None else whole(name, value, 1, 2**16)
+        own if value is None else check_int(name, value, 1, 2**16)
         for name, value, own in zip(("width", "height"), (width, height), size, strict=True)
     )
     if asked != size:
@@ -149,11 +149,11 @@ def check(
     most = FEW if model.guidance is None and model.steps <= FEW else MANY
     return Request(
         jobs=tuple((text, first + index) for text in lines for index in range(count)),
-        steps=whole("steps", model.steps if steps is None else steps, 1, most),
+        steps=check_int("steps", model.steps if steps is None else steps, 1, most),
         guidance=scale,
         negative=away,
         image=str(image) if isinstance(image, Path) else image,
-        strength=real("strength", STRENGTH if strength is None else strength, 0, 1),
+        strength=check_float("strength", STRENGTH if strength is None else strength, 0, 1),
     )
 
 
@@ -175,9 +175,9 @@ def check_values(
     """
     _values(prompts, seed, n, strength, image)
     if steps is not None:
-        whole("steps", steps, 1, MANY)
+        check_int("steps", steps, 1, MANY)
     if guidance is not None:
-        real("guidance", guidance, 0, 100)
+        check_float("guidance", guidance, 0, 100)
     if isinstance(image, str):
         from fewstep.picture import open_image
 
@@ -191,17 +191,17 @@ def _values(
     texts = _texts(prompts)
     if not texts:
         raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
-    count = whole("n", n, 1, MOST)
-    first = _draw(SEEDS - count + 1) if seed is None else whole("seed", seed, 0, SEEDS - 1)
-    whole("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
+    count = check_int("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else check_int("seed", seed, 0, SEEDS - 1)
+    check_int("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
     clean = [_prompt(text) for text in texts]
     if strength is not None and image is None:
         raise UserError("strength is for image-to-image: give a picture with image (--image)")
-    real("strength", STRENGTH if strength is None else strength, 0, 1)
+    check_float("strength", STRENGTH if strength is None else strength, 0, 1)
     return clean, count, first
 
 
-def whole(name: str, value: Any, low: int, high: int) -> int:
+def check_int(name: str, value: Any, low: int, high: int) -> int:
     """A whole number from ``low`` to ``high``.
 
     Raises:
@@ -230,10 +230,10 @@ def threads(count: Any, least: int = 0) -> int:
     """
     from fewstep.runtime.session import cores
 
-    return whole("threads", count, least, max(ALWAYS, PER_CORE * cores()))
+    return check_int("threads", count, least, max(ALWAYS, PER_CORE * cores()))
 
 
-def real(name: str, value: Any, low: float, high: float) -> float:
+def check_float(name: str, value: Any, low: float, high: float) -> float:
     """A finite number from ``low`` to ``high``.
 
     Raises:
@@ -251,7 +251,7 @@ def real(name: str, value: Any, low: float, high: float) -> float:
 _UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
-def memory(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
 
     Raises:
@@ -331,8 +331,8 @@ def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[floa
                 raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
         if embedded is None:
             return None, None
-        return real("guidance", embedded if guidance is None else guidance, 0, 100), None
+        return check_float("guidance", embedded if guidance is None else guidance, 0, 100), None
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"negative must be text, not {type(negative).__name__}")
-    scale = real("guidance", model.guidance if guidance is None else guidance, 0, 100)
+    scale = check_float("guidance", model.guidance if guidance is None else guidance, 0, 100)
     return scale, _prompt(negative) if negative and negative.strip() else None

@@ -12,14 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
-from fewstep.flow import fill, mix, to_x0
-from fewstep.types import Array, Cond, Foresighted, Sampler, Step, UserError, Velocity
+from fewstep.flow import expand_time, interpolate, to_x0
+from fewstep.types import Array, Cond, PreparableVelocity, Sampler, Step, UserError, Velocity
 
 OnStep = Callable[[int, float, Array], None]
 """``on_step(index, t_next, x0_estimate)``: called after each step with the predicted clean latents."""
 
 
-class Move(Protocol):
+class StepRule(Protocol):
     """How a walk moves along a velocity."""
 
     def __call__(self, x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
@@ -44,7 +44,7 @@ def noise(seed: int, shape: Sequence[int], stream: int = 0) -> np.ndarray:
     return rng.standard_normal(tuple(shape), dtype=np.float32)
 
 
-def noises(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> np.ndarray:
+def batch_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> np.ndarray:
     """The noise of several images, float32 ``[B, C, H, W]``; row ``i`` depends on ``seeds[i]`` alone."""
     return np.stack([noise(seed, shape, stream) for seed in seeds])
 
@@ -54,7 +54,7 @@ def euler(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
     return x + (t_next - t) * v
 
 
-def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Move:
+def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> StepRule:
     """The stochastic step: estimate ``x_0``, then mix it with fresh noise at ``t_next``.
 
     This is multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1) on the rectified flow.
@@ -65,34 +65,36 @@ def renoise(seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarr
     """
 
     def move(x: Array, v: Array, t: float, t_next: float, index: int) -> Array:
-        fresh = lift(noises(seeds, x.shape[1:], stream=index + 1))
-        return mix(to_x0(x, v, t), fresh, t_next)
+        fresh = lift(batch_noise(seeds, x.shape[1:], stream=index + 1))
+        return interpolate(to_x0(x, v, t), fresh, t_next)
 
     return move
 
 
-def taken(sampler: Sampler, seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray) -> Move:
+def step_rule(
+    sampler: Sampler, seeds: Sequence[int], lift: Callable[[np.ndarray], Array] = np.asarray
+) -> StepRule:
     """How a model whose ``sampler`` this is takes a step, on pictures of these seeds."""
     return renoise(seeds, lift) if sampler == "renoise" else euler
 
 
-def steps_of(velocity: Velocity, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+def prepare_steps(velocity: Velocity, times: Sequence[float], cond: Cond) -> Sequence[Step]:
     """The velocity at each of ``times``, prepared for these conditions where it can be."""
-    if isinstance(velocity, Foresighted):
+    if isinstance(velocity, PreparableVelocity):
         return velocity.steps(times, cond)
 
     def at(t: float) -> Step:
-        return lambda x: velocity(x, fill(t, x), cond)
+        return lambda x: velocity(x, expand_time(t, x), cond)
 
     return [at(t) for t in times]
 
 
-def walk(
+def sample_flow(
     velocity: Velocity,
     x: Array,
     grid: Sequence[float],
     cond: Cond,
-    move: Move = euler,
+    move: StepRule = euler,
     on_step: OnStep | None = None,
 ) -> Array:
     """Walk ``x`` down the grid.
@@ -108,7 +110,7 @@ def walk(
     Returns:
         ``x`` at ``grid[-1]``, ``[B, C, H, W]``.
     """
-    steps = steps_of(velocity, grid[:-1], cond) if len(grid) > 1 else ()
+    steps = prepare_steps(velocity, grid[:-1], cond) if len(grid) > 1 else ()
     for index, (t, t_next) in enumerate(pairwise(grid)):
         v = steps[index](x)
         if on_step is not None:

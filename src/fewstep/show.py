@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fewstep.progress import emit, printable
-from fewstep.source import SHIPPED, shipped
+from fewstep.source import SHIPPED, builtin_models
 from fewstep.types import UserError
 
 
@@ -44,7 +44,7 @@ def models() -> None:
     """List the models that are installed: size, steps, licence, folder."""
     from fewstep.runtime.bundle import read
 
-    bundles = [read(folder) for folder in shipped()]
+    bundles = [read(folder) for folder in builtin_models()]
     if not bundles:
         raise UserError(f"no model is installed in {SHIPPED}: reinstall fewstep, or give --model a folder")
     rows = [("name", "size", "steps", "licence", "folder")]

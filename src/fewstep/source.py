@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fewstep.extras import missing_extra, need
-from fewstep.request import MOST_AT_ONCE, check_known, whole
+from fewstep.request import MOST_AT_ONCE, check_int, check_known
 from fewstep.request import threads as counted_threads
 from fewstep.types import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
     from fewstep.runtime.bundle import Bundle
-    from fewstep.staged import Wish, Wished
+    from fewstep.staged import TorchOptions, TorchOptionsDict
 
 
 class ShippedWarning(UserWarning):
@@ -55,7 +55,7 @@ def load(
     source: str | Path | None = None,
     backend: Backend | None = None,
     threads: int | None = None,
-    **wish: Unpack[Wished],
+    **wish: Unpack[TorchOptionsDict],
 ) -> Pipeline:
     """Load a model for generation.
 
@@ -77,8 +77,8 @@ def load(
     """
     threads = None if threads is None else counted_threads(threads, 1)
     name = DEFAULT if source is None else _name(source)
-    family, plain = split(name)
-    place = locate(plain)
+    family, plain = parse_family(name)
+    place = resolve(plain)
     bundle = _bundle(place)
     kind: Backend = "torch" if bundle is None else bundle.engine
     if backend not in (None, *get_args(Backend)):
@@ -110,16 +110,18 @@ def _way(name: str, kind: Backend, wanted: Backend) -> str:
     return f"`fewstep export --to {wanted}` makes a bundle of a diffusers folder"
 
 
-def _wish(given: Wished) -> Wish:
-    from fewstep.staged import Wish  # it knows the command line's library, which drawing alone does not need
+def _wish(given: TorchOptionsDict) -> TorchOptions:
+    from fewstep.staged import (
+        TorchOptions,  # it knows the command line's library, which drawing alone does not need
+    )
 
-    check_known("load", given, Wish.__dataclass_fields__)
+    check_known("load", given, TorchOptions.__dataclass_fields__)
     plain: dict[str, Any] = {name: _checked(name, value) for name, value in given.items()} | {"lora": ()}
     if given.get("lora", ()) != ():
         from fewstep.families.lora import specs  # as above
 
         plain["lora"] = specs(given.get("lora"))
-    return Wish(**(plain if given.keys() - {"lora"} else PLAIN | plain))
+    return TorchOptions(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -131,7 +133,7 @@ def _checked(name: str, value: Any) -> Any:
     from fewstep.staged import Bits, Device
 
     if name == "batch":
-        return whole(name, value, 1, MOST_AT_ONCE)
+        return check_int(name, value, 1, MOST_AT_ONCE)
     if name in ("compile", "image") and not isinstance(value, bool):
         raise UserError(f"{name} must be True or False, not {_shown(value)}")
     choices = {"bits": (None, *get_args(Bits)), "device": get_args(Device)}.get(name)
@@ -157,13 +159,13 @@ def _shown(value: Any) -> str:
     return f"{' '.join(repr(value).split())[:40]} ({type(value).__name__})"
 
 
-def hush() -> None:
+def quiet_loggers() -> None:
     """Let :data:`NOISY` loggers tell errors alone."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def split(name: str) -> tuple[str | None, str]:
+def parse_family(name: str) -> tuple[str | None, str]:
     """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
     family, colon, rest = name.partition(":")
     return (family, rest) if colon and family in FAMILIES else (None, name)
@@ -171,17 +173,17 @@ def split(name: str) -> tuple[str | None, str]:
 
 def is_bundle(name: str | None) -> bool:
     """Whether a name is that of a bundle here; what is on the hub is not asked for."""
-    plain = DEFAULT if name is None else split(name)[1]
-    shipping = plain in (folder.name for folder in shipped())
+    plain = DEFAULT if name is None else parse_family(name)[1]
+    shipping = plain in (folder.name for folder in builtin_models())
     return shipping or any(os.path.isfile(f"{plain}/{part}bundle.json") for part in ("", "model/"))
 
 
-def shipped() -> list[Path]:
+def builtin_models() -> list[Path]:
     """Folders of the bundles that are installed with fewstep."""
     return sorted(path.parent for path in SHIPPED.glob("*/bundle.json"))
 
 
-def locate(name: str) -> Path:
+def resolve(name: str) -> Path:
     """The folder or file of a model; of a run's folder the model that it wrote.
 
     A bundle on the hub is fetched into the hub's own cache.
@@ -192,7 +194,7 @@ def locate(name: str) -> Path:
     here = Path(name)
     if len(name) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in here.parts):
         raise UserError(f"there is no model of such a name: {name[:40]}…")
-    if name in (names := [folder.name for folder in shipped()]):
+    if name in (names := [folder.name for folder in builtin_models()]):
         if os.path.isdir(name):
             text = f"{name} is the model that ships with fewstep; for the folder here say ./{name}"
             warnings.warn(text, ShippedWarning, stacklevel=2)
@@ -269,7 +271,7 @@ def bundle_of(source: str) -> Bundle | None:
     Raises:
         UserError: there is no such model, or the bundle is damaged.
     """
-    return _bundle(locate(split(source)[1]))
+    return _bundle(resolve(parse_family(source)[1]))
 
 
 def load_family(
@@ -288,8 +290,8 @@ def load_family(
     """
     from inspect import signature
 
-    family, source = split(source)
-    place = locate(source)
+    family, source = parse_family(source)
+    place = resolve(source)
     module = _open_family(source, place, family)
     choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
     if not choice.keys() <= signature(module.load).parameters.keys():
@@ -303,8 +305,8 @@ def kind_of(source: str) -> str:
     Raises:
         UserError: as :func:`load_family`.
     """
-    family, source = split(source)
-    return _open_family(source, locate(source), family).__name__.rpartition(".")[2]
+    family, source = parse_family(source)
+    return _open_family(source, resolve(source), family).__name__.rpartition(".")[2]
 
 
 def _bundle(place: Path) -> Bundle | None:
@@ -329,12 +331,12 @@ def _load_bundle(name: str, bundle: Bundle, threads: int | None) -> Pipeline:
 
 
 def _load_torch(
-    name: str, place: Path, threads: int | None, wish: Wish | None, family: str | None
+    name: str, place: Path, threads: int | None, wish: TorchOptions | None, family: str | None
 ) -> Pipeline:
     from fewstep.pipeline import Pipeline
-    from fewstep.staged import Wish
+    from fewstep.staged import TorchOptions
 
-    plain = split(name)[1]
+    plain = parse_family(name)[1]
     _check_torch(wish)
     try:
         import torch
@@ -344,58 +346,60 @@ def _load_torch(
             torch.set_num_threads(threads)
         if place.is_file():
             return _load_single(name, place, module, wish)
-        wish = wish or Wish(**PLAIN)
+        wish = wish or TorchOptions(**PLAIN)
         from fewstep.staged.load import load as load_staged
 
         folder = place if place.exists() else module.fetched(plain)
         staged = load_staged(folder, module.__name__.rpartition(".")[2], wish)
     except ImportError as error:
         raise missing_extra(error) or error from None
-    choice = staged.plan.choice
+    choice = staged.plan.config
     facts = {
         "bits": choice.bits, "student": wish.student, "lora": wish.lora or None,
         "tiny_decoder": wish.tiny_decoder,
     }  # fmt: skip
-    pipe = Pipeline(staged.model, source=name, facts=facts)
+    pipe = Pipeline(staged.model, source=name, record_fields=facts)
     if staged.plan.limit is None:
         return pipe
-    return replace(pipe, plan=staged.lines, at_once=choice.batch)
+    return replace(pipe, plan=staged.lines, max_batch=choice.batch)
 
 
-def _check_torch(wish: Wish | None) -> None:
+def _check_torch(wish: TorchOptions | None) -> None:
     """Refuse, before PyTorch is imported, what cannot be.
 
     Raises:
         UserError: a library is missing, or a value or a place that was asked for is none.
     """
-    from fewstep.request import memory
+    from fewstep.request import parse_bytes
 
     need("torch", "diffusers", "transformers")
     if wish is None:
         return
     if wish.memory is not None:
-        memory(wish.memory)
+        parse_bytes(wish.memory)
     for option, place in (("student", wish.student), ("tiny-decoder", wish.tiny_decoder)):
         if place is not None and not os.path.exists(place):
             raise UserError(f"there is no {option} {place}: give a folder or file that is there")
 
 
-def _load_single(name: str, place: Path, module: ModuleType, wish: Wish | None) -> Pipeline:
+def _load_single(name: str, place: Path, module: ModuleType, wish: TorchOptions | None) -> Pipeline:
     """A single file: read whole, in float32 on the CPU, and LoRAs added."""
     from fewstep.families import lora
-    from fewstep.nets.hoist import Hoisted
+    from fewstep.nets.hoist import PrecomputedAdaLN
     from fewstep.pipeline import Pipeline
-    from fewstep.staged import Wish
+    from fewstep.staged import TorchOptions
 
     given = () if wish is None else wish.lora
-    if wish is not None and wish != Wish(**PLAIN, lora=given):
+    if wish is not None and wish != TorchOptions(**PLAIN, lora=given):
         others = [option for option in wish.named() if option != "--lora"]
         if others:
             raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
     model = module.load(place)
     lora.apply(model.parts, model.kind, given)
     facts = {"lora": given} if given else {}
-    return Pipeline(replace(model, velocity=Hoisted(model.velocity)), source=name, facts=facts)
+    return Pipeline(
+        replace(model, velocity=PrecomputedAdaLN(model.velocity)), source=name, record_fields=facts
+    )
 
 
 def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
@@ -411,7 +415,7 @@ def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
     Raises:
         UserError: no family does, it is another than ``wanted``, or the hub does not say whose the model is.
     """
-    hush()
+    quiet_loggers()
     from fewstep.families import family_of, sd3
 
     if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read

@@ -53,32 +53,32 @@ class Batch:
         latents: clean latents ``x_0``, ``[B, C, H, W]``.
         cond: the captions, encoded.
         prompts: the captions themselves, for logs and metrics.
-        states: the teacher's walks to ``latents`` at the times of the student's grid, noise first and
+        trajectory: the teacher's walks to ``latents`` at the times of the student's grid, noise first and
             ``latents`` last, ``[B, S + 1, C, H, W]``; ``None`` where nobody kept them.
-        short: the captions as the student reads them, without the encoder that it learns to do without;
-            ``None`` where it reads what the teacher reads.
+        cond_without_t5: the captions as the student reads them, without the encoder that it learns to do
+            without; ``None`` where it reads what the teacher reads.
     """
 
     latents: Array
     cond: Cond
     prompts: Sequence[str] = ()
-    states: Array | None = None
-    short: Cond | None = None
+    trajectory: Array | None = None
+    cond_without_t5: Cond | None = None
 
     @property
-    def heard(self) -> Cond:
+    def student_cond(self) -> Cond:
         """The condition of the student."""
-        return self.cond if self.short is None else self.short
+        return self.cond if self.cond_without_t5 is None else self.cond_without_t5
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """Part ``part`` of ``parts`` of every batch: a process's, or a micro-batch's."""
 
     part: int = 0
     parts: int = 1
 
-    def cut(self, batch: int) -> slice:
+    def slice_of(self, batch: int) -> slice:
         """The rows of this part in a batch of so many.
 
         Raises:
@@ -91,7 +91,7 @@ class Share:
         return slice(self.part * rows, (self.part + 1) * rows)
 
 
-WHOLE = Share()
+WHOLE = BatchSlice()
 """The whole batch in one piece."""
 
 
@@ -109,7 +109,7 @@ Step = Callable[[Array], Array]
 
 
 @runtime_checkable
-class Foresighted(Velocity, Protocol):
+class PreparableVelocity(Velocity, Protocol):
     """A velocity that does before a walk, for all its steps at once, what does not depend on the picture."""
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
@@ -128,7 +128,7 @@ class TextEncoder(Protocol):
 
 
 @runtime_checkable
-class Farsighted(TextEncoder, Protocol):
+class PrefetchingTextEncoder(TextEncoder, Protocol):
     """A text encoder that would rather read all prompts of a call before the net needs the room."""
 
     def prepare(self, prompts: Sequence[str]) -> None:
@@ -169,8 +169,8 @@ class Model:
         embedded_guidance: default scale that a net with embedded guidance is given (its velocity then has
             ``with_guidance(scale)``); ``None`` for a net without.
         sampler: how its steps are taken (:func:`fewstep.sample.taken`).
-        lift: numpy float32 array -> the array kind that the parts above take.
-        lower: the way back, to numpy float32.
+        from_numpy: numpy float32 array -> the array kind that the parts above take.
+        to_numpy: the way back, to numpy float32.
     """
 
     name: str
@@ -184,5 +184,5 @@ class Model:
     guidance: float | None = None
     embedded_guidance: float | None = None
     sampler: Sampler = "euler"
-    lift: Callable[[Any], Array] = _same
-    lower: Callable[[Array], Any] = _same
+    from_numpy: Callable[[Any], Array] = _same
+    to_numpy: Callable[[Array], Any] = _same

@@ -16,12 +16,12 @@ from PIL import Image
 
 import tiny
 from fewstep.bench import floor, plot
-from fewstep.bench.device import Rates
+from fewstep.bench.device import DevicePeak
 from fewstep.bench.measure import psnr
 from fewstep.cli import run
 from fewstep.extras import install
 from fewstep.families import sd3
-from fewstep.runtime.bundle import seal
+from fewstep.runtime.bundle import write_manifest
 from tiny_bundle import write_bundle, write_openvino_bundle
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -51,9 +51,11 @@ def test_a_graphs_work_is_its_products(tmp_path: Path) -> None:
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
     work = floor.count(tmp_path / "g.onnx", 7)
     operations = 2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9)
-    assert work == floor.Work(operations, 4 * (6 * 4 + 8 * 4 * 9))  # float32, as the session unpacks them
-    assert work.seconds(Rates(1e3, 1e9)) == work.operations / 1e3
-    assert work.seconds(Rates(1e12, 1.0)) == work.bytes
+    assert work == floor.GraphCost(
+        operations, 4 * (6 * 4 + 8 * 4 * 9)
+    )  # float32, as the session unpacks them
+    assert work.seconds(DevicePeak(1e3, 1e9)) == work.operations / 1e3
+    assert work.seconds(DevicePeak(1e12, 1.0)) == work.bytes
 
 
 @needs_openvino
@@ -74,7 +76,7 @@ def test_openvino_reads_its_weights_as_they_are_stored(tmp_path: Path) -> None:
         y = ops.add(y, y)
     openvino.save_model(openvino.Model([y], [x]), tmp_path / "g.xml", compress_to_fp16=False)
     work = floor.count_openvino(tmp_path / "g.xml", 7)
-    assert work == floor.Work(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
+    assert work == floor.GraphCost(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
 
 
 def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -> None:
@@ -83,8 +85,8 @@ def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -
     for path in [*folder.glob("*.onnx")]:
         path.rename(path.with_suffix(".pte"))
     told = {key: value for key, value in told.items() if key not in ("format", "files")}
-    seal(folder, told | {"engine": "executorch"})
-    assert floor.of_bundle(folder, 1, 4) == {}
+    write_manifest(folder, told | {"engine": "executorch"})
+    assert floor.bundle_cost(folder, 1, 4) == {}
 
 
 @needs_openvino
@@ -93,7 +95,9 @@ def test_an_openvino_bundle_takes_its_turn_beside_an_onnx_bundle(tmp_path: Path)
     write_openvino_bundle(tmp_path / "openvino")
     out = tmp_path / "bench.jsonl"
     models = [str(tmp_path / "onnx"), str(tmp_path / "openvino")]
-    assert run(["bench", *models, "--rounds", "1", "--threads", "1", "--batch", "2", "-o", str(out)]) == 0
+    assert (
+        run(["bench", *models, "--rounds", "1", "--threads", "1", "--batch-size", "2", "-o", str(out)]) == 0
+    )
     one, other = records(out)
     assert (one["engine"], other["engine"]) == ("fewstep onnx", "fewstep openvino")
     assert other["psnr"] is None or other["psnr"] > 45
@@ -107,7 +111,7 @@ def test_engines_take_turns_and_leave_a_record_each(
     write_bundle(tmp_path / "tiny")
     out = tmp_path / "bench.jsonl"
     words = ["bench", str(tmp_path / "tiny"), "--rounds", "2", "--threads", "1", "-o", str(out)]
-    assert run([*words, "--steps", "1", "--steps", "3", "--batch", "2"]) == 0
+    assert run([*words, "--steps", "1", "--steps", "3", "--batch-size", "2"]) == 0
     assert run(words) == 0  # added to what is there
     one, three, own = records(out)
     assert (one["steps"], three["steps"], own["steps"], one["batch"]) == (1, 3, 4, 2)
@@ -125,7 +129,7 @@ def test_engines_take_turns_and_leave_a_record_each(
 def test_stock_diffusers_draws_the_same_picture_in_its_turn(tmp_path: Path) -> None:
     sd3.save(sd3.assemble(tiny.parts(with_t5=False), name="small", steps=2, guidance=3.0), tmp_path / "small")
     out, folder = tmp_path / "bench.jsonl", str(tmp_path / "small")
-    assert run(["bench", folder, "--against", folder, "--rounds", "1", "-o", str(out)]) == 0
+    assert run(["bench", folder, "--baseline", folder, "--rounds", "1", "-o", str(out)]) == 0
     ours, stock = records(out)
     assert (ours["engine"], stock["engine"]) == ("fewstep torch", "diffusers eager float32")
     assert (stock["steps"], stock["guidance"], stock["times_faster"]) == (2, 3.0, 1.0) and ours[
@@ -148,9 +152,9 @@ def test_who_fails_is_named_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     ("words", "message"),
     [
         (["--rounds", "0"], "must be at least 1"),
-        (["--batch", "0"], "must be at least 1"),
-        (["--against", "nowhere"], "not a diffusers folder"),
-        (["--whole"], "--against"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--baseline", "nowhere"], "not a diffusers folder"),
+        (["--end-to-end"], "--baseline"),
         (["--plot", "p", "--records", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )
@@ -230,7 +234,7 @@ def test_a_torch_model_runs_as_it_is_asked_to(tmp_path: Path, capfd: pytest.Capt
 def test_stock_draws_the_size_that_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sd3.save(sd3.assemble(tiny.parts(), name="base", steps=2, guidance=None), tmp_path / "base")
     base, out = str(tmp_path / "base"), tmp_path / "b.jsonl"
-    words = ["--against", base, "--rounds", "1", "--threads", "1", "-o", str(out)]
+    words = ["--baseline", base, "--rounds", "1", "--threads", "1", "-o", str(out)]
     assert run(["bench", base, *words, "--size", "64x48", "--bits", "32"]) == 0
     ours, stock = records(out)
     assert ours["size"] == stock["size"] == [64, 48]
@@ -254,6 +258,6 @@ def test_a_lora_is_measured_with_the_model_that_it_is_added_to(
     assert run(["bench", base, "--rounds", "1", "--threads", "1", *words]) == 0
     assert records(tmp_path / "b.jsonl")[0]["bits"] == 32  # as without a LoRA
     capsys.readouterr()
-    for other in ([base, "--against", base], [base, "--whole", "--against", base], []):
+    for other in ([base, "--baseline", base], [base, "--end-to-end", "--baseline", base], []):
         assert run(["bench", *other, *words]) == 2
         assert "--lora is" in capsys.readouterr().err

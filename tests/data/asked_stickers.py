@@ -7,12 +7,14 @@ import numpy as np
 from fewstep.data.captions import STYLE_WORDS
 from fewstep.data.concepts import Concept
 from fewstep.data.render import Renderings
-from fewstep.data.scenes import asked
+from fewstep.data.scenes import prompted_concepts
 
 
 def renderings(size: int = 16, names: tuple[str, ...] | None = None) -> Renderings:
     styles = tuple(STYLE_WORDS)
-    concepts = [Concept(name, (), (), f"{i:x}", "test", styles) for i, name in enumerate(names or asked())]
+    concepts = [
+        Concept(name, (), (), f"{i:x}", "test", styles) for i, name in enumerate(names or prompted_concepts())
+    ]
     pairs = [(i, style) for style in styles for i in range(len(concepts))]
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     inside = (x**2 + y**2 <= 1).astype(np.uint8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fewstep.data import captions
-from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground
+from fewstep.data.captions import COLOURS, STYLE_WORDS, Background
 from fewstep.data.concepts import Concept, bare, held_out
 
 APPLE = Concept("red apple", ("ripe",), ("fruit", "ripe"), "1f34e", "food-fruit", ("3d", "flat"))
@@ -14,7 +14,7 @@ APPLE = Concept("red apple", ("ripe",), ("fruit", "ripe"), "1f34e", "food-fruit"
 
 def lines(many: int = 400) -> list[str]:
     rng = np.random.Generator(np.random.Philox(key=1))
-    return [captions.sticker(APPLE, "3d", Ground("pale blue"), rng) for _ in range(many)]
+    return [captions.sticker(APPLE, "3d", Background("pale blue"), rng) for _ in range(many)]
 
 
 def test_captions_name_the_thing_and_vary() -> None:

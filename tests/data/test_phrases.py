@@ -11,7 +11,7 @@ import numpy as np
 
 from fewstep.data.captions import COLOURS, STYLE_WORDS
 from fewstep.data.concepts import Concept, held_out
-from fewstep.data.phrases import Phrase, Phrases, captions_of, other_names, pairs, usual
+from fewstep.data.phrases import Paraphrase, Phrases, captions_of, default_style, other_names, pairs
 
 STYLES = ("3d", "flat", "noto", "twemoji")
 KNOWN = [
@@ -43,15 +43,15 @@ def test_a_style_that_is_named_is_meant_and_else_the_usual_one() -> None:
         name, _, rest = phrase.meant.partition(", ")
         style = next(s for s, words in STYLE_WORDS.items() if rest.startswith(words[0]))
         concept = next(c for c in KNOWN if c.name == name)
-        right += hints[style] in phrase.said.lower() or style == usual(concept)
+        right += hints[style] in phrase.said.lower() or style == default_style(concept)
     assert right >= 295  # a typing slip may hit the style
 
 
 def test_the_usual_style_is_one_that_training_has_seen() -> None:
     many = [Concept(f"thing {i}", (), (), str(i), "g", STYLES) for i in range(200)]
     some = [c for c in many if not all(held_out(c.name, style) for style in STYLES)]
-    assert len(some) > 150 and all(not held_out(c.name, usual(c)) for c in some)
-    assert {usual(c) for c in many} > {"3d"}
+    assert len(some) > 150 and all(not held_out(c.name, default_style(c)) for c in some)
+    assert {default_style(c) for c in many} > {"3d"}
 
 
 def test_words_near_a_name_are_names_and_others_are_not() -> None:
@@ -95,8 +95,11 @@ def test_a_caption_of_one_thing_that_names_no_style_means_the_usual_one(tmp_path
             tar.addfile(entry, io.BytesIO(data))
     told, several, bare = captions_of([tmp_path / "0.tar"], KNOWN)
     assert (told, several) == (["Noto puppy"], ["two dogs"])
-    plain = f"dog, {STYLE_WORDS[usual(KNOWN[0])][0]}"
-    assert bare == [Phrase("a puppy on red", f"{plain} on a red background"), Phrase("a puppy", plain)]
+    plain = f"dog, {STYLE_WORDS[default_style(KNOWN[0])][0]}"
+    assert bare == [
+        Paraphrase("a puppy on red", f"{plain} on a red background"),
+        Paraphrase("a puppy", plain),
+    ]
 
 
 def test_a_colour_beside_a_thing_that_exists_in_colours_is_not_said_in_vain() -> None:

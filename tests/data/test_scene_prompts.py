@@ -11,7 +11,7 @@ from tests.data.asked_stickers import renderings
 from fewstep.data.captions import COLOURS, plural
 from fewstep.data.compose import RELATIONS, Composer
 from fewstep.data.concepts import held_out
-from fewstep.data.detection import Crowds
+from fewstep.data.detection import DetectionDataset
 from fewstep.data.scenes import CATEGORIES, Scene, pictures, prompts
 from fewstep.types import UserError
 
@@ -100,8 +100,8 @@ def test_too_few_renderings_are_said() -> None:
 
 
 def test_a_crowd_is_where_it_says() -> None:
-    crowds = Crowds(STICKERS, size=64, seed=3)
-    again = Crowds(renderings(), size=64, seed=3)
+    crowds = DetectionDataset(STICKERS, size=64, seed=3)
+    again = DetectionDataset(renderings(), size=64, seed=3)
     many = Counter[int]()
     for index in range(40):
         picture, found = crowds(index)

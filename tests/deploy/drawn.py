@@ -15,9 +15,9 @@ def draw(model: Model, rows: slice = slice(0, 3)) -> np.ndarray:
     """Pictures ``[B, 3, h, w]`` of these prompts and seeds, in four steps."""
     with torch.no_grad():
         cond = model.text(PROMPTS[rows])
-        noise = model.lift(sample.noises([0, 1, 2][rows], model.latent))
-        latents = sample.walk(model.velocity, noise, times.grid(4, model.shift), cond)
-        return model.lower(model.codec.decode(latents))
+        noise = model.from_numpy(sample.batch_noise([0, 1, 2][rows], model.latent))
+        latents = sample.sample_flow(model.velocity, noise, times.grid(4, model.shift), cond)
+        return model.to_numpy(model.codec.decode(latents))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -27,10 +27,10 @@ import tiny
 import tiny_flux
 from fewstep import sample, times
 from fewstep.cli import run
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy import coreml as engine
-from fewstep.deploy.common.graphs import Part, parts
-from fewstep.deploy.common.half import HalfGroupNorm, HalfRMSNorm, guarded
+from fewstep.deploy.common.graphs import GraphSpec, parts
+from fewstep.deploy.common.half import HalfGroupNorm, HalfRMSNorm, with_fp16_norms
 from fewstep.deploy.common.modules import DecoderModule, ModulationModule, TextModule, TransformerModule
 from fewstep.extras import install
 from fewstep.families import Family, flux, sd3
@@ -48,7 +48,7 @@ else:
 converts = pytest.mark.skipif(bool(reason), reason=f"coremltools does not convert here: {reason}")
 
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
-FACTS = Facts(license="Apache-2.0", about={"styles": ["3D", "flat"]})
+FACTS = ExportMetadata(license="Apache-2.0", about={"styles": ["3D", "flat"]})
 WIDE = tiny.SMALL | {"attention_head_dim": 32, "caption_projection_dim": 64, "num_layers": 2}
 """Rows of 64, so that palettes have groups, dual attention in both layers."""
 
@@ -87,7 +87,7 @@ def palettized(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     def palettized(bits: int) -> Package:
         path = folder / f"{bits}.mlpackage"
         if not path.exists():
-            engine.fewer(made["transformer"], bits).save(str(path))
+            engine.quantize(made["transformer"], bits).save(str(path))
         return Package(path)
 
     return palettized
@@ -128,8 +128,8 @@ def draw(family: Family, folder: Path, exact: bool) -> np.ndarray:
             given = modulation.predict({"t": np.float32(t), "pooled": cond["pooled"]})
             return net.predict({"x": np.float32(x), "context": cond["context"], **given})["velocity"]
 
-        noise = sample.noises([seed], family.latent)
-        x = sample.walk(velocity, noise, times.grid(2), Cond(cond["context"], cond["pooled"]))
+        noise = sample.batch_noise([seed], family.latent)
+        x = sample.sample_flow(velocity, noise, times.grid(2), Cond(cond["context"], cond["pooled"]))
         pictures.append(decoder.predict({"latents": np.float32(x)})["images"])
     return np.concatenate(pictures)
 
@@ -137,8 +137,8 @@ def draw(family: Family, folder: Path, exact: bool) -> np.ndarray:
 def drawn(family: Family) -> np.ndarray:
     """The same by the family itself."""
     with torch.no_grad():
-        noise = family.lift(sample.noises([0, 1], family.latent))
-        x = sample.walk(family.velocity, noise, times.grid(2), family.text(PROMPTS))
+        noise = family.from_numpy(sample.batch_noise([0, 1], family.latent))
+        x = sample.sample_flow(family.velocity, noise, times.grid(2), family.text(PROMPTS))
         return family.codec.decode(x).numpy()
 
 
@@ -174,13 +174,13 @@ def test_a_norm_is_the_plain_one_and_holds_in_float16(which: int, scale: float) 
 
 
 def test_the_net_and_the_codec_with_these_norms_are_the_same(small: Family) -> None:
-    cond, x = small.text(PROMPTS), torch.from_numpy(sample.noises([0, 1], small.latent))
+    cond, x = small.text(PROMPTS), torch.from_numpy(sample.batch_noise([0, 1], small.latent))
     modulation = parts(small)["modulation"].module(torch.tensor([0.75, 0.75]), cond.pooled)
     for plain, given in (
         (TransformerModule(small), (x, cond.context, modulation)),
         (DecoderModule(small), (x,)),
     ):
-        ours = guarded(plain)
+        ours = with_fp16_norms(plain)
         kinds = [type(each) for each in ours.modules()]
         assert HalfRMSNorm in kinds or HalfGroupNorm in kinds
         assert not {"RMSNorm", "GroupNorm"} & {kind.__name__ for kind in kinds}
@@ -233,7 +233,7 @@ def test_names_and_shapes_are_the_bundles(small: Family, exported: Any) -> None:
 @converts
 def test_the_encoder_encodes(small: Family, exported: Any) -> None:
     package = Package(exported(16) / "encoder.mlpackage")
-    images = sample.noises([3], package.inputs["images"][1:]).clip(-1, 1)
+    images = sample.batch_noise([3], package.inputs["images"][1:]).clip(-1, 1)
     theirs = small.codec.encode(torch.from_numpy(images)).numpy()
     assert np.abs(package.predict({"images": images})["latents"] - theirs).max() < 2e-3
 
@@ -289,7 +289,7 @@ def test_the_net_with_its_palettes_weights_draws_as_the_package(small: Family, p
             if (key := "net_" + name.replace(".", "_")) in found:
                 p.copy_(torch.from_numpy(found[key].reshape(p.shape)))
     other = sd3.assemble({**small.parts, "transformer": net}, name="small")
-    cond, x = small.text(PROMPTS[:1]), torch.from_numpy(sample.noises([0], small.latent))
+    cond, x = small.text(PROMPTS[:1]), torch.from_numpy(sample.batch_noise([0], small.latent))
     with torch.no_grad():
         t = torch.tensor([0.75])
         modulation = parts(small)["modulation"].module(t, cond.pooled)
@@ -333,7 +333,7 @@ def test_tokens_beyond_int16_are_looked_up(small: Family, tmp_path: Path) -> Non
     text.eos, text.pads = 49407, (49407, 0)
     tokens = torch.full((2, tiny.LENGTH), 49407)
     tokens[:, :5] = torch.tensor([49406, 40000, 320, 32768, 33000])
-    engine.converted(Part(text, {"tokens": tokens}, ("context", "pooled"))).save(
+    engine.converted(GraphSpec(text, {"tokens": tokens}, ("context", "pooled"))).save(
         str(tmp_path / "t.mlpackage")
     )
     read = Package(tmp_path / "t.mlpackage").predict({"tokens": tokens[:1].int().numpy()})
@@ -359,10 +359,10 @@ def test_the_layers_of_sd35_medium_convert(
         torch.manual_seed(0)
         net = SD3Transformer2DModel(**shape | {"pos_embed_max_size": 64}).requires_grad_(False)
     family = replace(small, net=net, latent=(16, 32, 32))
-    cond = Cond(*(torch.from_numpy(sample.noises([0], shape)) for shape in ((77, 4096), (2048,))))
+    cond = Cond(*(torch.from_numpy(sample.batch_noise([0], shape)) for shape in ((77, 4096), (2048,))))
     with torch.no_grad():
         modulation = ModulationModule(family)(torch.tensor([0.75]), cond.pooled)
-    given = {"x": torch.from_numpy(sample.noises([1], family.latent)), "context": cond.context}
+    given = {"x": torch.from_numpy(sample.batch_noise([1], family.latent)), "context": cond.context}
     given["modulation"] = modulation
     module = TransformerModule(family).eval()
     with torch.no_grad():
@@ -378,7 +378,7 @@ def test_the_layers_of_sd35_medium_convert(
     def drawn(package: Package) -> np.ndarray:
         return package.predict({name: each.numpy() for name, each in given.items()})["velocity"]
 
-    model = engine.converted(Part(module, given, ("velocity",)))
+    model = engine.converted(GraphSpec(module, given, ("velocity",)))
     package = saved(model, "16.mlpackage")
     kinds = [op.op_type for op in package.ops]
     assert kinds.count("scaled_dot_product_attention") == 3
@@ -389,7 +389,7 @@ def test_the_layers_of_sd35_medium_convert(
     monkeypatch.setattr(
         cto, "get_weights_metadata", lambda *a: {k: v for k, v in found(*a).items() if part in k}
     )
-    package = saved(engine.fewer(model, 6), "6.mlpackage")
+    package = saved(engine.quantize(model, 6), "6.mlpackage")
     attention = {name: weight for name, weight in weights_of(net).items() if part in name}
     assert check_palettes(package, attention, 6) == 5
     assert psnr(theirs, drawn(package)) > 40
@@ -401,8 +401,8 @@ def test_long_attention_goes_by_slices_of_the_queries(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
-    x = torch.from_numpy(sample.noises([0], (2, 1300, 8)))
-    engine.converted(Part(Attention(), {"x": x}, ("y",))).save(str(tmp_path / "t.mlpackage"))
+    x = torch.from_numpy(sample.batch_noise([0], (2, 1300, 8)))
+    engine.converted(GraphSpec(Attention(), {"x": x}, ("y",))).save(str(tmp_path / "t.mlpackage"))
     package = Package(tmp_path / "t.mlpackage")
     kinds = [op.op_type for op in package.ops]
     assert (kinds.count("softmax"), kinds.count("scaled_dot_product_attention")) == (16, 0)
@@ -508,9 +508,9 @@ def test_the_documents_program_draws(
     shutil.copytree(exported(16), tmp_path / "pocket-coreml")
     exec(compile(program, "coreml.md", "exec"), {})
     with torch.no_grad():
-        noise = small.lift(sample.noises([7], small.latent))
+        noise = small.from_numpy(sample.batch_noise([7], small.latent))
         cond = small.text(["a red apple, 3D style"])
-        x = sample.walk(small.velocity, noise, times.grid(4, small.shift), cond)
+        x = sample.sample_flow(small.velocity, noise, times.grid(4, small.shift), cond)
         theirs = (small.codec.decode(x).clip(-1, 1) * 127.5 + 127.5).numpy()[0]
     ours = np.asarray(Image.open(tmp_path / "apple.png"), np.float32).transpose(2, 0, 1)
     assert np.abs(ours - theirs).max() < 2

@@ -17,7 +17,7 @@ from tests.deploy.drawn import draw, psnr
 import fewstep.runtime
 import tiny
 from fewstep import cli, sample, source
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy import executorch as engine
 from fewstep.deploy.common import bundle as common
 from fewstep.extras import install
@@ -43,7 +43,7 @@ class TestWithout:
         monkeypatch.setitem(sys.modules, "executorch", None)
         monkeypatch.setitem(sys.modules, "executorch.exir", None)
         with pytest.raises(ImportError) as caught:
-            engine.export(small, tmp_path / "b", 32, Facts())
+            engine.export(small, tmp_path / "b", 32, ExportMetadata())
         assert "needs executorch" in str(source.missing_extra(caught.value))
         assert install("executorch") in str(source.missing_extra(caught.value))
         assert not list(tmp_path.iterdir())
@@ -56,11 +56,11 @@ class TestWithout:
     def test_something_else_is_not_overwritten(self, small: Family, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("mine")
         with pytest.raises(UserError, match="mine exists and is no bundle"):
-            common.write_bundle(small, tmp_path / "mine", 32, Facts(), "executorch", lambda _: None)
+            common.write_bundle(small, tmp_path / "mine", 32, ExportMetadata(), "executorch", lambda _: None)
         assert (tmp_path / "mine").read_text() == "mine"
 
     def test_a_bundle_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fewstep.runtime.bundle import seal
+        from fewstep.runtime.bundle import write_manifest
 
         monkeypatch.setitem(sys.modules, "executorch", None)
         monkeypatch.delitem(sys.modules, "fewstep.runtime.executorch", raising=False)
@@ -70,7 +70,7 @@ class TestWithout:
         (tmp_path / "tokenizer.json").write_text("{}")
         latent = {"channels": 4, "height": 8, "width": 8, "downscale": 8}
         facts = {"name": "x", "family": "sd3", "license": "MIT", "latent": latent, "shift": 3.0, "steps": 4}
-        seal(tmp_path, facts | {"guidance": None, "text": {"length": 24}, "engine": "executorch"})
+        write_manifest(tmp_path, facts | {"guidance": None, "text": {"length": 24}, "engine": "executorch"})
         with pytest.raises(UserError, match="needs executorch.*" + re.escape(install("executorch"))):
             fewstep.load(tmp_path)
 
@@ -80,7 +80,7 @@ def bundle(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tests below share it, since lowering takes a minute or more."""
     pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
     folder = tmp_path_factory.mktemp("executorch")
-    engine.export(small, folder / "b", 32, Facts(license="Apache-2.0"))
+    engine.export(small, folder / "b", 32, ExportMetadata(license="Apache-2.0"))
     return read(folder / "b")
 
 
@@ -93,7 +93,7 @@ def test_a_bundle_draws_what_its_family_draws(small: Family, bundle: Bundle) -> 
 def test_in_8_bits_it_is_smaller_and_nearly_the_same_and_the_same_alone(
     small: Family, bundle: Bundle, tmp_path: Path
 ) -> None:
-    engine.export(small, tmp_path / "b", 8, Facts())
+    engine.export(small, tmp_path / "b", 8, ExportMetadata())
     eight = read(tmp_path / "b")
     for stem in ("text", "decoder", "encoder"):
         assert eight.files[f"{stem}.pte"].bytes == bundle.files[f"{stem}.pte"].bytes
@@ -113,7 +113,7 @@ def test_a_picture_is_the_same_alone(bundle: Bundle) -> None:
 
 
 def test_the_encoder_encodes(small: Family, bundle: Bundle) -> None:
-    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    images = sample.batch_noise([3], (3, 64, 64)).clip(-1, 1)
     theirs = small.codec.encode(torch.from_numpy(images)).numpy()
     ours = open_bundle(bundle, threads=1).codec.encode(images)
     assert psnr(theirs, ours) > 60
@@ -181,5 +181,5 @@ def test_an_interrupted_export_leaves_nothing(
 
     monkeypatch.setattr(engine, "lowered", fail)
     with pytest.raises(OSError, match="No space"):
-        engine.export(small, tmp_path / "b", 32, Facts())
+        engine.export(small, tmp_path / "b", 32, ExportMetadata())
     assert not list(tmp_path.iterdir())

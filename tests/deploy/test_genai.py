@@ -21,9 +21,9 @@ import tiny
 from fewstep import sample, times
 from fewstep.bench.genai import GenAI
 from fewstep.bench.likeness import psnr
-from fewstep.bench.worker import Stages
+from fewstep.bench.worker import StageTimer
 from fewstep.cli import run
-from fewstep.deploy import Facts, genai
+from fewstep.deploy import ExportMetadata, genai
 from fewstep.deploy.common import graphs, ir, stock
 from fewstep.extras import install
 from fewstep.families import Family, sd3
@@ -60,9 +60,9 @@ def drawn(family: Family, prompt: str) -> np.ndarray:
     """Two pictures ``[2, h, w, 3]`` as GenAI writes them: it cuts what is between two levels off."""
     with torch.no_grad():
         velocity = Guided(family.velocity, family.text([""] * 2), family.guidance or 1)
-        noise = family.lift(sample.noises([5, 6], family.latent))
+        noise = family.from_numpy(sample.batch_noise([5, 6], family.latent))
         grid = times.grid(family.steps, family.shift)
-        latents = sample.walk(velocity, noise, grid, family.text([prompt] * 2))
+        latents = sample.sample_flow(velocity, noise, grid, family.text([prompt] * 2))
         pixels = np.asarray(family.codec.decode(latents)).transpose(0, 2, 3, 1)
     return ((pixels + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
@@ -72,7 +72,7 @@ def drawn(family: Family, prompt: str) -> np.ndarray:
 def test_genai_draws_what_the_family_draws(small: Family, folders: dict[int, Path], prompt: str) -> None:
     """The same tokens, noise, grid and guidance; a prompt too long is cut as it is elsewhere."""
     assert len(small.parts["tokenizer"](LONG).input_ids) > tiny.LENGTH
-    engine, stages = GenAI(str(folders[16]), None, 1), Stages()
+    engine, stages = GenAI(str(folders[16]), None, 1), StageTimer()
     theirs, ours = drawn(small, prompt), engine([prompt] * 2, 5, stages)
     assert theirs.std() > 5
     assert psnr(theirs, ours) > 50
@@ -101,14 +101,14 @@ def test_the_scheduler_walks_our_grid(steps: int, shift: float) -> None:
 def test_fewer_bits_are_fewer_bytes(folders: dict[int, Path]) -> None:
     sizes = {bits: sum(f.stat().st_size for f in folders[bits].rglob("*model.bin")) for bits in folders}
     assert sizes[16] > sizes[8]
-    assert len(GenAI(str(folders[8]), None, 1)([PROMPT], 0, Stages())) == 1
+    assert len(GenAI(str(folders[8]), None, 1)([PROMPT], 0, StageTimer())) == 1
 
 
 def test_genai_takes_its_turn_beside_fewstep(folders: dict[int, Path], tmp_path: Path) -> None:
     write_bundle(tmp_path / "onnx")
     out = tmp_path / "bench.jsonl"
     words = ["bench", str(tmp_path / "onnx"), "--rounds", "1", "--threads", "1", "-o", str(out)]
-    assert run([*words, "--steps", "2", *(f"--against={folders[bits]}" for bits in (16, 8))]) == 0
+    assert run([*words, "--steps", "2", *(f"--baseline={folders[bits]}" for bits in (16, 8))]) == 0
     ours, *theirs = [json.loads(line) for line in out.read_text().splitlines()]
     assert ours["engine"] == "fewstep onnx" and [each["bits"] for each in theirs] == [16, 8]
     for each in theirs:
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_is_one_clear_line(small: Family, tmp_path: Path)
         (swapped, "b", "GenAI wants an AutoencoderKL"),
     ):
         with pytest.raises(UserError, match=told):
-            genai.export(family, tmp_path / place, 16, Facts())
+            genai.export(family, tmp_path / place, 16, ExportMetadata())
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 
     monkeypatch.setattr(ir, "trace", fail)
     with pytest.raises(KeyboardInterrupt):
-        genai.export(small, tmp_path / "b", 4, Facts())
+        genai.export(small, tmp_path / "b", 4, ExportMetadata())
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert json.loads((tmp_path / "b" / genai.MANIFEST).read_text())["about"]["bits"] == 8
 

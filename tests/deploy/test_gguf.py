@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy import gguf as engine
 from fewstep.deploy.common.stability import net_tensors
 from fewstep.families import Family, sd3
@@ -21,7 +21,7 @@ from fewstep.types import UserError
 WIDE = tiny.SMALL | {"attention_head_dim": 32, "caption_projection_dim": 64}
 """Rows of 64: two blocks of 32."""
 
-FACTS = Facts(license="Apache-2.0")
+FACTS = ExportMetadata(license="Apache-2.0")
 
 
 @pytest.fixture(scope="module")

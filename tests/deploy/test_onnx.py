@@ -15,7 +15,7 @@ from tests.deploy.drawn import PROMPTS, draw, psnr
 
 import tiny
 from fewstep import sample, times
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy import onnx as engine
 from fewstep.deploy.common import bundle as common
 from fewstep.deploy.common import graphs
@@ -49,7 +49,7 @@ def export(small: Family, traced: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine, "trace", lambda part: next(kept))
 
     def export(out: Path, bits: int = 8, **facts: Any) -> Bundle:
-        engine.export(small, out, bits, Facts(license="Apache-2.0", **facts))
+        engine.export(small, out, bits, ExportMetadata(license="Apache-2.0", **facts))
         return read(out)
 
     return export
@@ -68,7 +68,7 @@ def test_a_bundle_draws_what_its_family_draws(
 
 def test_the_encoder_encodes(small: Family, export: Any, tmp_path: Path) -> None:
     model = open_bundle(export(tmp_path / "b", bits=32), threads=1)
-    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    images = sample.batch_noise([3], (3, 64, 64)).clip(-1, 1)
     theirs = small.codec.encode(torch.from_numpy(images)).numpy()
     assert np.abs(model.codec.encode(images) - theirs).max() < 1e-4
 
@@ -76,9 +76,9 @@ def test_the_encoder_encodes(small: Family, export: Any, tmp_path: Path) -> None
 def test_a_picture_does_not_depend_on_its_batch(export: Any, tmp_path: Path) -> None:
     model = open_bundle(export(tmp_path / "b"), threads=1)
     cond = model.text(PROMPTS)
-    noise = sample.noises([0, 1, 2], model.latent)
+    noise = sample.batch_noise([0, 1, 2], model.latent)
     together, alone = (
-        model.codec.decode(sample.walk(model.velocity, noise[rows], times.grid(4), cond[rows]))
+        model.codec.decode(sample.sample_flow(model.velocity, noise[rows], times.grid(4), cond[rows]))
         for rows in (slice(0, 3), slice(1, 2))
     )
     assert np.abs(together[1:2] - alone).max() < 1e-4
@@ -122,7 +122,7 @@ def test_only_the_positions_in_use_ship(small: Family) -> None:
 def test_positions_of_an_oblong_picture_are_the_familys(small: Family) -> None:
     oblong = replace(small, latent=(4, 8, 12))
     cond = small.text(PROMPTS)
-    x, t = torch.from_numpy(sample.noises([0, 1, 2], oblong.latent)), torch.full((3,), 0.75)
+    x, t = torch.from_numpy(sample.batch_noise([0, 1, 2], oblong.latent)), torch.full((3,), 0.75)
     with torch.no_grad():
         expected = small.velocity(x, t, cond)
         modulation = ModulationModule(oblong)(t, cond.pooled)
@@ -189,7 +189,7 @@ def test_a_tiny_autoencoder_is_exported_too(tmp_path: Path) -> None:
     small = family(tiny=True)
     path = tmp_path / "decoder.onnx"
     graphs.write_graph(graphs.trace(graphs.parts(small)["decoder"]), path)
-    latents = sample.noises([0], small.latent)
+    latents = sample.batch_noise([0], small.latent)
     theirs = small.codec.decode(torch.from_numpy(latents)).numpy()
     assert np.abs(Graph(path, 1)(latents=latents)[0] - theirs).max() < 1e-4
 
@@ -205,7 +205,7 @@ def test_graphs_are_standard_onnx(traced: dict[str, Any]) -> None:
 def test_a_diffusers_folder_comes_back(small: Family, tmp_path: Path) -> None:
     from fewstep.deploy import diffusers
 
-    diffusers.export(small, tmp_path / "d", 32, Facts())
+    diffusers.export(small, tmp_path / "d", 32, ExportMetadata())
     back = sd3.load(tmp_path / "d")
     assert json.loads((tmp_path / "d" / sd3.FACTS).read_text())["steps"] == back.steps == 4
     assert np.array_equal(draw(back), draw(small))
@@ -218,7 +218,7 @@ def reading() -> Family:
 
 
 def test_a_bundle_keeps_t5(reading: Family, small: Family, tmp_path: Path) -> None:
-    engine.export(reading, tmp_path / "b", 32, Facts())
+    engine.export(reading, tmp_path / "b", 32, ExportMetadata())
     bundle = read(tmp_path / "b")
     model = open_bundle(bundle, threads=1)
     assert bundle.t5_length == 24 and {"t5.onnx", "tokenizer_3.json"} <= bundle.files.keys()
@@ -233,13 +233,13 @@ def test_t5_has_bits_of_its_own(reading: Family, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(engine, "trace", lambda part: None)
     monkeypatch.setattr(engine, "shrink", lambda model, bits: asked.append(bits))
     monkeypatch.setattr(engine, "write_graph", lambda model, path: path.touch())
-    engine.export(reading, tmp_path / "b", 16, Facts(), t5_bits=8)
+    engine.export(reading, tmp_path / "b", 16, ExportMetadata(), t5_bits=8)
     assert asked == [16, 8, 16, 16, 16, 16]
 
 
 def test_a_bundle_whose_t5_is_missing_is_refused(reading: Family, tmp_path: Path) -> None:
     folder = tmp_path / "b"
-    engine.export(reading, folder, 32, Facts())
+    engine.export(reading, folder, 32, ExportMetadata())
     told = json.loads((folder / "bundle.json").read_text())
     del told["files"]["tokenizer_3.json"]
     (folder / "bundle.json").write_text(json.dumps(told))

@@ -28,13 +28,13 @@ import tiny_flux
 from fewstep import sample, source
 from fewstep.bench import device
 from fewstep.cli import run
-from fewstep.deploy import Facts, common, onnx
+from fewstep.deploy import ExportMetadata, common, onnx
 from fewstep.deploy import openvino as engine
 from fewstep.deploy.common import graphs, ir
 from fewstep.extras import install
 from fewstep.families import Family, flux, sd3
 from fewstep.runtime import openvino as runtime
-from fewstep.runtime.bundle import Bundle, read, seal
+from fewstep.runtime.bundle import Bundle, read, write_manifest
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.openvino import Graph, openvino
 from fewstep.types import UserError
@@ -98,7 +98,7 @@ def test_computed_coarsely_a_picture_is_nearly_the_same_and_the_same_in_every_ba
 ) -> None:
     model = open_bundle(coarse, threads=1)
     net, text = model.velocity.graph, model.text.graph
-    assert (net.compute, text.compute) == (coarse.compute, runtime.of_graph("text", coarse.compute))
+    assert (net.compute, text.compute) == (coarse.compute, runtime.compute_dtype("text", coarse.compute))
     assert psnr(theirs, draw(model)) > 38
     together, alone = draw(model)[1:2], draw(model, slice(1, 2))
     if coarse.compute == "bfloat16":
@@ -112,7 +112,7 @@ def test_in_int8_each_token_has_scales_of_its_own(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layer = torch.nn.Linear(256, 256)
     x = rng.standard_normal((3, 7, 256)).astype(np.float32)
-    part = graphs.Part(layer.eval(), {"input": torch.from_numpy(x)}, ("y",))
+    part = graphs.GraphSpec(layer.eval(), {"input": torch.from_numpy(x)}, ("y",))
     with ir.converted(part) as made:
         ir.write(made, tmp_path / "g.xml", 8)
     graph = Graph(tmp_path / "g.xml", threads=1, compute="int8")
@@ -132,21 +132,21 @@ def test_in_int8_each_token_has_scales_of_its_own(tmp_path: Path) -> None:
 def test_of_a_bundle_in_int8_texts_stay_float32() -> None:
     assert runtime.properties(1, "int8")["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == str(runtime.GROUP)
     told = {
-        stem: runtime.of_graph(stem, "int8")
+        stem: runtime.compute_dtype(stem, "int8")
         for stem in ("text", "t5", "modulation", "transformer", "decoder")
     }
     assert [stem for stem, compute in told.items() if compute == "int8"] == ["modulation", "transformer"]
     assert {told[stem] for stem in ("text", "t5")} == {"float32"}
     assert told["decoder"] == "bfloat16"
     for compute in ("float32", "bfloat16"):
-        assert runtime.of_graph("text", compute) == compute
+        assert runtime.compute_dtype("text", compute) == compute
         assert runtime.properties(1, compute)["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"
 
 
 def test_of_a_bundle_in_int8_texts_have_16_bits_and_modulations_8(
     small: Family, bundles: dict[int, Bundle], tmp_path: Path
 ) -> None:
-    engine.export(small, tmp_path / "b", 4, Facts(compute="int8"))
+    engine.export(small, tmp_path / "b", 4, ExportMetadata(compute="int8"))
     bundle = read(tmp_path / "b")
     sizes = {stem: bundle.files[f"{stem}.bin"].bytes for stem in ("text", "modulation", "transformer")}
     assert sizes["text"] == bundles[16].files["text.bin"].bytes
@@ -193,7 +193,7 @@ def test_bfloat16_is_refused_where_the_engine_has_no_choice(
 
 
 def test_the_encoder_encodes(small: Family, bundles: dict[int, Bundle]) -> None:
-    images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+    images = sample.batch_noise([3], (3, 64, 64)).clip(-1, 1)
     theirs = small.codec.encode(torch.from_numpy(images)).numpy()
     ours = open_bundle(bundles[16], threads=1).codec.encode(images)
     assert psnr(theirs, ours) > 55
@@ -282,13 +282,13 @@ def test_a_damaged_graph_is_one_clear_line(bundles: dict[int, Bundle], tmp_path:
     assert "\n" not in str(caught.value)
     (tmp_path / "text.bin").unlink()
     with pytest.raises(UserError, match=r"model small has no text\.bin"):
-        seal(tmp_path, facts(bundles[8]))
+        write_manifest(tmp_path, facts(bundles[8]))
 
 
 def test_an_unknown_engine_is_one_clear_line(bundles: dict[int, Bundle], tmp_path: Path) -> None:
     shutil.copytree(bundles[8].folder, tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match="is for 'abacus', which this fewstep does not know"):
-        seal(tmp_path, facts(bundles[8]) | {"engine": "abacus"})
+        write_manifest(tmp_path, facts(bundles[8]) | {"engine": "abacus"})
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 
     monkeypatch.setattr(ir, "trace", fail)
     with pytest.raises(KeyboardInterrupt):
-        engine.export(small, tmp_path / "b", 4, Facts())
+        engine.export(small, tmp_path / "b", 4, ExportMetadata())
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert read(tmp_path / "b").digest == bundles[8].digest
 
@@ -369,19 +369,19 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
         large.net.proj_out.weight[0, 0] = 1e5
     told = r"transformer\.proj_out\.weight has weights too large for float16: give --bits 8"
     with pytest.raises(UserError, match=told):
-        engine.export(large, tmp_path / "b", 16, Facts())
-    engine.export(large, tmp_path / "b", 8, Facts(compute="int8"))  # whose texts alone are float16
+        engine.export(large, tmp_path / "b", 16, ExportMetadata())
+    engine.export(large, tmp_path / "b", 8, ExportMetadata(compute="int8"))  # whose texts alone are float16
     with torch.no_grad():
         large.parts["text_encoder"].text_projection.weight[0, 0] = 1e5
     with pytest.raises(UserError, match=r"text_encoder\.text_projection\.weight .* give --compute float32"):
-        engine.export(large, tmp_path / "c", 8, Facts(compute="int8"))
+        engine.export(large, tmp_path / "c", 8, ExportMetadata(compute="int8"))
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     """Under a limit on the size of files, which the system enforces as it does a disk's."""
     layer = torch.nn.Linear(64, 64).eval()
-    with ir.converted(graphs.Part(layer, {"input": torch.zeros(2, 64)}, ("y",))) as graph:
+    with ir.converted(graphs.GraphSpec(layer, {"input": torch.zeros(2, 64)}, ("y",))) as graph:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         try:
@@ -395,7 +395,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_disk_without_room_to_unpack_a_graph_is_no_damaged_graph(tmp_path: Path) -> None:
     layer = torch.nn.Linear(64, 64).eval()
     path = tmp_path / "g.onnx"
-    graphs.write_graph(graphs.trace(graphs.Part(layer, {"input": torch.zeros(2, 64)}, ("y",))), path)
+    graphs.write_graph(graphs.trace(graphs.GraphSpec(layer, {"input": torch.zeros(2, 64)}, ("y",))), path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -437,14 +437,14 @@ sys.exit(run([*words, "-o", {str(tmp_path / "b")!r}]))
 def test_weights_of_any_bits_are_unpacked_as_onnxruntime_does(small: Family, tmp_path: Path) -> None:
     """OpenVINO reads their packed codes as well, and draws something else."""
     for bits in (4, 8):
-        onnx.export(small, tmp_path / f"onnx{bits}", bits, Facts())
+        onnx.export(small, tmp_path / f"onnx{bits}", bits, ExportMetadata())
         assert convert(str(tmp_path / f"onnx{bits}"), tmp_path / f"ov{bits}") == 0
         theirs, ours = (
             draw(open_bundle(read(tmp_path / f"{kind}{bits}"), threads=1)) for kind in ("onnx", "ov")
         )
         assert psnr(theirs, ours) > 55
         encoders = [open_bundle(read(tmp_path / f"{kind}{bits}"), threads=1).codec for kind in ("onnx", "ov")]
-        images = sample.noises([3], (3, 64, 64)).clip(-1, 1)
+        images = sample.batch_noise([3], (3, 64, 64)).clip(-1, 1)
         assert psnr(*(codec.encode(images) for codec in encoders)) > 55
 
 
@@ -469,7 +469,7 @@ def test_a_graph_that_cannot_be_unpacked_is_one_clear_line(
 ) -> None:
     shutil.copytree(source.SHIPPED / "pocket", tmp_path / "a")
     (tmp_path / "a" / "decoder.onnx").write_bytes(b"\x3a\x00")  # an empty one, of no version
-    seal(tmp_path / "a", read(source.SHIPPED / "pocket").told())
+    write_manifest(tmp_path / "a", read(source.SHIPPED / "pocket").to_dict())
     assert convert(str(tmp_path / "a"), tmp_path / "b") == 2
     line = capsys.readouterr().err
     assert "decoder.onnx cannot be unpacked by onnxruntime: " in line and line.count("\n") == 1

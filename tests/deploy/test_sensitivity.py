@@ -17,13 +17,13 @@ from fewstep.deploy.common.sensitivity import (
     HELD,
     MEASURED,
     WIDTHS,
-    Weight,
-    allotted,
+    WeightSensitivity,
+    allocate_bits,
     digest,
-    outcomes,
+    reference_outputs,
     sensitivity,
 )
-from fewstep.deploy.common.weights import GROUP, Choice, stored
+from fewstep.deploy.common.weights import GROUP, QuantSpec, quantize_dequantize
 from fewstep.families import sd3
 
 
@@ -42,12 +42,14 @@ class Two(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def two() -> tuple[Two, torch.Tensor, list[Weight]]:
+def two() -> tuple[Two, torch.Tensor, list[WeightSensitivity]]:
     net, x = Two(), torch.randn(64, 64)
     return net, x, sensitivity("two", net, lambda: net(x))
 
 
-def test_what_the_output_hardly_hears_costs_little(two: tuple[Two, torch.Tensor, list[Weight]]) -> None:
+def test_what_the_output_hardly_hears_costs_little(
+    two: tuple[Two, torch.Tensor, list[WeightSensitivity]],
+) -> None:
     net, _, found = two
     assert [weight.name for weight in found] == ["a.weight", "b.weight"]
     assert found[0].errors[4] > 1e5 * found[1].errors[4] > 0
@@ -59,11 +61,11 @@ def test_what_the_output_hardly_hears_costs_little(two: tuple[Two, torch.Tensor,
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_cost_is_the_change_of_what_comes_out(
-    two: tuple[Two, torch.Tensor, list[Weight]], bits: int
+    two: tuple[Two, torch.Tensor, list[WeightSensitivity]], bits: int
 ) -> None:
     """Measured at one width, foretold at the others: of noise-like errors within a few percent."""
     net, x, (weight, _) = two
-    back, size = stored(net.a.weight.detach().numpy(), Choice(bits))
+    back, size = quantize_dequantize(net.a.weight.detach().numpy(), QuantSpec(bits))
     with torch.no_grad():
         y = net(x)
         known = (x @ (torch.from_numpy(back) - net.a.weight).T).square().sum() / (y - y.mean()).square().sum()
@@ -71,9 +73,11 @@ def test_a_cost_is_the_change_of_what_comes_out(
     assert weight.bytes[bits] == size
 
 
-def fake(name: str, size: int, cost: float) -> Weight:
+def fake(name: str, size: int, cost: float) -> WeightSensitivity:
     bytes_ = {bits: size * bits // 8 for bits in WIDTHS}
-    return Weight("net", name, size, name, bytes_, {bits: cost * size * 4.0**-bits for bits in WIDTHS})
+    return WeightSensitivity(
+        "net", name, size, name, bytes_, {bits: cost * size * 4.0**-bits for bits in WIDTHS}
+    )
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
@@ -87,7 +91,7 @@ def test_a_budget_is_kept_and_spent_well(bits: int) -> None:
     def error(chosen: Any) -> float:
         return sum(weight.errors[b] for weight, b in zip(weights, chosen, strict=True))
 
-    chosen = allotted(weights, bits)
+    chosen = allocate_bits(weights, bits)
     assert taken(chosen) <= room
     assert chosen[2] >= chosen[0] >= chosen[3] >= chosen[1]  # the costlier an element, the more bits
     no_larger = [other for other in product(WIDTHS, repeat=4) if taken(other) <= taken(chosen)]
@@ -125,12 +129,12 @@ def test_what_comes_out_is_a_walk_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(measured, "SMALLEST", 256)
     family = sd3.assemble(tiny.parts(with_t5=False), name="small", steps=3, guidance=None)
     parts, prompts = graphs.parts(family), ["a cat", "a dog"]
-    outcome = outcomes(family, parts, prompts)
+    outcome = reference_outputs(family, parts, prompts)
     assert set(outcome) == set(parts)
     grid = list(times.grid(3, family.shift))
     with torch.no_grad():
-        noise = family.lift(sample.noises(range(2), family.latent))
-        plain = sample.walk(family.velocity, noise, grid, family.text(prompts))
+        noise = family.from_numpy(sample.batch_noise(range(2), family.latent))
+        plain = sample.sample_flow(family.velocity, noise, grid, family.text(prompts))
         assert len(list(pairwise(grid))) == 3
         images = family.codec.decode(plain)
         for graph in ("text", "modulation", "transformer", "decoder"):

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 
 import tiny
 from fewstep import sample, times
-from fewstep.deploy import Facts, single
+from fewstep.deploy import ExportMetadata, single
 from fewstep.deploy.common import stability
 from fewstep.families import Family, sd3
-from fewstep.families.common import renoising
+from fewstep.families.common import with_renoise_sampler
 from fewstep.types import UserError
 
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
 SD3_MEDIUM = tiny.SMALL | {"dual_attention_layers": (), "qk_norm": None}
-FACTS = Facts(license="Apache-2.0")
+FACTS = ExportMetadata(license="Apache-2.0")
 
 
 def family(**options: Any) -> Family:
@@ -57,9 +57,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 def draw(model: Family) -> torch.Tensor:
     with torch.no_grad():
-        noise = model.lift(sample.noises([0, 1], model.latent))
+        noise = model.from_numpy(sample.batch_noise([0, 1], model.latent))
         grid = times.grid(model.steps, model.shift)
-        return model.codec.decode(sample.walk(model.velocity, noise, grid, model.text(PROMPTS)))
+        return model.codec.decode(sample.sample_flow(model.velocity, noise, grid, model.text(PROMPTS)))
 
 
 def test_a_file_is_the_family_to_the_bit(written: Any) -> None:
@@ -152,7 +152,9 @@ def test_a_student_comes_back_as_it_walks(tmp_path: Path) -> None:
     scheduler = type(small.parts["scheduler"])(shift=1.5)
     taught = sd3.assemble({**small.parts, "scheduler": scheduler}, name="it", steps=2, guidance=3.0)
     about = {"styles": ["3D"]}
-    single.export(renoising(taught), tmp_path / "f.safetensors", 16, Facts("MIT", text, about))
+    single.export(
+        with_renoise_sampler(taught), tmp_path / "f.safetensors", 16, ExportMetadata("MIT", text, about)
+    )
     back = sd3.load(tmp_path / "f.safetensors", config=tmp_path / "config")
     assert (back.name, back.steps, back.guidance, back.shift, back.sampler) == ("it", 2, 3.0, 1.5, "renoise")
     with safe_open(tmp_path / "f.safetensors", framework="pt") as file:

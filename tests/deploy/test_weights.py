@@ -9,7 +9,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.deploy.common.weights import GROUP, TRIED, Choice, shrink, stored, to_groups, to_int8
+from fewstep.deploy.common.weights import (
+    GROUP,
+    TRIED,
+    QuantSpec,
+    quantize_dequantize,
+    quantize_weights,
+    to_groups,
+    to_int8,
+)
 from fewstep.runtime.graph import ort
 
 RNG = np.random.default_rng(0)
@@ -76,7 +84,7 @@ def test_an_empty_row_and_column_stay_empty() -> None:
 def test_fewer_bits_are_fewer_bytes_and_nearly_the_same(bits: int, share: float, error: float) -> None:
     x = RNG.standard_normal((2, 5, 5, 96)).astype(np.float32)
     model = graph()
-    small, full = shrink(model, bits), run(model, x)
+    small, full = quantize_weights(model, bits), run(model, x)
     weights = sum(array.nbytes for array in (MATRIX, KERNEL, BIAS))
     assert small.ByteSize() <= share * weights + 2000
     assert np.abs(run(small, x) - full).max() <= error * np.abs(full).max()
@@ -87,7 +95,7 @@ def test_fewer_bits_are_fewer_bytes_and_nearly_the_same(bits: int, share: float,
 
 @pytest.mark.parametrize(("bits", "stored"), [(8, "kernel.int8"), (4, "kernel.plane4"), (3, "kernel.plane1")])
 def test_a_kernel_has_as_few_bits_as_a_matrix(bits: int, stored: str) -> None:
-    names = {weight.name for weight in shrink(graph(), bits).graph.initializer}
+    names = {weight.name for weight in quantize_weights(graph(), bits).graph.initializer}
     assert {stored, stored.replace("kernel", "matrix")} <= names
 
 
@@ -104,7 +112,7 @@ def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, in
     made = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(matrix, "matrix")])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = 10
-    unpacked = run(shrink(model, bits), np.eye(shape[0], dtype=np.float32))
+    unpacked = run(quantize_weights(model, bits), np.eye(shape[0], dtype=np.float32))
     found: list[np.ndarray] = []
     for axis in (0, 1):
         if shape[axis] % GROUP == 0:
@@ -122,14 +130,17 @@ def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, in
 
 
 def test_weights_that_are_spared_keep_their_bits() -> None:
-    made = shrink(graph(), 4, lambda array: Choice(8 if array.ndim == 2 else 32))
+    made = quantize_weights(graph(), 4, lambda array: QuantSpec(8 if array.ndim == 2 else 32))
     assert {"matrix.int8", "kernel"} <= {weight.name for weight in made.graph.initializer}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16, 32])
 def test_what_is_said_to_be_left_of_a_weight_is_what_its_graph_unpacks(bits: int) -> None:
-    small = shrink(graph(), bits)
-    known = {"matrix": stored(MATRIX, Choice(bits))[0], "kernel": stored(KERNEL, Choice(bits))[0]}
+    small = quantize_weights(graph(), bits)
+    known = {
+        "matrix": quantize_dequantize(MATRIX, QuantSpec(bits))[0],
+        "kernel": quantize_dequantize(KERNEL, QuantSpec(bits))[0],
+    }
     model = graph()
     for weight in model.graph.initializer:
         if weight.name in known:
@@ -141,20 +152,20 @@ def test_what_is_said_to_be_left_of_a_weight_is_what_its_graph_unpacks(bits: int
 def test_what_float16_cannot_hold_stays_float32() -> None:
     matrix = MATRIX.copy()
     matrix[0, 0] = 1e6
-    weights = {weight.name: weight for weight in shrink(graph(matrix), 16).graph.initializer}
+    weights = {weight.name: weight for weight in quantize_weights(graph(matrix), 16).graph.initializer}
     assert weights["matrix"].data_type == TensorProto.FLOAT
     assert weights["kernel.half"].data_type == TensorProto.FLOAT16
 
 
 def test_what_a_scale_cannot_say_keeps_more_bits() -> None:
-    back, _ = stored(1e6 * MATRIX, Choice(4))
+    back, _ = quantize_dequantize(1e6 * MATRIX, QuantSpec(4))
     np.testing.assert_allclose(back, 1e6 * MATRIX, atol=1e6 * np.abs(MATRIX).max() / 127)
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
     x = RNG.standard_normal((4, 5, 5, 96)).astype(np.float32)
     x[1:] *= 100  # neighbours that would stretch a shared scale of activations
-    small = shrink(graph(), 8)
+    small = quantize_weights(graph(), 8)
     alone, together = run(small, x[:1]), run(small, x)[:1]
     assert np.abs(alone - together).max() <= 1e-5 * np.abs(alone).max()
 
@@ -163,7 +174,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("shape", [(1, 24, 24), (24, 24, 1, 1), (1, 64, 128), (32, 48, 1, 1)])
 def test_axes_of_length_one_change_nothing(bits: int, shape: tuple[int, ...]) -> None:
     array = RNG.standard_normal(shape).astype(np.float32)
-    flat, _ = stored(array.squeeze(), Choice(bits))
-    back, _ = stored(array, Choice(bits))
+    flat, _ = quantize_dequantize(array.squeeze(), QuantSpec(bits))
+    back, _ = quantize_dequantize(array, QuantSpec(bits))
     assert back.shape == shape
     assert np.array_equal(back.squeeze(), flat)

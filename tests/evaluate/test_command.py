@@ -175,7 +175,7 @@ def test_a_setting_that_is_not_for_a_model_is_one_line(
         (["--first-seed", "-1"], "the seeds of all pictures must lie from 0"),
         (["--scenes", "-12"], "--scenes must be a multiple of 12"),
         (["--steps", "0"], "steps must be a whole number from 1"),
-        (["--written", "none.tsv"], "--written none.tsv: no such file"),
+        (["--human-prompts", "none.tsv"], "--human-prompts none.tsv: no such file"),
         (["-o", "student/bundle.json"], "is a file: give a folder"),
         (["--teacher", "nothing"], "no model 'nothing'"),
     ],

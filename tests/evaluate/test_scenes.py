@@ -19,9 +19,9 @@ from fewstep.data.concepts import Concept
 from fewstep.data.render import Renderings
 from fewstep.data.scenes import CATEGORIES, Scene, pictures, prompts
 from fewstep.evaluate import Candidate, evaluate, scenes
-from fewstep.evaluate.detector import Detector, Finder, Thing, border, ground, lab
-from fewstep.evaluate.likeness import FILLED, GRID, Box, Gallery, cut
-from fewstep.evaluate.scenes import SceneTest, Verdict, judge, measure, relations, verdict
+from fewstep.evaluate.detector import BoxDetector, Detection, Detector, border, ground, lab
+from fewstep.evaluate.likeness import FILLED, GRID, Box, TemplateBank, cut
+from fewstep.evaluate.scenes import GenEvalTest, Verdict, judge, measure, relations, verdict
 from fewstep.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +31,10 @@ CONCEPTS = {name: place for place, name in enumerate(("cat", "dog", "cup", "key"
 PLAIN = np.full((3, 64, 64), 255, np.uint8)
 
 
-def thing(name: str, x: float = 0.5, y: float = 0.5, side: float = 0.4, alike: float = 0.9) -> Thing:
+def thing(name: str, x: float = 0.5, y: float = 0.5, side: float = 0.4, alike: float = 0.9) -> Detection:
     likeness = np.linspace(0.1, 0.2, len(CONCEPTS))
     likeness[CONCEPTS[name]] = alike
-    return Thing(Box(x, y, side, 0.9), likeness)
+    return Detection(Box(x, y, side, 0.9), likeness)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ LEFT, RIGHT = thing("cat", 0.26), thing("dog", 0.74)
 PAIRED = scene("position", "cat", "dog", relation="to the left of")
 
 
-def told(asked: Scene, things: Sequence[Thing], image: NDArray[np.uint8] = PLAIN) -> Verdict:
+def told(asked: Scene, things: Sequence[Detection], image: NDArray[np.uint8] = PLAIN) -> Verdict:
     return verdict(asked, things, CONCEPTS, image)
 
 
@@ -80,13 +80,15 @@ def told(asked: Scene, things: Sequence[Thing], image: NDArray[np.uint8] = PLAIN
         (PAIRED, [thing("cat", 0.48), thing("dog", 0.52)], False, "not to the left of"),
     ],
 )
-def test_genevals_rules(asked: Scene, things: list[Thing], right: bool, why: str) -> None:
+def test_genevals_rules(asked: Scene, things: list[Detection], right: bool, why: str) -> None:
     assert told(asked, things) == Verdict(right, why)
 
 
 def test_one_thing_does_not_stand_for_two() -> None:
     both = np.array([0.9, 0.9, 0.1, 0.1, 0.1])
-    assert told(scene("two", "cat", "dog"), [Thing(Box(0.5, 0.5, 0.8, 1), both)]).why == "one thing for two"
+    assert (
+        told(scene("two", "cat", "dog"), [Detection(Box(0.5, 0.5, 0.8, 1), both)]).why == "one thing for two"
+    )
 
 
 @pytest.mark.parametrize("name", COLOURS)
@@ -144,10 +146,10 @@ class Tellers:
         self.concepts = {name: place for place, name in enumerate({n: 0 for s in asked for n in s.things})}
         self._known = {image.tobytes(): s for image, s in zip(real, asked, strict=True)}
 
-    def __call__(self, images: NDArray[np.uint8]) -> list[list[Thing]]:
+    def __call__(self, images: NDArray[np.uint8]) -> list[list[Detection]]:
         return [self._in(self._known.get(image.tobytes())) for image in images]
 
-    def _in(self, known: Scene | None) -> list[Thing]:
+    def _in(self, known: Scene | None) -> list[Detection]:
         if known is None:
             return []
         spots = [(0.2, 0.5), (0.8, 0.5), (0.2, 0.9), (0.8, 0.9)]
@@ -155,22 +157,22 @@ class Tellers:
             spots = [(0.5, 0.2), (0.5, 0.8)]
         if known.relation in ("to the right of", "below"):
             spots = spots[1::-1]
-        found: list[Thing] = []
+        found: list[Detection] = []
         for name, (x, y) in zip(known.things, spots, strict=False):
             likeness = np.zeros(len(self.concepts))
             likeness[self.concepts[name]] = 1
-            found.append(Thing(Box(x, y, 0.3, 1), likeness))
+            found.append(Detection(Box(x, y, 0.3, 1), likeness))
         return found
 
 
-def small_test(many: int = 24) -> SceneTest:
+def small_test(many: int = 24) -> GenEvalTest:
     asked = prompts(renderings(), many)
     real = pictures(renderings(), asked)
     # Two prompts may have the same small disc in the same place: mark each picture with its number.
     for index, image in enumerate(real):
         image[:, 8, 8] = (index % 256, index // 256, 77)
     find = Tellers(asked, real)
-    return SceneTest(tuple(asked), find, find.concepts, "teller", real)
+    return GenEvalTest(tuple(asked), find, find.concepts, "teller", real)
 
 
 def test_in_the_harness(tmp_path: Path) -> None:
@@ -234,14 +236,14 @@ def _blank_or_painted(words: Sequence[str], seeds: Sequence[int]) -> NDArray[np.
 
 def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no detector of scenes"):
-        Finder(tmp_path)
+        BoxDetector(tmp_path)
     (tmp_path / "detector.onnx").write_bytes(b"no graph")
     (tmp_path / "detector.json").write_text("{}")
     with pytest.raises(UserError, match=r"detector.json is damaged"):
-        Finder(tmp_path)
+        BoxDetector(tmp_path)
     (tmp_path / "detector.json").write_text('{"size": 128}')
     with pytest.raises(UserError, match="cannot be checked: it is no ONNX graph"):
-        Finder(tmp_path)(PLAIN[None])
+        BoxDetector(tmp_path)(PLAIN[None])
     with pytest.raises(UserError, match="no renderings"):
         scenes.load(tmp_path, FOLDER, 12)
 
@@ -249,7 +251,7 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [128, 192])
 def test_the_shipped_net_counts_and_places_what_it_never_saw(size: int) -> None:
     """Discs and squares drawn here: one to four, on several grounds."""
-    finder = Finder(FOLDER)
+    finder = BoxDetector(FOLDER)
     spots = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
     images: list[NDArray[np.uint8]] = []
     truth: list[list[tuple[float, float]]] = []
@@ -291,7 +293,7 @@ def shapes() -> Renderings:
 @pytest.mark.parametrize("tone", ["white", "pale pink", "dark green"])
 def test_a_thing_is_most_like_its_own_rendering(tone: str) -> None:
     known = shapes()
-    gallery = Gallery(known)
+    gallery = TemplateBank(known)
     for place, concept in enumerate(known.concepts):
         assert gallery.concepts[concept.name] == place
         page = Image.new("RGB", (200, 200), COLOURS[tone])
@@ -301,7 +303,7 @@ def test_a_thing_is_most_like_its_own_rendering(tone: str) -> None:
         likeness = gallery.likeness(image, Box(0.36, 0.64, 0.4, 1), border(image))
         assert likeness.argmax() == place
         assert 0.9 < likeness[place] <= 1
-        assert Thing(Box(0, 0, 1, 1), likeness).rank(place) == 0
+        assert Detection(Box(0, 0, 1, 1), likeness).rank(place) == 0
     # Plain ground is like nothing.
     empty = gallery.likeness(PLAIN, Box(0.5, 0.5, 0.4, 1), np.full(3, 255.0))
     assert empty.max() < 0.01
@@ -314,7 +316,7 @@ def test_a_detector_joins_boxes_and_likeness() -> None:
         def __call__(self, images: NDArray[np.uint8]) -> list[list[Box]]:
             return [[Box(0.5, 0.5, FILLED, 1.0)] if image.any() else [] for image in images]
 
-    detector = Detector(One(), Gallery(shapes()))  # type: ignore[arg-type]
+    detector = Detector(One(), TemplateBank(shapes()))  # type: ignore[arg-type]
     found = detector(np.stack([PLAIN, np.zeros_like(PLAIN)]))
     assert [len(things) for things in found] == [1, 0]
     assert found[0][0].likeness.shape == (4,)

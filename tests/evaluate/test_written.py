@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fewstep.data.stickers import Reference
-from fewstep.evaluate.written import Written, any_hit, load
+from fewstep.evaluate.written import HumanPrompt, load, topk_any
 from fewstep.types import UserError
 
 BLANK = np.zeros((3, 8, 8), np.uint8)
@@ -24,7 +24,7 @@ def file(at: Path, text: str) -> Path:
 
 def test_lines_name_a_prompt_and_what_may_be_found(tmp_path: Path) -> None:
     read = load(file(tmp_path, "# by hand\n\na doggo pls\tdog|dog face\nkitty\tcat\n"), REFERENCES)
-    assert read == (Written("a doggo pls", ("dog", "dog face")), Written("kitty", ("cat",)))
+    assert read == (HumanPrompt("a doggo pls", ("dog", "dog face")), HumanPrompt("kitty", ("cat",)))
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
 
 def test_any_of_the_expected_concepts_will_do() -> None:
     asked = [
-        Written("doggo", ("dog", "dog face")),
-        Written("kitty", ("cat",)),
-        Written("wheels", ("car", "dog")),
+        HumanPrompt("doggo", ("dog", "dog face")),
+        HumanPrompt("kitty", ("cat",)),
+        HumanPrompt("wheels", ("car", "dog")),
     ]
     drawn = np.array([[0.1, 0.9, 0, 0], [0.8, 0, 0.6, 0], [0, 0, 0.9, 0.1]], np.float32)
-    assert any_hit(drawn, asked, GALLERY, LABELS, 1).tolist() == [1, 0, 0]
-    assert any_hit(drawn, asked, GALLERY, LABELS, 2).tolist() == [1, 1, 1]
+    assert topk_any(drawn, asked, GALLERY, LABELS, 1).tolist() == [1, 0, 0]
+    assert topk_any(drawn, asked, GALLERY, LABELS, 2).tolist() == [1, 1, 1]
 
 
 def test_the_prompts_of_the_repository_are_many(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def stock(pipe: Any, noise: np.ndarray, steps: int, guidance: float = 3.5) -> tu
 def ours(family: Family, noise: np.ndarray, steps: int) -> tuple[Any, Any]:
     with torch.no_grad():
         grid = times.grid(steps, family.shift)
-        latents = sample.walk(family.velocity, family.lift(noise), grid, family.text(PROMPTS))
+        latents = sample.sample_flow(family.velocity, family.from_numpy(noise), grid, family.text(PROMPTS))
         return latents, (family.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
@@ -66,7 +66,7 @@ CASES = {
 @pytest.mark.parametrize(("kind", "steps", "guidance", "shape"), CASES.values(), ids=CASES)
 def test_a_walk_is_the_stock_pipelines(kind: str, steps: int, guidance: float, shape: Any) -> None:
     family = small(kind, guidance=guidance)
-    noise = sample.noises([1, 2], shape)
+    noise = sample.batch_noise([1, 2], shape)
     theirs = stock(FluxPipeline(**family.parts), noise, steps, guidance)
     mine = ours(family, noise, steps)
     assert theirs[0].std() > 0.1  # a walk that went somewhere
@@ -77,8 +77,8 @@ def test_a_walk_is_the_stock_pipelines(kind: str, steps: int, guidance: float, s
 @pytest.mark.parametrize(("kind", "heard"), [("dev", True), ("schnell", False)])
 def test_only_a_net_with_embedded_guidance_hears_it(kind: str, heard: bool) -> None:
     family = small(kind)
-    x, cond = family.lift(sample.noises([1, 2], family.latent)), family.text(PROMPTS)
-    t = flow.fill(0.5, x)
+    x, cond = family.from_numpy(sample.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
+    t = flow.expand_time(0.5, x)
     v, other = family.velocity(x, t, cond), flux.NetVelocity(family.net, 1.0)(x, t, cond)
     assert ((v - other).abs().max() > 1e-4) == heard
 
@@ -105,7 +105,7 @@ SHIFTS = {
 @pytest.mark.parametrize(("options", "tokens", "s"), SHIFTS.values(), ids=SHIFTS)
 def test_the_shift_is_the_schedulers(options: dict[str, Any], tokens: int, s: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
-    found = flux.time_shift(scheduler.config, tokens)
+    found = flux.schedule_shift(scheduler.config, tokens)
     assert found == pytest.approx(s)
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     scheduler.set_timesteps(sigmas=list(np.linspace(1, 1 / 5, 5)), mu=mu)
@@ -169,9 +169,9 @@ def test_saved_folders_load_here_and_in_stock_diffusers(saved: tuple[Family, Pat
     again = flux.load(folder)
     for fact in ("name", "steps", "guidance", "latent", "shift"):
         assert getattr(again, fact) == getattr(family, fact)
-    noise = sample.noises([1, 2], family.latent)
-    x, cond = family.lift(noise), family.text(PROMPTS)
-    t = flow.fill(0.7, x)
+    noise = sample.batch_noise([1, 2], family.latent)
+    x, cond = family.from_numpy(noise), family.text(PROMPTS)
+    t = flow.expand_time(0.7, x)
     before = family.velocity(x, t, cond)
     assert (again.velocity(x, t, again.text(PROMPTS)) - before).abs().max() < 1e-6
     pipe = FluxPipeline.from_pretrained(folder)
@@ -186,7 +186,7 @@ def test_half_precision_keeps_float32_latents(saved: tuple[Family, Path]) -> Non
     half.net.register_forward_pre_hook(
         lambda module, args, options: seen.append(options["timestep"]), with_kwargs=True
     )
-    x, cond = family.lift(sample.noises([1], family.latent)), family.text(PROMPTS[:1])
+    x, cond = family.from_numpy(sample.batch_noise([1], family.latent)), family.text(PROMPTS[:1])
     t = torch.tensor([0.74925])
     v = half.velocity(x, t, half.text(PROMPTS[:1]))
     assert (v.dtype, seen[0].dtype) == (torch.float32, torch.float32)
@@ -258,9 +258,9 @@ def test_a_folder_draws_pictures(saved: tuple[Family, Path]) -> None:
     pipe = fewstep.load(folder)
     images = pipe(PROMPTS, seed=1, steps=2)
     with torch.no_grad():
-        x = family.lift(sample.noises([1, 1], family.latent))
-        x = sample.walk(family.velocity, x, times.grid(2, family.shift), family.text(PROMPTS))
-        expected = picture.to_images(family.lower(family.codec.decode(x)))
+        x = family.from_numpy(sample.batch_noise([1, 1], family.latent))
+        x = sample.sample_flow(family.velocity, x, times.grid(2, family.shift), family.text(PROMPTS))
+        expected = picture.to_images(family.to_numpy(family.codec.decode(x)))
     for image, other in zip(images, expected, strict=True):
         assert image.size == (64, 64)
         assert abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
@@ -280,10 +280,10 @@ def test_embedded_guidance_is_a_dial(tmp_path: Path, options: Any) -> None:
     for scale, number in ((6.0, numbers[2]), (1.0, numbers[3])):
         assert abs(number - numbers[0]).max() > 1
         with torch.no_grad():
-            noise = family.lift(sample.noises([1], family.latent))
+            noise = family.from_numpy(sample.batch_noise([1], family.latent))
             grid, cond = times.grid(3, family.shift), family.text(PROMPTS[:1])
-            x = sample.walk(family.at(scale).velocity, noise, grid, cond)
-            expected = np.asarray(picture.to_images(family.lower(family.codec.decode(x)))[0]).astype(int)
+            x = sample.sample_flow(family.with_guidance(scale).velocity, noise, grid, cond)
+            expected = np.asarray(picture.to_images(family.to_numpy(family.codec.decode(x)))[0]).astype(int)
         assert abs(number - expected).max() <= 1
 
 
@@ -292,7 +292,7 @@ def _record(image: Any) -> picture.Record:
 
 
 def test_embedded_guidance_starts_from_what_the_folder_says(tmp_path: Path) -> None:
-    flux.save(small("dev").at(5.0), tmp_path / "m")
+    flux.save(small("dev").with_guidance(5.0), tmp_path / "m")
     assert _record(fewstep.load(tmp_path / "m")(PROMPTS[0], seed=1, steps=1)[0]).guidance == 5.0
 
 
@@ -311,7 +311,7 @@ def test_the_command_line_follows_guidance_and_from_repeats_it(tmp_path: Path) -
     assert cli.run([*asked, "-o", str(plain)]) == 0
     assert second.read_bytes() == first.read_bytes()
     assert picture.open_image(plain).tobytes() != picture.open_image(first).tobytes()
-    assert cli.run([*asked, "--negative", "blurry", "-o", str(tmp_path / "none.png")]) == 2
+    assert cli.run([*asked, "--negative-prompt", "blurry", "-o", str(tmp_path / "none.png")]) == 2
 
 
 def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -> None:
@@ -324,15 +324,15 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
 
 
 def finetuning(family: Family, net: Any) -> tuple[Method, Any]:
-    x = family.lift(sample.noises([1, 2], family.latent))
+    x = family.from_numpy(sample.batch_noise([1, 2], family.latent))
     return Finetune(net, flux.NetVelocity(net)), Batch(x, family.text(PROMPTS))
 
 
 def following(family: Family, net: Any) -> tuple[Method, Any]:
     """A move of the teacher in two steps, for the student to make in one."""
-    x, cond = family.lift(sample.noises([1, 2], family.latent)), family.text(PROMPTS)
+    x, cond = family.from_numpy(sample.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
     with torch.no_grad():
-        end = sample.walk(family.velocity, x, [1.0, 0.9, 0.8], cond)
+        end = sample.sample_flow(family.velocity, x, [1.0, 0.9, 0.8], cond)
     batch = Batch(end, cond, (), torch.stack([x, end], 1))
     return Trajectory(net, flux.NetVelocity(net), [1.0, 0.8]), batch
 

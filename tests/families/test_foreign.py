@@ -167,7 +167,7 @@ ALL_PARTS = (
 def test_no_reader_imports_a_library_that_a_folder_names(
     model: Path, tmp_path: Path, canary: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
-    from fewstep.bench.worker import Stock
+    from fewstep.bench.worker import DiffusersEngine
 
     for library in LIBRARIES:
         for name in ("SD3Transformer2DModel", ""):
@@ -177,7 +177,7 @@ def test_no_reader_imports_a_library_that_a_folder_names(
             assert last.startswith("fewstep: ") and "model_index.json" in last
             for reader in (
                 lambda: source.load_family(str(model)),
-                lambda: Stock(str(model), 1, 0, "float32", {}),
+                lambda: DiffusersEngine(str(model), 1, 0, "float32", {}),
             ):
                 with pytest.raises(UserError, match=r"model_index\.json"):
                     reader()
@@ -185,13 +185,13 @@ def test_no_reader_imports_a_library_that_a_folder_names(
 
 
 def test_no_outline_makes_a_net_of_another_library(canary: Path) -> None:
-    from fewstep.staged.bare import made
+    from fewstep.staged.bare import init_from_config
     from fewstep.staged.outline import SD35_MEDIUM
 
     for library in LIBRARIES:
         named = {**SD35_MEDIUM.classes, "transformer": (library, "SD3Transformer2DModel")}
         with pytest.raises(UserError, match="only diffusers and transformers"):
-            made(replace(SD35_MEDIUM, classes=named), "transformer")
+            init_from_config(replace(SD35_MEDIUM, classes=named), "transformer")
     assert not canary.exists()
 
 
@@ -307,11 +307,11 @@ def test_facts_of_another_type_are_one_line(model: Path) -> None:
 
 def test_what_transformers_leaves_out_is_its_default(model: Path) -> None:
     """It writes what differs from a class's defaults."""
-    from fewstep.staged.outline import checked
+    from fewstep.staged.outline import read_config
 
     path = model / CLIP
     told = json.loads(path.read_text())
     del told["max_position_embeddings"], told["vocab_size"]
     path.write_text(json.dumps(told))
-    found = checked(model / "text_encoder", "CLIPTextModelWithProjection")
+    found = read_config(model / "text_encoder", "CLIPTextModelWithProjection")
     assert (found["max_position_embeddings"], found["vocab_size"]) == (77, 49408)

@@ -14,7 +14,7 @@ import fewstep
 import tiny
 from fewstep.cli import run
 from fewstep.families import sd3
-from fewstep.nets.roles import Roles
+from fewstep.nets.roles import LoRARoles
 from fewstep.source import load_family
 from fewstep.types import UserError
 
@@ -63,7 +63,7 @@ def test_a_net_that_gives_nan_or_infinity_is_one_line_and_no_file(
 
 
 def test_previews_and_sheets_of_nan_are_lines_too(tmp_path: Path, base: Path) -> None:
-    from fewstep.recipes.parts import pixels
+    from fewstep.recipes.parts import decode_uint8
 
     folder = _spoilt(base, tmp_path / "m", "transformer", "proj_out.bias", float("nan"))
     caught: list[str] = []
@@ -79,11 +79,11 @@ def test_previews_and_sheets_of_nan_are_lines_too(tmp_path: Path, base: Path) ->
     assert len(caught) == 3 and all("the net gave" in line for line in caught)
     family = load_family(str(base))
     with pytest.raises(UserError, match="the decoder gave"):
-        pixels(family, torch.full((1, *family.latent), float("nan")))
+        decode_uint8(family, torch.full((1, *family.latent), float("nan")))
 
 
 def test_a_lora_that_brings_nan_is_one_line(tmp_path: Path, base: Path) -> None:
-    roles = Roles(load_family(str(base)).net, ("student",), rank=2, targets=sd3.TARGETS)
+    roles = LoRARoles(load_family(str(base)).net, ("student",), rank=2, targets=sd3.TARGETS)
     with torch.no_grad():
         next(iter(roles.net("student").parameters())).fill_(float("nan"))
     roles.save("student", tmp_path / "lora")

@@ -17,7 +17,7 @@ from fewstep import sample, times
 from fewstep.deploy.common import stability
 from fewstep.families import sd3
 from fewstep.families.weights import LoadWarning, header
-from fewstep.staged import Wish
+from fewstep.staged import TorchOptions
 from fewstep.staged.load import load as load_staged
 from fewstep.types import Model, UserError
 
@@ -47,7 +47,7 @@ def plain(folder: Path) -> Model:
 
 
 def staged(folder: Path) -> Model:
-    return load_staged(folder, "sd3", Wish(device="cpu", bits=32)).model
+    return load_staged(folder, "sd3", TorchOptions(device="cpu", bits=32)).model
 
 
 readers = pytest.mark.parametrize("reader", [plain, staged])
@@ -55,9 +55,9 @@ Reader = Callable[[Path], Model]
 
 
 def latents(model: Model) -> torch.Tensor:
-    noise = model.lift(sample.noises([3], model.latent))
+    noise = model.from_numpy(sample.batch_noise([3], model.latent))
     with torch.no_grad():
-        drawn = sample.walk(model.velocity, noise, times.grid(2, model.shift), model.text(PROMPT))
+        drawn = sample.sample_flow(model.velocity, noise, times.grid(2, model.shift), model.text(PROMPT))
         return model.codec.decode(drawn)
 
 

@@ -27,7 +27,7 @@ def test_its_shapes(family: Family) -> None:
     assert cond.context.shape == (2, 2 * pocket.LENGTH, 384)
     assert cond.pooled.shape == (2, 384)
     with torch.no_grad():
-        large = torch.from_numpy(sample.noises([1, 2], (16, 32, 32)))  # 256 px
+        large = torch.from_numpy(sample.batch_noise([1, 2], (16, 32, 32)))  # 256 px
         assert family.velocity(large, torch.tensor([1.0, 0.5]), cond).shape == large.shape
         assert family.codec.decode(large).shape == (2, 3, 256, 256)
 
@@ -54,7 +54,7 @@ def test_sd3_saves_and_loads_it(family: Family, tmp_path: Path) -> None:
     sd3.save(family, tmp_path / "pocket")
     again = sd3.load(tmp_path / "pocket")
     cond = family.text(PROMPTS)
-    x, t = torch.from_numpy(sample.noises([1, 2], family.latent)), torch.tensor([0.9, 0.3])
+    x, t = torch.from_numpy(sample.batch_noise([1, 2], family.latent)), torch.tensor([0.9, 0.3])
     assert torch.equal(again.text(PROMPTS).context, cond.context)
     with torch.no_grad():
         assert torch.equal(again.velocity(x, t, cond), family.velocity(x, t, cond))
@@ -71,12 +71,12 @@ def test_zero_gates_start_at_zero_and_learn() -> None:
     family = sd3.assemble(tiny.parts(), name="tiny")
     net: Any = family.net.requires_grad_(True)
     pocket.zero_gates(net)
-    x0, noise = (torch.from_numpy(sample.noises(seeds, family.latent)) for seeds in ([1, 2], [3, 4]))
+    x0, noise = (torch.from_numpy(sample.batch_noise(seeds, family.latent)) for seeds in ([1, 2], [3, 4]))
     t, cond = torch.tensor([0.9, 0.3]), family.text(PROMPTS)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     history: list[float] = []
     for _ in range(30):
-        v = family.velocity(flow.mix(x0, noise, t), t, cond)
+        v = family.velocity(flow.interpolate(x0, noise, t), t, cond)
         assert history or (v == 0).all()
         loss = losses.flow_matching(v, noise, x0)
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ from fewstep.deploy.common import stability
 from fewstep.families import flux, schedules, sd3
 from fewstep.families.folder import name_of
 from fewstep.source import load_family
-from fewstep.staged import Wish
+from fewstep.staged import TorchOptions
 from fewstep.staged.load import load as load_staged
 from fewstep.types import UserError
 
@@ -84,7 +84,7 @@ def test_what_is_not_followed_is_refused_by_every_reader(
         with pytest.raises(UserError, match=words) as caught:
             read(str(folder))
         assert "\n" not in str(caught.value)
-    student = Wish(student=str(folder), device="cpu", bits=32)
+    student = TorchOptions(student=str(folder), device="cpu", bits=32)
     with pytest.raises(UserError, match=words):
         load_staged(bases[family], family, student)
 
@@ -118,14 +118,14 @@ def test_parts_in_python_are_checked_too() -> None:
 
 def drawn(folder: Path, family: str) -> torch.Tensor:
     """Latents by our grid and steps."""
-    model = load_staged(folder, family, Wish(device="cpu", bits=32)).model
+    model = load_staged(folder, family, TorchOptions(device="cpu", bits=32)).model
     plain = load_family(str(folder))
     assert (plain.shift, plain.sampler) == (model.shift, model.sampler)
-    noise = model.lift(sample.noises([1], model.latent))
-    step = sample.taken(model.sampler, [1], model.lift)
+    noise = model.from_numpy(sample.batch_noise([1], model.latent))
+    step = sample.step_rule(model.sampler, [1], model.from_numpy)
     with torch.no_grad():
         grid, cond = times.grid(3, model.shift), model.text(["a cat"])
-        return sample.walk(model.velocity, noise, grid, cond, step)
+        return sample.sample_flow(model.velocity, noise, grid, cond, step)
 
 
 FOLLOWED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,7 +145,7 @@ def test_what_is_followed_is_stock_diffusers_image(
 ) -> None:
     kind, settings = FOLLOWED[case]
     folder = said(bases["sd3"], tmp_path / "m", kind, **settings)
-    fresh = iter(sample.noises([1], (4, 8, 8), stream=index) for index in range(1, 9))
+    fresh = iter(sample.batch_noise([1], (4, 8, 8), stream=index) for index in range(1, 9))
     module = "scheduling_flow_match_lcm" if kind == LCM else "scheduling_flow_match_euler_discrete"
     noise = f"diffusers.schedulers.{module}.randn_tensor"
     monkeypatch.setattr(noise, lambda *args, **named: torch.from_numpy(next(fresh)))
@@ -158,7 +158,7 @@ def test_what_is_followed_is_stock_diffusers_image(
         guidance_scale=1.0,
         num_inference_steps=3,
         sigmas=np.linspace(1, 1 / 3, 3).tolist(),
-        latents=torch.from_numpy(sample.noises([1], (4, 8, 8))),
+        latents=torch.from_numpy(sample.batch_noise([1], (4, 8, 8))),
         max_sequence_length=tiny.LENGTH,
         output_type="latent",
     ).images
@@ -168,7 +168,7 @@ def test_what_is_followed_is_stock_diffusers_image(
 def test_a_students_own_schedule_is_followed(tmp_path: Path, bases: dict[str, Path]) -> None:
     base = said(bases["sd3"], tmp_path / "base", shift=3.0)
     student = said(bases["sd3"], tmp_path / "student", LCM, **DYNAMIC)
-    model = load_staged(base, "sd3", Wish(student=str(student), device="cpu", bits=32)).model
+    model = load_staged(base, "sd3", TorchOptions(student=str(student), device="cpu", bits=32)).model
     alone = load_family(str(student))
     assert (model.sampler, model.shift) == (alone.sampler, alone.shift) == ("renoise", alone.shift)
     assert model.shift != 3.0

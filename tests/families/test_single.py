@@ -33,7 +33,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
 
 
 def same(a: Family, b: Family) -> None:
-    x, t = torch.from_numpy(sample.noises([1, 2], a.latent)), torch.tensor([0.9, 0.3])
+    x, t = torch.from_numpy(sample.batch_noise([1, 2], a.latent)), torch.tensor([0.9, 0.3])
     cond, other = a.text(PROMPTS), b.text(PROMPTS)
     assert torch.equal(cond.context, other.context)
     assert torch.equal(cond.pooled, other.pooled)

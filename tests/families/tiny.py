@@ -146,9 +146,9 @@ def original(**options: Any) -> dict[str, Any]:
 
 def assert_batch_does_not_matter(family: Family, prompts: list[str]) -> None:
     """The second of two prompts gives the same latents and text alone as beside the first."""
-    noise, cond = sample.noises([1, 2], family.latent), family.text(prompts)
+    noise, cond = sample.batch_noise([1, 2], family.latent), family.text(prompts)
     with torch.no_grad():
-        both = sample.walk(family.velocity, family.lift(noise), times.grid(4), cond)
-        second = sample.walk(family.velocity, family.lift(noise[1:]), times.grid(4), cond[1:])
+        both = sample.sample_flow(family.velocity, family.from_numpy(noise), times.grid(4), cond)
+        second = sample.sample_flow(family.velocity, family.from_numpy(noise[1:]), times.grid(4), cond[1:])
     assert (both[1:] - second).abs().max() < 1e-4
     assert (family.text(prompts[1:]).context - cond.context[1:]).abs().max() < 1e-5

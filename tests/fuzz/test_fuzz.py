@@ -237,12 +237,12 @@ def write_samples(folder: Path) -> None:
     "names", [("plan.json",), ("null.npz", "synthetic-00000.tar", "synthetic-00001.tar")]
 )
 def test_samples(tmp_path: Path, names: tuple[str, ...]) -> None:
-    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.data.synthesis.read import TeacherSamples
 
     write_samples(tmp_path)
 
     def read() -> None:
-        samples = Synthetic.open(tmp_path)
+        samples = TeacherSamples.open(tmp_path)
         samples.read([0, len(samples) - 1])
 
     Format(tmp_path, names, read).check(100)
@@ -366,7 +366,7 @@ def test_run_folder(tmp_path: Path) -> None:
 
     def go_on() -> None:
         checkpoint.check_owner(tmp_path, about)
-        checkpoint.done(tmp_path)
+        checkpoint.last_step(tmp_path)
         read(tmp_path)
         kept = {name: (tmp_path / name).read_bytes() for name in ("run.json", "log.jsonl")}
         try:
@@ -443,7 +443,9 @@ def test_images(tmp_path: Path, end: str) -> None:
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.int64).reshape(32, 32, 3).astype(np.uint8))
     image.save(tmp_path / f"x.{end}")
     path = tmp_path / f"x.{end}"
-    Format(tmp_path, (path.name,), lambda: picture.fit(picture.open_image(path), (16, 16)) is None).check(20)
+    Format(
+        tmp_path, (path.name,), lambda: picture.center_crop_resize(picture.open_image(path), (16, 16)) is None
+    ).check(20)
 
 
 def test_record_of_an_image(tmp_path: Path) -> None:
@@ -507,7 +509,7 @@ def test_notes_of_trainings(tmp_path: Path) -> None:
         json.dumps({"metric": "kid", "late": 0.5, "curve": [[0.0, 3.0], [1.0, 2.0]]})
     )
     told = [{"step": 0, "shared": 0.5}, {"step": 9, "shared": 0.25}]
-    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "told": told}))
+    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "measured": told}))
     figure = {"value": 0.5, "low": 0.1, "high": None, "without": [0.1, 0.2]}
     rows = [{"label": label, "figures": {"kid_teacher": figure}} for label in ("T@28", f"{run_ / 'model'}@4")]
     results = {
@@ -553,7 +555,7 @@ def test_records_of_bench(tmp_path: Path) -> None:
 
 
 def test_detector_of_scenes(tmp_path: Path) -> None:
-    from fewstep.evaluate.detector import Finder
+    from fewstep.evaluate.detector import BoxDetector
 
     source = Path(fewstep.__file__).parents[2] / "models" / "scene-detector"
     if not source.is_dir():
@@ -561,4 +563,6 @@ def test_detector_of_scenes(tmp_path: Path) -> None:
     for name in ("detector.json", "detector.onnx"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     image = np.zeros((1, 3, 64, 64), np.uint8)
-    Format(tmp_path, ("detector.json", "detector.onnx"), lambda: Finder(tmp_path)(image) is None).check(8)
+    Format(tmp_path, ("detector.json", "detector.onnx"), lambda: BoxDetector(tmp_path)(image) is None).check(
+        8
+    )

@@ -12,23 +12,23 @@ import pytest
 import torch
 
 from fewstep import flow, losses
-from fewstep.methods import Turn
-from fewstep.methods.dmd import Matching
+from fewstep.methods import Update
+from fewstep.methods.dmd import DistributionMatching
 from fewstep.methods.rollout import Rollout
 from fewstep.methods.split import Split
-from fewstep.methods.tdm import carry
+from fewstep.methods.tdm import forward_diffuse
 from fewstep.methods.trajectory import Trajectory
-from fewstep.nets.branches import Branches, merge
-from fewstep.nets.heads import Heads, Taps
-from fewstep.train import Options, Run
+from fewstep.nets.branches import TimestepExperts, merge
+from fewstep.nets.heads import DiscriminatorHeads, FeatureTaps
+from fewstep.train import Run, TrainOptions
 from fewstep.train.trainer import State, draw
-from fewstep.types import Batch, Share, UserError
+from fewstep.types import Batch, BatchSlice, UserError
 from mixture import ring
 from points import GRID, flash, methods, net, none, quality, taught, walked
 
 
 def batch(n: int = 8) -> Batch:
-    return walked(n)(n)(0, Share())
+    return walked(n)(n)(0, BatchSlice())
 
 
 @pytest.mark.parametrize("name", methods())
@@ -42,17 +42,17 @@ def test_a_turn_changes_just_the_net_that_it_names(name: str, tmp_path: Path) ->
             nets = method.nets
             turns = staticmethod(lambda step, turn=turn: [turn])
 
-        options = Options(5, 1e-2, warmup=1, precision="fp32", device="cpu")
+        options = TrainOptions(5, 1e-2, warmup=1, precision="fp32", device="cpu")
         state = State(Run("x", tmp_path, Alone(), walked(8)(8), options, {"recipe": "x"}, averaged=[]))
         before = {n: [p.clone() for p in part.parameters()] for n, part in method.nets.items()}
         for _ in range(3):
-            state.advance()
+            state.train_step()
         moved = {
             n
             for n, part in method.nets.items()
             if any(not torch.equal(p, q) for p, q in zip(before[n], part.parameters(), strict=True))
         }
-        if isinstance(turn, Turn):
+        if isinstance(turn, Update):
             assert moved == {turn.net}, turn.net
         else:
             assert moved <= {turn.net}
@@ -69,7 +69,7 @@ def test_no_gradient_reaches_a_teacher_with_weights(name: str) -> None:
         if hasattr(part, "teacher"):
             object.__setattr__(part, "teacher", teacher)
     for number, turn in enumerate(method.turns(0)):
-        if isinstance(turn, Turn):
+        if isinstance(turn, Update):
             for other, part in method.nets.items():
                 part.requires_grad_(other == turn.net)
             sum(v for v in turn.losses(batch(), draw(0, 0, number)).values() if v.requires_grad).backward()
@@ -88,8 +88,8 @@ def test_the_matching_gradient_is_the_difference_of_the_scores() -> None:
 @pytest.mark.parametrize("where", ["shared", "shared-free", "renoise"])
 def test_who_draws_the_truth_is_not_moved(where: Any) -> None:
     student = net(1, 16, 2)
-    matching = Matching(ring(), ring(), where)
-    told = matching.match(Rollout(student, GRID), batch(), draw(0, 0, 0))["matching"]
+    matching = DistributionMatching(ring(), ring(), where)
+    told = matching.student_loss(Rollout(student, GRID), batch(), draw(0, 0, 0))["matching"]
     assert float(told.detach()) < 1e-10  # the proxy is the teacher: no difference
 
 
@@ -106,9 +106,11 @@ def test_a_state_of_the_path_is_a_mixture_of_the_students_own_data_and_noise(ind
 
 def test_shares_make_the_walks_of_the_whole() -> None:
     student = net(1, 16, 2)
-    whole = Rollout(student, GRID).finals(walked(8)(8)(3, Share()), draw(0, 3, 0))
+    whole = Rollout(student, GRID).finals(walked(8)(8)(3, BatchSlice()), draw(0, 3, 0))
     rollout = Rollout(student, GRID)
-    parts = [rollout.finals(walked(8)(8)(3, Share(i, 2)), draw(0, 3, 0, Share(i, 2))) for i in range(2)]
+    parts = [
+        rollout.finals(walked(8)(8)(3, BatchSlice(i, 2)), draw(0, 3, 0, BatchSlice(i, 2))) for i in range(2)
+    ]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
 
 
@@ -117,8 +119,8 @@ def test_noise_carried_on_is_noise_at_once_and_its_velocity_the_truths() -> None
     x0, first, more = (torch.randn(n, 2, generator=torch.Generator().manual_seed(i)) for i in range(3))
     x0 = torch.from_numpy(truth.sample(n, 1))
     t = torch.full((n,), 0.7)
-    x_t, v = carry(flow.mix(x0, first, 0.4), more, 0.4, t)
-    at_once = flow.mix(x0, first, 0.7)
+    x_t, v = forward_diffuse(flow.interpolate(x0, first, 0.4), more, 0.4, t)
+    at_once = flow.interpolate(x0, first, 0.7)
     assert torch.allclose(x_t.std(0), at_once.std(0), rtol=0.01)
     # The mean of v given x_t is the true velocity: the error is orthogonal to every function of x_t.
     error = v - truth(x_t, t, none(n))
@@ -128,7 +130,7 @@ def test_noise_carried_on_is_noise_at_once_and_its_velocity_the_truths() -> None
 
 def test_taps_read_and_leave_no_trace() -> None:
     tapped = net(1, 16, 2)
-    taps = Taps(tapped, tapped.blocks)
+    taps = FeatureTaps(tapped, tapped.blocks)
     x, t = torch.randn(3, 2), torch.full((3,), 0.5)
     features = taps(x, t, none(3))
     assert [f.shape for f in features] == [(3, 1, 16), (3, 1, 16)]
@@ -137,10 +139,10 @@ def test_taps_read_and_leave_no_trace() -> None:
 
 
 def test_a_renewed_head_forgets_and_the_others_do_not() -> None:
-    heads = Heads([4, 4])
+    heads = DiscriminatorHeads([4, 4])
     before = [p.clone() for p in heads.parameters()]
     with torch.no_grad():
-        fresh = heads.renew(1, torch.Generator().manual_seed(5))
+        fresh = heads.reset_head(1, torch.Generator().manual_seed(5))
     half = len(before) // 2
     assert all(torch.equal(p, q) for p, q in zip(before[:half], heads.heads[0].parameters(), strict=True))
     assert any(not torch.equal(p, q) for p, q in zip(before[half:], fresh, strict=True))
@@ -148,7 +150,7 @@ def test_a_renewed_head_forgets_and_the_others_do_not() -> None:
 
 def test_branches_answer_for_their_times_and_merge_between_them() -> None:
     early, late = net(1, 16, 2), net(2, 16, 2)
-    both, x = Branches(early, late), torch.randn(4, 2)
+    both, x = TimestepExperts(early, late), torch.randn(4, 2)
     for t, mine in ((0.5, early), (0.75, late)):
         times = torch.full((4,), t)
         assert torch.equal(both(x, times, none(4)), mine(x, times, none(4)))
@@ -161,7 +163,7 @@ def test_branches_answer_for_their_times_and_merge_between_them() -> None:
 
 def test_two_steps_have_nothing_to_split() -> None:
     early, late = net(1, 16, 2), net(2, 16, 2)
-    part = flash(early, Branches(early, late), net(3, 16, 2))
+    part = flash(early, TimestepExperts(early, late), net(3, 16, 2))
     object.__setattr__(part, "grid", [1.0, 0.75, 0.0])
     with pytest.raises(UserError, match="nothing to split"):
         Split(early, late, part)
@@ -190,7 +192,7 @@ def test_the_chain_of_flash_draws_the_ring_in_four_steps(tmp_path: Path) -> None
     matched = taught(tmp_path / "2", one, data(512), 200, 2e-4, rates)["student"]
 
     early, late = copy.deepcopy(matched), copy.deepcopy(matched)
-    part = flash(early, Branches(early, late), copy.deepcopy(proxy), updates=2, anchor=3.0)
+    part = flash(early, TimestepExperts(early, late), copy.deepcopy(proxy), updates=2, anchor=3.0)
     halves = taught(tmp_path / "3", Split(early, late, part), data(512), 60, 1e-4, rates)
     student = net()
     student.load_state_dict(merge(halves["early"].state_dict(), halves["late"].state_dict(), 0.7))
@@ -222,7 +224,9 @@ def test_renoised_estimates_are_where_they_are_said_to_be() -> None:
     rollout.states(batch(), draw(0, 0, 0))
     for kind in ("shared", "renoise"):
         for number in (1, 5):
-            Matching(look(kind), look(kind), kind).match(rollout, batch(), draw(0, 0, number))  # type: ignore[arg-type]
+            DistributionMatching(look(kind), look(kind), kind).student_loss(
+                rollout, batch(), draw(0, 0, number)
+            )  # type: ignore[arg-type]
     points = {kind: {tuple(np.round(x.flatten().tolist(), 5)) for x in xs} for kind, xs in seen.items()}
     assert len(points["shared"]) <= 2 < 1 + len(points["renoise"])
 
@@ -232,5 +236,7 @@ def test_renoised_estimates_are_where_they_are_said_to_be() -> None:
 def test_every_step_is_taught_wherever_the_scores_are_taken(where: Any, index: int) -> None:
     student, proxy = net(1, 16, 2), net(2, 16, 2)
     rollout = Rollout(student, GRID, learns=(index,))
-    Matching(ring(), proxy, where).match(rollout, batch(), draw(0, 0, 0))["matching"].backward()
+    DistributionMatching(ring(), proxy, where).student_loss(rollout, batch(), draw(0, 0, 0))[
+        "matching"
+    ].backward()
     assert sum(float(p.grad.abs().sum()) for p in student.parameters()) > 1e-3

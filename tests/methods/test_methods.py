@@ -13,8 +13,8 @@ import torch
 
 from fewstep import sample, times
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.read import Synthetic
-from fewstep.data.synthesis.write import synthesize
+from fewstep.data.synthesis.read import TeacherSamples
+from fewstep.data.synthesis.write import write_samples
 from fewstep.families import pocket
 from fewstep.methods import Method
 from fewstep.methods.codec import CodecMethod
@@ -84,7 +84,7 @@ def test_a_net_that_flow_matches_draws_the_ring() -> None:
     learn(Finetune(student, student, times.uniform), batches, 600, 3e-3)
     apart = distance(student, 32)
     assert apart < 0.02
-    assert apart < 0.1 * energy_distance(sample.noises(range(4000), (2,)), truth.sample(4000, 99))
+    assert apart < 0.1 * energy_distance(sample.batch_noise(range(4000), (2,)), truth.sample(4000, 99))
 
 
 def teacher() -> Model:
@@ -98,24 +98,24 @@ def teacher() -> Model:
         downscale=1,
         shift=3.0,
         steps=64,
-        lift=torch.from_numpy,
-        lower=lambda x: x.numpy(),
+        from_numpy=torch.from_numpy,
+        to_numpy=lambda x: x.numpy(),
     )
 
 
 def walks_of(model: Model, many: int, steps: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """States ``[N, 5, 2]`` of the model's walks, and their times."""
     plan = plans.make(model, [""] * many, guidance=None, steps=steps, student_steps=4, per_shard=4096)
-    synthesize(model, [""] * many, plan, folder, batch=4096)
-    made = Synthetic.open(folder)
-    return made.read(range(many)).states, torch.tensor(made.times)
+    write_samples(model, [""] * many, plan, folder, batch=4096)
+    made = TeacherSamples.open(folder)
+    return made.read(range(many)).trajectory, torch.tensor(made.times)
 
 
 def distance(velocity: Any, steps: int, n: int = 4000) -> float:
     """Energy distance of ``steps`` Euler steps to the truth."""
-    start = torch.from_numpy(sample.noises(range(10_000, 10_000 + n), (2,)))
+    start = torch.from_numpy(sample.batch_noise(range(10_000, 10_000 + n), (2,)))
     with torch.no_grad():
-        ends = sample.walk(velocity, start, times.grid(steps), none(n))
+        ends = sample.sample_flow(velocity, start, times.grid(steps), none(n))
     return energy_distance(ends.numpy(), ring().sample(n, 99))
 
 
@@ -139,7 +139,7 @@ def test_the_trajectory_loss_is_nought_for_the_teachers_own_moves() -> None:
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     states = [x]
     for t, t_next in pairwise(GRID):
-        states.append(sample.walk(ring(), states[-1], [t, t_next], none(64)))
+        states.append(sample.sample_flow(ring(), states[-1], [t, t_next], none(64)))
     batch = Batch(states[-1], none(64), (), torch.stack(states, 1))
     told = Trajectory(torch.nn.Identity(), ring(), GRID).losses(batch, draw(0, 0, 0))
     assert float(told["trajectory"]) < 1e-10

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fewstep.families import pocket
-from fewstep.methods import Draw
-from fewstep.methods.phrase import PhraseBatch, Rephrase
-from fewstep.nets.text import Clips
+from fewstep.methods import StepRandom
+from fewstep.methods.phrase import ParaphraseDistillation, PhraseBatch
+from fewstep.nets.text import ClipPair
 
-DRAW = Draw(np.random.default_rng(0), torch.Generator())
+DRAW = StepRandom(np.random.default_rng(0), torch.Generator())
 
 
 def ids(*prompts: str) -> torch.Tensor:
@@ -24,19 +24,21 @@ def ids(*prompts: str) -> torch.Tensor:
     ).input_ids
 
 
-def clips() -> Clips:
+def clips() -> ClipPair:
     torch.manual_seed(0)
     tokenizer = pocket.byte_tokenizer()
-    return Clips([pocket.clip(tokenizer, act) for act in ("quick_gelu", "gelu")])
+    return ClipPair([pocket.clip(tokenizer, act) for act in ("quick_gelu", "gelu")])
 
 
-def rephrase(before: Clips, kept: float = 1.0) -> Rephrase:
+def rephrase(before: ClipPair, kept: float = 1.0) -> ParaphraseDistillation:
     """All of a copy learns."""
     student = copy.deepcopy(before)
-    return Rephrase(student, student, before.requires_grad_(False), pocket.CELLS, lambda *said: said, kept)
+    return ParaphraseDistillation(
+        student, student, before.requires_grad_(False), pocket.CELLS, lambda *said: said, kept
+    )
 
 
-def taught(method: Rephrase, batch: PhraseBatch) -> tuple[dict[str, float], dict[str, float]]:
+def taught(method: ParaphraseDistillation, batch: PhraseBatch) -> tuple[dict[str, float], dict[str, float]]:
     """The losses before thirty updates and after."""
 
     def now() -> dict[str, float]:
@@ -90,14 +92,16 @@ def test_a_new_phrase_is_learnt_and_an_old_caption_kept() -> None:
 
 def test_new_layers_change_nothing_until_they_learn_and_then_they_alone_do() -> None:
     before = clips()
-    student = before.deepened(2).requires_grad_(False)
+    student = before.with_new_layers(2).requires_grad_(False)
     said = ids("a dog", "two red books on a table, flat style")
     for one, other in zip(before(said), student(said), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     learns = student.lowest(2).requires_grad_(True)
     kept = {n: p.clone() for n, p in student.named_parameters() if not p.requires_grad}
     assert {n.split(".")[5] for n in kept if ".layers." in n} == {"2", "3", "4", "5"}
-    method = Rephrase(learns, student, before.requires_grad_(False), pocket.CELLS, lambda *s: s, 3.0)
+    method = ParaphraseDistillation(
+        learns, student, before.requires_grad_(False), pocket.CELLS, lambda *s: s, 3.0
+    )
     batch = PhraseBatch(ids("doggo pls", "a cat"), ids("a dog", "a cat"), 1)
     first, last = taught(method, batch)
     assert last["phrase"] < 0.5 * first["phrase"] and last["caption"] < 0.5

@@ -8,25 +8,25 @@ import numpy as np
 import torch
 
 from fewstep.families import pocket
-from fewstep.methods import Draw
-from fewstep.methods.text import PICTURE, Distil, TextBatch
-from fewstep.nets.text import Learner, cells, whole
+from fewstep.methods import StepRandom
+from fewstep.methods.text import PICTURE, TextBatch, TextEncoderDistillation
+from fewstep.nets.text import TextEncodersWithHeads, patchify, unpatchify
 
-DRAW = Draw(np.random.default_rng(0), torch.Generator())
+DRAW = StepRandom(np.random.default_rng(0), torch.Generator())
 
 
 def test_cells_are_the_pictures_parts_in_reading_order() -> None:
     x = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    cut = cells(x, 4)
+    cut = patchify(x, 4)
     assert cut.shape == (3, 16, 256)
     assert torch.equal(cut[:, 6], x[:, :, 4:8, 8:12].reshape(3, -1))  # second row, third cell
-    assert torch.equal(whole(cut, 16), x)
+    assert torch.equal(unpatchify(cut, 16), x)
 
 
-def learner() -> Learner:
+def learner() -> TextEncodersWithHeads:
     tokenizer = pocket.byte_tokenizer()
     clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
-    return Learner(clips, pocket.t5(tokenizer), 8, 5, pocket.CELLS, 4)
+    return TextEncodersWithHeads(clips, pocket.t5(tokenizer), 8, 5, pocket.CELLS, 4)
 
 
 def batch(drawn: list[float]) -> TextBatch:
@@ -50,7 +50,7 @@ def batch(drawn: list[float]) -> TextBatch:
 
 def test_a_caption_without_a_picture_foretells_nothing() -> None:
     student, asked = learner(), batch([1.0, 0.0])
-    off = Distil(student).losses(asked, DRAW)["picture"]
+    off = TextEncoderDistillation(student).losses(asked, DRAW)["picture"]
     expected = ((student(asked.ids)[1][0] - asked.picture[0]) ** 2).mean()
     torch.testing.assert_close(off, PICTURE * expected)
 
@@ -76,7 +76,7 @@ def test_the_clips_learn_the_mean_of_what_a_caption_may_mean() -> None:
     asked.ids[0][1] = asked.ids[0][0]
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
     for _ in range(80):
-        loss = Distil(student).losses(asked, DRAW)["picture"]
+        loss = TextEncoderDistillation(student).losses(asked, DRAW)["picture"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from fewstep.nets.average import Average
+from fewstep.nets.average import EMA
 
 
 def stirred(net: Any, seed: int) -> None:
@@ -24,7 +24,7 @@ def test_it_is_torchs_average_to_the_bit() -> None:
     def average(old: Any, new: Any, count: Any) -> None:
         torch._foreach_lerp_(old, new, 1 - min(0.9, (1 + int(count)) / (10 + int(count))))
 
-    theirs, mine = AveragedModel(net, multi_avg_fn=average), Average(dict(net.named_parameters()), 0.9)
+    theirs, mine = AveragedModel(net, multi_avg_fn=average), EMA(dict(net.named_parameters()), 0.9)
     for seed in range(200):
         stirred(net, seed)
         theirs.update_parameters(net)
@@ -36,20 +36,20 @@ def test_it_is_torchs_average_to_the_bit() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_and_out_leaves_both_as_they_were(dtype: Any) -> None:
     net = torch.nn.Linear(8, 8).to(dtype)
-    average = Average(dict(net.named_parameters()), 0.5)
+    average = EMA(dict(net.named_parameters()), 0.5)
     for seed in range(5):
         stirred(net, seed)
         average.update()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     values = {name: value.clone() for name, value in average.values.items()}
-    with pytest.raises(KeyError), average.shown():
+    with pytest.raises(KeyError), average.applied():
         for name, p in net.named_parameters():
             assert torch.equal(p, values[name].to(dtype)) and not torch.equal(p, before[name])
         raise KeyError
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name])
         assert torch.equal(average.values[name], values[name]) and values[name].dtype == torch.float32
-    average.put()
+    average.copy_to_model()
     assert all(torch.equal(p, values[name].to(dtype)) for name, p in net.named_parameters())
 
 
@@ -57,7 +57,7 @@ def test_a_net_in_bf16_is_averaged_finer_than_it_is() -> None:
     net = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         net.weight.fill_(1.0)
-    average = Average(dict(net.named_parameters()), 0.999)
+    average = EMA(dict(net.named_parameters()), 0.999)
     for _ in range(2000):
         average.update()
     with torch.no_grad():

@@ -12,7 +12,7 @@ import tiny_flux
 from fewstep import sample, times
 from fewstep.families import Family, flux, sd3
 from fewstep.guide import Guided
-from fewstep.nets.hoist import Hoisted, hoisted
+from fewstep.nets.hoist import PrecomputedAdaLN, split_modulation
 
 PROMPTS = ["a cat", "two dogs", "x"]
 
@@ -23,9 +23,9 @@ def small() -> Family:
 
 
 def drawn(family: Family, velocity: Any, prompts: list[str]) -> Any:
-    noise = family.lift(sample.noises(range(len(prompts)), family.latent))
+    noise = family.from_numpy(sample.batch_noise(range(len(prompts)), family.latent))
     with torch.no_grad():
-        return sample.walk(velocity, noise, times.grid(4), family.text(prompts))
+        return sample.sample_flow(velocity, noise, times.grid(4), family.text(prompts))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -36,14 +36,14 @@ def test_a_walk_with_hoisted_modulations_is_the_walk_to_the_bit(
     with torch.no_grad():
         null = small.text([""])
     net: Any = small.velocity
-    plain, hoist = (Guided(velocity, null, guidance) for velocity in (net, Hoisted(net)))
+    plain, hoist = (Guided(velocity, null, guidance) for velocity in (net, PrecomputedAdaLN(net)))
     expected = drawn(small, plain, PROMPTS[:rows])
     assert expected.std() > 0.1
     assert torch.equal(drawn(small, hoist, PROMPTS[:rows]), expected)
 
 
 def test_the_net_given_its_modulations_holds_no_weight_of_theirs(small: Family) -> None:
-    modulation, body = hoisted(small.net)
+    modulation, body = split_modulation(small.net)
     mine, rest = ({id(p) for p in module.parameters()} for module in (modulation, body))
     assert not mine & rest
     assert mine | rest == {id(p) for p in small.net.parameters()}  # nor is one copied or lost
@@ -55,9 +55,9 @@ def test_flux_falls_in_two_as_well(kind: Any) -> None:
     family = flux.assemble(tiny_flux.parts(kind), name="small", side=8)
     velocity: Any = family.velocity
     expected = drawn(family, velocity, PROMPTS)
-    assert torch.equal(drawn(family, Hoisted(velocity), PROMPTS), expected)
+    assert torch.equal(drawn(family, PrecomputedAdaLN(velocity), PROMPTS), expected)
 
 
 def test_what_modulates_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no modulations"):
-        hoisted(torch.nn.Linear(2, 2))
+        split_modulation(torch.nn.Linear(2, 2))

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.nets.ledger import ALLOCATED, SUMMED, WIDENED, Ledger, as_on_a_gpu, imagined
+from fewstep.nets.ledger import ALLOCATED, SUMMED, WIDENED, MemoryTracker, fake_tensors, simulate_cuda
 
 
 def test_a_storage_counts_once_until_it_is_let_go() -> None:
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         x = torch.zeros(100)
         views = [x[:10], x.reshape(10, 10).t()]
         assert ledger.live["activations"] == 400
         y = x + 1
         assert ledger.live["activations"] == 800
-        ledger.see(x, "frozen")
+        ledger.track(x, "frozen")
         assert (ledger.live["frozen"], ledger.live["activations"]) == (400, 400)
         del x, y
         assert sum(ledger.live.values()) == 400  # the views hold it
@@ -28,7 +28,7 @@ def test_a_storage_counts_once_until_it_is_let_go() -> None:
 
 
 def test_what_autograd_keeps_is_held() -> None:
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         w = torch.ones(50, requires_grad=True)
         y = (w.exp() * 2).sin().sum()  # exp keeps its result, sin its argument
         assert sum(ledger.live.values()) == 200 + 2 * 200 + 4
@@ -37,7 +37,7 @@ def test_what_autograd_keeps_is_held() -> None:
 
 
 def test_sizes_are_rounded_up_as_an_allocator_does() -> None:
-    with Ledger(unit=ALLOCATED) as ledger:
+    with MemoryTracker(unit=ALLOCATED) as ledger:
         held = torch.zeros(1), torch.zeros(129)
         assert ledger.live["activations"] == 512 + 1024
     del held
@@ -56,7 +56,7 @@ def test_fake_tensors_follow_a_gpus_rules_within_the_block_alone() -> None:
             ]
 
     before = kinds()
-    with as_on_a_gpu():
+    with simulate_cuda():
         assert kinds() == [torch.float32] * 3 + [torch.bfloat16]
     assert kinds() == before and torch.bfloat16 in before
 
@@ -79,7 +79,7 @@ def test_the_widened_operations_are_those_of_torchs_table() -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_attention_on_a_gpu_keeps_no_matrix(kind: torch.dtype) -> None:
     length, width = 4096, 64
-    with imagined(gpu=True) as ledger:
+    with fake_tensors(gpu=True) as ledger:
         q = torch.zeros(1, 2, length, width, dtype=kind, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
         assert q.grad is not None and q.grad.shape == q.shape

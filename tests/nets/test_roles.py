@@ -13,8 +13,8 @@ import torch
 import tiny
 import tiny_flux
 from fewstep.families import flux, sd3
-from fewstep.nets.blocks import compiled, recomputed
-from fewstep.nets.roles import FILE, Roles, acting, actor
+from fewstep.nets.blocks import checkpoint_activations, compile_block
+from fewstep.nets.roles import FILE, LoRARoles, active_role, use_role
 from fewstep.types import Cond, UserError
 
 FAMILIES = [sd3, flux]
@@ -46,11 +46,11 @@ def inputs(family: ModuleType, rows: int = 2) -> tuple[Any, Any, Cond]:
     )
 
 
-def roles_of(family: ModuleType, net: Any, **options: Any) -> Roles:
-    return Roles(net, rank=4, targets=family.TARGETS, **options)
+def roles_of(family: ModuleType, net: Any, **options: Any) -> LoRARoles:
+    return LoRARoles(net, rank=4, targets=family.TARGETS, **options)
 
 
-def stir(roles: Roles, name: str) -> None:
+def stir(roles: LoRARoles, name: str) -> None:
     """Give a role something to say."""
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_every_role_begins_as_the_base_to_the_bit(family: Any, dtype: Any) -> No
     for name in (None, "student", "proxy"):
         assert torch.equal(roles.velocity(name, velocity)(*call), before)
     assert all(p.dtype == torch.float32 for p in roles.net("student").parameters())
-    assert net.dtype == dtype and actor() is None
+    assert net.dtype == dtype and active_role() is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,7 +129,7 @@ def test_merged_weights_are_the_role(family: Any) -> None:
     plain.load_state_dict(merged)
     assert torch.allclose(family.NetVelocity(plain)(*call), acted, atol=1e-5)
     assert not torch.allclose(roles.velocity(None, velocity)(*call), acted, atol=1e-3)
-    folded = roles.fold("student")
+    folded = roles.merge_and_unload("student")
     assert folded is net and folded.state_dict().keys() == keys
     assert torch.equal(velocity(*call), family.NetVelocity(plain)(*call))
 
@@ -189,7 +189,7 @@ def test_a_lora_of_another_rank_or_a_broken_one_is_one_line(tmp_path: Path) -> N
     roles = roles_of(sd3, net_of(sd3))
     roles.save("student", tmp_path)
     with pytest.raises(UserError, match="another rank"):
-        Roles(net_of(sd3), rank=2, targets=sd3.TARGETS).load("student", tmp_path)
+        LoRARoles(net_of(sd3), rank=2, targets=sd3.TARGETS).load("student", tmp_path)
     (tmp_path / FILE).write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read"):
         roles.load("student", tmp_path)
@@ -198,7 +198,7 @@ def test_a_lora_of_another_rank_or_a_broken_one_is_one_line(tmp_path: Path) -> N
 def test_names_and_layers_that_are_not_there_are_refused() -> None:
     net = net_of(sd3)
     with pytest.raises(ValueError, match="no linear layer"):
-        Roles(net, targets=("nothing",))
+        LoRARoles(net, targets=("nothing",))
     roles = roles_of(sd3, net)
     with pytest.raises(ValueError, match="none of the roles"):
         roles.net("critic")
@@ -215,9 +215,9 @@ def gradients(family: Any, again: bool, backend: str | None = None) -> tuple[flo
     keys = list(net.state_dict())
     for number, block in enumerate(blocks_of(net)):
         if backend and number == 1:  # one block's compilation is long enough
-            compiled(block, backend)
+            compile_block(block, backend)
         if again:
-            recomputed(block)
+            checkpoint_activations(block)
     assert list(net.state_dict()) == keys
     velocity, (x, t, cond) = family.NetVelocity(net), inputs(family)
     roles.net("proxy").requires_grad_(False)
@@ -226,7 +226,7 @@ def gradients(family: Any, again: bool, backend: str | None = None) -> tuple[flo
         teacher = roles.velocity(None, velocity)(x, t, cond)
     proxy = roles.velocity("proxy", velocity)(x - v, t, cond)  # its gradient passes on to the student
     loss = (v - teacher).square().mean() + proxy.square().mean()
-    with acting("proxy"):  # whoever acts by then
+    with use_role("proxy"):  # whoever acts by then
         loss.backward()
     assert all(p.grad is None for p in roles.net("proxy").parameters())
     return float(loss.detach()), [p.grad for p in roles.net("student").parameters()]
@@ -250,5 +250,5 @@ def test_compiled_and_recomputed_blocks_learn_the_same() -> None:
 def test_a_config_still_writes(tmp_path: Path) -> None:
     """Folding gives a net that diffusers saves as any other."""
     net = net_of(sd3)
-    roles_of(sd3, net).fold("student").save_pretrained(tmp_path)
+    roles_of(sd3, net).merge_and_unload("student").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["num_layers"] == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tiny
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.write import synthesize
+from fewstep.data.synthesis.write import write_samples
 from fewstep.families import sd3
 from fewstep.recipes.parts import fingerprint
 from fewstep.source import load_family
@@ -32,5 +32,5 @@ def make(root: Path) -> Taught:
         loaded, PROMPTS, guidance=3.0, steps=4, student_steps=4, weights=fingerprint(loaded.net),
         clip_length=loaded.clip_length,
     )  # fmt: skip
-    synthesize(loaded.at(3.0), PROMPTS, plan, root / "walks")
+    write_samples(loaded.with_guidance(3.0), PROMPTS, plan, root / "walks")
     return Taught(root / "teacher", root / "walks")

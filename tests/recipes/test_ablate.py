@@ -18,7 +18,7 @@ from tests.recipes import taught, tiny_stickers
 import fewstep
 from fewstep.cli import run
 from fewstep.recipes import merged, score
-from fewstep.recipes.processes import Processes
+from fewstep.recipes.processes import ProcessGroup
 from fewstep.recipes.rows import ROWS, Cell
 from fewstep.train import Run, checkpoint, trainer
 
@@ -32,11 +32,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
 
 
 def typed(made: taught.Taught, root: Path, warm: int) -> list[str]:
-    words = ["ablate", "--teacher", str(made.teacher), "--synthetic", str(made.shards)]
-    words += ["--out", str(root / "out"), "--report", str(root / "results.md"), "--data", str(root / "data")]
-    words += ["--student-steps", "4", "--seeds", "1", "--passes", "30", "--warm", str(warm), "--batch", "2"]
+    words = ["ablate", "--teacher", str(made.teacher), "--samples", str(made.shards)]
+    words += [
+        "--output",
+        str(root / "out"),
+        "--report",
+        str(root / "results.md"),
+        "--data",
+        str(root / "data"),
+    ]
+    words += [
+        "--student-steps",
+        "4",
+        "--seeds",
+        "1",
+        "--passes",
+        "30",
+        "--warm-start-steps",
+        str(warm),
+        "--batch-size",
+        "2",
+    ]
     words += [word for row in ROWS_USED for word in ("--rows", row)]
-    words += ["--teacher-steps", "2", "--prompts", "4", "--pictures", "2", "--scenes", "0"]
+    words += ["--teacher-steps", "2", "--prompts", "4", "--images-per-prompt", "2", "--scenes", "0"]
     return [*words, "--device", "cpu", "--threads", "1"]
 
 
@@ -85,7 +103,7 @@ def test_two_rows_end_to_end_interrupted_and_done_once(
 
     stamps = {path: path.stat().st_mtime_ns for name in FOLDERS for path in (out / name).rglob("*")}
     asked: list[str] = []
-    monkeypatch.setattr(Processes, "run", lambda self, name, *_, **__: asked.append(name) or 0)
+    monkeypatch.setattr(ProcessGroup, "run", lambda self, name, *_, **__: asked.append(name) or 0)
     assert run(words) == 0
     assert asked == ["fewstep evaluate"]  # which has its pictures already
     assert stamps == {path: path.stat().st_mtime_ns for name in FOLDERS for path in (out / name).rglob("*")}
@@ -96,7 +114,10 @@ def test_two_rows_end_to_end_interrupted_and_done_once(
     ("more", "told"),
     [
         (["--rows", "DMD3"], "--rows DMD3: there is none; rows are trajectory; DMD2;"),
-        (["--synthetic", "nosuch"], "nosuch holds no plan.json; make samples there with: fewstep synthesize"),
+        (
+            ["--samples", "nosuch"],
+            "nosuch holds no plan.json; make samples there with: fewstep sample-teacher",
+        ),
         (["--scenes", "13"], "--scenes must be a multiple of 12, or 0, not 13"),
         (["--scenes", "12", "--detector", "nosuch"], "nosuch: no such folder; give the scene detector"),
         (["--prompts", "1"], "--prompts must be at least 2"),
@@ -109,8 +130,8 @@ def test_what_cannot_end_well_is_refused_before_it_begins(
     made: taught.Taught, tmp_path: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_stickers.make(tmp_path / "data", 1)
-    words = ["ablate", "--teacher", str(made.teacher), "--out", str(tmp_path / "out"), "--scenes", "0"]
-    usual = {"--data": str(tmp_path / "data"), "--synthetic": str(made.shards)}
+    words = ["ablate", "--teacher", str(made.teacher), "--output", str(tmp_path / "out"), "--scenes", "0"]
+    usual = {"--data": str(tmp_path / "data"), "--samples": str(made.shards)}
     given = {option: value for option, value in usual.items() if option not in more}
     if "--scenes" in more:
         words = words[:-2]
@@ -124,7 +145,7 @@ def test_what_cannot_end_well_is_refused_before_it_begins(
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_updates_spend_the_passes(row: Any, steps: int) -> None:
     told = row.updates(4000, steps)
-    prices = {"--steps": row.cost, "--split": row.split}
+    prices = {"--steps": row.cost, "--split-steps": row.split}
     spent = sum(many * (prices[name][0] * steps + prices[name][1]) for name, many in told.items())
     assert abs(spent - 4000) <= sum(p[0] * steps + p[1] for p in prices.values() if p) / 2
     assert row.updates(1, steps)["--steps"] == 1
@@ -151,7 +172,7 @@ def test_an_update_costs_what_the_row_says(
         state = trainer.State(run)
         nets = {id(body.net): body.net for body in run.bodies}
         hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in nets.values()]
-        state.advance()
+        state.train_step()
         for hook in hooks:
             hook.remove()
         counts.append(rows / 2)
@@ -162,6 +183,15 @@ def test_an_update_costs_what_the_row_says(
     monkeypatch.setattr(trainer, "train", counted)
     cell = Cell(row, 4, 0)
     words = ["distill", *cell.arguments(1, made.teacher, 1e-4), "--teacher", str(made.teacher)]
-    words += ["--synthetic", str(made.shards), "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+    words += [
+        "--samples",
+        str(made.shards),
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
     assert run(words) == 0
     assert counts == [4 * price[0] + price[1] for price in (row.cost, row.split) if price]

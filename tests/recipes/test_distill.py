@@ -18,11 +18,11 @@ import tiny
 import tiny_flux
 from fewstep import sample, times
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.write import synthesize
+from fewstep.data.synthesis.write import write_samples
 from fewstep.families import flux, sd3
 from fewstep.recipes import distill, merged, score
 from fewstep.recipes.parts import fingerprint
-from fewstep.recipes.student import Setting
+from fewstep.recipes.student import DistillConfig
 from fewstep.source import load_family
 from fewstep.train import Run
 from fewstep.train.trainer import train
@@ -31,11 +31,11 @@ from fewstep.types import WHOLE, UserError
 PROMPTS = ["a cat", "a dog", "a red apple", "two pears", "the sun", "a boat"]
 RECIPES: dict[str, dict[str, Any]] = {
     "trajectory": {},
-    "dmd": {"where": "shared", "proxied": "finals", "follow": 0.98},
+    "dmd": {"score_point": "shared", "proxy_target": "finals", "ida_decay": 0.98},
     "tdm": {},
-    "adversarial": {},
-    "consistency": {"fine": 4},
-    "flash": {"warm": 1, "split": 1},
+    "ladd": {},
+    "lcm": {"teacher_steps": 4},
+    "flash": {"warm_start_steps": 1, "split_steps": 1},
 }
 
 
@@ -50,10 +50,10 @@ class Made:
     teacher: Path
     shards: Path
 
-    def setting(self, out: Path, **options: Any) -> Setting:
-        usual: dict[str, Any] = {"steps": 1, "batch": 2, "device": "cpu"}
-        told: dict[str, Any] = {"teacher": str(self.teacher), "synthetic": self.shards, "out": out}
-        return Setting(**usual | told | options)
+    def setting(self, out: Path, **options: Any) -> DistillConfig:
+        usual: dict[str, Any] = {"steps": 1, "batch_size": 2, "device": "cpu"}
+        told: dict[str, Any] = {"teacher": str(self.teacher), "samples": self.shards, "output": out}
+        return DistillConfig(**usual | told | options)
 
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
@@ -69,7 +69,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         loaded, PROMPTS, guidance=3.0, steps=4, student_steps=4, weights=fingerprint(loaded.net),
         clip_length=loaded.clip_length,
     )  # fmt: skip
-    synthesize(loaded.at(3.0), PROMPTS, plan, root / "shards")
+    write_samples(loaded.with_guidance(3.0), PROMPTS, plan, root / "shards")
     return Made(root / "teacher", root / "shards")
 
 
@@ -80,7 +80,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "PICTURES", 4)
 
 
-def carried(recipe: str, setting: Setting, **options: Any) -> list[Run]:
+def carried(recipe: str, setting: DistillConfig, **options: Any) -> list[Run]:
     made = getattr(distill, recipe)(setting=setting, **RECIPES[recipe] | options)
     runs: list[Run] = []
     for run in made if isinstance(made, Iterator) else [made]:
@@ -91,7 +91,7 @@ def carried(recipe: str, setting: Setting, **options: Any) -> list[Run]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_ends_with_a_student_that_draws(made: Made, recipe: str, tmp_path: Path) -> None:
-    carried(recipe, made.setting(tmp_path, accumulate=2))
+    carried(recipe, made.setting(tmp_path, gradient_accumulation_steps=2))
     student, teacher = load_family(str(tmp_path / "model")), load_family(str(made.teacher))
     assert (student.steps, student.guidance) == (4, None)
     moved = [
@@ -99,10 +99,12 @@ def test_a_recipe_ends_with_a_student_that_draws(made: Made, recipe: str, tmp_pa
     ]
     assert any(moved)
     with torch.no_grad():
-        noise, cond = student.lift(sample.noises([3], student.latent)), student.text(["a cat"])
-        assert sample.walk(student.velocity, noise, times.grid(4, student.shift), cond).isfinite().all()
+        noise, cond = student.from_numpy(sample.batch_noise([3], student.latent)), student.text(["a cat"])
+        assert (
+            sample.sample_flow(student.velocity, noise, times.grid(4, student.shift), cond).isfinite().all()
+        )
     # A consistency model is drawn with fresh noise, by stock diffusers' scheduler as well.
-    assert student.sampler == ("renoise" if recipe == "consistency" else "euler")
+    assert student.sampler == ("renoise" if recipe == "lcm" else "euler")
     assert bool(student.parts["scheduler"].config.stochastic_sampling) == (student.sampler == "renoise")
     if student.kind == "sd3":
         assert student.parts["text_encoder_3"] is None  # it learnt to do without
@@ -117,7 +119,7 @@ def test_frozen_weights_of_half_precision_learn_from_samples_of_whole(made: Made
 def test_roles_share_one_net_and_end_as_a_lora_and_a_whole_student(
     made: Made, recipe: str, tmp_path: Path
 ) -> None:
-    alone = {"follow": 1.0} if recipe == "dmd" else {}  # roles have no weights to follow each other by
+    alone = {"ida_decay": 1.0} if recipe == "dmd" else {}  # roles have no weights to follow each other by
     runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2), **alone)
     bodies = {id(body.net) for body in runs[-1].bodies}
     assert len(bodies) == 1
@@ -164,7 +166,7 @@ def test_a_split_without_the_stage_before_is_refused(made: Made, tmp_path: Path)
 
 
 def test_a_chain_that_was_cut_ends_as_the_whole_one(made: Made, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"split": 0, "warm": 1}
+    options: dict[str, Any] = {"split_steps": 0, "warm_start_steps": 1}
     (made.teacher / "LICENSE").write_text("of the teacher")
     for run in distill.flash(setting=made.setting(tmp_path / "cut", steps=3), **options):
         if run.folder.name == "2-flash":
@@ -201,7 +203,8 @@ def test_without_dropout_the_student_hears_t5_and_with_it_sometimes(made: Made, 
     if load_family(str(made.teacher)).clip_length is None:
         pytest.skip("FLUX cannot do without its T5")
     runs = {
-        share: distill.trajectory(setting=made.setting(tmp_path, drop_t5=share)) for share in (0.0, 0.5, 1.0)
+        share: distill.trajectory(setting=made.setting(tmp_path, t5_dropout=share))
+        for share in (0.0, 0.5, 1.0)
     }
     heard = {
         share: {run.batches(step, WHOLE).heard.context.shape[1] for step in range(12)}
@@ -214,7 +217,7 @@ def test_without_dropout_the_student_hears_t5_and_with_it_sometimes(made: Made, 
 
 
 def test_the_best_by_kid_to_the_teacher_is_kept(made: Made, tmp_path: Path) -> None:
-    carried("trajectory", made.setting(tmp_path, score_every=1))
+    carried("trajectory", made.setting(tmp_path, validate_every=1))
     told = json.loads((tmp_path / "best/best.json").read_text())
     assert told["metric"] == "kid-t" and told["step"] == 1
 
@@ -241,18 +244,18 @@ def test_two_processes_carry_out_the_chain(made: Made, tmp_path: Path) -> None:
     words = [
         "--steps",
         "1",
-        "--warm",
+        "--warm-start-steps",
         "1",
-        "--split",
+        "--split-steps",
         "1",
-        "--updates",
+        "--proxy-updates",
         "1",
-        "--batch",
+        "--batch-size",
         "2",
         "--device",
         "cpu",
     ]
-    where = ["--teacher", str(made.teacher), "--synthetic", str(made.shards), "--out", str(tmp_path / "run")]
+    where = ["--teacher", str(made.teacher), "--samples", str(made.shards), "--output", str(tmp_path / "run")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "fewstep", "distill", "flash", *words, *where], capture_output=True, text=True

@@ -16,29 +16,29 @@ import tiny
 import tiny_flux
 from fewstep import cli
 from fewstep.families import sd3
-from fewstep.nets.ledger import KINDS, Ledger
+from fewstep.nets.ledger import KINDS, MemoryTracker
 from fewstep.recipes import plan
-from fewstep.recipes.imagined import PRESETS, Imagined, Shape, net_of, shape_of
+from fewstep.recipes.imagined import PRESETS, FakeSetup, NetSpec, fake_net, read_spec
 from fewstep.train import memory
 
-SD3 = Shape("tiny", "sd3", tiny.SMALL | {"num_layers": 2}, clip=24, t5=24, guidance=3.0, side=64)
-FLUX = Shape(
+SD3 = NetSpec("tiny", "sd3", tiny.SMALL | {"num_layers": 2}, clip=24, t5=24, guidance=3.0, side=64)
+FLUX = NetSpec(
     "tiny-flux", "flux", tiny_flux.NET | {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
     clip=0, t5=24, guidance=3.5, side=64,
 )  # fmt: skip
 SETTINGS = [(2, True), (2, False), (0, True), (0, False)]
 
 
-def setting(shape: Shape, lora: int, recompute: bool) -> Imagined:
+def setting(shape: NetSpec, lora: int, recompute: bool) -> FakeSetup:
     dtype: Any = "bfloat16" if lora else "float32"
-    return Imagined(
-        shape=shape, side=64, batch=2, student_steps=2, lora=lora, recompute=recompute, dtype=dtype,
-        device="cpu", init="imagined",
+    return FakeSetup(
+        shape=shape, side=64, batch_size=2, student_steps=2, lora=lora, activation_checkpointing=recompute,
+        dtype=dtype, device="cpu", init="imagined",
     )  # fmt: skip
 
 
 @cache
-def predicted(shape: str, lora: int, recompute: bool) -> plan.Line:
+def predicted(shape: str, lora: int, recompute: bool) -> plan.MemoryEstimate:
     shapes = {"sd3": SD3, "flux": FLUX}
     return plan.predict("flash", setting(shapes[shape], lora, recompute), gpu=False)
 
@@ -52,10 +52,12 @@ def test_so_it_is_with_flux() -> None:
     assert_as_real(FLUX, predicted("flux", 2, True), 2, True)
 
 
-def assert_as_real(shape: Shape, told: plan.Line, lora: int, recompute: bool) -> None:
-    with warnings.catch_warnings(), Ledger() as ledger:
+def assert_as_real(shape: NetSpec, told: plan.MemoryEstimate, lora: int, recompute: bool) -> None:
+    with warnings.catch_warnings(), MemoryTracker() as ledger:
         warnings.simplefilter("ignore")  # torch's, about mixed precision on a CPU
-        peaks = memory.rehearse(plan.run_of("flash", setting(shape, lora, recompute), "fp32"), ledger, 2)
+        peaks = memory.profile_steps(
+            plan.fake_run("flash", setting(shape, lora, recompute), "fp32"), ledger, 2
+        )
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
     assert told.turn == turn
     assert told.peak == pytest.approx(peak.total, rel=1e-3)
@@ -73,7 +75,7 @@ def test_recomputing_lowers_the_peak_and_nothing_else() -> None:
 
 
 def test_roles_hold_the_base_once_and_whole_nets_hold_three() -> None:
-    net = net_of(SD3, "float32")
+    net = fake_net(SD3, "float32")
     weights, buffers = (sum(x.numel() for x in xs) for xs in (net.parameters(), net.buffers()))
     roles, whole = predicted("sd3", 2, True), predicted("sd3", 0, True)
     assert roles.held["frozen"] == 2 * (weights + buffers)  # bfloat16
@@ -85,7 +87,7 @@ def test_roles_hold_the_base_once_and_whole_nets_hold_three() -> None:
 
 @pytest.mark.parametrize(("name", "many"), [("sd3.5-medium", 2_243_171_520), ("flux-dev", 11_901_408_320)])
 def test_presets_are_the_models(name: str, many: int) -> None:
-    assert sum(p.numel() for p in net_of(PRESETS[name], "bfloat16", "meta").parameters()) == many
+    assert sum(p.numel() for p in fake_net(PRESETS[name], "bfloat16", "meta").parameters()) == many
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folders_shape_is_its_models(folder: Path) -> None:
-    shape, family = shape_of(str(folder)), sd3.load(folder)
+    shape, family = read_spec(str(folder)), sd3.load(folder)
     assert (shape.latents, shape.side // shape.downscale) == family.latent[:2]
     assert family.text([""]).context.shape[1] == shape.clip + shape.t5
     assert shape.clip == family.clip_length and shape.downscale == family.downscale
-    assert sum(p.numel() for p in net_of(shape, "float32").parameters()) == sum(
+    assert sum(p.numel() for p in fake_net(shape, "float32").parameters()) == sum(
         p.numel() for p in family.net.parameters()
     )
 
@@ -108,12 +110,21 @@ def test_a_folders_shape_is_its_models(folder: Path) -> None:
 def test_the_command_prints_a_table_and_says_what_fits(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["plan", "--model", str(folder), "--method", "trajectory", "--lora", "2", "--recompute"]
+    asked = [
+        "estimate-memory",
+        "--model",
+        str(folder),
+        "--method",
+        "trajectory",
+        "--lora",
+        "2",
+        "--activation-checkpointing",
+    ]
     assert cli.run(asked) == 0
     assert "\nfits 24 GiB: roles 2, recomputed" in capsys.readouterr().out
-    assert cli.run([*asked, "--memory", "0.5GiB", "--batch", "2"]) == 0
+    assert cli.run([*asked, "--memory", "0.5GiB", "--batch-size", "2"]) == 0
     told = capsys.readouterr().out
-    assert "does not fit 0.5 GiB" in told and "--batch 1 with --accumulate 2" in told
+    assert "does not fit 0.5 GiB" in told and "--batch-size 1 with --gradient-accumulation-steps 2" in told
 
 
 @pytest.mark.parametrize(
@@ -124,21 +135,21 @@ def test_the_command_prints_a_table_and_says_what_fits(
         (["--model", "nosuch"], "neither a folder nor one of sd3.5-medium, flux-dev"),
         (["--size", "1000"], "--size must be a multiple of 16 up to 6144, not 1000"),
         (["--size", "0"], "--size must be"),
-        (["--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--student-steps", "0"], "--student-steps must be at least 1"),
         (["--lora", "-1"], "--lora must be at least 0, not -1"),
         (["--method", "magic"], "magic"),
     ],
 )
 def test_bad_input_is_one_line(asked: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["plan", *asked]) == 2
+    assert cli.run(["estimate-memory", *asked]) == 2
     said = capsys.readouterr()
     assert said.out == "" and told in said.err and said.err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_measuring_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["plan", "--measure"]) == 2
+    assert cli.run(["estimate-memory", "--measure"]) == 2
     assert "torch sees none here" in capsys.readouterr().err
 
 
@@ -147,7 +158,7 @@ def test_a_folder_without_its_configurations_is_refused(
 ) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert cli.run(["plan", "--model", str(tmp_path)]) == 2
+    assert cli.run(["estimate-memory", "--model", str(tmp_path)]) == 2
     assert "transformer/config.json" in capsys.readouterr().err
 
 

@@ -15,12 +15,12 @@ import pytest
 
 from fewstep import files
 from fewstep.recipes import processes
-from fewstep.recipes.processes import Processes, trained
+from fewstep.recipes.processes import ProcessGroup, run_training
 from fewstep.signals import Stop
 from fewstep.types import UserError
 
 STAND_IN = """#!/usr/bin/env bash
-# python -m fewstep distill WHAT ... --out FOLDER
+# python -m fewstep distill WHAT ... --output FOLDER
 folder=${@: -1}
 trap 'touch "$folder/saved"; exit 130' TERM
 touch "$folder/begun"
@@ -41,9 +41,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def carry_out(at: Path, *names: str, jobs: int = 1, more: Sequence[str] = ()) -> None:
-    children = Processes()
+    children = ProcessGroup()
     children.all(
-        [partial(trained, children, at / name, [name, *more], ["--device", "cpu"]) for name in names], jobs
+        [partial(run_training, children, at / name, [name, *more], ["--device", "cpu"]) for name in names],
+        jobs,
     )
 
 

@@ -124,7 +124,7 @@ def test_what_is_given_is_looked_at_before_anything_is_traced(
     made: taught.Taught, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "about.json").write_text('{"styles": "3D"}')
-    assert quantize(made, tmp_path / "out", "--about", str(tmp_path / "about.json")) == 2
+    assert quantize(made, tmp_path / "out", "--metadata", str(tmp_path / "about.json")) == 2
     assert '"styles" must be a list of words' in capsys.readouterr().err
     shard = sorted(made.shards.glob("*.tar"))[0]
     assert quantize(made, tmp_path / "out", "--prompts", "9", "--data", str(shard)) == 2

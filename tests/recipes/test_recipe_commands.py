@@ -13,21 +13,21 @@ from tests.recipes import tiny_stickers
 import fewstep
 
 HELP = {
-    "train": ("pocket-codec", "Train Pocket's MMDiT.", "scene-detector"),
+    "train": ("pocket-vae", "Train Pocket's MMDiT.", "scene-detector"),
     "distill": ("trajectory",),
     "data": ("stickers", "folder"),
-    "train pocket-codec": ("--decoder-only", "Crops an update."),
+    "train pocket-vae": ("--decoder-only", "Crops an update."),
     "train pocket-text": ("--words", "Captions an update;"),
-    "train pocket-words": ("--init", "Prompts an update;"),
+    "train pocket-paraphrases": ("--init", "Prompts an update;"),
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
-    "train scene-detector": ("--batch", "Pictures an update."),
+    "train scene-detector": ("--batch-size", "Pictures an update."),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
-    "distill flash": ("--anchor", "Whose features the heads read."),
-    "data stickers": ("--pictures", "How many training pictures."),
+    "distill flash": ("--trajectory-weight", "Whose features the heads read."),
+    "data stickers": ("--images", "How many training pictures."),
     "data folder": ("--output", "Folder for the shards."),
-    "synthesize": ("--student-steps", "How many samples."),
+    "sample-teacher": ("--student-steps", "How many samples."),
 }
-SYNTHESIZE = ["synthesize", "--teacher", "nosuch", "--out", "x"]
+SAMPLE_TEACHER = ["sample-teacher", "--teacher", "nosuch", "--output", "x"]
 SAY = """
 import sys
 from fewstep.cli import run
@@ -61,11 +61,11 @@ def test_help_comes_without_torch(command: str) -> None:
         (["train", "pocket-teacher", "--steps", "0"], "--steps must be at least 1"),
         (["train", "pocket-teacher", "--steps", "many"], "--steps"),
         (["train", "pocket-teacher", "--lr", "nan"], "--lr must be a positive number, not nan"),
-        (["train", "pocket-codec", "--batch", "0"], "--batch must be at least 1, not 0"),
+        (["train", "pocket-vae", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["train", "pocket-text", "--seed", "-1"], "--seed must lie between 0 and"),
-        (["distill", "trajectory", "--walks", "0"], "--walks must be at least 1, not 0"),
-        (["distill", "dmd", "--where", "there"], "--where"),
-        (["distill", "flash", "--warm", "0"], "--warm 0 needs an --init"),
+        (["distill", "trajectory", "--num-samples", "0"], "--num-samples must be at least 1, not 0"),
+        (["distill", "dmd", "--score-point", "there"], "--score-point"),
+        (["distill", "flash", "--warm-start-steps", "0"], "--warm-start-steps 0 needs an --init"),
         (["train", "pocket-teacher", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["train", "pocket-text", "--init", "nosuch"], "--init nosuch: no such folder"),
         (["export", "x", "-o", "y", "--to", "diffusers", "--bits", "8"], "bits for diffusers must be"),
@@ -81,11 +81,14 @@ def test_help_comes_without_torch(command: str) -> None:
             ["export", "x", "-o", "y", "--to", "paper"],
             "there is no target paper: give one of coreml, diffusers,",
         ),
-        ([*SYNTHESIZE, "--number", "0"], "--number must be at least 1, not 0"),
-        ([*SYNTHESIZE, "--number", "1", "--gidance", "3"], "Did you mean --guidance?"),
-        ([*SYNTHESIZE, "--number", "1", "--steps", "0"], "--steps must be at least 1, not 0"),
-        ([*SYNTHESIZE, "--number", "1", "--prompts", "none.txt"], "cannot read the prompts in none.txt"),
-        ([*SYNTHESIZE, "--number", "1"], "no .tar shards there"),
+        ([*SAMPLE_TEACHER, "--num-samples", "0"], "--num-samples must be at least 1, not 0"),
+        ([*SAMPLE_TEACHER, "--num-samples", "1", "--gidance", "3"], "Did you mean --guidance?"),
+        ([*SAMPLE_TEACHER, "--num-samples", "1", "--steps", "0"], "--steps must be at least 1, not 0"),
+        (
+            [*SAMPLE_TEACHER, "--num-samples", "1", "--prompts", "none.txt"],
+            "cannot read the prompts in none.txt",
+        ),
+        ([*SAMPLE_TEACHER, "--num-samples", "1"], "no .tar shards there"),
         (["data", "stickers", "--size", "100"], "--size must be 64, 128 or 256"),
         (["data", "folder", "nowhere", "-o", "x"], "nowhere: no such folder"),
         (["show", "a.png", "b.png"], "b.png is one argument too many: see fewstep show --help"),
@@ -129,13 +132,13 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     data, none = str(tiny_stickers.make(tmp_path / "data", 3)), str(tmp_path / "none")
     (tmp_path / "part").mkdir()
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--output", str(tmp_path / "out")]
     for arguments, told in (
-        (["train", "pocket-codec", "--data", none], "no .tar shards there"),
+        (["train", "pocket-vae", "--data", none], "no .tar shards there"),
         (["train", "pocket-text", "--data", none], "holds no renderings"),
         (["train", "scene-detector", "--data", none], "holds no renderings"),
         (["train", "pocket-teacher", "--data", none], "no .tar shards there"),
-        (["train", "pocket-teacher", "--data", data, "--codec", none], "fewstep train pocket-codec"),
+        (["train", "pocket-teacher", "--data", data, "--codec", none], "fewstep train pocket-vae"),
         (
             ["train", "pocket-teacher", "--data", data, "--codec", data, "--text", none],
             "fewstep train pocket-text",
@@ -144,14 +147,20 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
             ["train", "pocket-teacher", "--data", data, "--codec", data, "--text", str(tmp_path / "part")],
             "part/tokenizer",
         ),
-        (["train", "pocket-codec", "--data", data, "--init", none], "no such folder"),
+        (["train", "pocket-vae", "--data", data, "--init", none], "no such folder"),
         (["distill", "trajectory", "--data", none], "no .tar shards there"),
         (["distill", "trajectory", "--data", data, "--teacher", none], "there is no model"),
-        (["distill", "trajectory", "--synthetic", none, "--teacher", none], "holds no plan.json"),
-        (["synthesize", "--number", "1", "--data", data, "--teacher", none], "there is no model"),
-        (["synthesize", "--number", "1", "--data", data, "--teacher", "pocket"], "is a bundle"),
-        (["synthesize", "--number", "1", "--data", data, "--teacher", data], "neither bundle.json nor"),
-        (["synthesize", "--number", "1", "--data", data, "--teacher", none, "--guidance", "x"], "--guidance"),
+        (["distill", "trajectory", "--samples", none, "--teacher", none], "holds no plan.json"),
+        (["sample-teacher", "--num-samples", "1", "--data", data, "--teacher", none], "there is no model"),
+        (["sample-teacher", "--num-samples", "1", "--data", data, "--teacher", "pocket"], "is a bundle"),
+        (
+            ["sample-teacher", "--num-samples", "1", "--data", data, "--teacher", data],
+            "neither bundle.json nor",
+        ),
+        (
+            ["sample-teacher", "--num-samples", "1", "--data", data, "--teacher", none, "--guidance", "x"],
+            "--guidance",
+        ),
         (["distill", "trajectory", "--data", data, "--teacher", data], "neither bundle.json nor"),
     ):
         assert run([*arguments, *out]) == 2

@@ -15,18 +15,18 @@ from tests.recipes import tiny_stickers
 
 from fewstep import sample, times
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.write import synthesize
+from fewstep.data.synthesis.write import write_samples
 from fewstep.families import pocket, sd3
 from fewstep.files import replacing_folder
 from fewstep.recipes import parts
 from fewstep.recipes.distill import trajectory
-from fewstep.recipes.pocket_codec import pocket_codec
+from fewstep.recipes.pocket_codec import pocket_vae
 from fewstep.recipes.pocket_teacher import pocket_teacher
 from fewstep.recipes.pocket_text import pocket_text
-from fewstep.recipes.pocket_words import pocket_words
-from fewstep.recipes.student import Setting
+from fewstep.recipes.pocket_words import pocket_paraphrases
+from fewstep.recipes.student import DistillConfig
 from fewstep.text import PromptWarning
-from fewstep.train.checkpoint import done
+from fewstep.train.checkpoint import last_step
 from fewstep.train.trainer import train
 from fewstep.types import WHOLE, UserError
 
@@ -46,8 +46,8 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("chain")
     all_ = Made(tiny_stickers.make(root / "data"), *(root / n / "model" for n in ("c", "x", "t", "s")))
-    train(pocket_codec(data=all_.data, out=root / "c", steps=2, batch=2, pictures=8))
-    train(pocket_text(data=all_.data, out=root / "x", steps=2, batch=8, words=20, codec=all_.codec))
+    train(pocket_vae(data=all_.data, output=root / "c", steps=2, batch_size=2, num_images=8))
+    train(pocket_text(data=all_.data, output=root / "x", steps=2, batch_size=8, words=20, codec=all_.codec))
     train(teacher(all_, 1))
     train(teacher(all_, 2))
     train(student(all_, steps=2))
@@ -56,14 +56,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def teacher(made: Made, steps: int) -> Any:
     return pocket_teacher(
-        data=made.data, out=made.teacher.parent, codec=made.codec, text=made.text, steps=steps, batch=4
+        data=made.data,
+        output=made.teacher.parent,
+        codec=made.codec,
+        text=made.text,
+        steps=steps,
+        batch_size=4,
     )
 
 
 def student(made: Made, **options: Any) -> Any:
-    options = {"walks": 4, "batch": 4, "guidance": 2.0} | options
+    options = {"num_samples": 4, "batch_size": 4, "guidance": 2.0} | options
     return trajectory(
-        setting=Setting(teacher=str(made.teacher), data=made.data, out=made.student.parent, **options)
+        setting=DistillConfig(
+            teacher=str(made.teacher), data=made.data, output=made.student.parent, **options
+        )
     )
 
 
@@ -72,11 +79,11 @@ def test_the_student_draws_as_stock_diffusers_does(made: Made) -> None:
 
     family = sd3.load(made.student, t5=False)
     assert (family.name, family.steps, family.guidance) == ("pocket-teacher-trajectory", 4, None)
-    noise = sample.noises([5], family.latent)
+    noise = sample.batch_noise([5], family.latent)
     with torch.no_grad():
         cond = family.text(["a red disc"])
         grid = times.grid(4, family.shift)
-        ours = family.codec.decode(sample.walk(family.velocity, family.lift(noise), grid, cond))
+        ours = family.codec.decode(sample.sample_flow(family.velocity, family.from_numpy(noise), grid, cond))
     assert ours.std() > 0.01
     stock = StableDiffusion3Pipeline.from_pretrained(made.student, text_encoder_3=None, tokenizer_3=None)
     stock.set_progress_bar_config(disable=True)
@@ -106,18 +113,24 @@ def test_the_teacher_keeps_t5_and_its_codec(made: Made) -> None:
 
 def test_words_leave_encoders_that_a_teacher_takes(made: Made, tmp_path: Path) -> None:
     train(
-        pocket_words(
-            init=made.teacher, data=made.data, out=tmp_path / "w", steps=2, batch=6, words=20, sayings=40
+        pocket_paraphrases(
+            init=made.teacher,
+            data=made.data,
+            output=tmp_path / "w",
+            steps=2,
+            batch_size=6,
+            words=20,
+            num_pairs=40,
         )
     )
     options: dict[str, Any] = {"data": made.data, "init": made.teacher, "text": tmp_path / "w" / "model"}
-    train(pocket_teacher(out=tmp_path / "t", steps=1, batch=2, keep_t5=0, **options))
+    train(pocket_teacher(output=tmp_path / "t", steps=1, batch_size=2, keep_t5=0, **options))
     assert sd3.load(tmp_path / "t" / "model").steps == 28
 
 
 def test_a_finished_run_went_on_when_asked_for_more(made: Made) -> None:
     run = made.teacher.parent
-    assert done(run) == 2
+    assert last_step(run) == 2
     assert [path.stem for path in sorted((run / "sheets").glob("*.png"))] == ["0000001", "0000002"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2]
@@ -125,26 +138,31 @@ def test_a_finished_run_went_on_when_asked_for_more(made: Made) -> None:
 
 
 def test_a_teacher_goes_on_from_another(made: Made, tmp_path: Path) -> None:
-    run = pocket_teacher(data=made.data / "train", out=tmp_path, init=made.teacher, steps=1, batch=2)
+    run = pocket_teacher(data=made.data / "train", output=tmp_path, init=made.teacher, steps=1, batch_size=2)
     before = sd3.load(made.teacher).net.state_dict()
     now = run.method.nets["net"].state_dict()
     assert all(torch.equal(before[name], now[name]) for name in before)
 
 
 def test_encoders_go_on_from_anothers_and_a_teacher_takes_them(made: Made, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": made.data, "codec": made.codec, "batch": 8, "words": 20}
-    run = pocket_text(out=tmp_path / "x", init=made.teacher, steps=1, **options)
+    options: dict[str, Any] = {"data": made.data, "codec": made.codec, "batch_size": 8, "words": 20}
+    run = pocket_text(output=tmp_path / "x", init=made.teacher, steps=1, **options)
     before, clips = sd3.load(made.teacher), run.method.nets["student"].clips
     for part, clip in zip(("text_encoder", "text_encoder_2"), clips, strict=True):
         old, new = before.parts[part].state_dict(), clip.state_dict()
         assert all(torch.equal(old[name], new[name]) for name in old)
     train(run)
     taught = pocket_teacher(
-        data=made.data, out=tmp_path / "t", init=made.teacher, text=tmp_path / "x/model", steps=1, batch=2
+        data=made.data,
+        output=tmp_path / "t",
+        init=made.teacher,
+        text=tmp_path / "x/model",
+        steps=1,
+        batch_size=2,
     )
     train(taught)
     after = sd3.load(tmp_path / "t/model")
-    kept = parts.encoders_of(tmp_path / "x/model")[0].state_dict()
+    kept = parts.load_text_encoders(tmp_path / "x/model")[0].state_dict()
     assert all(torch.equal(value, kept[n]) for n, value in after.parts["text_encoder"].state_dict().items())
     assert not torch.equal(after.text(["a disc"]).pooled, before.text(["a disc"]).pooled)
 
@@ -155,7 +173,7 @@ def test_an_mmdit_that_reads_other_text_is_refused(made: Made, tmp_path: Path) -
     narrow = type(net).from_config({**net.config, "joint_attention_dim": 64})
     narrow.save_pretrained(tmp_path / "other/transformer")
     with pytest.raises(UserError, match="reads text of width 64, but gets 384"):
-        pocket_teacher(data=made.data, out=tmp_path, init=tmp_path / "other", steps=1, batch=2)
+        pocket_teacher(data=made.data, output=tmp_path, init=tmp_path / "other", steps=1, batch_size=2)
 
 
 def test_an_mmdit_of_other_latents_is_refused(made: Made, tmp_path: Path) -> None:
@@ -164,31 +182,43 @@ def test_an_mmdit_of_other_latents_is_refused(made: Made, tmp_path: Path) -> Non
     small.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="reads latents of width 16, but gets 4"):
         pocket_teacher(
-            data=made.data, out=tmp_path, init=made.teacher, codec=tmp_path / "vae", steps=1, batch=2
+            data=made.data, output=tmp_path, init=made.teacher, codec=tmp_path / "vae", steps=1, batch_size=2
         )
 
 
 def test_encoders_of_another_vocabulary_do_not_go_on(made: Made, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": made.data, "codec": made.codec, "batch": 8, "words": 20, "steps": 1}
-    train(pocket_text(out=tmp_path / "x", **options))
+    options: dict[str, Any] = {
+        "data": made.data,
+        "codec": made.codec,
+        "batch_size": 8,
+        "words": 20,
+        "steps": 1,
+    }
+    train(pocket_text(output=tmp_path / "x", **options))
     other = tmp_path / "other"
     shutil.copytree(made.teacher, other)
     pocket.byte_tokenizer().save_pretrained(other / "tokenizer")
     with pytest.raises(UserError, match="another vocabulary"):
-        train(pocket_text(out=tmp_path / "x", init=other, **options))
+        train(pocket_text(output=tmp_path / "x", init=other, **options))
 
 
 def test_the_decoder_alone_keeps_latents_valid(made: Made, tmp_path: Path) -> None:
-    run = pocket_codec(
-        data=made.data, out=tmp_path, init=made.codec, steps=2, batch=2, pictures=8, decoder_only=True
+    run = pocket_vae(
+        data=made.data,
+        output=tmp_path,
+        init=made.codec,
+        steps=2,
+        batch_size=2,
+        num_images=8,
+        decoder_only=True,
     )
     before = {n: p.clone() for n, p in run.method.nets["vae"].named_parameters()}
     train(run)
-    after = parts.autoencoder_of(tmp_path / "model")
+    after = parts.load_vae(tmp_path / "model")
     moved = {n for n, p in after.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all(name.startswith("decoder.") for name in moved)
-    assert after.config.scaling_factor == parts.autoencoder_of(made.codec).config.scaling_factor
+    assert after.config.scaling_factor == parts.load_vae(made.codec).config.scaling_factor
 
 
 def test_walks_of_an_earlier_teacher_are_refused(made: Made, tmp_path: Path) -> None:
@@ -202,7 +232,7 @@ def test_walks_of_an_earlier_teacher_are_refused(made: Made, tmp_path: Path) -> 
 
 def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None:
     run = student(
-        replace(made, student=tmp_path / "model"), student_steps=2, synthetic=made.student.parent / "walks"
+        replace(made, student=tmp_path / "model"), student_steps=2, samples=made.student.parent / "walks"
     )
     batch = run.batches(0, WHOLE)
     assert batch.states.shape == (4, 3, *sd3.load(made.teacher).latent)
@@ -216,15 +246,15 @@ def test_walks_that_are_of_no_use_are_refused(made: Made, tmp_path: Path, steps:
     family = sd3.load(made.teacher, t5=False)
     weights = parts.fingerprint(family.net)
     plan = plans.make(family, ["a"], guidance=2.0, steps=3, student_steps=steps, weights=weights)
-    synthesize(family, ["a"], plan, tmp_path / "shards")
+    write_samples(family, ["a"], plan, tmp_path / "shards")
     with pytest.raises(UserError, match=told):
-        student(replace(made, student=tmp_path / "model"), synthetic=tmp_path / "shards")
+        student(replace(made, student=tmp_path / "model"), samples=tmp_path / "shards")
     with pytest.raises(UserError, match="samples of another teacher, pocket-teacher"):
         made_of_noise = sd3.load(made.teacher)
         with torch.no_grad():
             made_of_noise.net.proj_out.bias.add_(0.1)
         sd3.save(made_of_noise, tmp_path / "other")
-        student(replace(made, teacher=tmp_path / "other"), synthetic=tmp_path / "shards")
+        student(replace(made, teacher=tmp_path / "other"), samples=tmp_path / "shards")
 
 
 def test_what_is_written_is_whole_or_what_it_was(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from tests.recipes import tiny_stickers
 
 from fewstep.data import render
-from fewstep.data.detection import Crowds, Found
-from fewstep.evaluate.detector import Finder
-from fewstep.methods import Draw
-from fewstep.methods.detector import Detect
+from fewstep.data.detection import DetectionDataset, Found
+from fewstep.evaluate.detector import BoxDetector
+from fewstep.methods import StepRandom
+from fewstep.methods.detector import DetectorTraining
 from fewstep.nets.detector import STRIDE
-from fewstep.recipes.parts import Means
+from fewstep.recipes.parts import ComputeOptions
 from fewstep.recipes.scene_detector import collate, scene_detector
 from fewstep.runtime.graph import Graph
 from fewstep.train.trainer import train
@@ -43,7 +43,7 @@ def test_targets_lead_back_to_the_things() -> None:
 
 
 def test_perfect_maps_cost_nothing(data: Path) -> None:
-    crowds = Crowds(render.load(data, 128), 128)
+    crowds = DetectionDataset(render.load(data, 128), 128)
     batch = collate([crowds(i) for i in range(3)])
 
     class Knowing:
@@ -53,21 +53,21 @@ def test_perfect_maps_cost_nothing(data: Path) -> None:
             boxes = boxes.unflatten(0, (3, *batch.heat.shape[2:])).permute(0, 3, 1, 2)
             return (batch.heat - 0.999) * 1e5, boxes
 
-    losses = Detect(Knowing()).losses(batch, Draw(None, None))
+    losses = DetectorTraining(Knowing()).losses(batch, StepRandom(None, None))
     assert float(losses["heat"]) == pytest.approx(0, abs=1e-6)
     assert float(losses["box"]) == 0
 
 
 def test_the_recipe_leaves_a_graph_that_says_what_the_net_says(data: Path, tmp_path: Path) -> None:
-    run = scene_detector(data=data, out=tmp_path, steps=2, batch=2, means=Means(threads=1))
+    run = scene_detector(data=data, output=tmp_path, steps=2, batch_size=2, means=ComputeOptions(threads=1))
     train(run)
     assert json.loads((tmp_path / "model/detector.json").read_text())["size"] == 128
-    pictures = np.stack([Crowds(render.load(data, 128))(i)[0].transpose(2, 0, 1) for i in range(3)])
+    pictures = np.stack([DetectionDataset(render.load(data, 128))(i)[0].transpose(2, 0, 1) for i in range(3)])
     heat, box = Graph(tmp_path / "model/detector.onnx", 1)(images=pictures.astype(np.float32))
     assert (heat.shape, box.shape) == ((3, 1, 16, 16), (3, 3, 16, 16))
     assert heat.min() >= 0
     assert heat.max() <= 1
-    assert len(Finder(tmp_path / "model")(pictures)) == 3
+    assert len(BoxDetector(tmp_path / "model")(pictures)) == 3
     net = run.method.nets["net"]  # a finished run's nets hold their averages
     with torch.no_grad():
         own = net.eval()(torch.from_numpy(pictures).float())

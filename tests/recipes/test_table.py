@@ -47,7 +47,7 @@ def test_figures_are_means_and_standard_deviations_over_seeds(tmp_path: Path) ->
     for value, (_, steps, folder) in zip((0.01, 0.03, 0.02), runs, strict=True):
         rows[f"{folder / 'model'}@{steps}"] = {"kid_teacher": figure(value, value / 2, 2 * value)}
     told = [{"step": 0, "shared": 0.5, "renoise": 0.75}, {"step": 9, "shared": 0.25, "renoise": 1.0}]
-    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "told": told}))
+    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "measured": told}))
     text = document(runs, results(rows), FACTS, tmp_path / "noise.json")
     assert "| scores taken | 0 updates | 9 updates |" in text and "| renoise | 0.75 | 1.00 |" in text
     assert "| teacher |  |  | 50 [40, 60] |  | 25 |  |  |  |" in text

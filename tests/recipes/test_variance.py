@@ -11,17 +11,17 @@ import torch
 from tests.recipes import taught
 
 from fewstep.cli import run
-from fewstep.recipes.variance import PLACES, noise_share
+from fewstep.recipes.variance import PLACES, gradient_noise_fraction
 
 
 def test_the_command_measures_every_place_along_a_training(tmp_path: Path) -> None:
     made = taught.make(tmp_path)
-    words = ["variance", "--teacher", str(made.teacher), "--synthetic", str(made.shards), "--steps", "2"]
-    words += ["--every", "2", "--batch", "2", "--draws", "2", "--updates", "1", "--device", "cpu"]
+    words = ["gradient-noise", "--teacher", str(made.teacher), "--samples", str(made.shards), "--steps", "2"]
+    words += ["--every", "2", "--batch-size", "2", "--draws", "2", "--proxy-updates", "1", "--device", "cpu"]
     assert run([*words, "-o", str(tmp_path / "out")]) == 0
     note = json.loads((tmp_path / "out/noise.json").read_text())
-    assert [each["step"] for each in note["told"]] == [0, 2]
-    assert all(set(each) == {"step", *PLACES} for each in note["told"])
+    assert [each["step"] for each in note["measured"]] == [0, 2]
+    assert all(set(each) == {"step", *PLACES} for each in note["measured"])
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.0), (1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])
@@ -33,5 +33,5 @@ def test_it_is_the_noise_that_was_put_in(signal: float, noise: float) -> None:
         pull = signal + noise * fresh  # the loss's gradient
         return {"loss": (net.weight * pull).sum(), "told": torch.tensor(7.0)}
 
-    share = noise_share(net, losses, 16)
+    share = gradient_noise_fraction(net, losses, 16)
     assert share == pytest.approx(noise**2 / (signal**2 + noise**2), abs=0.03)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fewstep
-from fewstep.runtime.bundle import read, seal
+from fewstep.runtime.bundle import read, write_manifest
 from fewstep.types import UserError
 from tiny_bundle import FACTS, write_bundle
 
@@ -100,7 +100,9 @@ def test_a_graph_in_anothers_place_is_one_clear_line(tmp_path: Path) -> None:
     write_bundle(tmp_path)
     (tmp_path / "text.onnx").write_bytes((tmp_path / "decoder.onnx").read_bytes())
     facts = json.loads((tmp_path / "bundle.json").read_text())
-    seal(tmp_path, {name: value for name, value in facts.items() if name not in ("format", "files")})
+    write_manifest(
+        tmp_path, {name: value for name, value in facts.items() if name not in ("format", "files")}
+    )
     with pytest.raises(UserError, match=r"text\.onnx does not fit its bundle"):
         fewstep.load(tmp_path)("a cat")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import fewstep
-from fewstep.runtime.bundle import Bundle, read, seal
+from fewstep.runtime.bundle import Bundle, read, write_manifest
 from fewstep.runtime.external import external_files
 from fewstep.types import UserError
 from tiny_bundle import FACTS, write_bundle, write_openvino_bundle
@@ -100,7 +100,7 @@ def reseal(folder: Path, without: tuple[str, ...] = ("w.data", "sub"), **changes
     for name in kept:
         (folder / name).unlink()
     try:
-        return seal(folder, {**FACTS, **changes})
+        return write_manifest(folder, {**FACTS, **changes})
     finally:
         for name, data in kept.items():
             (folder / name).write_bytes(data)
@@ -273,13 +273,13 @@ def _varint(value: int) -> bytes:
 
 
 def test_a_detector_of_scenes_has_all_its_weights_in_it(tmp_path: Path) -> None:
-    from fewstep.evaluate.detector import Finder
+    from fewstep.evaluate.detector import BoxDetector
 
     graph = hostile(tmp_path)
     shutil.copyfile(graph, tmp_path / "detector.onnx")
     (tmp_path / "detector.json").write_text(json.dumps({"size": 32}))
     with pytest.raises(UserError, match=r"detector\.onnx reads the file 'w.data'"):
-        Finder(tmp_path)
+        BoxDetector(tmp_path)
 
 
 def test_openvino_reads_no_onnx_graph_that_is_named_xml(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_a_bundle_without_encoder_still_draws(tmp_path: Path) -> None:
-    from fewstep.runtime.bundle import seal
+    from fewstep.runtime.bundle import write_manifest
     from tiny_bundle import FACTS
 
     write_bundle(tmp_path)
     (tmp_path / "encoder.onnx").unlink()
-    model = open_bundle(seal(tmp_path, FACTS), threads=1)
+    model = open_bundle(write_manifest(tmp_path, FACTS), threads=1)
     images = model.codec.decode(np.zeros((1, *model.latent), np.float32))
     with pytest.raises(UserError, match=r"model tiny has no encoder\.onnx"):
         model.codec.encode(images)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewstep.runtime.tokens import PromptWarning, Tokens, spell
+from fewstep.runtime.tokens import PromptWarning, Tokens, normalize_text
 from fewstep.text import negative_prompt
 from fewstep.types import UserError
 from tiny_bundle import LENGTH, write_bundle
@@ -44,18 +44,18 @@ def test_long_prompts_are_cut_with_a_count(tokens: Tokens) -> None:
 def test_signs_are_spelled(prompt: str, spelled: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert spell(prompt) == spelled
+        assert normalize_text(prompt) == spelled
 
 
 def test_other_scripts_are_left_out_with_a_warning() -> None:
     with pytest.warns(PromptWarning, match="English only: '苹果'"):
-        assert spell("a 苹果 apple") == "a apple"
+        assert normalize_text("a 苹果 apple") == "a apple"
 
 
 @pytest.mark.parametrize("prompt", ["一个红苹果", "красное яблоко", "苹果, 苹果!"])
 def test_nothing_left_is_an_error(prompt: str) -> None:
     with pytest.raises(UserError, match="English only"):
-        spell(prompt)
+        normalize_text(prompt)
 
 
 def test_a_tokenizer_of_another_length_is_refused(tokens: Tokens, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_tokenizer_of_bytes_says_nothing_of_words(tokens: Tokens) -> None:
 def test_a_negative_prompt_is_called_so() -> None:
     with negative_prompt("苹果"):
         with pytest.raises(UserError, match="the negative prompt has none"):
-            spell("苹果")
+            normalize_text("苹果")
         with pytest.raises(UserError, match="the prompt has none"):
-            spell("梨")
+            normalize_text("梨")
     with pytest.warns(PromptWarning, match="left out of the negative prompt"), negative_prompt("a 苹果"):
-        spell("a 苹果")
+        normalize_text("a 苹果")

@@ -17,9 +17,9 @@ import torch
 from fewstep.families import sd3
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.pipeline import Pipeline
-from fewstep.staged import Wish
+from fewstep.staged import TorchOptions
 from fewstep.staged.load import STARTING, load
-from fewstep.staged.process import resident
+from fewstep.staged.process import rss
 from fewstep.types import UserError
 
 BUDGETS = (4, 6, 8, 12, 16, 24)
@@ -86,10 +86,10 @@ def low() -> None:
 
 def draw(folder: Path, memory: str) -> dict[str, Any]:
     low()
-    staged = load(folder, "sd3", Wish(memory=memory))
+    staged = load(folder, "sd3", TorchOptions(memory=memory))
     Pipeline(staged.model)("a red apple", seed=0)
     measured = high() - (staged.plan.base - STARTING)  # which the first picture of all has taken
-    return {"planned": staged.plan.peak, "measured": measured, **vars(staged.plan.choice)}
+    return {"planned": staged.plan.peak, "measured": measured, **vars(staged.plan.config)}
 
 
 def main(folder: Path) -> None:
@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
     whole = weights(folder) * native / 32  # a processor that multiplies bfloat16 holds half of what is stored
     for budget in BUDGETS:
         gc.collect()
-        memory = f"{(resident() + STARTING + whole * budget / REAL) / 2**20:.0f}MiB"
+        memory = f"{(rss() + STARTING + whole * budget / REAL) / 2**20:.0f}MiB"
         try:
             row = draw(folder, memory)
         except UserError as error:

@@ -14,12 +14,14 @@ import pytest
 
 from fewstep.families.pocket import byte_tokenizer
 from fewstep.staged import plan as plans
-from fewstep.staged.plan import Asked, Choice, choose
-from fewstep.staged.stages import Counted, Sizes
+from fewstep.staged.plan import ExecutionConfig, PlanConstraints, choose
+from fewstep.staged.stages import MemoryCosts, StagePeaks
 from fewstep.types import UserError
 
 WORKER = Path(__file__).with_name("drawn_within.py")
-ONE = Asked(gpu=False, native=32, bits=(32, 8), text_bits=(32, 8), batch=4, rows=1, steps=4, latents=(8, 8))
+ONE = PlanConstraints(
+    gpu=False, native=32, bits=(32, 8), text_bits=(32, 8), batch=4, rows=1, steps=4, latents=(8, 8)
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
@@ -37,13 +39,13 @@ def test_planned_peaks_are_those_of_the_process(tmp_path: Path) -> None:
         assert abs(row["planned"] / row["measured"] - 1) < 0.1, rows
 
 
-def counted(weights: dict[str, int], steps: int = 10) -> Callable[[Choice], dict[str, int]]:
+def counted(weights: dict[str, int], steps: int = 10) -> Callable[[ExecutionConfig], dict[str, int]]:
     """Stages of parts that weigh so much in 32 bits."""
 
     def size(part: str, bits: int) -> int:
         return weights[part] * bits // 32
 
-    sizes = Sizes(
+    sizes = MemoryCosts(
         weights=size,
         layer=lambda bits: 1,
         reading=size,
@@ -52,7 +54,7 @@ def counted(weights: dict[str, int], steps: int = 10) -> Callable[[Choice], dict
         decoding=lambda tiles, batch: 40 // tiles**2,
         coding=lambda tiles: 0,
     )
-    return lambda choice: Counted(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice).stages()
+    return lambda choice: StagePeaks(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice).stages()
 
 
 WEIGHTS = {"text_encoder": 800, "transformer": 400, "modulation": 200, "vae": 40}
@@ -61,19 +63,19 @@ WEIGHTS = {"text_encoder": 800, "transformer": 400, "modulation": 200, "vae": 40
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        (2000, Choice(32, 32, 1, "all", 4)),
-        (1400, Choice(32, 32, 1, "encoders", 4)),
-        (1250, Choice(32, 32, 1, "net", 4)),
-        (1000, Choice(32, 32, 1, "codec", 4)),
-        (830, Choice(32, 32, 1, "none", 4)),
-        (500, Choice(32, 8, 1, "codec", 4)),
-        (420, Choice(32, 8, 1, "none", 2)),
-        (230, Choice(8, 8, 1, "none", 4)),
+        (2000, ExecutionConfig(32, 32, 1, "all", 4)),
+        (1400, ExecutionConfig(32, 32, 1, "encoders", 4)),
+        (1250, ExecutionConfig(32, 32, 1, "net", 4)),
+        (1000, ExecutionConfig(32, 32, 1, "codec", 4)),
+        (830, ExecutionConfig(32, 32, 1, "none", 4)),
+        (500, ExecutionConfig(32, 8, 1, "codec", 4)),
+        (420, ExecutionConfig(32, 8, 1, "none", 2)),
+        (230, ExecutionConfig(8, 8, 1, "none", 4)),
     ],
 )
-def test_what_loses_least_is_chosen_first(limit: int, expected: Choice) -> None:
+def test_what_loses_least_is_chosen_first(limit: int, expected: ExecutionConfig) -> None:
     made = choose(ONE, counted(WEIGHTS), limit, 0)
-    assert made.choice == expected and plans.needed(made) <= limit
+    assert made.config == expected and plans.required_bytes(made) <= limit
 
 
 def test_an_impossible_memory_tells_one_that_works() -> None:
@@ -90,15 +92,15 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
 
     from fewstep.families import sd3
     from fewstep.staged.outline import SD35_MEDIUM
-    from fewstep.staged.rehearse import Rehearsal
+    from fewstep.staged.rehearse import MemoryProfiler
 
     tokens = {f"tokenizer{which}": byte_tokenizer(77) for which in ("", "_2", "_3")}
     others = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), **tokens}
     outline = replace(SD35_MEDIUM, others=others)
     family = sd3.assemble(outline.parts(), name="m", steps=4, guidance=None)
     bits = (16, 8, 4)
-    asked = Asked(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
-    rehearsal = Rehearsal(outline, family, asked)
+    asked = PlanConstraints(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
+    rehearsal = MemoryProfiler(outline, family, asked)
     held = {
         part: rehearsal.held.weights(part, 16) for part in ("transformer", "modulation", "text_encoder_3")
     }
@@ -106,11 +108,11 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
     assert held["transformer"] == pytest.approx(2.95e9, rel=0.02)
     assert held["text_encoder_3"] == pytest.approx(9.52e9, rel=0.01)
     made = {gib: choose(asked, rehearsal.stages, gib * 2**30, plans.CONTEXT) for gib in (4, 6, 8, 12, 16, 24)}
-    assert made[24].choice.stay == "all" and made[24].choice.bits == 16
-    assert made[12].choice.bits == 16 and made[12].choice.text_bits == 16
+    assert made[24].config.residency == "all" and made[24].config.bits == 16
+    assert made[12].config.bits == 16 and made[12].config.text_bits == 16
     for gib, chosen in made.items():
-        assert plans.needed(chosen) <= gib * 2**30
+        assert plans.required_bytes(chosen) <= gib * 2**30
     # An H200's allocator said 1.75 and 1.25 of decoding (docs/torch.md).
-    quick = Rehearsal(outline, family, replace(asked, compile=True))
+    quick = MemoryProfiler(outline, family, replace(asked, compile=True))
     said = [rehearsal.decoding(1, 1), quick.decoding(1, 1)]
     assert [size / 2**30 for size in said] == pytest.approx([1.75, 1.25], rel=0.03)

@@ -19,21 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 import tiny_flux
 from fewstep.families import flux, sd3
-from fewstep.nets.hoist import hoisted
+from fewstep.nets.hoist import split_modulation
 from fewstep.pipeline import Pipeline
-from fewstep.staged import Wish
-from fewstep.staged.again import Again, _Recorded
-from fewstep.staged.assemble import Assembly, on_disk
-from fewstep.staged.blocks import ByChannel, compile_decoder, compile_encoder
-from fewstep.staged.draws import family_of
-from fewstep.staged.fill import Source
+from fewstep.staged import TorchOptions
+from fewstep.staged.again import CUDAGraphCache, _Recorded
+from fewstep.staged.assemble import ModelBuilder, on_disk
+from fewstep.staged.blocks import ChannelsLastGroupNorm, compile_decoder, compile_encoder
+from fewstep.staged.draws import build_family
+from fewstep.staged.fill import WeightLoader
 from fewstep.staged.load import load
 from fewstep.staged.model import Codec
 from fewstep.staged.outline import read
-from fewstep.staged.parts import Part, Shelf
-from fewstep.staged.plan import STAYS, Asked, Choice, Plan, needed
-from fewstep.staged.quantize import InBytes, InNibbles, in_bytes, pack, quantize
-from fewstep.staged.stages import Counted, Sizes
+from fewstep.staged.parts import OffloadedModule, PinnedBuffer
+from fewstep.staged.plan import STAYS, ExecutionConfig, Plan, PlanConstraints, required_bytes
+from fewstep.staged.quantize import Int4Linear, Int8Linear, quantize, quantize_weight_only, quantized_nbytes
+from fewstep.staged.stages import MemoryCosts, StagePeaks
 from fewstep.types import Cond
 
 
@@ -59,7 +59,7 @@ def test_a_step_can_be_recorded(kind: str) -> None:
     family: Any = sd3.assemble(tiny.parts(), name="m")
     if kind == "flux":
         family = flux.assemble(tiny_flux.parts("dev"), name="m", steps=3, side=8)
-    modulation, body = hoisted(family.net)
+    modulation, body = split_modulation(family.net)
     cond = family.text(["a cat"])
     numbers = sum(layer.out_features for layer in modulation.layers)
     velocity = replace(family.velocity, net=body.to("meta"))
@@ -91,8 +91,8 @@ def test_few_bits_are_the_nearest_there_are(bits: int, dtype: torch.dtype) -> No
         linear.weight[4] = 0
     whole = linear.weight.detach().double().clone()
     x = torch.randn(5, 96, dtype=dtype)
-    pack(linear, bits)
-    assert isinstance(linear, InBytes if bits == 8 else InNibbles)
+    quantize_weight_only(linear, bits)
+    assert isinstance(linear, Int8Linear if bits == 8 else Int4Linear)
     unpacked = linear.weight.detach().double()
     group = 96 if bits == 8 else 32  # 64 does not divide a row
     groups = whole.unflatten(1, (-1, group))
@@ -105,7 +105,7 @@ def test_few_bits_are_the_nearest_there_are(bits: int, dtype: torch.dtype) -> No
     assert (away <= span * 0.5 + rounding * groups.abs().amax(-1, keepdim=True)).all()
     assert torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
     held = sum(b.nbytes for b in linear.buffers())
-    assert held == in_bytes(24, 96, bits, dtype.itemsize)
+    assert held == quantized_nbytes(24, 96, bits, dtype.itemsize)
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
 
 
@@ -115,7 +115,7 @@ def test_a_norm_by_channel_is_the_norm(layout: torch.memory_format) -> None:
     norm = nn.GroupNorm(4, 16, eps=1e-6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    ours = ByChannel(4, 16, eps=1e-6)
+    ours = ChannelsLastGroupNorm(4, 16, eps=1e-6)
     ours.load_state_dict(norm.state_dict())
     image = (torch.randn(2, 16, 9, 7) * torch.arange(1, 17)[:, None, None] + 5).to(memory_format=layout)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_compiled_parts_are_the_parts() -> None:
         name = "vae"
         compile_decoder(parts["vae"], backend=backend)
         assert torch.allclose(parts["vae"].decode(latents)[0], pixels, atol=1e-4)
-        assert any(isinstance(layer, ByChannel) for layer in parts["vae"].modules())
+        assert any(isinstance(layer, ChannelsLastGroupNorm) for layer in parts["vae"].modules())
     assert set(compiled) == {*names, "vae"}
 
 
@@ -163,15 +163,15 @@ class Tied(nn.Module):
         self.few = nn.Linear(4, 4)
         self.image = nn.Conv2d(2, 2, 3)
         self.image.weight.data = self.image.weight.data.to(memory_format=torch.channels_last)
-        pack(self.few, 4)
+        quantize_weight_only(self.few, 4)
 
 
-def gone(module: nn.Module) -> tuple[Part, dict[str, torch.Tensor]]:
+def gone(module: nn.Module) -> tuple[OffloadedModule, dict[str, torch.Tensor]]:
     """A part that has left once, and what it held."""
-    source = Source(cast("Any", None), "cpu:0", torch.float32)
-    part = Part(module, source, here=True)
+    source = WeightLoader(cast("Any", None), "cpu:0", torch.float32)
+    part = OffloadedModule(module, source, here=True)
     held = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    part.go()
+    part.offload()
     return part, held
 
 
@@ -181,10 +181,10 @@ def test_what_left_a_gpu_comes_back_the_same() -> None:
     aside = part.module.image.weight.data_ptr()
     assert part.module.image.weight.is_contiguous(memory_format=torch.channels_last)
     for _ in range(2):
-        net = part.come()
+        net = part.load()
         assert part.here and net.out.weight is net.words.weight
         assert all(torch.equal(tensor, held[name]) for name, tensor in net.state_dict().items())
-        part.go()
+        part.offload()
         assert part.module.image.weight.data_ptr() == aside  # it is not copied again
 
 
@@ -200,19 +200,19 @@ def test_who_is_interrupted_on_the_way_is_still_where_he_was(monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", moved)
         with pytest.raises(KeyboardInterrupt):
-            part.come()
+            part.load()
     assert not part.here
     assert all(one.held[one.name].data_ptr() == one.tensor.data_ptr() for one in part._aside)
-    assert all(torch.equal(tensor, held[name]) for name, tensor in part.come().state_dict().items())
-    fresh = Part(Tied(), part.source, here=True)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in part.load().state_dict().items())
+    fresh = OffloadedModule(Tied(), part.source, here=True)
 
     def refused(self: Any, tensor: torch.Tensor) -> torch.Tensor:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shelf, "copy", refused)
+        patch.setattr(PinnedBuffer, "copy", refused)
         with pytest.raises(MemoryError):
-            fresh.go()
+            fresh.offload()
     assert fresh.here
 
 
@@ -226,7 +226,7 @@ def test_a_reading_that_was_broken_off_begins_again() -> None:
 
 def test_a_shelf_holds_many_in_a_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.staged.parts.CHUNK", 4096)
-    shelf = Shelf()
+    shelf = PinnedBuffer()
     tensors = [torch.randn(n, dtype=torch.bfloat16) for n in (300, 700, 5, 3000, 40)]
     copies = [shelf.copy(tensor) for tensor in tensors]
     assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))
@@ -245,8 +245,8 @@ class Graph:
         self.replay: Any = None
 
 
-def recording(monkeypatch: pytest.MonkeyPatch) -> Again:
-    again = Again()
+def recording(monkeypatch: pytest.MonkeyPatch) -> CUDAGraphCache:
+    again = CUDAGraphCache()
 
     def record(run: Any, inputs: Sequence[torch.Tensor]) -> _Recorded:
         ours = [tensor.clone() for tensor in inputs]
@@ -281,7 +281,7 @@ def test_what_is_told_again_is_told_of_other_inputs(monkeypatch: pytest.MonkeyPa
 
 # --- what is planned of it ---
 
-SIZES = Sizes(
+SIZES = MemoryCosts(
     weights=lambda part, bits: {"text_encoder": 30, "transformer": 50, "modulation": 20, "vae": 5}[part],
     layer=lambda bits: 2,
     reading=lambda part, bits: 1,
@@ -293,11 +293,11 @@ SIZES = Sizes(
 
 
 def planned(stay: Any, **asked: Any) -> Plan:
-    what = Asked(
+    what = PlanConstraints(
         gpu=True, native=16, bits=(16,), text_bits=(16,), batch=1, rows=1, steps=4, latents=(8, 8), **asked
     )
-    choice = Choice(16, 16, 1, stay, 1)
-    return Plan(choice, Counted(what, SIZES, ["text_encoder"], None, "vae", choice).stages(), gpu=True)
+    choice = ExecutionConfig(16, 16, 1, stay, 1)
+    return Plan(choice, StagePeaks(what, SIZES, ["text_encoder"], None, "vae", choice).stages(), gpu=True)
 
 
 def test_a_recording_is_counted_where_the_net_stays() -> None:
@@ -316,8 +316,8 @@ def test_who_comes_first_may_still_be_there_when_a_picture_is_encoded() -> None:
 def test_what_decoding_needs_is_spare_until_then() -> None:
     assert planned("encoders").stages["decoding"] == 125
     assert planned("encoders").spare == 125 - 92  # the steps hold 85 + 7
-    part = [Part(nn.Linear(2, 2, bias=False), cast("Any", None)) for _ in range(4)]  # of 16 bytes
-    assembly: Any = Assembly(
+    part = [OffloadedModule(nn.Linear(2, 2, bias=False), cast("Any", None)) for _ in range(4)]  # of 16 bytes
+    assembly: Any = ModelBuilder(
         *[cast("Any", None)] * 3, planned("encoders"), None, "cuda", cast("Any", None), True
     )
     assert assembly._meanwhile(part) == part[:2]
@@ -328,14 +328,14 @@ def test_what_decoding_needs_is_spare_until_then() -> None:
 
 def test_layers_stay_that_there_is_room_for() -> None:
     plan = replace(planned("encoders"), limit=200)  # of which it needs 125; 10 % are left
-    assert plan.filled([30, 9, 30, 25]).staying == 2
-    filled = plan.filled([30, 9, 30, 25])
+    assert plan.with_resident_layers([30, 9, 30, 25]).staying == 2
+    filled = plan.with_resident_layers([30, 9, 30, 25])
     assert filled.stages == {stage: size + 55 for stage, size in plan.stages.items()}
-    assert needed(filled) <= 200 and filled.spare == plan.spare
-    assert "2 layers of the modulations stay" in filled.told("")[0]
-    assert plan.filled([1, 57]) == plan and plan.filled([1, 2]).staying == 2
-    assert replace(planned("all"), limit=900).filled([1]).staying == 0
-    assert planned("encoders").filled([1]).staying == 0
+    assert required_bytes(filled) <= 200 and filled.spare == plan.spare
+    assert "2 layers of the modulations stay" in filled.describe("")[0]
+    assert plan.with_resident_layers([1, 57]) == plan and plan.with_resident_layers([1, 2]).staying == 2
+    assert replace(planned("all"), limit=900).with_resident_layers([1]).staying == 0
+    assert planned("encoders").with_resident_layers([1]).staying == 0
 
 
 def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
@@ -361,14 +361,14 @@ def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
 def test_only_what_stays_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sd3.save(sd3.assemble(tiny.parts(), name="base", steps=3, guidance=None), tmp_path / "base")
     base = read(tmp_path / "base", "sd3")
-    family = family_of(base, None)
+    family = build_family(base, None)
     assemble = importlib.import_module("fewstep.staged.assemble")
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)
-    asked = Asked(True, 32, (32,), (32,), batch=1, rows=1, steps=3, latents=(8, 8), compile=True)
+    asked = PlanConstraints(True, 32, (32,), (32,), batch=1, rows=1, steps=3, latents=(8, 8), compile=True)
     for stay in STAYS:
-        plan = Plan(Choice(32, 32, 1, stay, 1), gpu=True)
-        model: Any = Assembly(base, family, asked, plan, None, "cpu:0", on_disk, True).model()
+        plan = Plan(ExecutionConfig(32, 32, 1, stay, 1), gpu=True)
+        model: Any = ModelBuilder(base, family, asked, plan, None, "cpu:0", on_disk, True).model()
         net = stay in ("all", "encoders", "net")
         assert (model.velocity.again is not None) == net, stay
         readers = [model.text.encode.parts[name].again for name in base.encoders]
@@ -382,13 +382,13 @@ def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
 ) -> None:
     assemble = importlib.import_module("fewstep.staged.assemble")
     sd3.save(sd3.assemble(tiny.parts(), name="base", steps=3, guidance=2.0), tmp_path / "base")
-    plain = Pipeline(load(tmp_path / "base", "sd3", Wish()).model)
+    plain = Pipeline(load(tmp_path / "base", "sd3", TorchOptions()).model)
     expected = np.asarray(plain("a red apple", seed=1)[0], int)
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)  # what is compiled is another test's
     monkeypatch.setattr("fewstep.staged.plan.STAYS", (stay,))
     monkeypatch.setattr(Plan, "filled", lambda plan, layers: plan)
-    model: Any = load(tmp_path / "base", "sd3", Wish(memory="64GiB", compile=True)).model
+    model: Any = load(tmp_path / "base", "sd3", TorchOptions(memory="64GiB", compile=True)).model
     ours = Pipeline(model)
     for _ in range(3):
         assert abs(np.asarray(ours("a red apple", seed=1)[0], int) - expected).max() <= 1

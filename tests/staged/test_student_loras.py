@@ -22,7 +22,7 @@ from fewstep.cli import run
 from fewstep.families import flux, sd3
 from fewstep.families.lora import LoraWarning
 from fewstep.picture import read_record
-from fewstep.staged import Wish
+from fewstep.staged import TorchOptions
 from fewstep.staged.load import load
 from fewstep.types import UserError
 
@@ -61,7 +61,7 @@ def stock(kind: str, model: Path, loras: Loras) -> np.ndarray:
         for name, (path, _) in zip(names, loras, strict=True):
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
     pipe.set_adapters(names, [weight for _, weight in loras])
-    noise = torch.from_numpy(sample.noises([3], (4, 8, 8)))
+    noise = torch.from_numpy(sample.batch_noise([3], (4, 8, 8)))
     made = pipe(
         PROMPT,
         latents=flux.pack(noise) if kind == "flux" else noise,
@@ -263,7 +263,7 @@ def test_weights_in_16_bits_keep_what_a_small_lora_adds(models: Any, nets: Any, 
     sd3.save(half, tmp_path / "half")
     factors = {layer: (a * 0.02, b * 0.02) for layer, (a, b) in attention("sd3", nets).items()}
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(factors))
-    model: Any = load(tmp_path / "half", "sd3", Wish(lora=(str(path),), bits=32, device="cpu")).model
+    model: Any = load(tmp_path / "half", "sd3", TorchOptions(lora=(str(path),), bits=32, device="cpu")).model
     layer, (a, b) = next(iter(factors.items()))
     stored = half.net.get_submodule(layer).weight.float()
     held = model.velocity.velocity.net.get_submodule(layer).weight

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from fewstep.train.checkpoint import FOLDER, done
+from fewstep.train.checkpoint import FOLDER, last_step
 from fewstep.train.storage import Reader
 
 
 def held(folder: Path) -> dict[str, Any]:
     """Every tensor of the last whole checkpoint, however many processes wrote it."""
-    path = folder / FOLDER / f"{done(folder):08d}"
+    path = folder / FOLDER / f"{last_step(folder):08d}"
     reader = Reader(path)
     tensors: dict[str, Any] = {
         key: torch.empty(of.size, dtype=getattr(torch, of.dtype)) for key, of in reader.index.tensors.items()

@@ -17,11 +17,11 @@ import torch
 import tiny
 from fewstep import flow
 from fewstep.families import sd3
-from fewstep.methods import Change, Draw, Losses, Turn
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.finetune import Finetune
-from fewstep.nets.roles import Roles
-from fewstep.train import Options, Run
-from fewstep.types import Batch, Cond, Share
+from fewstep.nets.roles import LoRARoles
+from fewstep.train import Run, TrainOptions
+from fewstep.types import Batch, BatchSlice, Cond
 
 STEPS = {"full": 20, "roles": 12}
 BATCH = 4
@@ -42,9 +42,9 @@ class Parts:
         self.velocity = sd3.NetVelocity(self.net)
 
 
-def batches(step: int, share: Share) -> Batch:
+def batches(step: int, share: BatchSlice) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    rows = share.cut(BATCH)
+    rows = share.slice_of(BATCH)
     context = torch.randn(BATCH, 3, 64, generator=generator)
     cond = Cond(context, torch.randn(BATCH, 56, generator=generator))
     return Batch(torch.randn(BATCH, 4, 8, 8, generator=generator)[rows], cond[rows])
@@ -54,43 +54,43 @@ class Trio:
     """Matching with roles, and a head that is in no body; now and then the proxy follows the student."""
 
     def __init__(self, parts: Parts) -> None:
-        self.roles = Roles(parts.net, rank=2, targets=sd3.TARGETS)
+        self.roles = LoRARoles(parts.net, rank=2, targets=sd3.TARGETS)
         self.of = {name: self.roles.velocity(name, parts.velocity) for name in ("student", "proxy", None)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("RANK", 0)))  # processes shall agree even so
             head = torch.nn.Linear(4, 1)
         self.nets: dict[str, Any] = {name: self.roles.net(name) for name in self.roles.names} | {"head": head}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
-        follow = [Change("proxy", self._follow)] if step % 6 == 5 else []
-        learn = [Turn("proxy", self._proxy), Turn("head", self._head), Turn("student", self._student)]
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+        follow = [InPlaceUpdate("proxy", self._follow)] if step % 6 == 5 else []
+        learn = [Update("proxy", self._proxy), Update("head", self._head), Update("student", self._student)]
         return [*follow, *learn]
 
-    def _follow(self, draw: Draw) -> Sequence[Any]:
+    def _follow(self, draw: StepRandom) -> Sequence[Any]:
         pairs = list(zip(self.nets["proxy"].parameters(), self.nets["student"].parameters(), strict=True))
         for mine, its in pairs:
             mine.lerp_(its, 0.5)
         return [mine for mine, _ in pairs]
 
-    def _drawn(self, batch: Batch, draw: Draw) -> Any:
+    def _drawn(self, batch: Batch, draw: StepRandom) -> Any:
         noise = draw.noise(batch.latents)
         t = torch.full((len(noise),), 0.9)
         return flow.to_x0(noise, self.of["student"](noise, t, batch.cond), t)
 
-    def _proxy(self, batch: Batch, draw: Draw) -> Losses:
+    def _proxy(self, batch: Batch, draw: StepRandom) -> Losses:
         with torch.no_grad():
             x0 = self._drawn(batch, draw)
         return {"proxy": Finetune(None, self.of["proxy"]).losses(Batch(x0, batch.cond), draw)["flow"]}
 
-    def _head(self, batch: Batch, draw: Draw) -> Losses:
+    def _head(self, batch: Batch, draw: StepRandom) -> Losses:
         with torch.no_grad():
             x0 = self._drawn(batch, draw)
         return {"head": (self.nets["head"](x0.mean((2, 3))) - 1).square().mean()}
 
-    def _student(self, batch: Batch, draw: Draw) -> Losses:
+    def _student(self, batch: Batch, draw: StepRandom) -> Losses:
         x0 = self._drawn(batch, draw)
         t = torch.full((len(x0),), 0.5)
-        x_t = flow.mix(x0, draw.noise(x0), t)
+        x_t = flow.interpolate(x0, draw.noise(x0), t)
         with torch.no_grad():
             real = self.of[None](x_t, t, batch.cond)
         gap = (self.of["proxy"](x_t, t, batch.cond) - real).square().mean()
@@ -125,11 +125,11 @@ def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
         folder,
         method,
         batches,
-        Options(steps or STEPS[kind], 3e-3, **settings),
+        TrainOptions(steps or STEPS[kind], 3e-3, **settings),
         {"recipe": kind},
         finish=finish,
         bodies=[parts],
-        sheet=lambda nets: Sheet(parts),
+        preview=lambda nets: Sheet(parts),
         score=lambda nets: float(Sheet(parts).value.std()),
     )
 
@@ -145,7 +145,7 @@ class Sheet:
 
 
 def _probe() -> tuple[Any, Any, Cond]:
-    batch = batches(0, Share())
+    batch = batches(0, BatchSlice())
     return batch.latents, torch.full((BATCH,), 0.5), batch.cond
 
 
@@ -155,24 +155,24 @@ def losses(run: Run) -> list[dict[str, float]]:
     from fewstep.train.trainer import train
 
     told: list[dict[str, float]] = []
-    plain = State.advance
+    plain = State.train_step
 
     def advance(state: State) -> dict[str, float]:
         told.append(plain(state))
         return told[-1]
 
-    State.advance = advance  # type: ignore[method-assign]
+    State.train_step = advance  # type: ignore[method-assign]
     try:
         train(run)
     finally:
-        State.advance = plain  # type: ignore[method-assign]
+        State.train_step = plain  # type: ignore[method-assign]
     return told
 
 
 def until_killed(run: Run, step: int) -> Run:
     """A run whose processes vanish when they ask for the batch of a step."""
 
-    def given(now: int, share: Share) -> Batch:
+    def given(now: int, share: BatchSlice) -> Batch:
         if now == step:
             os.kill(os.getpid(), 9)
         return batches(now, share)
@@ -183,8 +183,13 @@ def until_killed(run: Run, step: int) -> Run:
 def main(folder: Path, stage: str) -> None:
     stages: dict[str, Callable[[], list[tuple[str, Run]]]] = {
         "first": lambda: [
-            ("full", run_of(folder / "full2", "full", score_every=10)),
-            ("roles", run_of(folder / "roles2", "roles", recompute=True, accumulate=2)),
+            ("full", run_of(folder / "full2", "full", validate_every=10)),
+            (
+                "roles",
+                run_of(
+                    folder / "roles2", "roles", activation_checkpointing=True, gradient_accumulation_steps=2
+                ),
+            ),
             ("resharded", run_of(folder / "one", "full")),
             ("half", run_of(folder / "half", "full", 3, precision="bf16")),
             (

@@ -18,7 +18,7 @@ from fewstep.types import UserError
 def scored(folder: Path, values: list[float], steps: int = 8, **options: Any) -> Any:
     """A run whose scores are these, one every two steps."""
     seen = iter(values)
-    options = {"metric": "kid", "score_every": 2, "log_every": 4} | options
+    options = {"metric": "kid", "validate_every": 2, "log_every": 4} | options
     return run_of(folder, steps, score=lambda nets: next(seen), **options)
 
 
@@ -30,7 +30,7 @@ def test_the_best_is_kept_and_named(tmp_path: Path, higher: bool, step: int, val
     object.__setattr__(until, "options", scored(tmp_path, []).options)
     state = State(until)
     for _ in range(step):
-        state.advance()
+        state.train_step()
     kept = best(scored(tmp_path, []))
     with state.averaged() as nets:
         for name, net in nets.items():

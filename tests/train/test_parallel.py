@@ -17,7 +17,7 @@ from tests.train import pair
 from tests.train.held import held
 
 from fewstep.train.best import read
-from fewstep.train.checkpoint import done
+from fewstep.train.checkpoint import last_step
 
 ROOT = Path(__file__).parents[2]
 HALF = pair.STEPS["full"] // 2
@@ -110,7 +110,7 @@ def test_two_killed_processes_go_on_bit_for_bit(made: Path) -> None:
     whole, cut = figures(made / "whole.json"), figures(made / "cut.json")
     assert 4 <= len(whole) - len(cut) < 10
     assert whole[-len(cut) :] == cut
-    assert done(made / "cut") == done(made / "whole") == pair.STEPS["roles"]
+    assert last_step(made / "cut") == last_step(made / "whole") == pair.STEPS["roles"]
     one, other = held(made / "cut"), held(made / "whole")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 

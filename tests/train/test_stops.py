@@ -14,7 +14,7 @@ import torch
 from tests.train.held import held
 from tests.train.worker import run_of
 
-from fewstep.train.checkpoint import done
+from fewstep.train.checkpoint import last_step
 from fewstep.train.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_a_stop_in_the_loop_saves_and_the_rest_ends_as_undisturbed(
     lines = [line for line in said.splitlines() if line.startswith("fewstep:")]
     assert process.returncode == status
     assert lines[0].startswith("fewstep: stopping after this step") and lines[1:] == [f"fewstep: {word}"]
-    reached = done(tmp_path / "cut")
+    reached = last_step(tmp_path / "cut")
     assert 0 < reached < 10**4
 
     process = begun(tmp_path / "cut", reached + 3, slow=0.0)
@@ -79,7 +79,7 @@ def test_a_stop_within_a_restore_ends_the_command_and_loses_nothing(
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (status, f"fewstep: {word}\n")
-    assert done(tmp_path / "cut") == 4
+    assert last_step(tmp_path / "cut") == 4
     train(run_of(tmp_path / "cut", 6))
     train(run_of(tmp_path / "whole", 6))
     assert same(tmp_path / "cut", tmp_path / "whole")
@@ -115,7 +115,7 @@ def test_a_stop_at_the_start_is_neither_a_traceback_nor_an_error(
         str(tmp_path),
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *words, "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "fewstep", *words, "--output", str(tmp_path / "run")],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -139,4 +139,4 @@ def test_who_is_told_to_ignore_a_hangup_ignores_it(tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert done(tmp_path) == 60
+    assert last_step(tmp_path) == 60

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from fewstep.signals import Stop
 from fewstep.train import checkpoint, storage
-from fewstep.train.checkpoint import FOLDER, LIST, borrow
+from fewstep.train.checkpoint import FOLDER, LIST, load_from_run
 from fewstep.train.trainer import State, train
 from fewstep.types import UserError
 
@@ -166,7 +166,7 @@ def test_a_hostile_checkpoint_executes_nothing_and_is_passed_over(
     said = capsys.readouterr().err
     assert said.startswith(f"fewstep: {last} cannot be resumed (") and said.count("\n") == 1
     with pytest.raises(UserError) as caught:
-        borrow(run, run_of(run, 6).method.nets)
+        load_from_run(run, run_of(run, 6).method.nets)
     assert "\n" not in str(caught.value)
     assert not canary.exists()
     train(run_of(run, 6))
@@ -249,7 +249,7 @@ def test_a_stop_within_a_restore_is_a_stop(
 def test_a_stop_within_a_save_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(run_of(tmp_path, 4))
     state = State(run_of(tmp_path, 6))
-    state.advance()
+    state.train_step()
 
     def stop(*_: object) -> None:
         raise Stop

@@ -19,11 +19,11 @@ import torch
 from tests.train.held import held
 from tests.train.worker import run_of
 
-from fewstep.train import Options
-from fewstep.train.checkpoint import FOLDER, done
-from fewstep.train.device import held as on_device
-from fewstep.train.trainer import SETTLED, SPARE, Clock, State, train
-from fewstep.types import Share, UserError
+from fewstep.train import TrainOptions
+from fewstep.train.checkpoint import FOLDER, last_step
+from fewstep.train.device import rows_on_device as on_device
+from fewstep.train.trainer import SETTLED, SPARE, State, TimeBudget, train
+from fewstep.types import BatchSlice, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -45,7 +45,7 @@ def interrupted(folder: Path, number: signal.Signals, steps: int) -> int:
         [sys.executable, "-m", "tests.train.worker", str(folder), str(steps), "0.02"], cwd=root
     )
     until = time.monotonic() + 120
-    while not done(folder) and time.monotonic() < until:
+    while not last_step(folder) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(number)
     return process.wait(60)
@@ -54,7 +54,7 @@ def interrupted(folder: Path, number: signal.Signals, steps: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, number: signal.Signals) -> None:
     assert interrupted(tmp_path / "cut", number, 400) != 0
-    reached = done(tmp_path / "cut")
+    reached = last_step(tmp_path / "cut")
     assert 0 < reached < 400
     train(run_of(tmp_path / "cut", reached + 7))
     train(run_of(tmp_path / "whole", reached + 7, save_minutes=60.0))
@@ -64,14 +64,14 @@ def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, number: signal.Si
 def test_a_cluster_that_asks_twice_to_stop_is_a_clean_stop(tmp_path: Path) -> None:
     run = run_of(tmp_path, 9, save_minutes=60.0)
 
-    def batches(step: int, share: Share) -> torch.Tensor:
+    def batches(step: int, share: BatchSlice) -> torch.Tensor:
         for _ in range(2 * (step == 4)):
             os.kill(os.getpid(), signal.SIGTERM)
         return run.batches(step, share)
 
     with pytest.raises(KeyboardInterrupt):
         train(replace(run, batches=batches))
-    assert done(tmp_path) == 5
+    assert last_step(tmp_path) == 5
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -126,11 +126,11 @@ def test_two_are_kept_and_none_readable_is_one_line(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_the_new_checkpoint_alone(tmp_path: Path) -> None:
     state = State(run_of(tmp_path, 6))
-    state.advance()
+    state.train_step()
     from fewstep.train.checkpoint import save
 
     save(tmp_path, state.all(), state.step)
-    state.advance()
+    state.train_step()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond this
     try:
@@ -168,10 +168,10 @@ def test_a_broken_note_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_other_frozen_parts_are_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, 1)
-    run.about["made_of"] = {"codec": "one"}
+    run.record["made_of"] = {"codec": "one"}
     train(run)
     again = run_of(tmp_path, 2)
-    again.about["made_of"] = {"codec": "another"}
+    again.record["made_of"] = {"codec": "another"}
     with pytest.raises(UserError, match="another codec"):
         train(again)
 
@@ -198,13 +198,13 @@ def test_divergence_stops_and_the_last_checkpoint_resumes(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not finite"):
         train(broken)
     train(run_of(tmp_path, 6))
-    assert done(tmp_path) == 6
+    assert last_step(tmp_path) == 6
 
 
 def test_a_turn_moves_only_its_net(tmp_path: Path) -> None:
     state = State(run_of(tmp_path, 4))
     before = {name: [p.clone() for p in net.parameters()] for name, net in state.nets.items()}
-    state.advance()  # step 0: only the first net's turn
+    state.train_step()  # step 0: only the first net's turn
     moved = {n: any(not torch.equal(p, q) for p, q in zip(before[n], net.parameters(), strict=True))
              for n, net in state.nets.items()}  # fmt: skip
     assert moved == {"first": True, "second": False}
@@ -231,7 +231,7 @@ def test_a_killed_runs_unsaved_lines_leave_the_log(tmp_path: Path) -> None:
 def test_the_average_trails_the_net_and_looking_at_it_changes_nothing(tmp_path: Path) -> None:
     state = State(run_of(tmp_path, 50, ema=0.9))
     for _ in range(30):
-        state.advance()
+        state.train_step()
     before = {key: value.clone() for key, value in state.nets["first"].state_dict().items()}
     with state.averaged() as nets:
         average = nets["first"].weight.clone()
@@ -245,7 +245,7 @@ def test_the_average_trails_the_net_and_looking_at_it_changes_nothing(tmp_path: 
 def test_sheets_and_scores_do_not_change_what_is_learnt(tmp_path: Path) -> None:
     train(run_of(tmp_path / "plain", 6))
     scored = run_of(
-        tmp_path / "scored", 6, score=lambda nets: float(nets["first"].weight.norm()), score_every=2
+        tmp_path / "scored", 6, score=lambda nets: float(nets["first"].weight.norm()), validate_every=2
     )
     train(scored)
     assert same(held(tmp_path / "plain"), held(tmp_path / "scored"))
@@ -253,24 +253,25 @@ def test_sheets_and_scores_do_not_change_what_is_learnt(tmp_path: Path) -> None:
 
 def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
     whole, pieces = (
-        State(run_of(tmp_path / str(many), 9, accumulate=many, precision="fp32")) for many in (1, 4)
+        State(run_of(tmp_path / str(many), 9, gradient_accumulation_steps=many, precision="fp32"))
+        for many in (1, 4)
     )
     for state in (whole, pieces):  # dropout alone is drawn for each piece on its own
         state.nets["second"][1].p = 0.0
     for _ in range(8):
-        one, other = whole.advance(), pieces.advance()
+        one, other = whole.train_step(), pieces.train_step()
         assert one == pytest.approx(other, abs=1e-5)
     assert torch.allclose(whole.nets["first"].weight, pieces.nets["first"].weight, atol=1e-5)
 
 
 def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="8 cannot be cut into 3"):
-        train(run_of(tmp_path, 2, accumulate=3))
+        train(run_of(tmp_path, 2, gradient_accumulation_steps=3))
 
 
 def test_a_run_of_minutes_ends_by_itself(tmp_path: Path) -> None:
-    train(replace(run_of(tmp_path, 10**6, minutes=0.02), sheet=None))
-    reached = done(tmp_path)
+    train(replace(run_of(tmp_path, 10**6, max_minutes=0.02), preview=None))
+    reached = last_step(tmp_path)
     assert 2 * SETTLED <= reached < 10**6
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == reached
 
@@ -278,15 +279,15 @@ def test_a_run_of_minutes_ends_by_itself(tmp_path: Path) -> None:
 def test_steps_fit_into_the_minutes_whatever_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("fewstep.train.trainer.time.monotonic", lambda: now[0])
-    options, clock = Options(10**6, 1e-3, minutes=10.0), Clock(100, 0.0)
+    options, clock = TrainOptions(10**6, 1e-3, max_minutes=10.0), TimeBudget(100, 0.0)
     seconds = {101: 60.0}  # the first step compiles, the others take half a second
     for step in range(101, 100 + 10**4):
         now[0] += seconds.get(step, 0.5)
         options = clock.settled(options, step)
     assert options.steps == 100 + 1 + int((SPARE * 600 - 60) / 0.5)
-    assert Options(10, 1e-3, minutes=0).minutes == 0
-    with pytest.raises(UserError, match="--minutes"):
-        Options(10, 1e-3, minutes=-1)
+    assert TrainOptions(10, 1e-3, max_minutes=0).max_minutes == 0
+    with pytest.raises(UserError, match="--max-minutes"):
+        TrainOptions(10, 1e-3, max_minutes=-1)
 
 
 def test_rows_are_read_where_they_lie() -> None:

@@ -11,17 +11,17 @@ import pytest
 import torch
 from tests.train.worker import run_of
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 from fewstep.train.trainer import train
-from fewstep.train.watch import BOUNDS, FIRST, PATIENCE, Watch
+from fewstep.train.watch import BOUNDS, FIRST, PATIENCE, DivergenceMonitor
 from fewstep.types import UserError
 
 
 def stopped_at(figure: str, values: Sequence[float]) -> int | None:
-    watch = Watch()
+    watch = DivergenceMonitor()
     for step, value in enumerate(values):
         try:
-            watch.see(step, {figure: value, "square": 1.0})
+            watch.check(step, {figure: value, "square": 1.0})
         except UserError:
             return step
     return None
@@ -64,12 +64,12 @@ def test_what_is_within_or_comes_back_or_is_not_watched_is_let_be(figure: str, v
 
 
 def test_a_resumed_run_remembers_how_it_began() -> None:
-    watch = Watch()
-    watch.recall([{"proxy": value} for value in [*START, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
+    watch = DivergenceMonitor()
+    watch.load_history([{"proxy": value} for value in [*START, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
     for step in range(PATIENCE - 1):
-        watch.see(step, {"proxy": 9.0})
+        watch.check(step, {"proxy": 9.0})
     with pytest.raises(UserError, match="began as 1 "):
-        watch.see(PATIENCE, {"proxy": 9.0})
+        watch.check(PATIENCE, {"proxy": 9.0})
 
 
 def test_every_bound_says_what_to_do() -> None:
@@ -83,11 +83,11 @@ class Drifting:
         self.nets: dict[str, Any] = {"net": torch.nn.Linear(4, 4)}
         self.step = 0
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def turns(self, step: int) -> Sequence[Update]:
         self.step = step
-        return [Turn("net", self.losses)]
+        return [Update("net", self.losses)]
 
-    def losses(self, batch: Any, draw: Draw) -> Losses:
+    def losses(self, batch: Any, draw: StepRandom) -> Losses:
         mean = torch.tensor(0.2 * max(0, self.step - 7))
         return {"square": (self.nets["net"](batch) - batch).square().mean(), "latent/mean": mean}
 
@@ -95,7 +95,7 @@ class Drifting:
 @pytest.mark.parametrize("watch", [True, False])
 def test_a_run_stops_in_words_and_a_checkpoint_resumes(tmp_path: Path, watch: bool) -> None:
     make: Callable[[], Any] = lambda: replace(  # noqa: E731
-        run_of(tmp_path, 30, log_every=1, watch=watch, save_minutes=60.0), method=Drifting()
+        run_of(tmp_path, 30, log_every=1, detect_divergence=watch, save_minutes=60.0), method=Drifting()
     )
     if not watch:
         return train(make())

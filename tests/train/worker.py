@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fewstep.methods import Change, Draw, Losses, Turn
-from fewstep.train import Options, Run
-from fewstep.types import Share
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.train import Run, TrainOptions
+from fewstep.types import BatchSlice
 
 
 class Toy:
@@ -31,18 +31,18 @@ class Toy:
             second = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.2))
             self.nets: dict[str, Any] = {"first": torch.nn.Linear(4, 4), "second": second}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
-        first = Turn("first", lambda batch, draw: self._losses("first", batch, draw))
-        second = Turn("second", lambda batch, draw: self._losses("second", batch, draw))
-        anew = [Change("second", self._anew)] if step % 5 == 4 else []
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+        first = Update("first", lambda batch, draw: self._losses("first", batch, draw))
+        second = Update("second", lambda batch, draw: self._losses("second", batch, draw))
+        anew = [InPlaceUpdate("second", self._anew)] if step % 5 == 4 else []
         return [*anew, first, second][: 1 + len(anew) + step % 2]
 
-    def _anew(self, draw: Draw) -> Sequence[Any]:
+    def _anew(self, draw: StepRandom) -> Sequence[Any]:
         weight = self.nets["second"][0].weight
         weight.copy_(torch.randn(4, 4, generator=draw.torch) / 2)
         return [weight]
 
-    def _losses(self, name: str, batch: Any, draw: Draw) -> Losses:
+    def _losses(self, name: str, batch: Any, draw: StepRandom) -> Losses:
         noise = draw.noise(batch) * float(draw.rng.random())
         return {"square": (self.nets[name](batch + noise) - batch).square().mean()}
 
@@ -52,13 +52,17 @@ def batch_of(step: int) -> torch.Tensor:
 
 
 def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
-    def batches(step: int, share: Share) -> torch.Tensor:
+    def batches(step: int, share: BatchSlice) -> torch.Tensor:
         time.sleep(slow)
-        return batch_of(step)[share.cut(8)]
+        return batch_of(step)[share.slice_of(8)]
 
     settings: dict[str, Any] = {"warmup": 2, "decay": 0.0, "save_minutes": 0.0} | options
-    of_run = {name: settings.pop(name) for name in ("score", "metric", "higher", "sheet") if name in settings}
-    return Run("toy", folder, Toy(), batches, Options(steps, 1e-2, **settings), {"recipe": "toy"}, **of_run)
+    of_run = {
+        name: settings.pop(name) for name in ("score", "metric", "higher", "preview") if name in settings
+    }
+    return Run(
+        "toy", folder, Toy(), batches, TrainOptions(steps, 1e-2, **settings), {"recipe": "toy"}, **of_run
+    )
 
 
 def toy(folder: Path, steps: int, slow: float) -> None:

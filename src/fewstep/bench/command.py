@@ -16,33 +16,33 @@ from cyclopts import Parameter
 
 from fewstep.extras import need
 from fewstep.progress import Progress, emit
-from fewstep.request import memory
+from fewstep.request import parse_bytes
 from fewstep.request import threads as counted_threads
-from fewstep.staged import Wish
+from fewstep.staged import TorchOptions
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.bench.measure import Record, Spec
 
-PLAIN = Wish()
+PLAIN = TorchOptions()
 
 
 def bench(
     *models: str,
-    against: tuple[Path, ...] = (),
+    baseline: tuple[Path, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",),
     prompt: str = "a red apple, 3D style",
     steps: tuple[int, ...] = (),
-    batch: tuple[int, ...] = (1,),
+    batch_size: tuple[int, ...] = (1,),
     rounds: int = 5,
     threads: int = 0,
     output: Annotated[Path, Parameter(name=["-o", "--output"])] = Path("bench.jsonl"),
-    whole: Annotated[bool, Parameter(negative="")] = False,
+    end_to_end: Annotated[bool, Parameter(negative="")] = False,
     plot: Path | None = None,
     records: tuple[Path, ...] = (),
     quality: Path | None = None,
-    figure: str = "kid_teacher",
-    torch: Wish = PLAIN,
+    metric: str = "kid_teacher",
+    torch: TorchOptions = PLAIN,
 ) -> None:
     """Measure what generation costs here, stage by stage, all engines in turn; or draw what was measured.
 
@@ -51,36 +51,37 @@ def bench(
 
     Args:
         models: The models, as generate takes them. [default: the one that ships]
-        against: A diffusers folder for the stock pipeline in eager mode, or what `fewstep export --to genai`
+        baseline: A diffusers folder for the stock pipeline in eager mode, or what `fewstep export --to genai`
             wrote for OpenVINO GenAI's pipeline; several take their turns.
         dtypes: Of the stock pipeline.
         prompt: What to draw.
         steps: Sampling steps; several are measured one after the other. [default: each model's own]
-        batch: Pictures at once; several are measured one after the other.
+        batch_size: Pictures at once; several are measured one after the other.
         rounds: Counted rounds, after one that is not counted.
         threads: Processor threads of each; 0 takes one a core.
         output: The file that the records are added to.
-        whole: Time whole processes from a prompt to a PNG instead, ours in turn with the stock pipeline's.
+        end_to_end: Time whole processes from a prompt to a PNG instead, ours in turn with the stock
+            pipeline's.
         plot: A folder for latency.png and quality.png of records that are there; nothing is measured.
         records: Their files. [default: --output]
         quality: A results.json of `fewstep evaluate`, for quality.png.
-        figure: Which of its figures.
+        metric: Which of its figures.
         torch: How a PyTorch model shall run, and the stock pipeline where; without any of these words both do
             in float32 (or --dtypes) on the CPU.
     """
     if plot is not None:
-        _draw(plot, records or (output,), quality, figure)
+        _draw(plot, records or (output,), quality, metric)
         return
-    if rounds < 1 or min(*steps, *batch, 1) < 1 or not batch:
-        raise UserError("--rounds, --steps and --batch must be at least 1")
+    if rounds < 1 or min(*steps, *batch_size, 1) < 1 or not batch_size:
+        raise UserError("--rounds, --steps and --batch-size must be at least 1")
     counted_threads(threads)
-    if whole and (dtypes != ("float32",) or batch != (1,) or len(steps) > 1):
-        raise UserError("--whole takes no --dtypes and no --batch, and --steps once")
+    if end_to_end and (dtypes != ("float32",) or batch_size != (1,) or len(steps) > 1):
+        raise UserError("--end-to-end takes no --dtypes and no --batch-size, and --steps once")
     if torch.memory is not None:
-        memory(torch.memory)
-    others = _check(models, against)
-    torch = replace(torch, lora=_loras(torch.lora, models, others, whole))
-    if whole:
+        parse_bytes(torch.memory)
+    others = _check(models, baseline)
+    torch = replace(torch, lora=_loras(torch.lora, models, others, end_to_end))
+    if end_to_end:
         _whole(models, others, prompt, steps[0] if steps else 4, rounds, threads)
         return
     from fewstep.bench.device import describe, rates
@@ -98,7 +99,7 @@ def bench(
         name, operations, reads = told["device"]["processor"], device.operations / 1e9, device.bytes / 1e9
         print(f"{name}: {operations:.0f} GFLOP/s, {reads:.1f} GB/s")
         for number in steps or (None,):
-            for many in batch:
+            for many in batch_size:
                 said = vars(replace(torch, batch=many)) if set(torch.named()) - {"--lora"} else {}
                 wish = {**said, **({"lora": torch.lora} if torch.lora else {})}
                 specs = [
@@ -122,16 +123,16 @@ def _check(models: Sequence[str], against: Sequence[Path]) -> list[Path]:
     Returns:
         The folders of ``against``; of a run's folder its model.
     """
-    from fewstep.source import locate, split
+    from fewstep.source import parse_family, resolve
 
     need("onnx", extra="bench")
     for model in models:
-        locate(split(model)[1])
+        resolve(parse_family(model)[1])
     if against:
         need("torch", "diffusers", "transformers")
-    others = [locate(str(folder)) if folder.is_dir() else folder for folder in against]
+    others = [resolve(str(folder)) if folder.is_dir() else folder for folder in against]
     if strange := [folder for folder in others if not (folder / "model_index.json").is_file()]:
-        raise UserError(f"--against {strange[0]}: not a diffusers folder (no model_index.json)")
+        raise UserError(f"--baseline {strange[0]}: not a diffusers folder (no model_index.json)")
     return others
 
 
@@ -149,7 +150,7 @@ def _loras(
     from fewstep.source import bundle_of
 
     if against or whole:
-        raise UserError("--lora is added to our own models alone: leave out --against and --whole")
+        raise UserError("--lora is added to our own models alone: leave out --baseline and --end-to-end")
     for model in models or (None,):
         if model is None or bundle_of(model):
             raise UserError("--lora is for PyTorch models, and a bundle is to be measured: leave it out")
@@ -219,17 +220,19 @@ def _whole(
     models: Sequence[str], against: Sequence[Path], prompt: str, steps: int, rounds: int, threads: int
 ) -> None:
     """Whole processes of one model and the stock pipeline, in turn."""
-    from fewstep.bench.stock import paired
+    from fewstep.bench.stock import run_pairs
     from fewstep.families import sd3
     from fewstep.families.folder import read_index
 
     if len(against) != 1 or len(models) > 1:
-        raise UserError("--whole compares one model with the stock pipeline: name it with --against")
+        raise UserError("--end-to-end compares one model with the stock pipeline: name it with --baseline")
     read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
         progress("timing whole processes")
-        result = paired(models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work))
+        result = run_pairs(
+            models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work)
+        )
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
     for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
         print(f"{name:16}{_spread([c.seconds for c in side]):>30}{max(c.megabytes for c in side):>11.0f} MB")

@@ -31,7 +31,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Rates:
+class DevicePeak:
     """What a device can do.
 
     Attributes:
@@ -68,7 +68,7 @@ def _gpu() -> str | None:
     return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else None
 
 
-def rates(threads: int) -> Rates:
+def rates(threads: int) -> DevicePeak:
     """Measure this device by numpy's matrix product and by copying, best of :data:`REPEATS`.
 
     Raises:
@@ -80,10 +80,10 @@ def rates(threads: int) -> Rates:
     if said.returncode:
         last = (said.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"the device's rates could not be measured: {last}")
-    return Rates(**json.loads(said.stdout))
+    return DevicePeak(**json.loads(said.stdout))
 
 
-def _measured() -> Rates:
+def _measured() -> DevicePeak:
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def _measured() -> Rates:
     whole, copy = np.ones(COPIED, np.float32), np.empty(COPIED, np.float32)
     product = min(_seconds(lambda: a @ b) for _ in range(REPEATS + 1))
     moved = min(_seconds(lambda: np.copyto(copy, whole)) for _ in range(REPEATS + 1))
-    return Rates(2 * SIDE**3 / product, 2 * whole.nbytes / moved)
+    return DevicePeak(2 * SIDE**3 / product, 2 * whole.nbytes / moved)
 
 
 def _seconds(work: Any) -> float:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fewstep.bench.device import Rates
+from fewstep.bench.device import DevicePeak
 from fewstep.runtime.bundle import read
 
 FLOAT = 4
@@ -16,7 +16,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class GraphCost:
     """What one call of a graph must do.
 
     Attributes:
@@ -27,12 +27,12 @@ class Work:
     operations: float
     bytes: float
 
-    def seconds(self, rates: Rates) -> float:
+    def seconds(self, rates: DevicePeak) -> float:
         """The least time: that of whichever takes longer."""
         return max(self.operations / rates.operations, self.bytes / rates.bytes)
 
 
-def of_bundle(folder: Path, batch: int, steps: int) -> dict[str, Work]:
+def bundle_cost(folder: Path, batch: int, steps: int) -> dict[str, GraphCost]:
     """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them; nothing for an
     engine whose graphs cannot be counted."""
     bundle = read(folder)
@@ -42,10 +42,10 @@ def of_bundle(folder: Path, batch: int, steps: int) -> dict[str, Work]:
     of = {"text": ("text", batch, 1), "modulation": ("modulation", batch * steps, 1)}
     of |= {"steps": ("transformer", batch, steps), "decode": ("decoder", batch, 1)}
     works = {stage: (counted(bundle.graph(stem), rows), times) for stage, (stem, rows, times) in of.items()}
-    return {stage: Work(work.operations * n, work.bytes * n) for stage, (work, n) in works.items()}
+    return {stage: GraphCost(work.operations * n, work.bytes * n) for stage, (work, n) in works.items()}
 
 
-def count(path: Path, batch: int) -> Work:
+def count(path: Path, batch: int) -> GraphCost:
     """The work of one call of an ONNX graph, its free batch size being ``batch``."""
     import onnx
 
@@ -65,10 +65,10 @@ def count(path: Path, batch: int) -> Work:
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             operations += 2 * prod(shapes[node.output[0]]) * _inner(node, shapes)
             read_ += sum(FLOAT * prod(shapes[name]) for name in node.input if name in fixed)
-    return Work(operations, read_)
+    return GraphCost(operations, read_)
 
 
-def count_openvino(path: Path, batch: int) -> Work:
+def count_openvino(path: Path, batch: int) -> GraphCost:
     """The work of one call of an OpenVINO graph, its free batch size being ``batch``.
 
     OpenVINO can multiply by weights as they are stored: their bytes count so.
@@ -94,7 +94,7 @@ def count_openvino(path: Path, batch: int) -> Work:
             inner = weights[-1] if node.get_attributes()["transpose_b"] else weights[-2]
         operations += 2 * prod(node.get_output_shape(0)) * inner
         read_ += sum(part or 0 for part in made_of)
-    return Work(operations, read_)
+    return GraphCost(operations, read_)
 
 
 def _stored(node: Any, made_of: Sequence[int | None]) -> int | None:

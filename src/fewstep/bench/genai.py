@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.runtime.openvino import openvino, properties  # before GenAI, which would tell of itself
-from fewstep.sample import noises
+from fewstep.sample import batch_noise
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.bench.worker import Stages
+    from fewstep.bench.worker import StageTimer
 
 
 class GenAI:
@@ -43,7 +43,7 @@ class GenAI:
         told = {"steps": self.told["steps"], "guidance": self.told["guidance"], "size": size}
         return {"engine": "OpenVINO GenAI", "bits": self.told["about"]["bits"], **told}
 
-    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+    def __call__(self, prompts: Sequence[str], seed: int, stages: StageTimer) -> Any:
         if len(set(prompts)) > 1:
             raise UserError("OpenVINO GenAI draws pictures of one prompt at once")
         latent = self.told["latent"]
@@ -51,7 +51,7 @@ class GenAI:
         made = self.pipe.generate(
             prompts[0],
             num_images_per_prompt=len(prompts),
-            generator=_given(noises(range(seed, seed + len(prompts)), shape)),
+            generator=_given(batch_noise(range(seed, seed + len(prompts)), shape)),
         )
         took = self.pipe.get_performance_metrics()
         stages.seconds["text"] = sum(took.get_text_encoder_infer_duration().values()) / 1e3

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.bench import floor, likeness
-from fewstep.bench.device import Rates
+from fewstep.bench.device import DevicePeak
 from fewstep.data.folders import list_files
 from fewstep.types import UserError
 
@@ -133,7 +133,7 @@ def measure(
     prompt: str,
     rounds: int,
     threads: int,
-    rates: Rates,
+    rates: DevicePeak,
     told: Callable[[str, int, int], None],
 ) -> list[Record]:
     """Let all draw the same in turn, ``rounds`` times after one that is not counted.
@@ -179,9 +179,9 @@ def measure(
     ]  # fmt: skip
 
 
-def _floor(spec: Spec, steps: int) -> dict[str, floor.Work]:
+def _floor(spec: Spec, steps: int) -> dict[str, floor.GraphCost]:
     place = _place(spec)
-    return floor.of_bundle(place, spec.batch, steps) if (place / "bundle.json").is_file() else {}
+    return floor.bundle_cost(place, spec.batch, steps) if (place / "bundle.json").is_file() else {}
 
 
 def _record(
@@ -233,6 +233,6 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def _place(spec: Spec) -> Path:
-    from fewstep.source import locate, split
+    from fewstep.source import parse_family, resolve
 
-    return Path(spec.model) if spec.stock or spec.genai else locate(split(spec.model)[1])
+    return Path(spec.model) if spec.stock or spec.genai else resolve(parse_family(spec.model)[1])

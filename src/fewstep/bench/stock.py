@@ -27,7 +27,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedRuns:
     """Both sides of every round, and how alike the last round's pictures are (dB, on 8-bit pixels)."""
 
     ours: list[Cost]
@@ -40,9 +40,9 @@ class Paired:
         return statistics.median(s.seconds / o.seconds for s, o in zip(self.stock, self.ours, strict=True))
 
 
-def paired(
+def run_pairs(
     model: str | None, folder: Path, prompt: str, steps: int, rounds: int, threads: int, work: Path
-) -> Paired:
+) -> PairedRuns:
     """Generate with both, ``rounds`` times in turn after one round that is not counted.
 
     Args:
@@ -65,7 +65,7 @@ def paired(
     for _ in range(rounds + 1):
         for side, command in zip(costs, (ours, stock), strict=True):
             side.append(_run(command, threads))
-    return Paired(costs[0][1:], costs[1][1:], psnr(mine, theirs))
+    return PairedRuns(costs[0][1:], costs[1][1:], psnr(mine, theirs))
 
 
 def _run(command: Sequence[str], threads: int) -> Cost:
@@ -92,9 +92,9 @@ def psnr(one: Path, other: Path) -> float:
     import numpy as np
 
     from fewstep.bench import likeness
-    from fewstep.picture import flat, open_image
+    from fewstep.picture import open_image, to_rgb
 
-    return likeness.psnr(*(np.asarray(flat(open_image(path))) for path in (one, other)))
+    return likeness.psnr(*(np.asarray(to_rgb(open_image(path))) for path in (one, other)))
 
 
 def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
@@ -104,13 +104,13 @@ def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
 
     from fewstep.families import sd3
     from fewstep.families.folder import read_index
-    from fewstep.sample import noises
+    from fewstep.sample import batch_noise
 
     read_index(Path(folder), sd3.PIPELINE, sd3.REQUIRED)  # diffusers imports any library that it names
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
-    noise = noises([int(seed)], (config.in_channels, config.sample_size, config.sample_size))
+    noise = batch_noise([int(seed)], (config.in_channels, config.sample_size, config.sample_size))
     picture = pipe(
         prompt,
         sigmas=np.linspace(1, 1 / int(steps), int(steps)).tolist(),  # the scheduler shifts them

@@ -18,7 +18,7 @@ STAGES = ("text", "modulation", "steps", "decode")
 
 
 @dataclass
-class Stages:
+class StageTimer:
     """Seconds of a picture's stages."""
 
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -27,7 +27,7 @@ class Stages:
         """Do ``work`` and add its time to a stage's."""
         begun = time.perf_counter()
         made = work()
-        settled()
+        synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
         return made
 
@@ -38,7 +38,7 @@ def cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def settled() -> None:
+def synchronize() -> None:
     """Wait until a GPU has done what it was told: only then is a stage's time its own."""
     if used := cuda():
         used.synchronize()
@@ -47,7 +47,7 @@ def settled() -> None:
 class Engine(Protocol):
     """What draws ``len(prompts)`` pictures at once, of the seeds ``seed, seed + 1, ...``."""
 
-    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+    def __call__(self, prompts: Sequence[str], seed: int, stages: StageTimer) -> Any:
         """uint8 ``[B, h, w, 3]``."""
         ...
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
     def about(self) -> dict[str, Any]: ...
 
 
-class Ours:
+class FewstepEngine:
     """fewstep, whatever runs the model: a bundle, or torch."""
 
     def __init__(self, model: str, steps: int | None, threads: int, wish: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class Ours:
     @property
     def about(self) -> dict[str, Any]:
         bundle = self.pipe.bundle
-        bits = bundle.about.get("bits") if bundle else self.pipe.facts.get("bits") or 32
+        bits = bundle.about.get("bits") if bundle else self.pipe.record_fields.get("bits") or 32
         runs = bundle.engine if bundle else "torch"
         if bundle and bundle.compute != "float32":
             runs += f" {bundle.compute}"
@@ -78,12 +78,12 @@ class Ours:
         told = {"steps": self.steps, "guidance": self.model.guidance, "size": list(self.pipe.size)}
         return {"engine": f"fewstep {runs}", "bits": bits, **told}
 
-    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+    def __call__(self, prompts: Sequence[str], seed: int, stages: StageTimer) -> Any:
         import numpy as np
 
         from fewstep import sample, times
         from fewstep.guide import Guided
-        from fewstep.picture import levels
+        from fewstep.picture import to_uint8
 
         model: Any = self.model
         if hasattr(model.text, "forget"):  # who reads a prompt again and again remembers it
@@ -91,13 +91,13 @@ class Ours:
         grid = times.grid(self.steps, model.shift)
         velocity = model.velocity
         seeds = range(seed, seed + len(prompts))
-        x = model.lift(sample.noises(seeds, model.latent))
+        x = model.lift(sample.batch_noise(seeds, model.latent))
         cond = stages.of("text", lambda: model.text(prompts))
         if model.guidance not in (None, 1):
             null = stages.of("text", lambda: model.text([""] * len(prompts)))
             velocity = Guided(velocity, null, model.guidance)
-        steps = stages.of("modulation", lambda: sample.steps_of(velocity, grid[:-1], cond))
-        move = sample.taken(model.sampler, seeds, model.lift)
+        steps = stages.of("modulation", lambda: sample.prepare_steps(velocity, grid[:-1], cond))
+        move = sample.step_rule(model.sampler, seeds, model.lift)
 
         def walk() -> Any:
             y = x
@@ -106,11 +106,11 @@ class Ours:
             return y
 
         x = stages.of("steps", walk)
-        made = stages.of("decode", lambda: np.asarray(model.lower(levels(model.codec.decode(x)))))
+        made = stages.of("decode", lambda: np.asarray(model.lower(to_uint8(model.codec.decode(x)))))
         return made.transpose(0, 2, 3, 1).astype(np.uint8)
 
 
-class Stock:
+class DiffusersEngine:
     """Stock diffusers' eager pipeline, as a person would use it; of ours only the noise of the seed."""
 
     def __init__(
@@ -150,14 +150,16 @@ class Stock:
         told = {"steps": self.steps, "guidance": self.guidance, "size": [self.width, self.height]}
         return {"engine": engine, "bits": bits, **told}
 
-    def __call__(self, prompts: Sequence[str], seed: int, stages: Stages) -> Any:
+    def __call__(self, prompts: Sequence[str], seed: int, stages: StageTimer) -> Any:
         import numpy as np
         import torch
 
-        from fewstep.sample import noises
+        from fewstep.sample import batch_noise
 
         sides = (side // self.pipe.vae_scale_factor for side in (self.height, self.width))
-        noise = noises(range(seed, seed + len(prompts)), (self.pipe.transformer.config.in_channels, *sides))
+        noise = batch_noise(
+            range(seed, seed + len(prompts)), (self.pipe.transformer.config.in_channels, *sides)
+        )
         told: dict[str, Any] = {} if self.t5 else {"max_sequence_length": 0}
         with (
             _timed(self.pipe, "encode_prompt", "text", stages),
@@ -181,7 +183,7 @@ class Stock:
 class _timed:
     """A method whose time is a stage's, within the block."""
 
-    def __init__(self, owner: Any, name: str, stage: str, stages: Stages) -> None:
+    def __init__(self, owner: Any, name: str, stage: str, stages: StageTimer) -> None:
         self.owner, self.name, self.stage, self.stages = owner, name, stage, stages
 
     def __enter__(self) -> None:
@@ -204,7 +206,7 @@ def engine(spec: dict[str, Any]) -> Engine:
         from fewstep.bench.genai import GenAI
 
         return GenAI(*given)
-    return Stock(*given, spec["stock"], wish) if spec.get("stock") else Ours(*given, wish)
+    return DiffusersEngine(*given, spec["stock"], wish) if spec.get("stock") else FewstepEngine(*given, wish)
 
 
 def peak() -> int:
@@ -228,7 +230,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         draws = draws or engine(spec)
-        stages = Stages()
+        stages = StageTimer()
         begun = time.perf_counter()
         pictures = draws(job["prompts"], job["seed"], stages)
         stages.seconds["whole"] = time.perf_counter() - begun

@@ -165,7 +165,7 @@ _IRREGULAR = {
 
 
 @dataclass(frozen=True)
-class Ground:
+class Background:
     """A background: one colour or, when ``second`` is set, a gradient to it. ``None`` names: plain white."""
 
     first: str | None = None
@@ -176,14 +176,16 @@ class Ground:
         return self.first if self.second is None else f"{self.first} to {self.second} gradient"
 
 
-def sticker(concept: Concept, style: str, ground: Ground, rng: Rng) -> str:
+def sticker(concept: Concept, style: str, ground: Background, rng: Rng) -> str:
     """A caption of one sticker; about one in six names no style."""
     thing = article(_name(concept, rng), rng)
     look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
     return finish(arrange(thing, look, background(ground, rng), rng), rng)
 
 
-def things(names: Sequence[str], relation: str | None, style: str | None, ground: Ground, rng: Rng) -> str:
+def things(
+    names: Sequence[str], relation: str | None, style: str | None, ground: Background, rng: Rng
+) -> str:
     """A caption of a scene of two or more different things: ``names`` joined by ``relation`` or "and"."""
     parts = [article(name, rng) for name in names]
     joined = f" {relation} ".join(parts) if relation else ", ".join(parts[:-1]) + " and " + parts[-1]
@@ -191,7 +193,7 @@ def things(names: Sequence[str], relation: str | None, style: str | None, ground
     return finish(arrange(joined, look, background(ground, rng), rng), rng)
 
 
-def counted(concept: Concept, count: int, style: str, ground: Ground, rng: Rng) -> str:
+def counted(concept: Concept, count: int, style: str, ground: Background, rng: Rng) -> str:
     """A caption of two to four of one thing."""
     look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
     thing = f"{pick(NUMBERS[count], rng)} {plural(_name(concept, rng))}"
@@ -240,7 +242,7 @@ def article(name: str, rng: Rng) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def background(ground: Ground, rng: Rng) -> str | None:
+def background(ground: Background, rng: Rng) -> str | None:
     """A way to ask for the ground; plain white mostly needs none."""
     if ground.first is None:
         return pick(_ON, rng).format(pick(("white", "plain"), rng)) if rng.random() < 0.06 else None

@@ -23,7 +23,7 @@ def stickers(
     *,
     output: Out = Path("data/stickers"),
     size: int = 128,
-    pictures: int = 40_000,
+    images: int = 40_000,
     scenes: float = 0.2,
     seed: int = 0,
     workers: int = 0,
@@ -33,7 +33,7 @@ def stickers(
     Args:
         output: Folder of the data set; an interrupted run goes on where it stopped.
         size: Side of the pictures, pixels.
-        pictures: How many training pictures.
+        images: How many training pictures.
         scenes: Share of pictures with several things.
         seed: Another seed, another set.
         workers: Processes; 0 takes one a core.
@@ -41,8 +41,8 @@ def stickers(
     from fewstep.data.sources import check_npm
     from fewstep.data.stickers import build
 
-    if size not in (64, 128, 256) or pictures < 1 or not 0 <= scenes <= 1:
-        raise UserError("--size must be 64, 128 or 256, --pictures at least 1, --scenes between 0 and 1")
+    if size not in (64, 128, 256) or images < 1 or not 0 <= scenes <= 1:
+        raise UserError("--size must be 64, 128 or 256, --images at least 1, --scenes between 0 and 1")
     if workers < 0 or not 0 <= seed < 2**63:
         raise UserError(f"--workers must be at least 0, and --seed lie between 0 and {2**63 - 1}")
     need("resvg")
@@ -51,7 +51,7 @@ def stickers(
         build(
             output,
             size=size,
-            pictures=pictures,
+            pictures=images,
             scenes=scenes,
             seed=seed,
             workers=workers or os.cpu_count() or 1,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.data import captions
-from fewstep.data.captions import COLOURS, Ground
+from fewstep.data.captions import COLOURS, Background
 from fewstep.data.concepts import held_out, held_out_scene
 from fewstep.data.render import Renderings
 
@@ -36,7 +36,7 @@ class Sample:
     prompt: str
     kind: str
     objects: list[Placed]
-    ground: Ground
+    ground: Background
     relation: str | None = None
     held_out: bool = False
 
@@ -86,10 +86,10 @@ class Composer:
         )
         return self.sticker(self._rows[int(order[place])], rng)
 
-    def sticker(self, row: int, rng: Rng, ground: Ground | None = None) -> Sample:
+    def sticker(self, row: int, rng: Rng, ground: Background | None = None) -> Sample:
         """One thing, on plain white half of the time."""
         index, style = self.renderings.pairs[row]
-        ground = ground or (Ground() if rng.random() < 0.55 else _ground(rng))
+        ground = ground or (Background() if rng.random() < 0.55 else _ground(rng))
         # Little play: it is what no caption tells, and a net that cannot know it draws soft edges.
         side = float(rng.uniform(0.84, 0.87))
         box = _box(0.5 + float(rng.uniform(-0.008, 0.008)), 0.5 + float(rng.uniform(-0.008, 0.008)), side)
@@ -106,11 +106,11 @@ class Composer:
     def _several(self, rng: Rng) -> Sample:
         many = 3 if rng.random() < 0.2 else 2
         rows = self._choose(many, rng)
-        ground = Ground() if rng.random() < 0.5 else _ground(rng)
+        ground = Background() if rng.random() < 0.5 else _ground(rng)
         relation = RELATIONS[int(rng.integers(4))] if many == 2 and rng.random() < 0.7 else None
         return self.several(rows, relation, ground, rng)
 
-    def several(self, rows: list[int], relation: str | None, ground: Ground, rng: Rng) -> Sample:
+    def several(self, rows: list[int], relation: str | None, ground: Background, rng: Rng) -> Sample:
         """Two things side by side or one above the other, or three in a row."""
         many = len(rows)
         side = float(rng.uniform(0.42, 0.5)) if many == 2 else float(rng.uniform(0.28, 0.33))
@@ -132,10 +132,10 @@ class Composer:
     def _counted(self, rng: Rng) -> Sample:
         count = int(rng.integers(2, 5))
         row = self._choose(1, rng, count)[0]
-        ground = Ground() if rng.random() < 0.5 else _ground(rng)
+        ground = Background() if rng.random() < 0.5 else _ground(rng)
         return self.counted(row, count, ground, rng)
 
-    def counted(self, row: int, count: int, ground: Ground, rng: Rng) -> Sample:
+    def counted(self, row: int, count: int, ground: Background, rng: Rng) -> Sample:
         """Two to four of one thing."""
         side = {2: 0.45, 3: 0.38, 4: 0.38}[count] * float(rng.uniform(0.95, 1.05))
         layouts = {
@@ -165,7 +165,7 @@ class Composer:
         index, style = self.renderings.pairs[row]
         return self.renderings.concepts[index].name, style
 
-    def _paint(self, rows: list[int], objects: list[Placed], ground: Ground) -> Image.Image:
+    def _paint(self, rows: list[int], objects: list[Placed], ground: Background) -> Image.Image:
         canvas = background(ground, self.size)
         for row, placed in zip(rows, objects, strict=True):
             left, top, right, _ = (v * self.size for v in placed.box)
@@ -177,7 +177,7 @@ class Composer:
         return canvas
 
 
-def background(ground: Ground, size: int) -> Image.Image:
+def background(ground: Background, size: int) -> Image.Image:
     """A plain or vertically graded canvas, RGB ``size`` x ``size``."""
     first = np.array(COLOURS[ground.first or "white"], np.float32)
     second = np.array(COLOURS[ground.second], np.float32) if ground.second else first
@@ -186,13 +186,13 @@ def background(ground: Ground, size: int) -> Image.Image:
     return Image.fromarray(np.broadcast_to(rows, (size, size, 3)).round().astype(np.uint8))
 
 
-def _ground(rng: Rng) -> Ground:
+def _ground(rng: Rng) -> Background:
     names = list(COLOURS)
     first = names[int(rng.integers(len(names)))]
     if rng.random() < 0.8:
-        return Ground(first)
+        return Background(first)
     second = names[int(rng.integers(len(names)))]
-    return Ground(first, second) if second != first else Ground(first)
+    return Background(first, second) if second != first else Background(first)
 
 
 def _box(x: float, y: float, side: float) -> tuple[float, float, float, float]:

@@ -31,7 +31,7 @@ class Found:
     side: float
 
 
-class Crowds:
+class DetectionDataset:
     """Draws pictures with one to seven things; picture ``i`` of a seed is always the same one.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-def rows(length: int, step: int, batch: int, seed: int) -> list[int]:
+def batch_indices(length: int, step: int, batch: int, seed: int) -> list[int]:
     """Which of ``length`` rows step ``step`` sees: every row once an epoch, in a new order each time.
 
     Args:

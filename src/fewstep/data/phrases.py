@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data import captions, concepts
-from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, Rng, pick
+from fewstep.data.captions import COLOURS, STYLE_WORDS, Background, Rng, pick
 from fewstep.data.concepts import Concept
 from fewstep.data.sources import STYLES
 from fewstep.data.texts import HINTS, truths_of
@@ -60,7 +60,7 @@ _DOING = (
 
 
 @dataclass(frozen=True)
-class Phrase:
+class Paraphrase:
     """What somebody says, and the plain prompt that means it."""
 
     said: str
@@ -83,22 +83,22 @@ class Phrases:
     names: Sequence[Sequence[str]]
     sayings: Sequence[Sequence[str]]
     words: Sequence[str]
-    bare: Sequence[Phrase]
+    bare: Sequence[Paraphrase]
 
-    def draw(self, rng: Rng) -> Phrase:
+    def draw(self, rng: Rng) -> Paraphrase:
         """One of any concept; it names no style in more than half of the cases, and then means the usual."""
         if self.bare and rng.random() < 0.2:
             return pick(self.bare, rng)
         index = int(rng.integers(len(self.concepts)))
         concept = self.concepts[index]
         style = pick(concept.styles, rng) if rng.random() < 0.45 else None
-        ground = Ground(pick(list(COLOURS), rng)) if rng.random() < 0.2 else Ground()
+        ground = Background(pick(list(COLOURS), rng)) if rng.random() < 0.2 else Background()
         thing = captions.article(self._around(self._name(index, rng), concept, rng), rng)
         look = None if style is None else pick(STYLE_WORDS[style], rng)
         said = captions.arrange(thing, look, captions.background(ground, rng), rng)
         said = captions.finish(said, rng) if rng.random() < 0.5 else said
         said = captions.slip(said, rng) if rng.random() < 0.04 else said
-        return Phrase(said, _meant(concept, style, ground.words))
+        return Paraphrase(said, _meant(concept, style, ground.words))
 
     @cached_property
     def _coloured(self) -> set[str]:
@@ -130,10 +130,10 @@ class Phrases:
 
 def _meant(concept: Concept, style: str | None, ground: str | None) -> str:
     where = f" on a {ground} background" if ground else ""
-    return captions.plain(concept, style or usual(concept)) + where
+    return captions.plain(concept, style or default_style(concept)) + where
 
 
-def usual(concept: Concept) -> str:
+def default_style(concept: Concept) -> str:
     """The style that is meant where none is named: the first that training has seen of the thing."""
     seen = [style for style in STYLES if style in concept.styles]
     return next((style for style in seen if not concepts.held_out(concept.name, style)), seen[0])
@@ -180,13 +180,13 @@ def pairs(known: Sequence[Concept], words: Sequence[str], many: int, rng: Rng) -
 
 def captions_of(
     shards: Sequence[Path], known: Sequence[Concept]
-) -> tuple[list[str], list[str], list[Phrase]]:
+) -> tuple[list[str], list[str], list[Paraphrase]]:
     """The captions of the shards: those of one thing and its style, those of several things, and those of one
     thing that name no style, with the usual style meant."""
     by_name = {concept.name: concept for concept in known}
     told: list[str] = []
     several: list[str] = []
-    bare: list[Phrase] = []
+    bare: list[Paraphrase] = []
     for truth in truths_of(shards):
         said, objects = truth["prompt"], truth["objects"]
         if len(objects) > 1:
@@ -195,5 +195,5 @@ def captions_of(
             told.append(said)
         else:
             ground = None if truth["ground"] == "plain white" else truth["ground"]
-            bare.append(Phrase(said, _meant(by_name[objects[0]["concept"]], None, ground)))
+            bare.append(Paraphrase(said, _meant(by_name[objects[0]["concept"]], None, ground)))
     return told, several, bare

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.data.captions import COLOURS, STYLE_WORDS, Ground, plural
+from fewstep.data.captions import COLOURS, STYLE_WORDS, Background, plural
 from fewstep.data.compose import RELATIONS, Composer, Rng, Sample
 from fewstep.data.concepts import held_out, held_out_scene
 from fewstep.data.render import Renderings
@@ -54,7 +54,7 @@ COLOURED = {
 """Things that the renderings hold in several colours, under a name each ("blue heart"): what binding asks."""
 
 
-def asked() -> tuple[str, ...]:
+def prompted_concepts() -> tuple[str, ...]:
     """Names of all concepts that prompts ask for."""
     return THINGS + tuple(f"{colour} {thing}" for thing, colours in COLOURED.items() for colour in colours)
 
@@ -110,13 +110,13 @@ def pictures(renderings: Renderings, scenes: Sequence[Scene], seed: int = 1) -> 
     drawn: list[NDArray[np.uint8]] = []
     for index, scene in enumerate(scenes):
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**41 + index]))
-        sample = _compose(composer, scene.category, scene.rows, scene.relation, Ground(scene.ground), rng)
+        sample = _compose(composer, scene.category, scene.rows, scene.relation, Background(scene.ground), rng)
         drawn.append(np.ascontiguousarray(np.asarray(sample.image).transpose(2, 0, 1)))
     return np.stack(drawn)
 
 
 def _compose(
-    composer: Composer, category: str, rows: Sequence[int], relation: str | None, ground: Ground, rng: Rng
+    composer: Composer, category: str, rows: Sequence[int], relation: str | None, ground: Background, rng: Rng
 ) -> Sample:
     if category == "counting":
         return composer.counted(rows[0], len(rows), ground, rng)
@@ -173,7 +173,7 @@ class _Maker:
         ground = colours[int(rng.integers(len(colours)))] if category == "colours" else None
         relation = RELATIONS[int(rng.integers(len(RELATIONS)))] if category == "position" else None
         rows = tuple(self._styles[name][style] for name in names)
-        prompt = _compose(self._composer, category, rows, relation, Ground(ground), rng).prompt
+        prompt = _compose(self._composer, category, rows, relation, Background(ground), rng).prompt
         looks = STYLE_WORDS[style] if len(names) == 1 else ("",)
         said = prompt.lower()
         spoken = {plural(name) if category == "counting" else name for name in names}

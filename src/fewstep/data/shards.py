@@ -31,7 +31,7 @@ from fewstep.data.compose import Composer, Sample
 from fewstep.data.folders import list_files, say_passed_over
 from fewstep.files import replacing_file, shortened
 from fewstep.files import write as write_file
-from fewstep.picture import MOST_BYTES, decode, flat
+from fewstep.picture import MOST_BYTES, decode, to_rgb
 from fewstep.picture import read as read_image
 from fewstep.text import decode_caption
 from fewstep.types import UserError
@@ -223,7 +223,7 @@ def open_picture(data: bytes, where: str) -> Image.Image:
     """Decode, laid on white, to RGB; a broken file is a :class:`UserError` that names it."""
     image = decode(data, where)
     try:
-        return flat(image)
+        return to_rgb(image)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data import captions, compose, concepts, render, shards, sources
-from fewstep.data.captions import Ground
+from fewstep.data.captions import Background
 from fewstep.data.compose import Composer
 from fewstep.files import write
 from fewstep.types import UserError
@@ -105,7 +105,7 @@ def references(folder: Path, size: int = 128) -> list[Reference]:
     for row, (index, style) in enumerate(rendered.pairs):
         concept = rendered.concepts[index]
         rng = np.random.Generator(np.random.Philox(key=[7, row]))
-        picture = np.asarray(composer.sticker(row, rng, Ground()).image).transpose(2, 0, 1)
+        picture = np.asarray(composer.sticker(row, rng, Background()).image).transpose(2, 0, 1)
         held = concepts.held_out(concept.name, style)
         out.append(Reference(concept.name, style, held, picture, captions.plain(concept, style)))
     return out

@@ -17,7 +17,7 @@ from fewstep.runtime.bundle import Bundle, Compute
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExportMetadata:
     """What an export tells of itself.
 
     Attributes:
@@ -61,7 +61,7 @@ class Target(Protocol):
         """
         ...
 
-    def export(self, family: Family, out: Path, bits: int, facts: Facts) -> str:
+    def export(self, family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         """Write ``family`` (float32, on the processor) to ``out``, whole or not at all; an earlier export
         there is replaced.
 
@@ -75,7 +75,7 @@ class Target(Protocol):
 
 
 @runtime_checkable
-class Keeper(Target, Protocol):
+class SupportsT5Bits(Target, Protocol):
     """A target that can store T5 in bits of its own.
 
     Attributes:
@@ -85,14 +85,14 @@ class Keeper(Target, Protocol):
     T5_BITS: tuple[int, ...]
 
     def export(
-        self, family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None
+        self, family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None
     ) -> str:
         """As any target's; ``t5_bits`` a weight of T5, as all others where ``None``."""
         ...
 
 
 @runtime_checkable
-class Computer(Target, Protocol):
+class SupportsComputeDtype(Target, Protocol):
     """A target whose graphs can compute in something else than float32.
 
     Attributes:
@@ -103,7 +103,7 @@ class Computer(Target, Protocol):
 
 
 @runtime_checkable
-class Converter(Target, Protocol):
+class ConvertsBundle(Target, Protocol):
     """A target that can be made of a bundle for onnxruntime as well, without PyTorch."""
 
     def convert(self, bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.deploy import Facts
-from fewstep.deploy.common.place import writing
+from fewstep.deploy import ExportMetadata
+from fewstep.deploy.common.place import write_errors
 from fewstep.extras import need
 from fewstep.progress import Progress, emit
 from fewstep.runtime.bundle import CARD, LARGEST, Compute
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.deploy import Converter, Target
+    from fewstep.deploy import ConvertsBundle, Target
     from fewstep.runtime.bundle import Bundle
 
 UNPACKED = 16
@@ -37,7 +37,7 @@ def export(
     name: str | None = None,
     steps: int | None = None,
     license: str | None = None,
-    about: Path | None = None,
+    metadata: Path | None = None,
 ) -> None:
     """Write a trained model for the program that shall run it.
 
@@ -58,9 +58,9 @@ def export(
         name: The model's name; by default what the source calls itself.
         steps: Default number of steps; by default the source's.
         license: Name of the weights' licence, such as Apache-2.0.
-        about: A JSON object of facts that go along; "styles" lists the style words that the model knows.
+        metadata: A JSON object of facts that go along; "styles" lists the style words that the model knows.
     """
-    from fewstep.deploy import Computer, Converter, targets
+    from fewstep.deploy import ConvertsBundle, SupportsComputeDtype, targets
     from fewstep.families.lora import apply, named, specs
 
     if steps is not None and not 1 <= steps <= LARGEST:
@@ -72,20 +72,22 @@ def export(
     if bits not in (None, *target.BITS):
         few = ", ".join(map(str, sorted(target.BITS)))
         raise UserError(f"bits for {to} must be one of {few}, not {bits}")
-    if compute not in (can := target.COMPUTES if isinstance(target, Computer) else ("float32",)):
-        able = [name for name, t in known.items() if isinstance(t, Computer) and compute in t.COMPUTES]
+    if compute not in (can := target.COMPUTES if isinstance(target, SupportsComputeDtype) else ("float32",)):
+        able = [
+            name for name, t in known.items() if isinstance(t, SupportsComputeDtype) and compute in t.COMPUTES
+        ]
         raise UserError(
             f"--compute for {to} must be {' or '.join(can)}, not {compute}: that takes --to {', '.join(able)}"
         )
     keeps, its_bits = _t5(t5, to, target)
-    more = read_about(about)
+    more = read_metadata(metadata)
     need(*target.needs(bits or max(target.BITS)))
 
-    from fewstep.source import bundle_of, kind_of, load_family, locate, split
+    from fewstep.source import bundle_of, kind_of, load_family, parse_family, resolve
 
     target.check(output)
-    place = locate(split(source)[1])
-    if isinstance(target, Converter) and (bundle := bundle_of(source)) is not None:
+    place = resolve(parse_family(source)[1])
+    if isinstance(target, ConvertsBundle) and (bundle := bundle_of(source)) is not None:
         _check_bundle(source, t5, lora)
         given = {"name": name, "steps": steps, "license": license, "compute": compute}
         _converted(bundle, target, output, bits or UNPACKED, given, more)
@@ -105,7 +107,7 @@ def export(
         apply(family.parts, family.kind, loras)
         family = replace(family, steps=steps or family.steps, name=name or family.name)
         progress(f"writing {output} for {to}")
-        with writing(output):
+        with write_errors(output):
             line = target.export(family, output, bits, facts, **its_bits)
     emit(f"{family.name}: {output}, {line}")
 
@@ -119,14 +121,14 @@ def _check_bundle(source: str, t5: str | None, lora: tuple[str, ...]) -> None:
 
 
 def _converted(
-    bundle: Bundle, target: Converter, output: Path, bits: int, given: Mapping[str, Any], about: Any
+    bundle: Bundle, target: ConvertsBundle, output: Path, bits: int, given: Mapping[str, Any], about: Any
 ) -> None:
     if bundle.engine != "onnx":
         raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
-    told = bundle.told()
+    told = bundle.to_dict()
     told |= {key: value for key, value in given.items() if value is not None}
     told["about"] = {**told.get("about", {}), **about, "bits": bits}
-    with Progress() as progress, writing(output):
+    with Progress() as progress, write_errors(output):
         progress(f"writing {output}")
         line = target.convert(bundle, output, bits, told)
     emit(f"{told['name']}: {output}, {line}")
@@ -138,9 +140,9 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
     Raises:
         UserError: nothing that can be asked, or not of this target.
     """
-    from fewstep.deploy import Keeper
+    from fewstep.deploy import SupportsT5Bits
 
-    few = target.T5_BITS if isinstance(target, Keeper) else ()
+    few = target.T5_BITS if isinstance(target, SupportsT5Bits) else ()
     if asked is None:
         return (None if target.T5 else False), {}
     if asked == "drop":
@@ -160,8 +162,8 @@ def has_t5(place: Path) -> bool:
     return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
 
 
-def read_about(about: Path | None) -> dict[str, Any]:
-    """The facts of ``--about``.
+def read_metadata(about: Path | None) -> dict[str, Any]:
+    """The facts of ``--metadata``.
 
     Raises:
         UserError: the file is no JSON object, or its styles are no words.
@@ -175,10 +177,10 @@ def read_about(about: Path | None) -> dict[str, Any]:
     return told
 
 
-def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> Facts:
+def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> ExportMetadata:
     """What an export of the model at ``place`` tells of itself."""
     text = place / "LICENSE"
     given = text if text.is_file() else None
     card = place / CARD
     name = license or ("unknown" if given is None else "see LICENSE")
-    return Facts(name, given, told, card if card.is_file() else None)
+    return ExportMetadata(name, given, told, card if card.is_file() else None)

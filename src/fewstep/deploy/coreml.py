@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import formats
-from fewstep.deploy import Facts
-from fewstep.deploy.common.graphs import Part, parts
-from fewstep.deploy.common.manifest import described, write_tokenizer
+from fewstep.deploy import ExportMetadata
+from fewstep.deploy.common.graphs import GraphSpec, parts
+from fewstep.deploy.common.manifest import manifest, write_tokenizer
 from fewstep.extras import install
 from fewstep.families import Family
 from fewstep.files import replacing_folder
@@ -68,7 +68,7 @@ def check(out: Path) -> None:
     _check_tools()
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write ``family`` as a folder of ``.mlpackage``: text, modulation, transformer, decoder and encoder.
 
     Inputs and outputs bear the names of a bundle's graphs (:mod:`fewstep.runtime.bundle`), with a batch of
@@ -92,11 +92,11 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         shapes: dict[str, Any] = {}
         for stem, part in parts(family).items():
             package = fresh / f"{stem}.mlpackage"
-            fewer(converted(part), bits).save(str(package))
+            quantize(converted(part), bits).save(str(package))
             shutil.copymode(package / "Manifest.json", package / PROGRAM)
             shapes[stem] = {"inputs": {name: [1, *x.shape[1:]] for name, x in part.inputs.items()}}
             shapes[stem]["outputs"] = list(part.outputs)
-        told = {"format": FORMAT, **described(family, facts, bits), "parts": shapes}
+        told = {"format": FORMAT, **manifest(family, facts, bits), "parts": shapes}
         (fresh / MANIFEST).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
         write_tokenizer(family, fresh / "tokenizer.json")
         if facts.license_file is not None:
@@ -105,12 +105,12 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     return f"{size / 1e6:.1f} MB, {bits}-bit weights, for iOS 18 and macOS 15"
 
 
-def converted(part: Part) -> Any:
+def converted(part: GraphSpec) -> Any:
     """``part`` as a ``coremltools`` model of float16 for a batch of one."""
     import numpy as np
     import torch
 
-    from fewstep.deploy.common.half import guarded
+    from fewstep.deploy.common.half import with_fp16_norms
 
     ct: Any = importlib.import_module("coremltools")
     inputs = {name: example[:1] for name, example in part.inputs.items()}
@@ -119,7 +119,7 @@ def converted(part: Part) -> Any:
     passes.append_pass(SLICED)
     modulation = "modulation" in part.outputs
     with _quiet(), torch.no_grad():
-        traced = torch.jit.trace(guarded(part.module), tuple(inputs.values()), check_trace=False)
+        traced = torch.jit.trace(with_fp16_norms(part.module), tuple(inputs.values()), check_trace=False)
         return ct.convert(
             traced,
             inputs=[ct.TensorType(name, x.shape, kinds[x.dtype]) for name, x in inputs.items()],
@@ -135,7 +135,7 @@ def _is_half(op: Any) -> bool:
     return op.op_type not in EXACT
 
 
-def fewer(model: Any, bits: int) -> Any:
+def quantize(model: Any, bits: int) -> Any:
     """``model`` with its matrices, kernels and tables of embeddings in ``bits``.
 
     A palette is found by k-means among the weights of :data:`GROUP` output channels, or of the whole tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.families import Family
 from fewstep.families.folder import check_place
 
@@ -23,7 +23,7 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write ``family`` where its own stock pipeline's ``from_pretrained`` finds it.
 
     Raises:

@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.bundle import check_place, write_bundle
-from fewstep.deploy.common.graphs import Part, parts
+from fewstep.deploy.common.graphs import GraphSpec, parts
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -35,7 +35,7 @@ def check(out: Path) -> None:
     import_module("executorch")
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write ``family`` as a bundle for ExecuTorch (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:
@@ -61,7 +61,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         for stem, part in parts(family).items():
             with _quiet():
                 edge = lowered(in_8_bits(part) if bits == 8 and stem in QUANTIZED else part)
-                counts.append(delegated(edge))
+                counts.append(count_delegated(edge))
                 with (folder / f"{stem}.pte").open("wb") as file:
                     edge.to_executorch().write_to_file(file)
 
@@ -70,7 +70,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     return f"{line}, {theirs} of {all_of_them} operators on XNNPACK"
 
 
-def in_8_bits(part: Part) -> Part:
+def in_8_bits(part: GraphSpec) -> GraphSpec:
     """``part`` with the products of its linear layers in integers, as XNNPACK does them."""
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
@@ -82,7 +82,7 @@ def in_8_bits(part: Part) -> Part:
     return replace(part, module=module)
 
 
-def lowered(part: Part) -> Any:
+def lowered(part: GraphSpec) -> Any:
     """``part`` for one picture as an ``EdgeProgramManager``, what XNNPACK can do given to it."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
@@ -96,7 +96,7 @@ def lowered(part: Part) -> Any:
     return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
 
 
-def delegated(edge: Any) -> tuple[int, int]:
+def count_delegated(edge: Any) -> tuple[int, int]:
     """Operators of a lowered program that XNNPACK has, and all of them."""
     from executorch.exir.lowered_backend_module import (  # pyright: ignore[reportMissingImports]
         get_lowered_submodules,

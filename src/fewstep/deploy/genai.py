@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import formats
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.graphs import text_length
-from fewstep.deploy.common.manifest import described
+from fewstep.deploy.common.manifest import manifest
 from fewstep.families import Family
 from fewstep.files import replacing_folder
 from fewstep.types import UserError
@@ -51,7 +51,7 @@ def check(out: Path) -> None:
     import_module("openvino_tokenizers")
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write ``family`` where ``openvino_genai.Text2ImagePipeline`` and ``Image2ImagePipeline`` find it.
 
     Args:
@@ -94,7 +94,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
         }
         _write_json(scheduler, fresh / "scheduler" / "scheduler_config.json")
         _write_json(PIPELINE, fresh / "model_index.json")
-        _write_json({"format": FORMAT, **described(family, facts, bits)}, fresh / MANIFEST)
+        _write_json({"format": FORMAT, **manifest(family, facts, bits)}, fresh / MANIFEST)
         if facts.license_file is not None:
             shutil.copyfile(facts.license_file, fresh / "LICENSE")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.place import check_file, fresh_file
-from fewstep.deploy.common.stability import net_tensors, told
+from fewstep.deploy.common.stability import file_metadata, net_tensors
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -37,7 +37,7 @@ def check(out: Path) -> None:
     check_file(out, ".gguf", _ours)
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write the net of ``family`` as a ``.gguf`` file, without text encoders and autoencoder.
 
     Tensors bear Stability's names without ``model.diffusion_model.``, as nets alone are shipped: with it the
@@ -58,7 +58,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
 
     with fresh_file(out, ".gguf", _ours) as fresh:
-        said = told(family, facts, bits)
+        said = file_metadata(family, facts, bits)
         writer = GGUFWriter(fresh, "sd3")
         writer.add_name(said["title"])
         writer.add_license(said["license"])

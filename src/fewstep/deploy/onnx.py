@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.bundle import check_place, write_bundle
 from fewstep.deploy.common.graphs import parts, trace, write_graph
-from fewstep.deploy.common.weights import Choose, shrink
+from fewstep.deploy.common.weights import Choose, quantize_weights
 from fewstep.families import Family
 
 FAMILIES = ("sd3",)
@@ -28,7 +28,7 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
     """Write ``family`` as a bundle for onnxruntime (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:
@@ -48,7 +48,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int |
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
             own = t5_bits or bits if stem == "t5" else bits
-            write_graph(shrink(trace(part), own), folder / f"{stem}.onnx")
+            write_graph(quantize_weights(trace(part), own), folder / f"{stem}.onnx")
 
     return write_bundle(family, out, bits, facts, "onnx", write)
 
@@ -58,13 +58,13 @@ def write_traced(
     traced: Mapping[str, Any],
     out: Path,
     bits: int,
-    facts: Facts,
+    facts: ExportMetadata,
     choose: Choose | None = None,
 ) -> str:
     """The same of graphs that are traced already, some weights stored in another way (see ``shrink``)."""
 
     def write(folder: Path) -> None:
         for stem, model in traced.items():
-            write_graph(shrink(model, bits, choose), folder / f"{stem}.onnx")
+            write_graph(quantize_weights(model, bits, choose), folder / f"{stem}.onnx")
 
     return write_bundle(family, out, bits, facts, "onnx", write)

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.bundle import check_place, rewrite_bundle, write_bundle
 from fewstep.deploy.common.graphs import parts
 from fewstep.families import Family
@@ -33,7 +33,7 @@ def check(out: Path) -> None:
     import_module("fewstep.runtime.openvino")
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts, *, t5_bits: int | None = None) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
     """Write ``family`` as a bundle for OpenVINO (:func:`fewstep.deploy.common.bundle.write_bundle`).
 
     Args:

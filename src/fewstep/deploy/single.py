@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.place import check_file, fresh_file
-from fewstep.deploy.common.stability import checkpoint, told
+from fewstep.deploy.common.stability import checkpoint, file_metadata
 from fewstep.families import Family
 from fewstep.families.folder import first_line
 from fewstep.types import UserError
@@ -27,7 +27,7 @@ def check(out: Path) -> None:
     check_file(out, ".safetensors", _ours)
 
 
-def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     """Write ``family`` as a ``.safetensors`` file that holds the net, the autoencoder and the text encoders.
 
     Its header tells name, licence, steps, guidance, shift and sampler
@@ -51,7 +51,7 @@ def export(family: Family, out: Path, bits: int, facts: Facts) -> str:
 
     with fresh_file(out, ".safetensors", _ours) as fresh:
         tensors = {name: _stored(name, tensor, bits) for name, tensor in checkpoint(family.parts).items()}
-        said = told(family, facts, bits)
+        said = file_metadata(family, facts, bits)
         header = {"format": "pt", "fewstep": said.pop("fewstep")}
         header |= {f"modelspec.{key}": text for key, text in said.items()}
         try:

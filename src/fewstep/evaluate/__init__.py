@@ -8,10 +8,10 @@ The scene score looks at the pictures: `scenes.load`, `scenes.judge`, `scenes.me
 from __future__ import annotations
 
 from fewstep.data.stickers import Reference
-from fewstep.evaluate.estimate import Estimate
+from fewstep.evaluate.estimate import Interval
 from fewstep.evaluate.harness import evaluate
 from fewstep.evaluate.plan import Candidate
 from fewstep.evaluate.report import Results, Row
 from fewstep.evaluate.sheet import sheet
 
-__all__ = ["Candidate", "Estimate", "Reference", "Results", "Row", "evaluate", "sheet"]
+__all__ = ["Candidate", "Interval", "Reference", "Results", "Row", "evaluate", "sheet"]

@@ -24,7 +24,7 @@ from fewstep.deploy.common.place import check_folder
 from fewstep.evaluate.detector import check as check_detector
 from fewstep.evaluate.harness import evaluate as run
 from fewstep.evaluate.plan import Candidate, check_seeds
-from fewstep.evaluate.renderings import redraws
+from fewstep.evaluate.renderings import ceiling_sources
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.scenes import load as load_scenes
 from fewstep.evaluate.written import load as load_written
@@ -32,9 +32,9 @@ from fewstep.extras import need
 from fewstep.pipeline import Pipeline
 from fewstep.progress import Progress, emit
 from fewstep.recipes.parts import check_counts
-from fewstep.request import MANY, real
-from fewstep.request import whole as whole_number
-from fewstep.source import locate, split
+from fewstep.request import MANY, check_float
+from fewstep.request import check_int as whole_number
+from fewstep.source import parse_family, resolve
 from fewstep.types import UserError
 
 _SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
@@ -72,7 +72,7 @@ def evaluate(
     first_seed: Whole = 0,
     scenes: Whole = 120,
     detector: Path = Path("models/scene-detector"),
-    written: Path | None = None,
+    human_prompts: Path | None = None,
     data: Path = Path("data/stickers"),
 ) -> None:
     """Measure models on the same prompts and seeds: KID, retrieval, diversity, scenes, and against a teacher.
@@ -90,8 +90,8 @@ def evaluate(
         first_seed: Seed of the first picture; the others count up from it.
         scenes: How many prompts of scenes to score besides, a picture each: a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes, from `fewstep train scene-detector`.
-        written: Measure prompts that people wrote besides, a picture each, as in docs/handwritten.tsv: lines
-            of a prompt, a tab, and the concepts of which one is expected, with | between them.
+        human_prompts: Measure prompts that people wrote besides, a picture each, as in docs/handwritten.tsv:
+            lines of a prompt, a tab, and the concepts of which one is expected, with | between them.
         data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """
     if not models:
@@ -101,7 +101,7 @@ def evaluate(
     typed += ["--teacher", teacher] if teacher else []
     typed += ["--prompts", str(prompts), "--seeds", str(seeds), "--first-seed", str(first_seed)]
     typed += ["--scenes", str(scenes), *(["--detector", str(detector)] if scenes else [])]
-    typed += ["--written", str(written)] if written else []
+    typed += ["--human-prompts", str(human_prompts)] if human_prompts else []
     typed += ["--data", str(data), "-o", str(output)]
     own = [parse(teacher)] if teacher else []
     specs = [*own, *expand(models, steps)]
@@ -115,12 +115,12 @@ def evaluate(
     if scenes:
         check_detector(detector)
         scene_prompts(rendered, scenes)
-    if written and not written.is_file():
-        raise UserError(f"--written {written}: no such file")
+    if human_prompts and not human_prompts.is_file():
+        raise UserError(f"--human-prompts {human_prompts}: no such file")
     with Progress() as progress:
         progress("reading the renderings")
-        references, ceilings = stickers.references(data), redraws(data)
-        prose = load_written(written, references) if written else ()
+        references, ceilings = stickers.references(data), ceiling_sources(data)
+        prose = load_written(human_prompts, references) if human_prompts else ()
         test = load_scenes(data, detector, scenes) if scenes else None
         candidates: list[Candidate] = []
         for spec in specs:
@@ -153,8 +153,8 @@ def _check(spec: Spec) -> None:
     if spec.steps is not None:
         whole_number("steps", spec.steps, 1, MANY)
     if spec.guidance is not None:
-        real("guidance", spec.guidance, 0, 100)
-    locate(split(spec.name)[1])
+        check_float("guidance", spec.guidance, 0, 100)
+    resolve(parse_family(spec.name)[1])
 
 
 def parse(text: str) -> Spec:
@@ -209,7 +209,7 @@ def _pipeline(name: str) -> Pipeline:
 
 def _weights(name: str) -> str:
     """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
-    place = locate(split(name)[1])
+    place = resolve(parse_family(name)[1])
     files = [path for path in list_files(place).files if path.is_file()] if place.is_dir() else [place]
     stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

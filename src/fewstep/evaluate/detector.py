@@ -19,7 +19,7 @@ from PIL import Image
 
 from fewstep import formats
 from fewstep.data.captions import COLOURS
-from fewstep.evaluate.likeness import Box, Gallery
+from fewstep.evaluate.likeness import Box, TemplateBank
 from fewstep.runtime.external import external_files
 from fewstep.runtime.graph import Graph
 from fewstep.runtime.session import cores
@@ -47,7 +47,7 @@ class _Note:
 
 
 @dataclass(frozen=True)
-class Thing:
+class Detection:
     """What was found in a box; ``likeness [K]`` is how like it is to each concept, at most 1."""
 
     box: Box
@@ -58,7 +58,7 @@ class Thing:
         return int((self.likeness > self.likeness[place]).sum())
 
 
-class Finder:
+class BoxDetector:
     """The net in ``folder``: pictures to boxes.
 
     Attributes:
@@ -107,14 +107,14 @@ class Detector:
         concepts: name -> place in a likeness.
     """
 
-    def __init__(self, finder: Finder, gallery: Gallery) -> None:
+    def __init__(self, finder: BoxDetector, gallery: TemplateBank) -> None:
         self.name, self.concepts = finder.name, gallery.concepts
         self._finder, self._gallery = finder, gallery
 
-    def __call__(self, images: NDArray[np.uint8]) -> list[list[Thing]]:
+    def __call__(self, images: NDArray[np.uint8]) -> list[list[Detection]]:
         """What is in each picture, the surest first; uint8 ``[N, 3, h, w]`` RGB."""
         return [
-            [Thing(box, self._gallery.likeness(image, box, border(image))) for box in boxes]
+            [Detection(box, self._gallery.likeness(image, box, border(image))) for box in boxes]
             for image, boxes in zip(images, self._finder(images), strict=True)
         ]
 

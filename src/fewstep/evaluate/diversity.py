@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def spread(features: NDArray[np.floating]) -> NDArray[np.float64]:
+def diversity(features: NDArray[np.floating]) -> NDArray[np.float64]:
     """Mean pairwise Euclidean distance over seeds, one a prompt: ``[P, S, d]`` -> ``[P]``.
 
     Raises:

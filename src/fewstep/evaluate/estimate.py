@@ -23,7 +23,7 @@ DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A figure and its 95 % confidence interval ``[low, high]``.
 
     Attributes:
@@ -40,7 +40,7 @@ class Estimate:
     without: tuple[float, ...] | None = None
 
 
-def mean(values: NDArray[np.floating]) -> Estimate:
+def mean(values: NDArray[np.floating]) -> Interval:
     """Mean over prompts, ``values [P]``, with its percentile bootstrap interval.
 
     Raises:
@@ -52,7 +52,7 @@ def mean(values: NDArray[np.floating]) -> Estimate:
     return _interval(float(values.mean()), _resample(len(values)) @ values / len(values))
 
 
-def ratio(above: NDArray[np.floating], below: NDArray[np.floating]) -> Estimate | None:
+def ratio(above: NDArray[np.floating], below: NDArray[np.floating]) -> Interval | None:
     """Ratio of two means over the same prompts (``[P]`` each), prompts resampled together.
 
     Returns ``None`` when the denominator is zero: the ratio has no value then. An end of the interval is
@@ -69,7 +69,7 @@ def ratio(above: NDArray[np.floating], below: NDArray[np.floating]) -> Estimate 
     return _interval(float(above.sum() / below.sum()), draws)
 
 
-def jackknife(value: float, without: NDArray[np.floating]) -> Estimate:
+def jackknife(value: float, without: NDArray[np.floating]) -> Interval:
     """A figure with its delete-one-group interval (Efron and Tibshirani, chapter 11).
 
     Args:
@@ -79,7 +79,7 @@ def jackknife(value: float, without: NDArray[np.floating]) -> Estimate:
     without = np.asarray(without, np.float64)
     count = len(without)
     error = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
-    return Estimate(value, value - Z * error, value + Z * error, tuple(without.tolist()))
+    return Interval(value, value - Z * error, value + Z * error, tuple(without.tolist()))
 
 
 def _resample(size: int) -> NDArray[np.float64]:
@@ -88,8 +88,8 @@ def _resample(size: int) -> NDArray[np.float64]:
     return rng.multinomial(size, np.full(size, 1 / size), size=DRAWS).astype(np.float64)
 
 
-def _interval(value: float, draws: NDArray[np.float64]) -> Estimate:
+def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
     tail = (1 - LEVEL) / 2
     # No interpolation between draws: it would make NaN of an infinite end.
     low, high = np.quantile(draws, [tail, 1 - tail], method="inverted_cdf")
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))

@@ -13,15 +13,15 @@ from fewstep.data.stickers import Reference
 from fewstep.evaluate import written
 from fewstep.evaluate.cache import Cache
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
-from fewstep.evaluate.measure import against, measure
+from fewstep.evaluate.measure import compare_to_teacher, measure
 from fewstep.evaluate.plan import Candidate, Plan, choose
-from fewstep.evaluate.produce import Pictures, Producer, Progress, silent, slug
+from fewstep.evaluate.produce import ImageCache, Pictures, Progress, silent, slug
 from fewstep.evaluate.renderings import Redraw
 from fewstep.evaluate.report import Results, Row, versions, write
-from fewstep.evaluate.scenes import SceneTest
-from fewstep.evaluate.score import joined, score
+from fewstep.evaluate.scenes import GenEvalTest
+from fewstep.evaluate.score import merge_rows, score
 from fewstep.evaluate.sheet import sheet
-from fewstep.evaluate.written import Written
+from fewstep.evaluate.written import HumanPrompt
 from fewstep.types import UserError
 
 SHEET_PROMPTS = 12
@@ -38,8 +38,8 @@ def evaluate(
     seeds: int = 4,
     first_seed: int = 0,
     ceilings: Mapping[str, Redraw] | None = None,
-    scenes: SceneTest | None = None,
-    prose: Sequence[Written] = (),
+    scenes: GenEvalTest | None = None,
+    prose: Sequence[HumanPrompt] = (),
     extractor: Extractor | None = None,
     shared: Path | None = None,
     command: str = "",
@@ -71,7 +71,7 @@ def evaluate(
     _check(labels, teacher)
     cache = Cache(folder / "cache")
     real = Cache(shared) if shared else cache
-    producer = Producer(extractor or OpenNsfwPool(), cache, real, on_progress)
+    producer = ImageCache(extractor or OpenNsfwPool(), cache, real, on_progress)
     plan = choose(references, prompts, seeds, first_seed)
     gallery = producer.real(references, "references")
     made = {candidate.label: producer.generated(candidate, plan) for candidate in candidates}
@@ -80,11 +80,11 @@ def evaluate(
     sheets = {f"sheet-{slug(label)}": _sheet(pictures, plan) for label, pictures in made.items()}
     if scenes is not None:
         scored = score(candidates, scenes, producer, teacher, first_seed)
-        rows, pages = joined(rows, scored.rows), scored.sheets
+        rows, pages = merge_rows(rows, scored.rows), scored.sheets
         sheets |= {f"scenes-{slug(label)}": page for label, page in pages.items()}
     if prose:
         own = written.score(candidates, prose, producer, gallery, references, teacher, first_seed)
-        rows = joined(rows, own.rows)
+        rows = merge_rows(rows, own.rows)
         sheets |= {f"written-{slug(label)}": page for label, page in own.sheets.items()}
     results = Results(
         extractor=producer.extractor.name,
@@ -129,7 +129,9 @@ def _rows(
     for label, own in measured.items():
         figures = dict(own.figures)
         if teacher is not None and label != teacher:
-            figures |= against(own, measured[teacher], features[label], features[teacher], plan.chosen)
+            figures |= compare_to_teacher(
+                own, measured[teacher], features[label], features[teacher], plan.chosen
+            )
         rows.append(Row(label, len(made[label].images), figures))
     return rows
 
@@ -139,7 +141,7 @@ def _ceilings(
     plan: Plan,
     gallery: NDArray[np.float32],
     references: Sequence[Reference],
-    producer: Producer,
+    producer: ImageCache,
 ) -> list[Row]:
     """A row for each way to draw the plan's own pairs for real."""
     rows: list[Row] = []

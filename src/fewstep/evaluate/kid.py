@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.evaluate.estimate import Estimate, jackknife
+from fewstep.evaluate.estimate import Interval, jackknife
 
 
 def kid(
@@ -27,7 +27,7 @@ def kid(
     y: NDArray[np.floating],
     groups_x: Sequence[Hashable] | None = None,
     groups_y: Sequence[Hashable] | None = None,
-) -> Estimate:
+) -> Interval:
     """Squared MMD between features ``x [N, d]`` and ``y [M, d]``: near zero when alike, may be negative.
 
     Args:

@@ -41,7 +41,7 @@ class Box:
     heat: float
 
 
-class Gallery:
+class TemplateBank:
     """All renderings, ready to be compared with.
 
     Attributes:

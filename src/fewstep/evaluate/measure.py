@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from fewstep.data.stickers import Reference
 from fewstep.evaluate import estimate
-from fewstep.evaluate.diversity import spread
-from fewstep.evaluate.estimate import Estimate
+from fewstep.evaluate.diversity import diversity
+from fewstep.evaluate.estimate import Interval
 from fewstep.evaluate.kid import kid
-from fewstep.evaluate.retrieval import hits
+from fewstep.evaluate.retrieval import topk_accuracy
 
-Figures = dict[str, Estimate]
+Figures = dict[str, Interval]
 PARTS = (("seen", False), ("held_out", True))
 DEPTHS = (1, 5)
 FEWEST = 3
@@ -50,13 +50,13 @@ def measure(
     """
     per_prompt = _retrieval(features, chosen, gallery, references)
     if features.shape[1] > 1:
-        per_prompt["diversity"] = spread(features)
+        per_prompt["diversity"] = diversity(features)
     figures = {name: estimate.mean(values) for name, values in per_prompt.items()}
     figures |= _held_out_kid(features, chosen, gallery, references)
     return Measured(per_prompt, figures)
 
 
-def against(
+def compare_to_teacher(
     student: Measured,
     teacher: Measured,
     features: NDArray[np.float32],
@@ -95,7 +95,7 @@ def _retrieval(
     for kind, wanted, labels in kinds:
         asked = [label for label in wanted for _ in range(seeds)]
         for k in DEPTHS:
-            rate = hits(_flat(features), asked, gallery, labels, k).reshape(-1, seeds).mean(1)
+            rate = topk_accuracy(_flat(features), asked, gallery, labels, k).reshape(-1, seeds).mean(1)
             for part, value in PARTS:
                 if np.any(held_out == value):
                     found[f"{part}_{kind}top{k}"] = rate[held_out == value]

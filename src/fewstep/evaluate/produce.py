@@ -35,7 +35,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Producer:
+class ImageCache:
     """Makes what an evaluation measures, or takes it from the cache.
 
     Chunks have fixed borders, so that an interrupted run and a whole one compute the very same thing.
@@ -49,9 +49,11 @@ class Producer:
 
     def generated(self, candidate: Candidate, plan: Plan) -> Pictures:
         """All pictures of a candidate, in the order of `Plan.rows`."""
-        return self.made(candidate, *plan.rows(), candidate.label)
+        return self.images(candidate, *plan.rows(), candidate.label)
 
-    def made(self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str) -> Pictures:
+    def images(
+        self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str
+    ) -> Pictures:
         """Pictures of a candidate and their features, one of each prompt and seed; ``name`` is shown."""
 
         def part(at: int, to: int) -> Arrays:
@@ -65,7 +67,7 @@ class Producer:
         parts = self._chunks(name, len(prompts), part)
         return Pictures(*(np.concatenate([part[key] for part in parts]) for key in ("images", "features")))
 
-    def drawn(
+    def generate(
         self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str
     ) -> NDArray[np.uint8]:
         """Pictures of a candidate that need no features, uint8 ``[N, 3, h, w]``; ``name`` is shown."""

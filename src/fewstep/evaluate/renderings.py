@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.data import render
-from fewstep.data.captions import COLOURS, Ground
+from fewstep.data.captions import COLOURS, Background
 from fewstep.data.compose import Composer
 from fewstep.data.stickers import Reference
 
@@ -17,7 +17,7 @@ Redraw = Callable[[Sequence[Reference]], Sequence[Reference]]
 """References -> other pictures of the same pairs, in the same order."""
 
 
-def redraws(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
+def ceiling_sources(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
     """Two ceilings for retrieval and floors for KID, by the label that tables give them.
 
     "real, placed anew" differs from the gallery in size and place by a pixel or two, as training pictures do;
@@ -37,7 +37,7 @@ def redraws(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
             row = rows[reference.concept, reference.style]
             # The gallery's generators have the key 7.
             rng = np.random.Generator(np.random.Philox(key=[8, row]))
-            ground = Ground(colours[int(rng.integers(len(colours)))]) if coloured else Ground()
+            ground = Background(colours[int(rng.integers(len(colours)))]) if coloured else Background()
             picture = np.asarray(composer.sticker(row, rng, ground).image)
             drawn.append(replace(reference, image=np.ascontiguousarray(picture.transpose(2, 0, 1))))
         return drawn

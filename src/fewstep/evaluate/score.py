@@ -11,9 +11,9 @@ from PIL.Image import Image
 
 from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.plan import LAST_SEED, Candidate
-from fewstep.evaluate.produce import Producer
+from fewstep.evaluate.produce import ImageCache
 from fewstep.evaluate.report import Row
-from fewstep.evaluate.scenes import REAL, SceneTest, Verdict, against, judge, measure
+from fewstep.evaluate.scenes import REAL, GenEvalTest, Verdict, against, judge, measure
 from fewstep.evaluate.sheet import sheet
 from fewstep.types import UserError
 
@@ -24,7 +24,7 @@ COLUMNS = 10
 
 
 @dataclass(frozen=True)
-class Scored:
+class GenEvalResult:
     """A row each, the real scenes' first, and a contact sheet each by label."""
 
     rows: tuple[Row, ...]
@@ -32,8 +32,12 @@ class Scored:
 
 
 def score(
-    candidates: Sequence[Candidate], test: SceneTest, producer: Producer, teacher: str | None, first_seed: int
-) -> Scored:
+    candidates: Sequence[Candidate],
+    test: GenEvalTest,
+    producer: ImageCache,
+    teacher: str | None,
+    first_seed: int,
+) -> GenEvalResult:
     """Draw, judge and measure every candidate on the same prompts and seeds, and the real scenes as well.
 
     Raises:
@@ -45,16 +49,17 @@ def score(
     pictures = {REAL: test.real}
     for candidate in candidates:
         name = f"{candidate.label}, scenes"
-        pictures[candidate.label] = producer.drawn(candidate, test.prompts(), seeds, name)
+        pictures[candidate.label] = producer.generate(candidate, test.prompts(), seeds, name)
     verdicts = {label: judge(images, test) for label, images in pictures.items()}
     measured = {label: measure(own, test.scenes) for label, own in verdicts.items()}
     rows = [_row(label, own, measured, teacher) for label, own in measured.items()]
-    return Scored(
-        tuple(rows), {label: page(images, verdicts[label], test) for label, images in pictures.items()}
+    return GenEvalResult(
+        tuple(rows),
+        {label: geneval_sheet(images, verdicts[label], test) for label, images in pictures.items()},
     )
 
 
-def joined(rows: Sequence[Row], scored: Sequence[Row]) -> list[Row]:
+def merge_rows(rows: Sequence[Row], scored: Sequence[Row]) -> list[Row]:
     """One row a label, with the figures of both; the real scenes' stands before the models'."""
     more = {row.label: row for row in scored}
     ceilings = [row for row in rows if row.label not in more]
@@ -64,7 +69,7 @@ def joined(rows: Sequence[Row], scored: Sequence[Row]) -> list[Row]:
     return [*ceilings, *more.values(), *own]
 
 
-def page(images: NDArray[np.uint8], verdicts: Sequence[Verdict], test: SceneTest) -> Image:
+def geneval_sheet(images: NDArray[np.uint8], verdicts: Sequence[Verdict], test: GenEvalTest) -> Image:
     """The first pictures of each category and half, each with "ok" or what is wrong, and its prompt."""
     count: dict[tuple[str, bool], int] = {}
     shown: list[int] = []

@@ -14,10 +14,10 @@ from fewstep.data.stickers import Reference
 from fewstep.evaluate import estimate
 from fewstep.evaluate.measure import DEPTHS
 from fewstep.evaluate.plan import LAST_SEED, Candidate
-from fewstep.evaluate.produce import Producer
+from fewstep.evaluate.produce import ImageCache
 from fewstep.evaluate.report import Row
-from fewstep.evaluate.retrieval import hits
-from fewstep.evaluate.score import Scored
+from fewstep.evaluate.retrieval import topk_accuracy
+from fewstep.evaluate.score import GenEvalResult
 from fewstep.evaluate.sheet import sheet
 from fewstep.types import UserError
 
@@ -27,14 +27,14 @@ SHOWN = 144
 
 
 @dataclass(frozen=True)
-class Written:
+class HumanPrompt:
     """A prompt, and the concepts of which one is expected."""
 
     prompt: str
     concepts: tuple[str, ...]
 
 
-def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
+def load(path: Path, references: Sequence[Reference]) -> tuple[HumanPrompt, ...]:
     """Lines ``PROMPT<TAB>CONCEPT|CONCEPT``; empty ones and those that begin with ``#`` are skipped.
 
     Raises:
@@ -45,7 +45,7 @@ def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    found: list[Written] = []
+    found: list[HumanPrompt] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -55,7 +55,7 @@ def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
             raise UserError(f"{path}, line {number}: give a prompt, a tab, and concepts with | between them")
         if unknown := [name for name in concepts if name not in known]:
             raise UserError(f"{path}, line {number}: there is no rendering of {unknown[0]!r}")
-        found.append(Written(prompt, concepts))
+        found.append(HumanPrompt(prompt, concepts))
     if not found:
         raise UserError(f"{path} holds no prompts")
     return tuple(found)
@@ -63,13 +63,13 @@ def load(path: Path, references: Sequence[Reference]) -> tuple[Written, ...]:
 
 def score(
     candidates: Sequence[Candidate],
-    written: Sequence[Written],
-    producer: Producer,
+    written: Sequence[HumanPrompt],
+    producer: ImageCache,
     gallery: NDArray[np.float32],
     references: Sequence[Reference],
     teacher: str | None,
     first_seed: int,
-) -> Scored:
+) -> GenEvalResult:
     """One picture a prompt and candidate: ``written_top1`` and ``written_top5``, and to the teacher's.
 
     Raises:
@@ -83,8 +83,8 @@ def score(
     found: dict[str, dict[int, NDArray[np.float64]]] = {}
     sheets: dict[str, Image] = {}
     for candidate in candidates:
-        made = producer.made(candidate, prompts, seeds, f"{candidate.label}, written")
-        found[candidate.label] = {k: any_hit(made.features, written, gallery, labels, k) for k in DEPTHS}
+        made = producer.images(candidate, prompts, seeds, f"{candidate.label}, written")
+        found[candidate.label] = {k: topk_any(made.features, written, gallery, labels, k) for k in DEPTHS}
         said = [
             f"{'ok' if hit >= 0.5 else 'NO'}: {one.prompt}"
             for one, hit in zip(written, found[candidate.label][DEPTHS[-1]], strict=True)
@@ -98,12 +98,12 @@ def score(
                 ratio = estimate.ratio(rate, found[teacher][k])
                 figures |= {} if ratio is None else {f"written_top{k}_ratio": ratio}
         rows.append(Row(label, len(prompts), figures))
-    return Scored(tuple(rows), sheets)
+    return GenEvalResult(tuple(rows), sheets)
 
 
-def any_hit(
+def topk_any(
     features: NDArray[np.floating],
-    written: Sequence[Written],
+    written: Sequence[HumanPrompt],
     gallery: NDArray[np.floating],
     labels: Sequence[str],
     k: int,
@@ -111,4 +111,4 @@ def any_hit(
     """Whether one of the expected concepts is among the ``k`` nearest, ``[N]`` in [0, 1]."""
     most = max(len(one.concepts) for one in written)
     tries = [[one.concepts[min(at, len(one.concepts) - 1)] for one in written] for at in range(most)]
-    return np.max([hits(features, wanted, gallery, labels, k) for wanted in tries], axis=0)
+    return np.max([topk_accuracy(features, wanted, gallery, labels, k) for wanted in tries], axis=0)

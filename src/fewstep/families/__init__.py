@@ -47,7 +47,7 @@ class Family(Model):
         """The family's module: it has ``load``, ``save`` and ``student``."""
         return importlib.import_module(f"{__name__}.{self.kind}")
 
-    def at(self, guidance: float) -> Family:
+    def with_guidance(self, guidance: float) -> Family:
         """The same model at another guidance scale: that of its second pass, or the embedded one.
 
         Raises:

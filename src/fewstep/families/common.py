@@ -205,8 +205,8 @@ def family_of_parts(
         guidance=guidance,
         embedded_guidance=embedded_guidance,
         sampler="renoise" if schedule.stochastic_sampling else "euler",
-        lift=lambda array: torch.from_numpy(array).to(device),
-        lower=lambda tensor: tensor.detach().float().cpu().numpy(),
+        from_numpy=lambda array: torch.from_numpy(array).to(device),
+        to_numpy=lambda tensor: tensor.detach().float().cpu().numpy(),
         net=parts["transformer"],
         blocks=blocks,
         parts={**parts, "scheduler": schedule.scheduler()},
@@ -215,13 +215,13 @@ def family_of_parts(
     )
 
 
-def renoising(family: Family) -> Family:
+def with_renoise_sampler(family: Family) -> Family:
     """The same model, its steps taken with fresh noise: its scheduler says so, to stock diffusers as well."""
     schedule = replace(of_scheduler(family.parts["scheduler"]), stochastic_sampling=True)
     return replace(family, sampler="renoise", parts={**family.parts, "scheduler": schedule.scheduler()})
 
 
-def aside(family: Family) -> None:
+def offload_encoders(family: Family) -> None:
     """Move text encoders and codec to the CPU: training from encoded samples needs neither."""
     import torch
 
@@ -231,7 +231,7 @@ def aside(family: Family) -> None:
 
 
 @contextmanager
-def at_hand(family: Family, prefix: str = "text_encoder") -> Generator[None]:
+def on_device(family: Family, prefix: str = "text_encoder") -> Generator[None]:
     """Within the block the components whose names begin like this are where the net is; afterwards they are
     where they were."""
     import torch

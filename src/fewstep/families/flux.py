@@ -26,8 +26,8 @@ from fewstep.families.folder import (
     write_folder,
 )
 from fewstep.families.schedules import of_scheduler
-from fewstep.families.schedules import time_shift as time_shift
-from fewstep.request import whole
+from fewstep.families.schedules import schedule_shift as schedule_shift
+from fewstep.request import check_int
 from fewstep.types import Array, Cond, UserError
 
 PIPELINE = "FluxPipeline"
@@ -186,7 +186,7 @@ def assemble(
     Raises:
         UserError: ``side`` is no such number.
     """
-    if whole("side", side, PATCH, MOST_SIDE) % PATCH:
+    if check_int("side", side, PATCH, MOST_SIDE) % PATCH:
         raise UserError(f"side must be an even number, not {side}")
     net = parts["transformer"]
     dev = net.config.guidance_embeds
@@ -198,7 +198,7 @@ def assemble(
         velocity=NetVelocity(net, guidance),
         text=Text(parts, 512 if dev else 256),
         latent=(net.config.in_channels // PATCH**2, side, side),
-        shift=time_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
+        shift=schedule_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
         steps=steps or (28 if dev else 4),
         guidance=None,
         blocks=[*net.transformer_blocks, *net.single_transformer_blocks],

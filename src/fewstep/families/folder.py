@@ -20,7 +20,7 @@ from fewstep.families.foreign import (
     is_plain,
 )
 from fewstep.files import replacing_folder
-from fewstep.request import MANY, real, whole
+from fewstep.request import MANY, check_float, check_int
 from fewstep.types import UserError
 
 T5 = ("tokenizer_3", "text_encoder_3")
@@ -92,11 +92,11 @@ def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
     facts = {name: fact for name, fact in facts.items() if fact is not None or name == "guidance"}
     try:
         if facts.get("steps") is not None:
-            facts["steps"] = whole("steps", facts["steps"], 1, MANY)
+            facts["steps"] = check_int("steps", facts["steps"], 1, MANY)
         if facts.get("guidance") is not None:
-            facts["guidance"] = real("guidance", facts["guidance"], 0, 100)
+            facts["guidance"] = check_float("guidance", facts["guidance"], 0, 100)
         if facts.get("shift") is not None:
-            facts["shift"] = real("shift", facts["shift"], 1e-3, 1e3)
+            facts["shift"] = check_float("shift", facts["shift"], 1e-3, 1e3)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     return facts
@@ -316,7 +316,7 @@ def check_device(name: str) -> None:
         raise UserError(f"device {name} cannot be used: {first_line(error)}") from error
 
 
-def bf16_pays(device: str) -> bool:
+def prefers_bf16(device: str) -> bool:
     """Whether nets are faster in bf16 than in fp32 there: on any GPU, and on a CPU with units for it."""
     import torch
 

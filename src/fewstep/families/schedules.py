@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep import formats
-from fewstep.request import real
+from fewstep.request import check_float
 from fewstep.types import UserError
 
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -94,11 +94,11 @@ def of(kind: str, config: Mapping[str, Any], where: str) -> Schedule:
         )
     followed = formats.convert({k: v for k, v in said.items() if k in known}, Schedule, where)
     if not followed.use_dynamic_shifting:
-        real(f"{where}: shift", followed.shift, 1e-3, 1e3)
+        check_float(f"{where}: shift", followed.shift, 1e-3, 1e3)
     elif followed.base_image_seq_len == followed.max_image_seq_len:
         raise UserError(f"{where}: base_image_seq_len and max_image_seq_len are the same number")
     for name in ("base_shift", "max_shift") if followed.use_dynamic_shifting else ():
-        real(f"{where}: {name}", getattr(followed, name), -7, 7)
+        check_float(f"{where}: {name}", getattr(followed, name), -7, 7)
     if kind == CONSISTENCY:
         return replace(followed, stochastic_sampling=True)
     return followed
@@ -137,7 +137,7 @@ def of_scheduler(scheduler: Any) -> Schedule:
     return of(kind, scheduler.config, "the scheduler")
 
 
-def time_shift(config: Any, tokens: int) -> float:
+def schedule_shift(config: Any, tokens: int) -> float:
     """The shift ``s`` of the sampling grid of images of so many tokens.
 
     With dynamic shifting ``mu`` grows in a straight line with the tokens, and the grid is
@@ -156,4 +156,6 @@ def time_shift(config: Any, tokens: int) -> float:
     along = (tokens - low) / (high - low)
     mu = config.base_shift + along * (config.max_shift - config.base_shift)
     exponential = config.time_shift_type == "exponential"
-    return real(f"the shift at {tokens} tokens", math.exp(min(mu, 99)) if exponential else mu, 1e-3, 1e3)
+    return check_float(
+        f"the shift at {tokens} tokens", math.exp(min(mu, 99)) if exponential else mu, 1e-3, 1e3
+    )

@@ -27,7 +27,7 @@ from fewstep.families.folder import (
     torch_dtype,
     write_folder,
 )
-from fewstep.families.schedules import of_scheduler, time_shift
+from fewstep.families.schedules import of_scheduler, schedule_shift
 from fewstep.types import Array, Cond
 
 PIPELINE = "StableDiffusion3Pipeline"
@@ -63,7 +63,7 @@ class NetVelocity:
         )[0]
         return v.float()
 
-    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+    def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
         return 1000 * t, pooled.to(self.net.dtype)
 
@@ -158,7 +158,7 @@ def assemble(
         velocity=NetVelocity(net),
         text=text,
         latent=(net.config.in_channels, side, side),
-        shift=time_shift(of_scheduler(parts["scheduler"]), (side // net.config.patch_size) ** 2),
+        shift=schedule_shift(of_scheduler(parts["scheduler"]), (side // net.config.patch_size) ** 2),
         steps=steps,
         guidance=guidance,
         blocks=list(net.transformer_blocks),
@@ -254,7 +254,7 @@ def download(name: str, t5: bool | None) -> Path:
     return fetch(name, PIPELINE, dict.fromkeys(T5) if t5 is False else {})
 
 
-def fetched(name: str) -> Path:
+def snapshot_path(name: str) -> Path:
     """The folder of a hub model.
 
     Raises:

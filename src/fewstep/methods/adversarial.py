@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Literal
 
 from fewstep import flow, losses, times
-from fewstep.methods import Change, Draw, Losses, Turn
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.rollout import Rollout
-from fewstep.nets.heads import Heads, Taps
+from fewstep.nets.heads import DiscriminatorHeads, FeatureTaps
 from fewstep.types import Batch, Velocity
 
 Judged = Literal["finals", "last", "estimates"]
@@ -24,13 +24,13 @@ the last step alone, or the clean estimate of a random step."""
 
 
 @dataclass(frozen=True)
-class Critic:
+class AdversarialLoss:
     """The losses of heads and student, for a method to put in turns.
 
     Attributes:
         taps: features of the teacher or the proxy.
         heads: what judges them.
-        judged: what of the student is judged.
+        disc_input: what of the student is judged.
         density: times to which both sides are noised before they are judged.
         kind: ``softplus`` or ``hinge``.
         weight: of the student's loss.
@@ -40,27 +40,27 @@ class Critic:
         renewal: probability that a head is begun anew after a step.
     """
 
-    taps: Taps
-    heads: Heads
-    judged: Judged = "finals"
+    taps: FeatureTaps
+    heads: DiscriminatorHeads
+    disc_input: Judged = "finals"
     density: times.Density = times.uniform
     kind: Literal["softplus", "hinge"] = "softplus"
     weight: float = 1.0
     smooth: float = 1.0
     renewal: float = 0.005
 
-    def learn(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def discriminator_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The heads' loss: ``batch.latents`` are the teacher's samples."""
         import torch
 
         real, fake = batch.latents, rollout.finals(batch, draw)
-        if self.judged == "estimates":
+        if self.disc_input == "estimates":
             with torch.no_grad():
                 fake = rollout.move(batch, draw, rollout.pick(draw)).x0
         t, noise = draw.times(self.density, real), draw.noise(real)
         with torch.no_grad():
-            features = [self.taps(flow.mix(x, noise, t), t, batch.cond) for x in (real, fake)]
-            near = self.taps(flow.mix(real + 0.05 * draw.noise(real), noise, t), t, batch.cond)
+            features = [self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake)]
+            near = self.taps(flow.interpolate(real + 0.05 * draw.noise(real), noise, t), t, batch.cond)
         told, taken = (self.heads(x) for x in features)
         apart = (self.heads(near) - told).square().mean()
         return {
@@ -69,27 +69,27 @@ class Critic:
             "heads/right": 0.5 * ((told > 0).float().mean() + (taken < 0).float().mean()).detach(),
         }
 
-    def fool(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def generator_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The student's loss."""
-        if self.judged == "finals":
+        if self.disc_input == "finals":
             x0 = rollout.whole(batch, draw)
         else:
-            last = self.judged == "last"
+            last = self.disc_input == "last"
             index = rollout.steps - 1 if last else rollout.pick(draw)
             x0 = rollout.move(batch, draw, index).x0
         t, noise = draw.times(self.density, x0), draw.noise(x0)
-        features = self.taps(flow.mix(x0, noise, t), t, batch.cond)
+        features = self.taps(flow.interpolate(x0, noise, t), t, batch.cond)
         fooled = self.weight * losses.generator(self.heads(features), self.kind)
         return {"adversarial": fooled, **rollout.figures(batch, draw)}
 
-    def renew(self, draw: Draw) -> Sequence[Any]:
+    def renew(self, draw: StepRandom) -> Sequence[Any]:
         """Begin heads anew by chance; their parameters."""
         fresh = [i for i in range(len(self.heads.heads)) if draw.rng.random() < self.renewal]
-        return [p for i in fresh for p in self.heads.renew(i, draw.torch)]
+        return [p for i in fresh for p in self.heads.reset_head(i, draw.torch)]
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class LADD:
     """The adversarial loss alone, as in LADD.
 
     Attributes:
@@ -101,17 +101,17 @@ class Adversarial:
 
     student: Any
     velocity: Velocity
-    critic: Critic
+    critic: AdversarialLoss
     grid: Sequence[float]
 
     @property
     def nets(self) -> dict[str, Any]:
         return {"student": self.student, "heads": self.critic.heads}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
         return [
-            Turn("heads", partial(self.critic.learn, rollout)),
-            Turn("student", partial(self.critic.fool, rollout)),
-            Change("heads", self.critic.renew),
+            Update("heads", partial(self.critic.discriminator_loss, rollout)),
+            Update("student", partial(self.critic.generator_loss, rollout)),
+            InPlaceUpdate("heads", self.critic.renew),
         ]

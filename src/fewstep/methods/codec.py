@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class CodecMethod:
     def nets(self) -> dict[str, Any]:
         return {"vae": self.vae}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("vae", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("vae", self.losses)]
 
-    def losses(self, images: Any, draw: Draw) -> Losses:
+    def losses(self, images: Any, draw: StepRandom) -> Losses:
         """``images`` ``[B, 3, h, w]`` in [-1, 1]."""
         import torch
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep import flow
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 from fewstep.types import Batch, Velocity
 
 
 @dataclass(frozen=True)
-class Consistency:
+class LCM:
     """The student's clean estimate at ``t`` is what it estimates a small teacher's step nearer to the data.
 
     Attributes:
@@ -35,10 +35,10 @@ class Consistency:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("student", self.losses)]
 
-    def losses(self, batch: Batch, draw: Draw) -> Losses:
+    def losses(self, batch: Batch, draw: StepRandom) -> Losses:
         """``batch.latents`` are the teacher's samples."""
         import torch
 
@@ -46,12 +46,12 @@ class Consistency:
         index = draw.choices(range(len(self.grid) - 1), x0)
         grid = torch.tensor(list(self.grid)).to(x0.device)
         t, t_next = grid[index], grid[index + 1]
-        x = flow.mix(x0, draw.noise(x0), t)
+        x = flow.interpolate(x0, draw.noise(x0), t)
         with torch.no_grad():
             step = flow.expand(t_next - t, x)
             nearer = x + step * self.teacher(x, t, batch.cond)
-            target = flow.to_x0(nearer, self.velocity(nearer, t_next, batch.heard), t_next)
-        error = flow.to_x0(x, self.velocity(x, t, batch.heard), t) - target
+            target = flow.to_x0(nearer, self.velocity(nearer, t_next, batch.student_cond), t_next)
+        error = flow.to_x0(x, self.velocity(x, t, batch.student_cond), t) - target
         # Pseudo-Huber (Song and Dhariwal, arXiv 2310.14189, section 3.3): squares would follow outliers.
         c = 0.00054 * error[0].numel() ** 0.5
         size = (error * error).flatten(1).sum(1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Detect:
+class DetectorTraining:
     """The focal loss of the heat (arXiv 1904.07850, equation 1) and the error of boxes.
 
     Attributes:
@@ -44,10 +44,10 @@ class Detect:
     def nets(self) -> dict[str, Any]:
         return {"net": self.net}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("net", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("net", self.losses)]
 
-    def losses(self, batch: Pictures, draw: Draw) -> Losses:
+    def losses(self, batch: Pictures, draw: StepRandom) -> Losses:
         """Boxes are learnt at the centres alone."""
         import torch
 

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any, Literal
 
 from fewstep import flow, losses, times
-from fewstep.methods import Change, Draw, Losses, Turn
-from fewstep.methods.rollout import Move, Rollout
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.methods.rollout import Rollout, RolloutStep
 from fewstep.types import Batch, Velocity
 
 Where = Literal["shared", "shared-free", "renoise"]
@@ -35,36 +35,36 @@ LEAST, MOST = 0.02, 0.98
 
 
 @dataclass(frozen=True)
-class Matching:
+class DistributionMatching:
     """The losses of distribution matching, for a method to put in turns.
 
     Attributes:
         teacher: the guided teacher; gets no gradient.
         proxy: the proxy as a velocity.
-        where: where the scores are taken.
-        proxied: what the proxy models.
+        score_point: where the scores are taken.
+        proxy_target: what the proxy models.
         density: times at which the proxy learns, and at which ``renoise`` compares.
     """
 
     teacher: Velocity
     proxy: Velocity
-    where: Where = "shared"
-    proxied: Proxied = "finals"
+    score_point: Where = "shared"
+    proxy_target: Proxied = "finals"
     density: times.Density = times.uniform
 
-    def learn(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def proxy_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The proxy's loss: flow matching on what the student draws."""
         x0, noise, t = self._drawn(rollout, batch, draw)
-        v = self.proxy(flow.mix(x0, noise, t), t, batch.cond)
+        v = self.proxy(flow.interpolate(x0, noise, t), t, batch.cond)
         return {"proxy": losses.flow_matching(v, noise, x0)}
 
-    def match(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def student_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The student's loss, at one step of its walk."""
         move = rollout.move(batch, draw, rollout.pick(draw))
         x, x_t, t = self._compared(move, draw)
-        return {"matching": self.gap(x, x_t, t, move.x0, batch), **rollout.figures(batch, draw)}
+        return {"matching": self.dmd_loss(x, x_t, t, move.x0, batch), **rollout.figures(batch, draw)}
 
-    def gap(self, x: Any, x_t: Any, t: Any, x0: Any, batch: Batch) -> Any:
+    def dmd_loss(self, x: Any, x_t: Any, t: Any, x0: Any, batch: Batch) -> Any:
         """The loss of ``x``, whose scores are compared at ``x_t`` and ``t [B]``; the student meant ``x0``."""
         import torch
 
@@ -74,34 +74,34 @@ class Matching:
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
         return losses.distribution_matching(x, proxy, teacher, x0)
 
-    def _drawn(self, rollout: Rollout, batch: Batch, draw: Draw) -> tuple[Any, Any, Any]:
+    def _drawn(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> tuple[Any, Any, Any]:
         """What the proxy learns from: clean samples, noise, and times ``[B]``."""
         import torch
 
-        if self.proxied == "finals":
+        if self.proxy_target == "finals":
             x0 = rollout.finals(batch, draw)
             return x0, draw.noise(x0), draw.times(self.density, x0)
         index = rollout.pick(draw)
         with torch.no_grad():
             move = rollout.move(batch, draw, index)
-        if self.proxied == "estimates":
+        if self.proxy_target == "estimates":
             return move.x0, draw.noise(move.x0), draw.times(self.density, move.x0)
-        return move.x0, flow.to_noise(move.x, move.v, move.t), flow.fill(_arrival(move), move.x)
+        return move.x0, flow.to_noise(move.x, move.v, move.t), flow.expand_time(_arrival(move), move.x)
 
-    def _compared(self, move: Move, draw: Draw) -> tuple[Any, Any, Any]:
+    def _compared(self, move: RolloutStep, draw: StepRandom) -> tuple[Any, Any, Any]:
         """What moves, the point where its scores are compared, and the time there ``[B]``."""
-        if self.where == "renoise":
+        if self.score_point == "renoise":
             t = draw.times(self.density, move.x).clamp(LEAST, MOST)
-            return move.x0, flow.mix(move.x0, draw.noise(move.x), t), t
-        if self.where == "shared-free":
+            return move.x0, flow.interpolate(move.x0, draw.noise(move.x), t), t
+        if self.score_point == "shared-free":
             t = draw.times(times.uniform, move.x)
             t = move.t_next + (move.t - move.t_next) * t.clamp(LEAST, MOST)
         else:
-            t = flow.fill(_arrival(move), move.x)
+            t = flow.expand_time(_arrival(move), move.x)
         return move.at(t), move.at(t), t
 
 
-def _arrival(move: Move) -> float:
+def _arrival(move: RolloutStep) -> float:
     """Where a step arrives; of the last one, which arrives where no score is, half its way.
 
     Not the last time of the grid: there that step starts, and a point where it starts does not depend on it.
@@ -109,7 +109,9 @@ def _arrival(move: Move) -> float:
     return move.t_next or move.t / 2
 
 
-def followed(proxy: Any, student: Any, decay: float, draw: Draw) -> Sequence[Any]:
+def implicit_distribution_alignment(
+    proxy: Any, student: Any, decay: float, draw: StepRandom
+) -> Sequence[Any]:
     """The proxy follows the student, ``phi <- decay phi + (1 - decay) theta``: implicit distribution
     alignment.
 
@@ -137,7 +139,7 @@ class Dmd:
     student: Any
     velocity: Velocity
     proxy: Any
-    matching: Matching
+    matching: DistributionMatching
     grid: Sequence[float]
     updates: int = 5
     follow: float = 1.0
@@ -146,10 +148,16 @@ class Dmd:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student, "proxy": self.proxy}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
-        turns: list[Turn | Change] = [Turn("proxy", partial(self.matching.learn, rollout))] * self.updates
-        turns.append(Turn("student", partial(self.matching.match, rollout)))
+        turns: list[Update | InPlaceUpdate] = [
+            Update("proxy", partial(self.matching.proxy_loss, rollout))
+        ] * self.updates
+        turns.append(Update("student", partial(self.matching.student_loss, rollout)))
         if self.follow < 1:
-            turns.append(Change("proxy", partial(followed, self.proxy, self.student, self.follow)))
+            turns.append(
+                InPlaceUpdate(
+                    "proxy", partial(implicit_distribution_alignment, self.proxy, self.student, self.follow)
+                )
+            )
         return turns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep import flow, losses, times
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 from fewstep.types import Batch, Velocity
 
 
@@ -31,12 +31,12 @@ class Finetune:
     def nets(self) -> dict[str, Any]:
         return {"net": self.net}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("net", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("net", self.losses)]
 
-    def losses(self, batch: Batch, draw: Draw) -> Losses:
+    def losses(self, batch: Batch, draw: StepRandom) -> Losses:
         """``batch.latents`` ``[B, C, H, W]`` -> the loss."""
         x0 = batch.latents
         t, noise = draw.times(self.density, x0), draw.noise(x0)
-        v = self.velocity(flow.mix(x0, noise, t), t, batch.cond)
+        v = self.velocity(flow.interpolate(x0, noise, t), t, batch.cond)
         return {"flow": losses.flow_matching(v, noise, x0)}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fewstep.methods import Change, Draw, Losses, Turn
-from fewstep.methods.adversarial import Critic
-from fewstep.methods.dmd import Matching, followed
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.methods.adversarial import AdversarialLoss
+from fewstep.methods.dmd import DistributionMatching, implicit_distribution_alignment
 from fewstep.methods.rollout import Rollout
-from fewstep.methods.trajectory import guided
+from fewstep.methods.trajectory import trajectory_loss
 from fewstep.types import Batch, Velocity
 
 
@@ -28,7 +28,7 @@ class Flash:
         velocity: the same as a velocity.
         proxy: the module of ``matching.proxy``.
         matching: distribution matching.
-        critic: the adversarial loss; its taps are the proxy's or the teacher's.
+        adversarial: the adversarial loss; its taps are the proxy's or the teacher's.
         grid: the student's times.
         updates: turns of the proxy before each of the student's.
         follow: how much of itself the proxy keeps when it follows the student after a step; 1: all.
@@ -38,8 +38,8 @@ class Flash:
     student: Any
     velocity: Velocity
     proxy: Any
-    matching: Matching
-    critic: Critic
+    matching: DistributionMatching
+    adversarial: AdversarialLoss
     grid: Sequence[float]
     updates: int = 5
     follow: float = 1.0
@@ -52,28 +52,38 @@ class Flash:
     @property
     def rivals(self) -> dict[str, Any]:
         """The nets that learn beside the student."""
-        return {"proxy": self.proxy, "heads": self.critic.heads}
+        return {"proxy": self.proxy, "heads": self.adversarial.heads}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
-        turns: list[Turn | Change] = [*self.before(rollout), Turn("student", partial(self.losses, rollout))]
+        turns: list[Update | InPlaceUpdate] = [
+            *self.before(rollout),
+            Update("student", partial(self.losses, rollout)),
+        ]
         if self.follow < 1:
-            turns.append(Change("proxy", partial(followed, self.proxy, self.student, self.follow)))
+            turns.append(
+                InPlaceUpdate(
+                    "proxy", partial(implicit_distribution_alignment, self.proxy, self.student, self.follow)
+                )
+            )
         return turns
 
-    def before(self, rollout: Rollout) -> Sequence[Turn | Change]:
+    def before(self, rollout: Rollout) -> Sequence[Update | InPlaceUpdate]:
         """The turns of proxy and heads that come before the student's."""
         return [
-            *[Turn("proxy", partial(self.matching.learn, rollout))] * self.updates,
-            Change("heads", self.critic.renew),
-            Turn("heads", partial(self.critic.learn, rollout)),
+            *[Update("proxy", partial(self.matching.proxy_loss, rollout))] * self.updates,
+            InPlaceUpdate("heads", self.adversarial.renew),
+            Update("heads", partial(self.adversarial.discriminator_loss, rollout)),
         ]
 
-    def losses(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def losses(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The student's losses, at the steps of ``rollout`` that learn."""
-        told = {**self.matching.match(rollout, batch, draw), **self.critic.fool(rollout, batch, draw)}
+        told = {
+            **self.matching.student_loss(rollout, batch, draw),
+            **self.adversarial.generator_loss(rollout, batch, draw),
+        }
         if self.anchor:
             steps = rollout.learns or range(rollout.steps)
-            kept = guided(self.velocity, self.grid, steps, batch, draw)["trajectory"]
+            kept = trajectory_loss(self.velocity, self.grid, steps, batch, draw)["trajectory"]
             told["trajectory"] = self.anchor * kept
         return told

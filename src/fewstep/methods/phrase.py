@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PhraseBatch:
 
 
 @dataclass(frozen=True)
-class Rephrase:
+class ParaphraseDistillation:
     """Minimise the squared distance to what the encoders said of the plain prompt before, over its variance.
 
     Attributes:
@@ -54,10 +54,10 @@ class Rephrase:
     def nets(self) -> dict[str, Any]:
         return {"student": self.learns}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("student", self.losses)]
 
-    def losses(self, batch: PhraseBatch, draw: Draw) -> Losses:
+    def losses(self, batch: PhraseBatch, draw: StepRandom) -> Losses:
         """Of phrases and of captions."""
         import torch
 

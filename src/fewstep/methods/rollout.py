@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep import flow, sample
-from fewstep.methods import Draw
+from fewstep.methods import StepRandom
 from fewstep.types import Batch, Velocity
 
 
 @dataclass(frozen=True)
-class Move:
+class RolloutStep:
     """One step of the student, with its gradient.
 
     Attributes:
@@ -43,7 +43,7 @@ class Move:
 
     def at(self, t: float | Any) -> Any:
         """The point of time ``t`` on the straight line through ``x`` along ``v``: (1 - t) x̂_0 + t ε̂."""
-        return flow.mix(self.x0, flow.to_noise(self.x, self.v, self.t), t)
+        return flow.interpolate(self.x0, flow.to_noise(self.x, self.v, self.t), t)
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Rollout:
         """Steps of a walk."""
         return len(self.grid) - 1
 
-    def pick(self, draw: Draw) -> int:
+    def pick(self, draw: StepRandom) -> int:
         """One of the steps that learn: the same for the whole batch, in every process."""
         steps = self.learns or range(self.steps)
         return int(steps[int(draw.rng.integers(len(steps)))])
 
-    def states(self, batch: Batch, draw: Draw) -> list[Any]:
+    def states(self, batch: Batch, draw: StepRandom) -> list[Any]:
         """States at every time of the grid, ``steps + 1`` times ``[B, C, H, W]``, without gradient."""
         import torch
 
@@ -84,24 +84,26 @@ class Rollout:
             with torch.no_grad():
                 for i in range(self.steps):
                     step = self.grid[i : i + 2]
-                    states.append(sample.walk(self.velocity, states[-1], step, batch.heard))
+                    states.append(sample.sample_flow(self.velocity, states[-1], step, batch.student_cond))
             self._kept[part] = states
         return self._kept[part]
 
-    def finals(self, batch: Batch, draw: Draw) -> Any:
+    def finals(self, batch: Batch, draw: StepRandom) -> Any:
         """What the student draws, ``[B, C, H, W]``, without gradient."""
         return self.states(batch, draw)[-1]
 
-    def figures(self, batch: Batch, draw: Draw) -> dict[str, Any]:
+    def figures(self, batch: Batch, draw: StepRandom) -> dict[str, Any]:
         """Mean and spread of what the student draws: what the log shows and a watch for collapse reads."""
         finals = self.finals(batch, draw)
         return {"latent/mean": finals.mean(), "latent/std": finals.std()}
 
-    def move(self, batch: Batch, draw: Draw, index: int) -> Move:
+    def move(self, batch: Batch, draw: StepRandom, index: int) -> RolloutStep:
         """Step ``index`` of the walk, with its gradient."""
         x, t = self.states(batch, draw)[index], self.grid[index]
-        return Move(x, self.velocity(x, flow.fill(t, x), batch.heard), t, self.grid[index + 1])
+        return RolloutStep(
+            x, self.velocity(x, flow.expand_time(t, x), batch.student_cond), t, self.grid[index + 1]
+        )
 
-    def whole(self, batch: Batch, draw: Draw) -> Any:
+    def whole(self, batch: Batch, draw: StepRandom) -> Any:
         """The end of the walk, with the gradient of every step, ``[B, C, H, W]``."""
-        return sample.walk(self.velocity, self.states(batch, draw)[0], self.grid, batch.heard)
+        return sample.sample_flow(self.velocity, self.states(batch, draw)[0], self.grid, batch.student_cond)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fewstep.methods import Change, Turn
+from fewstep.methods import InPlaceUpdate, Update
 from fewstep.methods.flash import Flash
 from fewstep.methods.rollout import Rollout
-from fewstep.nets.branches import halves
+from fewstep.nets.branches import split_grid
 from fewstep.types import UserError
 
 
@@ -36,7 +36,7 @@ class Split:
     flash: Flash
 
     def __post_init__(self) -> None:
-        if not all(halves(self.flash.grid)):
+        if not all(split_grid(self.flash.grid)):
             raise UserError(
                 f"a grid of {len(self.flash.grid) - 1} steps has no time on one side of the border: "
                 "there is nothing to split"
@@ -46,9 +46,10 @@ class Split:
     def nets(self) -> dict[str, Any]:
         return {"early": self.early, "late": self.late, **self.flash.rivals}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.flash.velocity, self.flash.grid)
         early, late = (
-            partial(self.flash.losses, replace(rollout, learns=steps)) for steps in halves(self.flash.grid)
+            partial(self.flash.losses, replace(rollout, learns=steps))
+            for steps in split_grid(self.flash.grid)
         )
-        return [*self.flash.before(rollout), Turn("early", early), Turn("late", late)]
+        return [*self.flash.before(rollout), Update("early", early), Update("late", late)]

@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 from fewstep import flow, losses, times
-from fewstep.methods import Change, Draw, Losses, Turn
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.dmd import LEAST, MOST
 from fewstep.methods.rollout import Rollout
 from fewstep.types import Batch, Velocity
 
 
-def carry(x: Any, noise: Any, t_from: float, t: Any) -> tuple[Any, Any]:
+def forward_diffuse(x: Any, noise: Any, t_from: float, t: Any) -> tuple[Any, Any]:
     """The forward process from ``t_from`` on to ``t [B]``: the state, and the velocity that its denoiser
     learns.
 
@@ -60,34 +60,34 @@ class Tdm:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student, "proxy": self.proxy}
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
-        turns: list[Turn | Change] = [Turn("proxy", partial(self._learn, rollout))] * self.updates
-        return [*turns, Turn("student", partial(self._match, rollout))]
+        turns: list[Update | InPlaceUpdate] = [Update("proxy", partial(self._learn, rollout))] * self.updates
+        return [*turns, Update("student", partial(self._match, rollout))]
 
-    def _learn(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def _learn(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         index = rollout.pick(draw)
         x = rollout.states(batch, draw)[index + 1]
         t = self._times(index, x, draw)
-        x_t, v = carry(x, draw.noise(x), self.grid[index + 1], t)
+        x_t, v = forward_diffuse(x, draw.noise(x), self.grid[index + 1], t)
         # In terms of noise: near t = 1 the velocity that is asked for grows without bound.
         weight = 1 - flow.expand(t, x)
         error = weight * (self.proxy_velocity(x_t, t, batch.cond) - v)
         return {"proxy": (error * error).mean()}
 
-    def _match(self, rollout: Rollout, batch: Batch, draw: Draw) -> Losses:
+    def _match(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         import torch
 
         index = rollout.pick(draw)
         move = rollout.move(batch, draw, index)
         t = self._times(index, move.x, draw)
         with torch.no_grad():
-            x_t, _ = carry(move.end, draw.noise(move.x), move.t_next, t)
+            x_t, _ = forward_diffuse(move.end, draw.noise(move.x), move.t_next, t)
             proxy = flow.to_x0(x_t, self.proxy_velocity(x_t, t, batch.cond), t)
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
         matching = losses.distribution_matching(move.end, proxy, teacher, move.x0)
         return {"matching": matching, **rollout.figures(batch, draw)}
 
-    def _times(self, index: int, like: Any, draw: Draw) -> Any:
+    def _times(self, index: int, like: Any, draw: StepRandom) -> Any:
         t, t_next = min(self.grid[index], MOST), self.grid[index + 1]
         return t_next + (t - t_next) * draw.times(times.uniform, like).clamp(LEAST, MOST)

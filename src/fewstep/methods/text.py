@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 
 PICTURE = 10.0
 """Weight of the cells' squared error."""
@@ -40,7 +40,7 @@ class TextBatch:
 
 
 @dataclass(frozen=True)
-class Distil:
+class TextEncoderDistillation:
     """All encoders learn at once, each through heads of its own that are thrown away afterwards.
 
     Attributes:
@@ -53,10 +53,10 @@ class Distil:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("student", self.losses)]
 
-    def losses(self, batch: TextBatch, draw: Draw) -> Losses:
+    def losses(self, batch: TextBatch, draw: StepRandom) -> Losses:
         """For every view the cosine distance to the meaning and the cross-entropy of the truth; for the cells
         the squared error. The weights bring the three to one size at the start."""
         import torch.nn.functional as F

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep import losses
-from fewstep.methods import Draw, Losses, Turn
+from fewstep.methods import Losses, StepRandom, Update
 from fewstep.types import Batch, Velocity
 
 
-def guided(
-    velocity: Velocity, grid: Sequence[float], steps: Sequence[int], batch: Batch, draw: Draw
+def trajectory_loss(
+    velocity: Velocity, grid: Sequence[float], steps: Sequence[int], batch: Batch, draw: StepRandom
 ) -> Losses:
     """The loss of ``velocity`` on a move of each of the teacher's walks, drawn among ``steps`` of the grid.
 
@@ -28,12 +28,12 @@ def guided(
     """
     import torch
 
-    states = batch.states
+    states = batch.trajectory
     if states is None or states.shape[1] != len(grid):
         raise ValueError(f"trajectory guidance needs the teacher's walks at {len(grid)} times")
     rows, moves = torch.arange(len(states)), draw.choices(steps, batch.latents).cpu()
     start, end, t = states[rows, moves], states[rows, moves + 1], torch.tensor(list(grid)).to(states.device)
-    v = velocity(start, t[moves], batch.heard)
+    v = velocity(start, t[moves], batch.student_cond)
     return {"trajectory": losses.trajectory(v, start, end, t[moves], t[moves + 1])}
 
 
@@ -55,8 +55,8 @@ class Trajectory:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.losses)]
+    def turns(self, step: int) -> Sequence[Update]:
+        return [Update("student", self.losses)]
 
-    def losses(self, batch: Batch, draw: Draw) -> Losses:
-        return guided(self.velocity, self.grid, range(len(self.grid) - 1), batch, draw)
+    def losses(self, batch: Batch, draw: StepRandom) -> Losses:
+        return trajectory_loss(self.velocity, self.grid, range(len(self.grid) - 1), batch, draw)

@@ -16,7 +16,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Average:
+class EMA:
     """An exponential average of some parameters, kept in float32 whatever they are.
 
     It warms up, so that it forgets the random start: the decay of update ``n`` is
@@ -50,13 +50,13 @@ class Average:
         self.count += 1
 
     @torch.no_grad()
-    def put(self) -> None:
+    def copy_to_model(self) -> None:
         """Set the parameters to their averages, for good."""
         for name, p in self._of.items():
             local(p).copy_(local(self.values[name]))
 
     @contextmanager
-    def shown(self) -> Generator[None]:
+    def applied(self) -> Generator[None]:
         """Within the block the parameters are their averages; after it, bit for bit what they were.
 
         The two change places, one parameter at a time: no second copy of a net. Only those of another

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.nets.roles import acting, actor
+from fewstep.nets.roles import active_role, use_role
 
 
-def recomputed(block: Any) -> None:
+def checkpoint_activations(block: Any) -> None:
     """Let the backward pass compute the block's inner values anew instead of keeping them."""
     block.forward = partial(_run, block.forward)
 
@@ -25,13 +25,13 @@ def recomputed(block: Any) -> None:
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    role = actor()  # by the time of the backward pass another may have acted
+    role = active_role()  # by the time of the backward pass another may have acted
     return checkpoint(
-        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), acting(role)), **kwargs
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), use_role(role)), **kwargs
     )
 
 
-def compiled(block: Any, backend: str = "inductor", dynamic: bool | None = None) -> None:
+def compile_block(block: Any, backend: str = "inductor", dynamic: bool | None = None) -> None:
     """Compile the block; blocks of one class and shape share what was compiled.
 
     Args:

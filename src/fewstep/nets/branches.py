@@ -13,7 +13,7 @@ BORDER = 0.5
 
 
 @dataclass(frozen=True)
-class Branches:
+class TimestepExperts:
     """A velocity that asks ``late`` above :data:`BORDER`, else ``early``. A batch has one time.
 
     Attributes:
@@ -31,7 +31,7 @@ class Branches:
         return (self.late if bool(late.all()) else self.early)(x_t, t, cond)
 
 
-def halves(grid: Sequence[float]) -> tuple[list[int], list[int]]:
+def split_grid(grid: Sequence[float]) -> tuple[list[int], list[int]]:
     """The steps of a grid that start at early and at late times; one of them may be empty."""
     starts = list(enumerate(grid[:-1]))
     return [i for i, t in starts if t <= BORDER], [i for i, t in starts if t > BORDER]

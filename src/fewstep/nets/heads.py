@@ -17,7 +17,7 @@ from fewstep.types import Cond, Velocity
 
 
 @dataclass(frozen=True)
-class Taps:
+class FeatureTaps:
     """Features of some modules of a net while its velocity is called.
 
     Attributes:
@@ -56,7 +56,7 @@ def _tokens(output: Any) -> Any:
     return last[:, None] if last.ndim == 2 else last
 
 
-class Heads(nn.Module):
+class DiscriminatorHeads(nn.Module):
     """One head a tap: every token is judged by itself, by a norm and two layers.
 
     Args:
@@ -74,7 +74,7 @@ class Heads(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for index in range(len(widths)):
-                self.renew(index, generator)
+                self.reset_head(index, generator)
 
     def forward(self, features: Sequence[Any]) -> Any:
         """A tensor ``[B, N, D]`` for every head -> logits ``[B, sum of N]``; larger is more real."""
@@ -83,7 +83,7 @@ class Heads(nn.Module):
             judged = [head(x.float()).squeeze(-1) for head, x in zip(self.heads, features, strict=True)]
             return torch.cat(judged, 1)
 
-    def renew(self, index: int, generator: Any) -> list[Any]:
+    def reset_head(self, index: int, generator: Any) -> list[Any]:
         """Begin one head anew, in place, from a CPU generator; its parameters."""
         for layer in self.heads[index]:
             if isinstance(layer, nn.Linear):

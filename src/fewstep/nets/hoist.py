@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.flow import fill
+from fewstep.flow import expand_time
 from fewstep.types import Array, Cond, Step, Velocity
 
 
-class Adapter(Velocity, Protocol):
+class NetVelocity(Velocity, Protocol):
     """A family's velocity: a dataclass around its net."""
 
     @property
@@ -32,33 +32,33 @@ class Adapter(Velocity, Protocol):
 
 
 @dataclass(frozen=True)
-class Hoisted:
+class PrecomputedAdaLN:
     """The same velocity, its modulations made for all steps of a walk before the first one.
 
     For nets that are neither trained nor sharded nor compiled: those change a module in place, and the one
     that runs here is another.
     """
 
-    velocity: Adapter
+    velocity: NetVelocity
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
         return self.velocity(x_t, t, cond)
 
-    def with_guidance(self, scale: float) -> Hoisted:
+    def with_guidance(self, scale: float) -> PrecomputedAdaLN:
         """The same velocity at another scale of the embedded guidance, where its net has one."""
         whole: Any = self.velocity
-        return Hoisted(whole.with_guidance(scale))
+        return PrecomputedAdaLN(whole.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
-        modulation, net = hoisted(self.velocity.net)
+        modulation, net = split_modulation(self.velocity.net)
         whole: Any = self.velocity
         body: Velocity = replace(whole, net=net)
-        made = modulation.each([whole.embedded(fill(t, cond.context), cond.pooled) for t in times])
+        made = modulation.each([whole.embedded(expand_time(t, cond.context), cond.pooled) for t in times])
 
         def step(t: float, modulations: Tensor) -> Step:
-            return lambda x: body(x, fill(t, x), Cond(cond.context, modulations))
+            return lambda x: body(x, expand_time(t, x), Cond(cond.context, modulations))
 
         return [step(*pair) for pair in zip(times, made, strict=True)]
 
@@ -122,7 +122,7 @@ class Slice(nn.Module):
         return modulations.narrow(-1, self.start, self.size)
 
 
-def hoisted(net: Any) -> tuple[Modulation, Any]:
+def split_modulation(net: Any) -> tuple[Modulation, Any]:
     """``net`` in two: its modulations, and itself without them, which takes them for the pooled text.
 
     Args:
@@ -146,10 +146,10 @@ def hoisted(net: Any) -> tuple[Modulation, Any]:
         size = norm.linear.out_features
         instead |= {f"{name}.linear": Slice(at, size), f"{name}.silu": nn.Identity()}
         at += size
-    return Modulation(embedder, [norm.linear for norm in norms.values()]), swapped(net, instead)
+    return Modulation(embedder, [norm.linear for norm in norms.values()]), with_submodules(net, instead)
 
 
-def swapped(net: Any, instead: Mapping[str, Any]) -> Any:
+def with_submodules(net: Any, instead: Mapping[str, Any]) -> Any:
     """``net`` with other modules at some paths; all else is shared, and ``net`` stays as it is."""
     other = copy.copy(net)
     other._modules = dict(net._modules)
@@ -161,5 +161,5 @@ def swapped(net: Any, instead: Mapping[str, Any]) -> Any:
         else:
             other._modules[name] = module
     for name, modules in below.items():
-        other._modules[name] = swapped(net._modules[name], modules)
+        other._modules[name] = with_submodules(net._modules[name], modules)
     return other

@@ -43,7 +43,7 @@ class Peak:
         return sum(self.held.values())
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """While it is entered, the bytes of every storage that an operation makes, until it is let go.
 
     Args:
@@ -71,14 +71,14 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for made in out if isinstance(out, tuple | list) else (out,):
             if isinstance(made, torch.Tensor):
-                self.see(made)
+                self.track(made)
             elif isinstance(made, tuple | list):  # a list among several outputs
                 for one in made:
                     if isinstance(one, torch.Tensor):
-                        self.see(one)
+                        self.track(one)
         return out
 
-    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+    def track(self, tensor: torch.Tensor, kind: str | None = None) -> None:
         """Count a tensor's storage; one that is counted already changes its kind, where one is told."""
         storage = tensor.untyped_storage()
         key: int = storage._cdata  # pyright: ignore[reportPrivateUsage]
@@ -116,7 +116,7 @@ def _stay(net: Any, *where: Any, **how: Any) -> Any:
 
 
 @contextmanager
-def imagined(*, gpu: bool) -> Generator[Ledger]:
+def fake_tensors(*, gpu: bool) -> Generator[MemoryTracker]:
     """Within the block tensors are fake: shapes without bytes.
 
     Args:
@@ -124,17 +124,17 @@ def imagined(*, gpu: bool) -> Generator[Ledger]:
     """
     from torch._subclasses import FakeTensorMode
 
-    ledger = Ledger(shapes=True, unit=ALLOCATED if gpu else 1)
+    ledger = MemoryTracker(shapes=True, unit=ALLOCATED if gpu else 1)
     with ExitStack() as stack:
         # Modules of fake tensors cannot be moved where anything watches them; here there is one place to be.
         stack.enter_context(patch.object(torch.nn.Module, "to", _stay))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if gpu:
-            stack.enter_context(as_on_a_gpu())
+            stack.enter_context(simulate_cuda())
         yield stack.enter_context(ledger)
 
 
-def renewed(net: Any, dtype: Any = None) -> Any:
+def cast_parameters(net: Any, dtype: Any = None) -> Any:
     """The net with its weights and buffers copied one by one.
 
     Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
@@ -160,7 +160,7 @@ SUMMED = ("sum", "sum.dim_IntList")
 
 
 @contextmanager
-def as_on_a_gpu() -> Generator[None]:
+def simulate_cuda() -> Generator[None]:
     """Within the block fake tensors of the CPU are handled as CUDA ones: autocast's rules and attention's
     kernel.
 

@@ -28,13 +28,13 @@ HELD = "roles"
 _actor: str | None = None
 
 
-def actor() -> str | None:
+def active_role() -> str | None:
     """The role that acts now; ``None`` is the base alone."""
     return _actor
 
 
 @contextmanager
-def acting(role: str | None) -> Generator[None]:
+def use_role(role: str | None) -> Generator[None]:
     """Within the block, nets with roles act this one.
 
     One variable of the process and not of the thread: the backward pass, which may compute a block anew, has
@@ -48,7 +48,7 @@ def acting(role: str | None) -> Generator[None]:
         _actor = before
 
 
-class Low(nn.Module):
+class LoRALayer(nn.Module):
     """``B A x``: ``[..., in] -> [..., out]`` through ``rank``; nought at first. Float32."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
@@ -64,28 +64,28 @@ class Low(nn.Module):
         return nn.functional.linear(low, self.b)
 
 
-class RoleNet(nn.Module):
+class LoRAParameters(nn.Module):
     """A role's own weights, as a net: what an optimizer, an average and a checkpoint see of it."""
 
-    def __init__(self, lows: Mapping[str, Low]) -> None:
+    def __init__(self, lows: Mapping[str, LoRALayer]) -> None:
         super().__init__()
         for path, low in lows.items():
             self.add_module(path.replace(".", "-"), low)
 
 
 @dataclass(frozen=True)
-class RoleVelocity:
+class LoRAVelocity:
     """A velocity whose net acts one role."""
 
     velocity: Velocity
     role: str | None
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
-        with acting(self.role):
+        with use_role(self.role):
             return self.velocity(x_t, t, cond)
 
 
-class Roles:
+class LoRARoles:
     """Roles of a net, each a LoRA in its linear layers. The net is changed in place, its own weights frozen.
 
     Args:
@@ -127,7 +127,7 @@ class Roles:
         generator = torch.Generator().manual_seed(seed)
         self._hooks: list[Any] = []
         for layer in self._linears.values():
-            lows = {name: Low(layer, rank, generator) for name in self.names}
+            lows = {name: LoRALayer(layer, rank, generator) for name in self.names}
             layer.add_module(HELD, nn.ModuleDict(lows))
             self._hooks.append(layer.register_forward_hook(self._add))
 
@@ -140,11 +140,11 @@ class Roles:
     def velocity(self, name: str | None, velocity: Velocity) -> Velocity:
         """The net's velocity (the family's adapter of it) in a role; ``None`` is the base: the teacher."""
         self._check(name)
-        return RoleVelocity(velocity, name)
+        return LoRAVelocity(velocity, name)
 
-    def net(self, name: str) -> RoleNet:
+    def net(self, name: str) -> LoRAParameters:
         """The weights of one role, and no others, as a net: what a method names and a trainer trains."""
-        return RoleNet(self._lows(name))
+        return LoRAParameters(self._lows(name))
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
         """The whole net in this role as a plain state dict: ``W + scale B A``, in the base's precision."""
@@ -157,7 +157,7 @@ class Roles:
             )
         return plain
 
-    def fold(self, name: str) -> Any:
+    def merge_and_unload(self, name: str) -> Any:
         """Make the net this role, plain again and without any roles; it cannot act another afterwards."""
         merged = self.merged(name)
         for hook in self._hooks:

@@ -12,14 +12,14 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class View:
+class HeadOutputs:
     """What one reading of a caption says: its meaning ``[B, M]`` and the logits of its truth ``[B, K]``."""
 
     meaning: torch.Tensor
     truth: torch.Tensor
 
 
-class Learner(nn.Module):
+class TextEncodersWithHeads(nn.Module):
     """Two CLIPs and a T5 with linear heads on exactly what SD3 reads of them.
 
     That is the last but one hidden state and the pooled projection of the CLIPs, and the last state of T5.
@@ -51,7 +51,7 @@ class Learner(nn.Module):
         self.cells = cells
         self.picture = nn.Linear(sum(c.config.hidden_size for c in clips), values)
 
-    def forward(self, ids: Sequence[torch.Tensor]) -> tuple[list[View], torch.Tensor]:
+    def forward(self, ids: Sequence[torch.Tensor]) -> tuple[list[HeadOutputs], torch.Tensor]:
         """One ``[B, L]`` an encoder (CLIP, CLIP, T5) -> one view a head, and cells ``[B, cells, values]``.
 
         T5 may be given fewer rows; its view then has as many.
@@ -63,11 +63,11 @@ class Learner(nn.Module):
             states.append(out.hidden_states[-2])
             read += [out.hidden_states[-2].mean(1), out.text_embeds]
         read.append(self.t5(ids[2])[0].mean(1))
-        views = [View(head[0](x), head[1](x)) for head, x in zip(self.heads, read, strict=True)]
+        views = [HeadOutputs(head[0](x), head[1](x)) for head, x in zip(self.heads, read, strict=True)]
         return views, self.picture(torch.cat(states, -1)[:, -self.cells :])
 
 
-class Clips(nn.Module):
+class ClipPair(nn.Module):
     """Two CLIPs side by side, as an MMDiT of SD3 reads them."""
 
     def __init__(self, clips: Sequence[Any]) -> None:
@@ -80,9 +80,9 @@ class Clips(nn.Module):
         states = torch.cat([out.hidden_states[-2] for out in outs], -1)
         return states, torch.cat([out.text_embeds for out in outs], -1)
 
-    def deepened(self, layers: int) -> Clips:
+    def with_new_layers(self, layers: int) -> ClipPair:
         """A copy of each with so many layers below its own; it says what it said until they learn."""
-        return Clips([_deepened(clip, layers) for clip in self.clips])
+        return ClipPair([_deepened(clip, layers) for clip in self.clips])
 
     def lowest(self, layers: int) -> nn.Module:
         """Token embeddings and the lowest layers: the very parameters, in a module of their own."""
@@ -111,14 +111,14 @@ def _deepened(clip: Any, layers: int) -> Any:
     return deep
 
 
-def cells(latents: torch.Tensor, side: int) -> torch.Tensor:
+def patchify(latents: torch.Tensor, side: int) -> torch.Tensor:
     """Cut ``[B, C, H, W]`` into ``side`` x ``side`` cells, row by row: ``[B, side^2, C H W / side^2]``."""
     b, c, h, w = latents.shape
     cut = latents.reshape(b, c, side, h // side, side, w // side)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, side * side, -1)
 
 
-def whole(cells: torch.Tensor, channels: int) -> torch.Tensor:
+def unpatchify(cells: torch.Tensor, channels: int) -> torch.Tensor:
     """The inverse of :func:`cells`, for square pictures: ``[B, N, V]`` -> ``[B, C, H, W]``."""
     b, n, values = cells.shape
     side, edge = round(n**0.5), round((values // channels) ** 0.5)

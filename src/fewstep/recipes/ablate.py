@@ -21,10 +21,10 @@ from cyclopts import Parameter
 
 from fewstep import files, formats, times
 from fewstep.data.synthesis import plan as plans
-from fewstep.nets.branches import halves
+from fewstep.nets.branches import split_grid
 from fewstep.progress import Progress, emit, say
-from fewstep.recipes.parts import at_least_one, measurable
-from fewstep.recipes.processes import Processes, trained
+from fewstep.recipes.parts import check_evaluation_inputs, require_positive
+from fewstep.recipes.processes import ProcessGroup, run_training
 from fewstep.recipes.rows import MATCH, ROWS, Cell, Row
 from fewstep.recipes.table import document, read_results
 from fewstep.recipes.variance import NOTE
@@ -45,20 +45,20 @@ class _Circumstances:
 def ablate(
     *,
     teacher: str = "models/pocket-teacher",
-    synthetic: Path = Path("data/walks"),
-    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("runs/ablate"),
+    samples: Path = Path("data/walks"),
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("runs/ablate"),
     report: Path | None = None,
     student_steps: tuple[int, ...] = (4, 2),
     seeds: int = 3,
     passes: int = 4000,
-    warm: int = 400,
-    warm_lr: float = 3e-4,
-    batch: int = 16,
+    warm_start_steps: int = 400,
+    warm_start_lr: float = 3e-4,
+    batch_size: int = 16,
     lr: float = 1e-4,
     teacher_steps: int = 28,
     rows: tuple[str, ...] = (),
     prompts: int = 100,
-    pictures: int = 2,
+    images_per_prompt: int = 2,
     scenes: int = 60,
     detector: Path = Path("models/scene-detector"),
     data: Path = Path("data/stickers"),
@@ -70,20 +70,20 @@ def ablate(
 
     Args:
         teacher: The teacher, a diffusers folder or a hub name.
-        synthetic: Its samples and walks, of `fewstep synthesize --student-steps`.
-        out: Folder of all runs; stopped, the same command goes on.
-        report: The document that is written. [default: results.md in the folder of --out]
+        samples: Its samples and walks, of `fewstep sample-teacher --student-steps`.
+        output: Folder of all runs; stopped, the same command goes on.
+        report: The document that is written. [default: results.md in the folder of --output]
         student_steps: Numbers of steps of the students.
         seeds: Trainings of each cell.
         passes: Compute of a training: passes of the net for a sample of each batch; one back counts as two.
-        warm: Updates of the warm start, which all students of as many steps share.
-        warm_lr: Learning rate of the warm start.
-        batch: Samples an update.
+        warm_start_steps: Updates of the warm start, which all students of as many steps share.
+        warm_start_lr: Learning rate of the warm start.
+        batch_size: Samples an update.
         lr: Learning rate of students and proxies.
         teacher_steps: Steps of the teacher that is measured; its guidance is that of the samples.
         rows: Names of rows of the table. [default: all]
         prompts: Prompts of single stickers that are measured.
-        pictures: Pictures a prompt.
+        images_per_prompt: Pictures a prompt.
         scenes: Prompts of scenes, a picture each; a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes.
         data: Folder that `fewstep data stickers` filled.
@@ -91,42 +91,57 @@ def ablate(
         threads: Torch threads of each; 0 leaves torch's choice.
         device: auto, cpu or cuda.
     """
-    at_least_one(seeds=seeds, passes=passes, warm=warm, batch=batch, jobs=jobs, pictures=pictures)
+    require_positive(
+        seeds=seeds,
+        passes=passes,
+        warm_start_steps=warm_start_steps,
+        batch_size=batch_size,
+        jobs=jobs,
+        images_per_prompt=images_per_prompt,
+    )
     counted_threads(threads)
     chosen = _chosen(rows)
-    plan = plans.read(synthetic)
-    measurable(data, detector, prompts, scenes)
-    warms = {steps: out / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
+    plan = plans.read(samples)
+    check_evaluation_inputs(data, detector, prompts, scenes)
+    warms = {steps: output / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
     cells = [
         Cell(row, steps, seed)
         for seed in range(seeds)
         for steps in warms
         for row in chosen
-        if row.split is None or all(halves(times.grid(steps, plan.shift)))
+        if row.split is None or all(split_grid(times.grid(steps, plan.shift)))
     ]
     if not cells:
         raise UserError("nothing is left to compare: students of so few steps have no times to split")
-    shared = ["--teacher", teacher, "--synthetic", str(synthetic), "--batch", str(batch)]
+    shared = ["--teacher", teacher, "--samples", str(samples), "--batch-size", str(batch_size)]
     place = ["--device", device, "--threads", str(threads)]
-    processes = Processes()
+    processes = ProcessGroup()
     progress = Progress()
 
     def training(folder: Path, own: Sequence[str]) -> Task:
-        return partial(trained, processes, folder, [*own, *shared], place, threads)
+        return partial(run_training, processes, folder, [*own, *shared], place, threads)
 
     def warming(steps: int) -> list[str]:
-        return ["trajectory", "--student-steps", str(steps), "--steps", str(warm), "--lr", str(warm_lr)]
+        return [
+            "trajectory",
+            "--student-steps",
+            str(steps),
+            "--steps",
+            str(warm_start_steps),
+            "--lr",
+            str(warm_start_lr),
+        ]
 
     def carry_out(stage: str, tasks: Sequence[Task], jobs: int) -> None:
         with progress:
             processes.all(_counted(partial(progress, stage), tasks), jobs)
 
-    with files.held(out, "filled with trainings"):
+    with files.held(output, "filled with trainings"):
         tasks = [training(folder, warming(steps)) for steps, folder in warms.items()]
         carry_out("warm starts", tasks, jobs)
         begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
-        carry_out("trainings", [training(out / cell.name, own) for cell, own in begun], jobs)
-        noise = out / f"noise.{cells[0].steps}"
+        carry_out("trainings", [training(output / cell.name, own) for cell, own in begun], jobs)
+        noise = output / f"noise.{cells[0].steps}"
         matching = any(row.method == "dmd" for row in chosen)
         if matching:
             (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
@@ -135,18 +150,27 @@ def ablate(
             task = partial(_noise, processes, noise, [*own, *shared], place, threads)
             carry_out("the gradient's noise", [task], 1)
         table = [("warm start", steps, folder) for steps, folder in warms.items()]
-        table += [(cell.row.name, cell.steps, out / cell.name) for cell in cells]
+        table += [(cell.row.name, cell.steps, output / cell.name) for cell in cells]
         asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
         asked += [
             "--teacher",
             f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
         ]
-        asked += ["--prompts", str(prompts), "--seeds", str(pictures), "--scenes", str(scenes)]
-        asked += ["--detector", str(detector), "--data", str(data), "-o", str(out / "measured")]
+        asked += ["--prompts", str(prompts), "--seeds", str(images_per_prompt), "--scenes", str(scenes)]
+        asked += ["--detector", str(detector), "--data", str(data), "-o", str(output / "measured")]
         carry_out("measuring", [partial(_measured, processes, asked, threads)], 1)
-        results = read_results(out / "measured" / "results.json")
-        typed = ["fewstep", "ablate", "--teacher", teacher, "--synthetic", str(synthetic), "--out", str(out)]
-        report = report or out / "results.md"
+        results = read_results(output / "measured" / "results.json")
+        typed = [
+            "fewstep",
+            "ablate",
+            "--teacher",
+            teacher,
+            "--samples",
+            str(samples),
+            "--output",
+            str(output),
+        ]
+        report = report or output / "results.md"
         typed += ["--report", str(report)]
         typed += [word for steps in warms for word in ("--student-steps", str(steps))]
         typed += [
@@ -154,19 +178,20 @@ def ablate(
             str(seeds),
             "--passes",
             str(passes),
-            "--warm",
-            str(warm),
-            "--warm-lr",
-            str(warm_lr),
+            "--warm-start-steps",
+            str(warm_start_steps),
+            "--warm-start-lr",
+            str(warm_start_lr),
         ]
-        typed += ["--batch", str(batch), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
+        typed += ["--batch-size", str(batch_size), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
         typed += [word for name in rows for word in ("--rows", name)]
-        typed += ["--prompts", str(prompts), "--pictures", str(pictures), "--scenes", str(scenes)]
+        typed += ["--prompts", str(prompts), "--images-per-prompt", str(images_per_prompt)]
+        typed += ["--scenes", str(scenes)]
         typed += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *place]
         facts = {
-            "compute": f"{passes} passes a sample, batches of {batch}, rate {lr:g}, "
-            f"warm start of {warm} updates",
-            "machine": _machine(out / f"warm.{cells[0].steps}"),
+            "compute": f"{passes} passes a sample, batches of {batch_size}, rate {lr:g}, "
+            f"warm start of {warm_start_steps} updates",
+            "machine": _machine(output / f"warm.{cells[0].steps}"),
             "jobs": str(jobs),
             "command": shlex.join(typed),
         }
@@ -187,18 +212,20 @@ def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> lis
 
 
 def _noise(
-    processes: Processes, folder: Path, asked: Sequence[str], place: Sequence[str], threads: int
+    processes: ProcessGroup, folder: Path, asked: Sequence[str], place: Sequence[str], threads: int
 ) -> None:
     """Measure the noise of the gradient, unless it was, by the same command."""
     note, typed = folder / "command.json", json.dumps(list(asked))
     if (folder / NOTE).exists() and note.exists() and note.read_text() == typed:
         return
     say(folder.name)
-    processes.run("fewstep variance", ["variance", *asked, *place, "-o", str(folder)], threads=threads)
+    processes.run(
+        "fewstep gradient-noise", ["gradient-noise", *asked, *place, "-o", str(folder)], threads=threads
+    )
     files.write(note, typed.encode())
 
 
-def _measured(processes: Processes, asked: Sequence[str], threads: int) -> None:
+def _measured(processes: ProcessGroup, asked: Sequence[str], threads: int) -> None:
     say("measuring")
     processes.run("fewstep evaluate", asked, threads=threads)
 

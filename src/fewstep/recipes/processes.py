@@ -35,11 +35,11 @@ _KIBI = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of ``ru_maxrss``."""
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A command ended early because it was asked to."""
 
 
-class Processes:
+class ProcessGroup:
     """Children that a Ctrl-C, SIGTERM or SIGHUP to this process stops and lets save, however it was sent.
 
     They are told by SIGTERM, for a terminal's Ctrl-C has reached them already, and a second one would stop
@@ -65,7 +65,7 @@ class Processes:
             UserError: it failed; its own last line is told.
         """
         if self._asked is not None:
-            raise Stopped
+            raise Interrupted
         process = subprocess.Popen(
             [sys.executable, "-m", "fewstep", *arguments],
             stdin=subprocess.DEVNULL,
@@ -87,7 +87,7 @@ class Processes:
         self._running.discard(process.pid)
         code = process.returncode = os.waitstatus_to_exitcode(status)
         if code and (self._asked is not None or code in ENDED):
-            raise Stopped
+            raise Interrupted
         if code:
             why = f"ended by {signal.Signals(-code).name}" if code < 0 else last.removeprefix("fewstep: ")
             raise UserError(f"{name} failed: {why}")
@@ -104,7 +104,7 @@ class Processes:
         def carry_out(task: Callable[[], None]) -> None:
             try:
                 if self._asked is not None:
-                    raise Stopped
+                    raise Interrupted
                 task()
             except BaseException as error:
                 if self._failure is None and isinstance(error, UserError):
@@ -117,7 +117,7 @@ class Processes:
         if self._failure is not None:
             raise self._failure
         for error in ends:
-            if isinstance(error, Stopped):
+            if isinstance(error, Interrupted):
                 raise signals.Stop(self._signal)
             if error is not None:
                 raise error
@@ -170,8 +170,8 @@ class Cost:
     cut: bool = False
 
 
-def trained(
-    processes: Processes, folder: Path, arguments: Sequence[str], place: Sequence[str], threads: int = 0
+def run_training(
+    processes: ProcessGroup, folder: Path, arguments: Sequence[str], place: Sequence[str], threads: int = 0
 ) -> None:
     """Carry out ``fewstep distill``, or go on with it, and write ``cost.json``; nothing where that is there.
 
@@ -193,7 +193,7 @@ def trained(
     print(f"fewstep: {folder.name}" + (" goes on" if cost.begun > 1 else ""), file=sys.stderr)
     began = time.monotonic()
     try:
-        command = ["distill", *cost.command, "--out", str(folder)]
+        command = ["distill", *cost.command, "--output", str(folder)]
         cost.bytes = max(cost.bytes, processes.run(folder.name, command, threads=threads))
     finally:
         cost.seconds, cost.since = cost.seconds + time.monotonic() - began, None
@@ -220,7 +220,7 @@ def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
 
 def _same(folder: Path, there: Sequence[str], asked: Sequence[str]) -> None:
     if list(there)[: len(asked)] != list(asked):
-        raise UserError(f"{folder} was trained with other options; move it away, or choose another --out")
+        raise UserError(f"{folder} was trained with other options; move it away, or choose another --output")
 
 
 def read_cost(path: Path) -> Cost:

@@ -19,18 +19,18 @@ from fewstep.bench.likeness import psnr
 from fewstep.progress import Progress, emit, say
 from fewstep.recipes.parts import (
     SHOWN,
-    at_least,
-    at_least_one,
     check_counts,
-    measurable,
+    check_evaluation_inputs,
+    require_at_least,
+    require_positive,
     training_shards,
 )
 from fewstep.types import UserError
 
 if TYPE_CHECKING:
-    from fewstep.deploy.common.calibration import Inputs
-    from fewstep.deploy.common.graphs import Part
-    from fewstep.deploy.common.sensitivity import Weight
+    from fewstep.deploy.common.calibration import CalibrationStats
+    from fewstep.deploy.common.graphs import GraphSpec
+    from fewstep.deploy.common.sensitivity import WeightSensitivity
     from fewstep.deploy.common.weights import Choose
     from fewstep.families import Family
     from fewstep.pipeline import Pipeline
@@ -61,14 +61,14 @@ def quantize(
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     bits: Annotated[tuple[int, ...], Parameter(negative="")] = (8, 6, 4),
     prompts: int = 100,
-    pictures: int = 2,
+    images_per_prompt: int = 2,
     scenes: int = 60,
     detector: Path = Path("models/scene-detector"),
     data: Path | None = None,
     rounds: int = 10,
     name: str | None = None,
     license: str | None = None,
-    about: Path | None = None,
+    metadata: Path | None = None,
 ) -> None:
     """Write a model as bundles of several precisions, and a report of what each costs and saves.
 
@@ -81,7 +81,7 @@ def quantize(
             what an earlier ladder left there is replaced.
         bits: To write besides 16.
         prompts: Prompts of single stickers that are measured; 0 leaves out all figures of them and of scenes.
-        pictures: Pictures a prompt.
+        images_per_prompt: Pictures a prompt.
         scenes: Prompts of scenes; a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes.
         data: Folder that `fewstep data stickers` filled, data/stickers unless told. Its captions are drawn
@@ -89,30 +89,30 @@ def quantize(
         rounds: Pictures that are timed, of all rungs in turn.
         name: The model's name; by default what the source calls itself.
         license: Name of the weights' licence, such as Apache-2.0.
-        about: A JSON object of facts that go along.
+        metadata: A JSON object of facts that go along.
     """
     from fewstep.data.texts import prompts_of
     from fewstep.deploy import onnx
-    from fewstep.deploy.command import facts_of, read_about
+    from fewstep.deploy.command import facts_of, read_metadata
     from fewstep.deploy.common.bundle import check_place
     from fewstep.deploy.common.graphs import parts, trace
-    from fewstep.deploy.common.place import check_folder, writing
-    from fewstep.deploy.common.sensitivity import allotted, calibrated
+    from fewstep.deploy.common.place import check_folder, write_errors
+    from fewstep.deploy.common.sensitivity import allocate_bits, calibrate
     from fewstep.extras import need
-    from fewstep.source import kind_of, load_family, locate, split
+    from fewstep.source import kind_of, load_family, parse_family, resolve
 
-    at_least_one(rounds=rounds, pictures=pictures)
-    at_least(0, prompts=prompts, scenes=scenes)
+    require_positive(rounds=rounds, images_per_prompt=images_per_prompt)
+    require_at_least(0, prompts=prompts, scenes=scenes)
     if prompts:
         check_counts(prompts, scenes)
-    more = read_about(about)
+    more = read_metadata(metadata)
     rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
     if odd := [number for number in rungs[1:] if number not in possible]:
         raise UserError(f"--bits {odd[0]}: give some of {', '.join(map(str, possible))}; {FULL} comes along")
     need("torch", "diffusers", "transformers")
     need(*onnx.needs(FULL))
     check_folder(output)
-    place = locate(split(source)[1])
+    place = resolve(parse_family(source)[1])
     if any((output / index).exists() for index in ("model_index.json", "bundle.json")):
         raise UserError(f"{output} is a model: choose another folder for the ladder")
     for number in rungs:
@@ -121,7 +121,7 @@ def quantize(
     if prompts and folder.is_file():
         raise UserError(f"--data {folder}: a shard has captions, and nothing to measure by; give its folder")
     if prompts:
-        measurable(folder, detector, prompts, scenes)
+        check_evaluation_inputs(folder, detector, prompts, scenes)
     captions, told = SHOWN, "prompts of the sheet, without data (see --data)"
     if data or folder.is_dir():
         captions, told = prompts_of(training_shards(folder), CALIBRATED_ON, 0), f"captions of {folder}"
@@ -135,17 +135,19 @@ def quantize(
         made = parts(family)
         progress("tracing")
         traced = {stem: trace(part) for stem, part in made.items()}
-        inputs = calibrated(family, made, captions, partial(progress, f"calibrating on {told}"))
+        inputs = calibrate(family, made, captions, partial(progress, f"calibrating on {told}"))
         weights = _weights(family, made, inputs, progress)
-        given = {number: allotted(weights, number) for number in rungs if number < FULL}
+        given = {number: allocate_bits(weights, number) for number in rungs if number < FULL}
         for number in rungs:
             progress(f"writing {number} bits")
             choose = _chosen(weights, given.get(number, ()), inputs)
-            with writing(output / str(number)):
+            with write_errors(output / str(number)):
                 onnx.write_traced(family, traced, output / str(number), number, facts, choose)
         note = json.dumps(_plain(weights, given), indent=1) + "\n"
         files.write(output / "sensitivity.json", note.encode())
-        figures = _figures(output, rungs, family.steps, prompts, pictures, scenes, detector, folder, progress)
+        figures = _figures(
+            output, rungs, family.steps, prompts, images_per_prompt, scenes, detector, folder, progress
+        )
         progress("timing")
         report = _report(output, rungs, figures, weights, given, rounds, f"{len(captions)} {told}")
         files.write(output / "report.md", report.encode())
@@ -154,14 +156,14 @@ def quantize(
 
 def _weights(
     family: Family,
-    made: Mapping[str, Part],
-    inputs: Mapping[tuple[str, str], Inputs],
+    made: Mapping[str, GraphSpec],
+    inputs: Mapping[tuple[str, str], CalibrationStats],
     progress: Progress,
-) -> list[Weight]:
-    from fewstep.deploy.common.sensitivity import outcomes, sensitivity
+) -> list[WeightSensitivity]:
+    from fewstep.deploy.common.sensitivity import reference_outputs, sensitivity
 
-    outcome = outcomes(family, made, SHOWN[:MEASURED_ON])
-    found: list[Weight] = []
+    outcome = reference_outputs(family, made, SHOWN[:MEASURED_ON])
+    found: list[WeightSensitivity] = []
     for stem, part in made.items():
         its = {name: each for (graph, name), each in inputs.items() if graph == stem}
         found += sensitivity(
@@ -171,20 +173,22 @@ def _weights(
 
 
 def _chosen(
-    weights: Sequence[Weight], bits: Sequence[int], inputs: Mapping[tuple[str, str], Inputs]
+    weights: Sequence[WeightSensitivity],
+    bits: Sequence[int],
+    inputs: Mapping[tuple[str, str], CalibrationStats],
 ) -> Choose | None:
     """How the weights of a rung are stored; ``None`` for a rung in which all are alike."""
     from fewstep.deploy.common.sensitivity import digest
-    from fewstep.deploy.common.weights import Choice
+    from fewstep.deploy.common.weights import QuantSpec
 
     if not bits:
         return None
     chosen = {
-        each.digest: Choice(b, inputs.get((each.graph, each.name)))
+        each.digest: QuantSpec(b, inputs.get((each.graph, each.name)))
         for each, b in zip(weights, bits, strict=True)
     }
 
-    def choose(array: np.ndarray) -> Choice | None:
+    def choose(array: np.ndarray) -> QuantSpec | None:
         choice = chosen.get(digest(array))
         if choice is None:
             say(f"a weight {array.shape} of the graphs was not measured and has the rung's bits")
@@ -232,7 +236,7 @@ def _report(
     output: Path,
     rungs: Sequence[int],
     figures: Mapping[int, Mapping[str, Any]],
-    weights: Sequence[Weight],
+    weights: Sequence[WeightSensitivity],
     given: Mapping[int, Sequence[int]],
     rounds: int,
     calibration: str,
@@ -269,7 +273,7 @@ def _report(
     return "\n\n".join(parts) + "\n"
 
 
-def _spread(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> str:
+def _spread(weights: Sequence[WeightSensitivity], given: Mapping[int, Sequence[int]]) -> str:
     stems = list(dict.fromkeys(weight.graph for weight in weights))
     lines = [["rung", *stems], ["---:"] * (len(stems) + 1)]
     for number, bits in given.items():
@@ -281,7 +285,7 @@ def _spread(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> st
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _costliest(weights: Sequence[Weight]) -> str:
+def _costliest(weights: Sequence[WeightSensitivity]) -> str:
     """The ten that move most, by element."""
     from fewstep.deploy.common.sensitivity import MEASURED
 
@@ -322,7 +326,7 @@ def _sheet(drawn: Mapping[int, np.ndarray], path: Path) -> None:
     files.write(path, buffer.getvalue())
 
 
-def _plain(weights: Sequence[Weight], given: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:
+def _plain(weights: Sequence[WeightSensitivity], given: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:
     return [
         asdict(weight) | {"given": {number: bits[row] for number, bits in given.items()}}
         for row, weight in enumerate(weights)

@@ -50,7 +50,7 @@ class Row:
             return {"--steps": _allowed(passes, self.cost, steps)}
         late = round(passes * SPLIT_SHARE)
         return {
-            "--split": _allowed(late, self.split, steps),
+            "--split-steps": _allowed(late, self.split, steps),
             "--steps": _allowed(passes - late, self.cost, steps),
         }
 
@@ -59,19 +59,26 @@ def _allowed(passes: int, cost: Cost, steps: int) -> int:
     return max(1, round(passes / (cost[0] * steps + cost[1])))
 
 
-FEW = ("--warm", "0", "--updates", "2")
+FEW = ("--warm-start-steps", "0", "--proxy-updates", "2")
 
 ROWS = (
     Row("trajectory", "trajectory"),
-    Row("DMD2", "dmd", ("--where", "renoise", "--proxied", "estimates"), ESTIMATES),
-    Row("DMD, renoised, proxy on finals", "dmd", ("--where", "renoise", "--proxied", "finals"), MATCH),
-    Row("DMD, shared times", "dmd", ("--where", "shared", "--proxied", "finals"), MATCH),
-    Row("DMD, times shared freely", "dmd", ("--where", "shared-free", "--proxied", "finals"), MATCH),
-    Row("DMD2 + SenseFlow's IDA", "dmd", ("--proxied", "estimates", "--follow", "0.98"), ESTIMATES),
+    Row("DMD2", "dmd", ("--score-point", "renoise", "--proxy-target", "estimates"), ESTIMATES),
+    Row(
+        "DMD, renoised, proxy on finals",
+        "dmd",
+        ("--score-point", "renoise", "--proxy-target", "finals"),
+        MATCH,
+    ),
+    Row("DMD, shared times", "dmd", ("--score-point", "shared", "--proxy-target", "finals"), MATCH),
+    Row(
+        "DMD, times shared freely", "dmd", ("--score-point", "shared-free", "--proxy-target", "finals"), MATCH
+    ),
+    Row("DMD2 + SenseFlow's IDA", "dmd", ("--proxy-target", "estimates", "--ida-decay", "0.98"), ESTIMATES),
     Row("TDM", "tdm", (), MATCH),
-    Row("LADD", "adversarial", (), (1, 10)),
-    Row("LCM", "consistency", (), (0, 6)),
-    Row("flash", "flash", (*FEW, "--split", "0"), FLASH),
+    Row("LADD", "ladd", (), (1, 10)),
+    Row("LCM", "lcm", (), (0, 6)),
+    Row("flash", "flash", (*FEW, "--split-steps", "0"), FLASH),
     Row("flash, split and merged", "flash", FEW, FLASH, SPLIT),
 )
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import MEANS, Means, Out, at_least_one
-from fewstep.train import Options, Run
-from fewstep.types import Share
+from fewstep.recipes.parts import MEANS, ComputeOptions, Out, require_positive
+from fewstep.train import Run, TrainOptions
+from fewstep.types import BatchSlice
 
 SIZE = 128
 """Side of the pictures that it looks at, pixels."""
@@ -22,50 +22,50 @@ ABOUT = "The judge of fewstep's scene score, trained on renderings alone: see do
 def scene_detector(
     *,
     data: Path = Path("data/stickers"),
-    out: Out = Path("runs/scene-detector"),
+    output: Out = Path("runs/scene-detector"),
     steps: int = 1_500,
-    batch: int = 24,
+    batch_size: int = 24,
     lr: float = 2e-3,
-    means: Means = MEANS,
+    means: ComputeOptions = MEANS,
 ) -> Run:
     """Train the detector that judges scenes, on renderings alone.
 
     Args:
         data: The stickers data set, made by `fewstep data stickers`; only its renderings are used.
-        out: Run folder; the detector is written to its subfolder `model`.
+        output: Run folder; the detector is written to its subfolder `model`.
         steps: Updates in all.
-        batch: Pictures an update.
+        batch_size: Pictures an update.
         lr: Learning rate.
         means: How long, and on what.
     """
-    options = Options(steps, lr, decay=0.6, **asdict(means), ema=0.99, clip=5.0)
-    at_least_one(batch=batch)
+    options = TrainOptions(steps, lr, decay=0.6, **asdict(means), ema=0.99, clip=5.0)
+    require_positive(batch_size=batch_size)
 
     import torch
 
     from fewstep.data import render
-    from fewstep.data.detection import Crowds
+    from fewstep.data.detection import DetectionDataset
     from fewstep.files import replacing_folder
-    from fewstep.methods.detector import Detect
+    from fewstep.methods.detector import DetectorTraining
     from fewstep.nets.detector import Detector
 
-    crowds = Crowds(render.load(data, SIZE), SIZE, means.seed)
+    crowds = DetectionDataset(render.load(data, SIZE), SIZE, means.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(means.seed)
         net: Any = Detector()
         net = net.to(memory_format=torch.channels_last)
 
-    def batches(step: int, share: Share) -> Any:
-        return collate([crowds(step * batch + i) for i in range(batch)[share.cut(batch)]])
+    def batches(step: int, share: BatchSlice) -> Any:
+        return collate([crowds(step * batch_size + i) for i in range(batch_size)[share.slice_of(batch_size)]])
 
     def finish(nets: dict[str, Any]) -> None:
-        with replacing_folder(out / "model") as folder:
+        with replacing_folder(output / "model") as folder:
             _write(nets["net"], folder / "detector.onnx")
             told = {"about": ABOUT, "license": "Apache-2.0", "size": SIZE}
             (folder / "detector.json").write_text(json.dumps(told, indent=1) + "\n")
 
-    about = {"recipe": "scene-detector", "data": str(data), "batch": batch}
-    return Run("scene-detector", out, Detect(net), batches, options, about, finish=finish)
+    about = {"recipe": "scene-detector", "data": str(data), "batch": batch_size}
+    return Run("scene-detector", output, DetectorTraining(net), batches, options, about, finish=finish)
 
 
 def collate(drawn: list[Any]) -> Any:
@@ -109,9 +109,9 @@ def _write(net: Any, path: Path) -> None:
     """The net as an ONNX graph with weights of 16 bits."""
     import torch
 
-    from fewstep.deploy.common.graphs import Part, trace, write_graph
-    from fewstep.deploy.common.weights import shrink
+    from fewstep.deploy.common.graphs import GraphSpec, trace, write_graph
+    from fewstep.deploy.common.weights import quantize_weights
 
     net = net.float().eval().to(memory_format=torch.contiguous_format)
-    part = Part(net, {"images": torch.zeros(2, 3, SIZE, SIZE)}, ("heat", "box"))
-    write_graph(shrink(trace(part), 16), path)
+    part = GraphSpec(net, {"images": torch.zeros(2, 3, SIZE, SIZE)}, ("heat", "box"))
+    write_graph(quantize_weights(trace(part), 16), path)

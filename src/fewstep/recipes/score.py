@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.recipes.parts import pixels
-from fewstep.recipes.student import Lesson
+from fewstep.recipes.parts import decode_uint8
+from fewstep.recipes.student import DistillContext
 
 PICTURES = 64
 CHUNK = 16
@@ -24,7 +24,7 @@ class KidToTeacher:
         pictures: how many prompts.
     """
 
-    lesson: Lesson
+    lesson: DistillContext
     pictures: int = PICTURES
 
     metric = "kid-t"
@@ -38,31 +38,31 @@ class KidToTeacher:
         made: list[Any] = []
         for at in range(0, len(prompts), CHUNK):
             some = slice(at, at + CHUNK)
-            made.append(self._features(self.lesson.draw(velocity, prompts[some], seeds[some])))
+            made.append(self._features(self.lesson.sample_student(velocity, prompts[some], seeds[some])))
         groups = list(prompts)
         return 1000 * kid(np.concatenate(made), self._teacher, groups, groups).value
 
     @cached_property
     def _rows(self) -> list[int]:
         """The first rows of different captions: KID compares no two pictures of one prompt."""
-        first = {prompt: row for row, prompt in reversed(list(enumerate(self.lesson.made.prompts)))}
+        first = {prompt: row for row, prompt in reversed(list(enumerate(self.lesson.samples.prompts)))}
         return sorted(first.values())[: self.pictures]
 
     @cached_property
     def _prompts(self) -> list[str]:
-        return [self.lesson.made.prompts[row] for row in self._rows]
+        return [self.lesson.samples.prompts[row] for row in self._rows]
 
     @cached_property
     def _teacher(self) -> Any:
         parts = [self._rows[at : at + CHUNK] for at in range(0, len(self._rows), CHUNK)]
         device = self.lesson.teacher.net.device
-        return np.concatenate([self._features(self.lesson.made.read(p).latents.to(device)) for p in parts])
+        return np.concatenate([self._features(self.lesson.samples.read(p).latents.to(device)) for p in parts])
 
     def _features(self, latents: Any) -> Any:
         from fewstep.families import common
 
-        with common.at_hand(self.lesson.teacher, "vae"):
-            return self._extractor(pixels(self.lesson.teacher, latents))
+        with common.on_device(self.lesson.teacher, "vae"):
+            return self._extractor(decode_uint8(self.lesson.teacher, latents))
 
     @cached_property
     def _extractor(self) -> Any:

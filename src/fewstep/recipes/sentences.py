@@ -21,7 +21,7 @@ def _encoder() -> Any:
     return SentenceTransformer(str(minilm.get_model_path()), device="cpu")
 
 
-def words(path: Path, many: int, seed: int) -> list[str]:
+def vocabulary(path: Path, many: int, seed: int) -> list[str]:
     """English words that the sentence encoder has a token of its own for, ``many`` of them by chance; chosen
     once, and kept at ``path``."""
     from fewstep.files import write
@@ -34,7 +34,7 @@ def words(path: Path, many: int, seed: int) -> list[str]:
     return path.read_text().split()
 
 
-def meaning(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
+def embed_sentences(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
     """Unit vectors of all lines, float16 ``[N, 384]``; computed once, and kept at ``path``."""
     from fewstep.files import replacing_file
     from fewstep.formats import read_array

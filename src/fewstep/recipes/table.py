@@ -73,7 +73,7 @@ class _Merge:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The shape of what ``fewstep variance`` writes."""
+    """The shape of what ``fewstep gradient-noise`` writes."""
 
     batch: int
     told: Annotated[list[dict[str, float]], Meta(min_length=1)]

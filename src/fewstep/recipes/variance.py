@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep import files
 from fewstep.methods import Losses
-from fewstep.methods.dmd import Matching, Where
+from fewstep.methods.dmd import DistributionMatching, Where
 from fewstep.methods.rollout import Rollout
-from fewstep.recipes.parts import at_least, at_least_one
-from fewstep.recipes.student import Lesson, Setting
+from fewstep.recipes.parts import require_at_least, require_positive
+from fewstep.recipes.student import DistillConfig, DistillContext
 
 if TYPE_CHECKING:
     from fewstep.train.state import State
 
 PLACES: tuple[Where, ...] = ("shared", "shared-free", "renoise")
 NOTE = "noise.json"
-ONE = Setting()
+ONE = DistillConfig()
 """The settings that nobody changed."""
 
 FRESH = 10**6
 """Batches from here on are the measurement's own: no training comes so far."""
 
 
-def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
+def gradient_noise_fraction(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
     """Share of noise in a gradient: the trace of its covariance over its mean squared norm, 0 to 1.
 
     At 0 every batch pulls the same way, at 1 the mean of the gradient is lost in it. Unbiased but for the
@@ -53,7 +53,9 @@ def noise_share(net: Any, losses: Callable[[int], Losses], draws: int) -> float:
     return (squares - mean) * draws / (draws - 1) / squares if squares else float("nan")
 
 
-def variance(*, setting: Setting = ONE, updates: int = 5, every: int = 0, draws: int = 8) -> None:
+def gradient_noise(
+    *, config: DistillConfig = ONE, proxy_updates: int = 5, every: int = 0, draws: int = 8
+) -> None:
     """Measure how noisy the gradient of distribution matching is, along a training.
 
     A student is trained by matching on renoised estimates; before, in between and after, the gradient of
@@ -61,44 +63,48 @@ def variance(*, setting: Setting = ONE, updates: int = 5, every: int = 0, draws:
     until then and the share of noise by place, from 0 (every batch pulls the same way) to 1.
 
     Args:
-        setting: Shared.
-        updates: Updates of the proxy for each of the student's.
+        config: Shared.
+        proxy_updates: Updates of the proxy for each of the student's.
         every: Updates between two measurements. [default: before, halfway and after]
         draws: Gradients a measurement.
     """
-    at_least_one(updates=updates, steps=setting.steps)
-    at_least(0, every=every)
-    at_least(2, draws=draws)
-    every = every or max(1, setting.steps // 2)
-    told = [{"step": step, **shares} for step, shares in _along(setting, updates, every, draws)]
-    note = (setting.out or Path("runs/variance")) / NOTE
-    files.write(note, (json.dumps({"batch": setting.batch, "told": told}, indent=1) + "\n").encode())
+    require_positive(proxy_updates=proxy_updates, steps=config.steps)
+    require_at_least(0, every=every)
+    require_at_least(2, draws=draws)
+    every = every or max(1, config.steps // 2)
+    told = [{"step": step, **shares} for step, shares in _along(config, proxy_updates, every, draws)]
+    note = (config.output or Path("runs/variance")) / NOTE
+    files.write(note, (json.dumps({"batch": config.batch_size, "measured": told}, indent=1) + "\n").encode())
     print(note)
 
 
-def _along(setting: Setting, updates: int, every: int, draws: int) -> Iterator[tuple[int, dict[str, float]]]:
+def _along(
+    setting: DistillConfig, updates: int, every: int, draws: int
+) -> Iterator[tuple[int, dict[str, float]]]:
     """Updates so far and the share of noise of every place, each time that it is measured."""
-    from fewstep.methods.dmd import Dmd, Matching
+    from fewstep.methods.dmd import DistributionMatching, Dmd
     from fewstep.train.state import State
 
-    one = setting.lesson("variance")
-    proxy, student = one.learner("proxy"), one.student
-    matching = Matching(one.guided, proxy.velocity, "renoise")
+    one = setting.build_context("gradient-noise")
+    proxy, student = one.trainable("proxy"), one.student
+    matching = DistributionMatching(one.guided_teacher, proxy.velocity, "renoise")
     run = one.run(Dmd(student.net, student.velocity, proxy.net, matching, one.grid, updates), proxy)
     state = State(run)
     for step in sorted({*range(0, setting.steps, every), setting.steps}):
         while state.step < step:
-            state.advance()
-        shares = {where: _measured(one, state, replace(matching, where=where), draws) for where in PLACES}
+            state.train_step()
+        shares = {
+            where: _measured(one, state, replace(matching, score_point=where), draws) for where in PLACES
+        }
         print(f"step {step}: " + ", ".join(f"{where} {share:.2f}" for where, share in shares.items()))
         yield step, shares
 
 
-def _measured(one: Lesson, state: State, matching: Matching, draws: int) -> float:
+def _measured(one: DistillContext, state: State, matching: DistributionMatching, draws: int) -> float:
     """The share of noise in the student's gradient."""
     import torch
 
-    from fewstep.train.device import attention, half, moved
+    from fewstep.train.device import attention, to_device, use_bf16
     from fewstep.train.state import draw
     from fewstep.types import WHOLE
 
@@ -107,13 +113,17 @@ def _measured(one: Lesson, state: State, matching: Matching, draws: int) -> floa
         net.requires_grad_(net is one.student.net)
 
     def losses(number: int) -> Losses:
-        batch = moved(batches(FRESH + number, WHOLE), state.device)
+        batch = to_device(batches(FRESH + number, WHOLE), state.device)
         rollout = Rollout(one.student.velocity, one.grid)
-        low = half(options.precision, state.device)
+        low = use_bf16(options.precision, state.device)
         with (
             torch.autocast(state.device, torch.bfloat16, enabled=low),
             attention(state.device, options.tokens),
         ):
-            return {"matching": matching.match(rollout, batch, draw(options.seed, FRESH, number))["matching"]}
+            return {
+                "matching": matching.student_loss(rollout, batch, draw(options.seed, FRESH, number))[
+                    "matching"
+                ]
+            }
 
-    return noise_share(one.student.net, losses, draws)
+    return gradient_noise_fraction(one.student.net, losses, draws)

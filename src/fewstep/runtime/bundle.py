@@ -70,7 +70,7 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileDigest:
     """What a file of a bundle must be: its length in bytes and its SHA-256 in hexadecimal."""
 
     bytes: Annotated[int, Meta(ge=0)]
@@ -118,7 +118,7 @@ class _Facts:
     shift: Annotated[float, Meta(ge=1e-3, le=1e3)]
     steps: Count
     guidance: Annotated[float, Meta(ge=0, le=100)] | None
-    files: dict[str, Stamp]
+    files: dict[str, FileDigest]
     engine: Engine = "onnx"
     compute: Compute = "float32"
     sampler: Sampler = "euler"
@@ -164,7 +164,7 @@ class Bundle:
     length: int
     t5_length: int
     about: Mapping[str, Any]
-    files: Mapping[str, Stamp]
+    files: Mapping[str, FileDigest]
     digest: str
 
     @property
@@ -177,7 +177,7 @@ class Bundle:
         """Bytes of all files that the description lists."""
         return sum(stamp.bytes for stamp in self.files.values())
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What its ``bundle.json`` tells, but ``format`` and ``files``: what :func:`seal` takes."""
         facts: dict[str, Any] = formats.read(self.folder / MANIFEST)
         return {key: value for key, value in facts.items() if key not in ("format", "files")}
@@ -266,7 +266,7 @@ def read(folder: str | Path) -> Bundle:
     return bundle
 
 
-def seal(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
+def write_manifest(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
     """Turn a folder of graphs into a bundle: stamp its files and write ``bundle.json``.
 
     Args:

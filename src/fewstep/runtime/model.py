@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.runtime.bundle import T5_TOKENIZER, Bundle
 from fewstep.runtime.session import Session, cores
-from fewstep.runtime.tokens import Tokens, spell
+from fewstep.runtime.tokens import Tokens, normalize_text
 from fewstep.types import Array, Cond, Model, Step, UserError
 
 
@@ -23,7 +23,7 @@ class Text:
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """``B`` prompts -> context ``[B, L, D]``, T5's rows last, and pooled ``[B, P]``, float32."""
-        lines = [spell(prompt) for prompt in prompts]
+        lines = [normalize_text(prompt) for prompt in prompts]
         found = self.graph(tokens=self.tokens(lines))
         if len(found) != 2:
             raise UserError(f"{self.graph.path} does not fit its bundle: it gives {len(found)} arrays, not 2")
@@ -158,7 +158,7 @@ def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
     if bundle.engine == "openvino":
         from fewstep.runtime import openvino
 
-        return openvino.Graph(path, threads, openvino.of_graph(stem, bundle.compute))
+        return openvino.Graph(path, threads, openvino.compute_dtype(stem, bundle.compute))
     if bundle.engine == "executorch":
         from fewstep.runtime import executorch
 

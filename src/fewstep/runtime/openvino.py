@@ -67,7 +67,7 @@ def read(path: Path) -> Any:
     return reader.convert(reader.load(str(path)))
 
 
-def of_graph(stem: str, compute: Compute) -> Compute:
+def compute_dtype(stem: str, compute: Compute) -> Compute:
     """What one graph of a bundle that computes in ``compute`` computes in.
 
     int8 are the products of the net and its modulations; the codec is bfloat16. Texts are read once, lose

@@ -14,7 +14,7 @@ from fewstep.runtime.tokenizer_file import check, guarded
 from fewstep.text import PromptWarning, clean, prompt_name, unknown_words
 from fewstep.types import UserError
 
-__all__ = ["PromptWarning", "Tokens", "spell"]
+__all__ = ["PromptWarning", "Tokens", "normalize_text"]
 
 TRAINED = 4096
 """A vocabulary of so many tokens tells words of its training from others; a smaller one breaks all."""
@@ -52,7 +52,7 @@ class Tokens:
         Raises:
             UserError: nothing of a prompt can be read.
         """
-        lines = [spell(prompt) for prompt in prompts]
+        lines = [normalize_text(prompt) for prompt in prompts]
         rows = [guarded(self._tokenizer.encode, line, where=self._where) for line in lines]
         for line in lines if self.warns else ():
             self._warn_of_unknown(line)
@@ -79,7 +79,7 @@ class Tokens:
         return self._tokenizer.encode(word).special_tokens_mask.count(0)
 
 
-def spell(prompt: str) -> str:
+def normalize_text(prompt: str) -> str:
     """Write a prompt in letters that an English tokenizer knows.
 
     A pictograph becomes its Unicode name (an apple emoji becomes "red apple"), which is what a person

@@ -21,7 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Wish:
+class TorchOptions:
     """How a PyTorch model shall run.
 
     Attributes:
@@ -51,12 +51,12 @@ class Wish:
 
     def named(self) -> list[str]:
         """The options that somebody gave, as the command line names them."""
-        plain = Wish(batch=self.batch, image=self.image)
+        plain = TorchOptions(batch=self.batch, image=self.image)
         names = ("student", "lora", "memory", "bits", "tiny_decoder", "size", "device", "compile")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != getattr(plain, n)]
 
 
-class Wished(TypedDict, total=False):
+class TorchOptionsDict(TypedDict, total=False):
     """The fields of :class:`Wish`, as keyword arguments."""
 
     student: str | Path | None

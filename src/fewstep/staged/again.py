@@ -28,7 +28,7 @@ class _Recorded:
 
 
 @dataclass
-class Again:
+class CUDAGraphCache:
     """Recordings of computations on a GPU, a recording for each kind of input.
 
     Recorded is where tensors lie, too: only for modules whose weights stay where they are. All recordings

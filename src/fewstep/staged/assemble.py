@@ -11,32 +11,32 @@ import torch
 from fewstep.families import Family
 from fewstep.families.lora_layers import Updates
 from fewstep.families.weights import Weights
-from fewstep.nets.hoist import hoisted
-from fewstep.staged.again import Again
-from fewstep.staged.bare import bare
+from fewstep.nets.hoist import split_modulation
+from fewstep.staged.again import CUDAGraphCache
+from fewstep.staged.bare import init_on_meta
 from fewstep.staged.blocks import compile_blocks, compile_decoder, compile_encoder
-from fewstep.staged.draws import shift_of
-from fewstep.staged.fill import Source
-from fewstep.staged.model import Codec, Walker
-from fewstep.staged.outline import Outline
-from fewstep.staged.parts import Part, Place, Shelf
-from fewstep.staged.plan import Asked, Choice, Plan
+from fewstep.staged.draws import shift_for_size
+from fewstep.staged.fill import WeightLoader
+from fewstep.staged.model import Codec, OffloadedVelocity
+from fewstep.staged.outline import ModelSpec
+from fewstep.staged.parts import OffloadedModule, OffloadManager, PinnedBuffer
+from fewstep.staged.plan import ExecutionConfig, Plan, PlanConstraints
 from fewstep.staged.quantize import quantizable
 from fewstep.staged.student import PartUpdates, Student, change_of
-from fewstep.staged.text import OneByOne, Text
+from fewstep.staged.text import CachedTextEncoder, UnbatchedEncoder
 from fewstep.types import Model
 
-Opened = Callable[[Outline, str], Weights]
+Opened = Callable[[ModelSpec, str], Weights]
 """(outline, part) -> where the part's weights come from."""
 
 
-def on_disk(outline: Outline, part: str) -> Weights:
+def on_disk(outline: ModelSpec, part: str) -> Weights:
     """The weights of a part in its folder."""
     return Weights.open(outline.place(part))
 
 
 @dataclass(frozen=True)
-class Assembly:
+class ModelBuilder:
     """What a model is put together of.
 
     Attributes:
@@ -51,9 +51,9 @@ class Assembly:
         loras: what LoRAs add to its parts.
     """
 
-    outline: Outline
+    outline: ModelSpec
     family: Family
-    asked: Asked
+    asked: PlanConstraints
     plan: Plan
     student: Student | None
     device: str
@@ -62,9 +62,9 @@ class Assembly:
     loras: PartUpdates = field(default_factory=dict[str, Updates])
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> ExecutionConfig:
         """How to run."""
-        return self.plan.choice
+        return self.plan.config
 
     @property
     def native(self) -> torch.dtype:
@@ -80,49 +80,51 @@ class Assembly:
         outline, family, (height, width) = self.outline, self.family, self.asked.latents
         net, source = self._net()
         paths = {id(layer): f"{path}." for path, layer in net.named_modules()}
-        modulation, body = hoisted(net)
+        modulation, body = split_modulation(net)
         if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
-        shelf = Shelf()
-        leaving = 0 if self.choice.stay == "all" else len(apart) - self.plan.staying
+        shelf = PinnedBuffer()
+        leaving = 0 if self.choice.residency == "all" else len(apart) - self.plan.staying
         layers = {
-            id(layer): Part(layer, source, shelf, paths[id(layer)], stays=index >= leaving)
+            id(layer): OffloadedModule(layer, source, shelf, paths[id(layer)], stays=index >= leaving)
             for index, layer in enumerate(apart)
         }
         others = {part: self._part(part, shelf) for part in outline.configs if part != "transformer"}
-        place = Place({"transformer": Part(body, source, shelf), **others}, self._stay())
+        place = OffloadManager({"transformer": OffloadedModule(body, source, shelf), **others}, self._stay())
         for layer in layers.values():
             if layer.stays:
-                layer.come()
-        place.settle()
+                layer.load()
+        place.load_resident()
         velocity: Any = family.velocity
         text: Any = family.text
-        again = Again() if self.compile and self.device != "cpu" else None
+        again = CUDAGraphCache() if self.compile and self.device != "cpu" else None
         settled = {part: again if part in place.stay else None for part in place.parts}
-        encoders = {part: OneByOne(place, part, settled[part]) for part in outline.encoders}
+        encoders = {part: UnbatchedEncoder(place, part, settled[part]) for part in outline.encoders}
         codec = Codec(place, outline.decoder, self.choice.tiles, self.asked.latents, outline.downscale)
         return Model(
             name=family.name,
-            velocity=Walker(place, replace(velocity, net=body), modulation, layers, settled["transformer"]),
-            text=Text(replace(text, parts={**text.parts, **encoders}), self.device, self.native),
+            velocity=OffloadedVelocity(
+                place, replace(velocity, net=body), modulation, layers, settled["transformer"]
+            ),
+            text=CachedTextEncoder(replace(text, parts={**text.parts, **encoders}), self.device, self.native),
             codec=replace(codec, meanwhile=self._meanwhile(layers.values())),
             latent=(family.latent[0], height, width),
             downscale=outline.downscale,
-            shift=shift_of(outline, family, self.asked.latents),
+            shift=shift_for_size(outline, family, self.asked.latents),
             steps=family.steps,
             guidance=family.guidance,
             embedded_guidance=family.embedded_guidance,
             sampler=family.sampler,
-            lift=lambda array: torch.from_numpy(array).to(self.device),
-            lower=lambda tensor: tensor.detach().float().cpu().numpy(),
+            from_numpy=lambda array: torch.from_numpy(array).to(self.device),
+            to_numpy=lambda tensor: tensor.detach().float().cpu().numpy(),
         )
 
-    def _meanwhile(self, layers: Iterable[Part]) -> list[Part]:
+    def _meanwhile(self, layers: Iterable[OffloadedModule]) -> list[OffloadedModule]:
         """Of the modulations' layers that leave as many as there is room for while nothing is decoded."""
         if self.device == "cpu":
             return []
-        found: list[Part] = []
+        found: list[OffloadedModule] = []
         room = self.plan.spare
         for part in (layer for layer in layers if not layer.stays):
             room -= sum(weight.nbytes for weight in part.module.parameters())
@@ -136,13 +138,13 @@ class Assembly:
         net = {"transformer", *codecs}
         parts = {*self.outline.encoders, *net}
         staying = {"all": parts, "encoders": parts, "net": net, "codec": codecs, "none": set[str]()}
-        return frozenset(staying[self.choice.stay])
+        return frozenset(staying[self.choice.residency])
 
-    def _net(self) -> tuple[Any, Source]:
+    def _net(self) -> tuple[Any, WeightLoader]:
         """The net, and where its weights come from: its own or a student's."""
         bits = self.choice.bits
         dtype = {32: torch.float32, 16: torch.bfloat16}.get(bits, self.native)
-        net = bare(self.outline, "transformer", dtype)
+        net = init_on_meta(self.outline, "transformer", dtype)
         source = self._source("transformer", net, bits, dtype)
         if self.student is not None and self.student.net is not None:
             source = replace(source, weights=Weights.open(self.student.net).matched(net))
@@ -150,29 +152,29 @@ class Assembly:
             source = replace(source, window=self._cropped(net))
         return net, source
 
-    def _part(self, part: str, shelf: Shelf) -> Part:
+    def _part(self, part: str, shelf: PinnedBuffer) -> OffloadedModule:
         bits = self.choice.text_bits if part == self.outline.t5 else self.asked.native
-        module = bare(self.outline, part, self.native)
+        module = init_on_meta(self.outline, part, self.native)
         if self.compile and part in self.outline.encoders:
             compile_encoder(module)
         if self.compile and part == self.outline.decoder:
             compile_decoder(module)
-        return Part(module, self._source(part, module, bits, self.native), shelf)
+        return OffloadedModule(module, self._source(part, module, bits, self.native), shelf)
 
-    def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> Source:
+    def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> WeightLoader:
         few = quantizable(self.outline, part, module) if bits < 16 else frozenset[str]()
         # What a GPU does not compile changes layouts around each norm: less memory, and more time.
         sparing = self.device == "cpu" or self.compile or self.plan.limit is not None
         pixels = part in ("vae", "decoder") and sparing
         change = change_of(part, self.student, self.loras)
         weights = self.opened(self.outline, part).matched(module)
-        return Source(weights, self.device, dtype, bits, few, change, pixels=pixels)
+        return WeightLoader(weights, self.device, dtype, bits, few, change, pixels=pixels)
 
     def _cropped(self, net: Any) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:
         """Leave of the net's table of positions what the picture needs; what to read of its file."""
         embed = net.pos_embed
         most, width = int(embed.pos_embed_max_size), embed.pos_embed.shape[-1]
-        side = self.outline.window(self.asked.latents)
+        side = self.outline.pos_embed_crop(self.asked.latents)
         start = (most - side) // 2
         embed.pos_embed_max_size = side
         embed.pos_embed = torch.empty(1, side * side, width, dtype=embed.pos_embed.dtype, device="meta")

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fewstep.families.folder import first_line
 from fewstep.families.foreign import class_of
-from fewstep.staged.outline import Outline
+from fewstep.staged.outline import ModelSpec
 from fewstep.types import UserError
 
 
-def bare(outline: Outline, part: str, dtype: torch.dtype) -> Any:
+def init_on_meta(outline: ModelSpec, part: str, dtype: torch.dtype) -> Any:
     """A net with the shapes of its weights and none of their bytes, frozen.
 
     Raises:
@@ -25,17 +25,17 @@ def bare(outline: Outline, part: str, dtype: torch.dtype) -> Any:
     # of text encoders are counted up when they are made, and in no file.
     ours = outline.classes[part][0] == "diffusers"
     with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
-        net = made(outline, part)
+        net = init_from_config(outline, part)
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = frozen(parameter.to(dtype))
+            module._parameters[name] = frozen_parameter(parameter.to(dtype))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 module._buffers[name] = buffer.to(dtype)
     return net.eval()
 
 
-def made(outline: Outline, part: str) -> Any:
+def init_from_config(outline: ModelSpec, part: str) -> Any:
     """A net of its class and configuration, its weights whatever they are.
 
     Raises:
@@ -52,6 +52,6 @@ def made(outline: Outline, part: str) -> Any:
         raise UserError(f"the configuration of the {part} makes no {name} ({first_line(error)})") from None
 
 
-def frozen(tensor: Tensor) -> nn.Parameter:
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not learn."""
     return nn.Parameter(tensor, requires_grad=False)

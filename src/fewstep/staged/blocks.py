@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.nets.blocks import compiled
+from fewstep.nets.blocks import compile_block
 from fewstep.nets.hoist import Slice
 
 
@@ -24,7 +24,7 @@ def compile_blocks(body: Any, backend: str = "inductor") -> None:
         size = max(piece.start + piece.size for piece in slices) - first
         for piece in slices:
             piece.start -= first
-        compiled(block, backend, dynamic=True)
+        compile_block(block, backend, dynamic=True)
         block.forward = _Piece(block.forward, first, size)
 
 
@@ -32,7 +32,7 @@ def compile_encoder(encoder: Any, backend: str = "inductor") -> None:
     """Compile the layers of a CLIP or a T5, in place."""
     stack = getattr(encoder, "text_model", encoder).encoder
     for layer in stack.block if hasattr(stack, "block") else stack.layers:
-        compiled(layer, backend)
+        compile_block(layer, backend)
 
 
 def compile_decoder(vae: Any, backend: str = "inductor") -> None:
@@ -41,11 +41,11 @@ def compile_decoder(vae: Any, backend: str = "inductor") -> None:
     warnings.filterwarnings("ignore", message="(?s).*functools.lru_cache", module="torch._dynamo")
     for norm in vae.decoder.modules():
         if type(norm) is nn.GroupNorm:
-            norm.__class__ = ByChannel
-    compiled(vae.decoder, backend)
+            norm.__class__ = ChannelsLastGroupNorm
+    compile_block(vae.decoder, backend)
 
 
-class ByChannel(nn.GroupNorm):
+class ChannelsLastGroupNorm(nn.GroupNorm):
     """The same norm, its sums taken by channel and then by group: in ``channels_last`` a group's numbers lie
     scattered, a few bytes here and there, and a channel's beside all others'."""
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from fewstep.families import Family
 from fewstep.families.folder import name_of, read_facts
-from fewstep.families.schedules import of_scheduler, time_shift
-from fewstep.staged.outline import Outline
+from fewstep.families.schedules import of_scheduler, schedule_shift
+from fewstep.staged.outline import ModelSpec
 from fewstep.staged.student import Student
 from fewstep.types import UserError
 
 
-def family_of(outline: Outline, student: Student | None) -> Family:
+def build_family(outline: ModelSpec, student: Student | None) -> Family:
     """The family with stand-ins for its nets, drawing as the base does or as the student."""
     module = importlib.import_module(f"fewstep.families.{outline.kind}")
     parts = outline.parts()
@@ -41,7 +41,7 @@ def _scheduler(scheduler: Any, student: Student) -> Any:
     return replace(schedule, stochastic_sampling=student.sampler == "renoise").scheduler()
 
 
-def latents_of(size: str | None, outline: Outline, family: Family) -> tuple[int, int]:
+def latent_size(size: str | None, outline: ModelSpec, family: Family) -> tuple[int, int]:
     """Height and width of the latents of pictures of ``size``.
 
     Raises:
@@ -61,7 +61,7 @@ def latents_of(size: str | None, outline: Outline, family: Family) -> tuple[int,
     return height // outline.downscale, width // outline.downscale
 
 
-def shift_of(outline: Outline, family: Family, latents: tuple[int, int]) -> float:
+def shift_for_size(outline: ModelSpec, family: Family, latents: tuple[int, int]) -> float:
     """The shift of the grid, which may follow from the image's size."""
     tokens = (latents[0] // outline.patch) * (latents[1] // outline.patch)
-    return time_shift(of_scheduler(family.parts["scheduler"]), tokens)
+    return schedule_shift(of_scheduler(family.parts["scheduler"]), tokens)

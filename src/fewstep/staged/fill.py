@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.families.weights import Weights, tied
-from fewstep.staged.bare import frozen
+from fewstep.staged.bare import frozen_parameter
 from fewstep.staged.quantize import quantize
 
 Change = Callable[[str, Tensor, torch.dtype], Tensor]
@@ -18,7 +18,7 @@ Change = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightLoader:
     """Where the weights of a net come from, and what becomes of them.
 
     Attributes:
@@ -74,7 +74,7 @@ class Source:
         if self.pixels and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         if name in layer._parameters:
-            layer._parameters[name] = frozen(tensor)
+            layer._parameters[name] = frozen_parameter(tensor)
         else:
             layer._buffers[name] = tensor
 

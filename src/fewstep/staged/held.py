@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from fewstep.nets.hoist import hoisted
+from fewstep.nets.hoist import split_modulation
 from fewstep.nets.ledger import ALLOCATED
-from fewstep.staged.bare import bare
-from fewstep.staged.outline import Outline
-from fewstep.staged.plan import Asked
-from fewstep.staged.quantize import in_bytes, quantizable
+from fewstep.staged.bare import init_on_meta
+from fewstep.staged.outline import ModelSpec
+from fewstep.staged.plan import PlanConstraints
+from fewstep.staged.quantize import quantizable, quantized_nbytes
 
 QUANTIZING = 3
 """Float32 copies of a weight while torchao quantizes it."""
@@ -34,7 +34,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightMemory:
     """What the parts of a model hold.
 
     Attributes:
@@ -42,8 +42,8 @@ class Held:
         asked: what it is to do.
     """
 
-    outline: Outline
-    asked: Asked
+    outline: ModelSpec
+    asked: PlanConstraints
 
     def dtype(self, bits: int) -> torch.dtype:
         """What a part of so many bits computes in."""
@@ -52,7 +52,7 @@ class Held:
     @cached_property
     def modulated(self) -> tuple[Any, Any]:
         """The net's modulations, and the net without them."""
-        return hoisted(bare(self.outline, "transformer", torch.float32))
+        return split_modulation(init_on_meta(self.outline, "transformer", torch.float32))
 
     @cached_property
     def tensors(self) -> Mapping[str, list[Weight]]:
@@ -60,7 +60,7 @@ class Held:
         modulation, body = self.modulated
         found = {"modulation": self._listed("modulation", modulation)}
         for part in self.outline.configs:
-            net = body if part == "transformer" else bare(self.outline, part, torch.float32)
+            net = body if part == "transformer" else init_on_meta(self.outline, part, torch.float32)
             found[part] = self._listed(part, net)
         return found
 
@@ -73,12 +73,12 @@ class Held:
     def _cut(self, name: str, tensor: Any) -> tuple[int, ...]:
         if name != "pos_embed.pos_embed":
             return tuple(tensor.shape)
-        return (1, self.outline.window(self.asked.latents) ** 2, tensor.shape[-1])
+        return (1, self.outline.pos_embed_crop(self.asked.latents) ** 2, tensor.shape[-1])
 
     def _of(self, weight: Weight, bits: int) -> int:
         wide = self.dtype(bits).itemsize
         few = weight.few and bits < 16
-        count = in_bytes(weight.shape[0], weight.shape[1], bits, wide) if few else wide * weight.count
+        count = quantized_nbytes(weight.shape[0], weight.shape[1], bits, wide) if few else wide * weight.count
         return -(-count // ALLOCATED) * ALLOCATED if self.asked.gpu else count
 
     def weights(self, part: str, bits: int) -> int:

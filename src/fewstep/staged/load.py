@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from fewstep.families import Family
-from fewstep.families.folder import bf16_pays, check_device
-from fewstep.request import MOST_AT_ONCE, whole
-from fewstep.request import memory as bytes_of
-from fewstep.staged import Wish
-from fewstep.staged.assemble import Assembly, Opened, on_disk
-from fewstep.staged.draws import family_of, latents_of
-from fewstep.staged.outline import Outline, read, with_decoder
-from fewstep.staged.plan import CONTEXT, Asked, Choice, Plan, choices, choose
-from fewstep.staged.process import give_back_at_once, resident
+from fewstep.families.folder import check_device, prefers_bf16
+from fewstep.request import MOST_AT_ONCE, check_int
+from fewstep.request import parse_bytes as bytes_of
+from fewstep.staged import TorchOptions
+from fewstep.staged.assemble import ModelBuilder, Opened, on_disk
+from fewstep.staged.draws import build_family, latent_size
+from fewstep.staged.outline import ModelSpec, read, with_tiny_decoder
+from fewstep.staged.plan import CONTEXT, ExecutionConfig, Plan, PlanConstraints, choices, choose
+from fewstep.staged.process import rss, set_malloc_thresholds
 from fewstep.staged.quantize import check as check_bits
-from fewstep.staged.quantize import lacking
-from fewstep.staged.rehearse import Rehearsal
-from fewstep.staged.student import Student, find, loras_of
+from fewstep.staged.quantize import unsupported
+from fewstep.staged.rehearse import MemoryProfiler
+from fewstep.staged.student import Student, load_student, loras_of
 from fewstep.types import Model
 
 STARTING = 2**25
@@ -30,7 +30,7 @@ torch 2.13: kernels that are made then, and threads)."""
 
 
 @dataclass(frozen=True)
-class Staged:
+class PlannedModel:
     """A model and how it was decided to run.
 
     Attributes:
@@ -44,7 +44,7 @@ class Staged:
     lines: list[str]
 
 
-def load(folder: Path, kind: str, wish: Wish) -> Staged:
+def load(folder: Path, kind: str, wish: TorchOptions) -> PlannedModel:
     """Load a diffusers folder for generation.
 
     Args:
@@ -58,12 +58,14 @@ def load(folder: Path, kind: str, wish: Wish) -> Staged:
     """
     if wish.memory is not None:
         bytes_of(wish.memory)
-    whole("batch", wish.batch, 1, MOST_AT_ONCE)
+    check_int("batch", wish.batch, 1, MOST_AT_ONCE)
     base = read(folder, kind)
-    return staged(base, None if wish.student is None else find(wish.student, base), wish)
+    return staged(base, None if wish.student is None else load_student(wish.student, base), wish)
 
 
-def staged(base: Outline, student: Student | None, wish: Wish, opened: Opened = on_disk) -> Staged:
+def staged(
+    base: ModelSpec, student: Student | None, wish: TorchOptions, opened: Opened = on_disk
+) -> PlannedModel:
     """A model of an outline.
 
     Args:
@@ -82,24 +84,24 @@ def staged(base: Outline, student: Student | None, wish: Wish, opened: Opened = 
     if student is not None and not student.t5 and base.t5 is not None:
         outline = base.without(base.t5)
     if wish.tiny_decoder is not None:
-        outline = with_decoder(outline, Path(wish.tiny_decoder))
+        outline = with_tiny_decoder(outline, Path(wish.tiny_decoder))
     loras = loras_of(wish.lora, outline)
-    family = family_of(outline, student)
+    family = build_family(outline, student)
     asked = _asked(wish, outline, family, device)
     plan = _plan(outline, family, asked, wish)
-    model = Assembly(outline, family, asked, plan, student, device, opened, wish.compile, loras).model()
+    model = ModelBuilder(outline, family, asked, plan, student, device, opened, wish.compile, loras).model()
     t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
-    return Staged(model, plan, plan.told(t5))
+    return PlannedModel(model, plan, plan.describe(t5))
 
 
-def _asked(wish: Wish, outline: Outline, family: Family, device: str) -> Asked:
+def _asked(wish: TorchOptions, outline: ModelSpec, family: Family, device: str) -> PlanConstraints:
     """What a plan is for; its bits are those that somebody insists on, or the device's own and all fewer.
 
     A CPU that is slow in bf16 skips it: 8 bits times float32 need less, and no more time.
     """
-    native = 16 if bf16_pays(device) and wish.bits != 32 else 32
-    fewer = (native, *(bits for bits in (8, 4) if lacking(bits, device) is None))
-    return Asked(
+    native = 16 if prefers_bf16(device) and wish.bits != 32 else 32
+    fewer = (native, *(bits for bits in (8, 4) if unsupported(bits, device) is None))
+    return PlanConstraints(
         gpu=device != "cpu",
         native=native,
         bits=fewer if wish.bits is None else (wish.bits,),
@@ -107,24 +109,24 @@ def _asked(wish: Wish, outline: Outline, family: Family, device: str) -> Asked:
         batch=wish.batch,
         rows=1 if family.guidance in (None, 1) else 2,
         steps=family.steps,
-        latents=latents_of(wish.size, outline, family),
+        latents=latent_size(wish.size, outline, family),
         image=wish.image,
         compile=wish.compile,
     )
 
 
-def _plan(outline: Outline, family: Family, asked: Asked, wish: Wish) -> Plan:
+def _plan(outline: ModelSpec, family: Family, asked: PlanConstraints, wish: TorchOptions) -> Plan:
     """How to run: in the device's own precision with everything there, or what fits the memory."""
     if wish.memory is None:
-        return Plan(Choice(asked.bits[0], asked.native, 1, "all", asked.batch), gpu=asked.gpu)
+        return Plan(ExecutionConfig(asked.bits[0], asked.native, 1, "all", asked.batch), gpu=asked.gpu)
     if not asked.gpu:
-        give_back_at_once()
-    rehearsal = Rehearsal(outline, family, asked)
+        set_malloc_thresholds()
+    rehearsal = MemoryProfiler(outline, family, asked)
     rehearsal.stages(next(choices(asked)))  # what torch imports for it is in memory from here on
     gc.collect()
-    base = CONTEXT if asked.gpu else resident() + STARTING
+    base = CONTEXT if asked.gpu else rss() + STARTING
     plan = choose(asked, rehearsal.stages, bytes_of(wish.memory), base)
-    return plan.filled(rehearsal.held.layers(plan.choice.bits))
+    return plan.with_resident_layers(rehearsal.held.layers(plan.config.bits))
 
 
 def device_of(name: str) -> str:

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from fewstep.families.common import LatentCodec
-from fewstep.flow import fill
+from fewstep.flow import expand_time
 from fewstep.nets.hoist import Modulation
-from fewstep.staged.again import Again
-from fewstep.staged.parts import Part, Place
+from fewstep.staged.again import CUDAGraphCache
+from fewstep.staged.parts import OffloadedModule, OffloadManager
 from fewstep.types import Array, Cond, Step
 
 
 @dataclass(frozen=True)
-class Walker:
+class OffloadedVelocity:
     """The net: a velocity that makes its modulations for all steps of a walk, for which their layers come.
 
     Attributes:
@@ -30,31 +30,31 @@ class Walker:
         again: what steps at once, where the net stays in its place.
     """
 
-    place: Place
+    place: OffloadManager
     velocity: Any
     modulation: Modulation
-    layers: Mapping[int, Part]
-    again: Again | None = None
+    layers: Mapping[int, OffloadedModule]
+    again: CUDAGraphCache | None = None
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
         (made,) = self._modulations([self.velocity.embedded(t, cond.pooled)])
         return self._moved(x_t, t, cond.context, made)
 
-    def with_guidance(self, scale: float) -> Walker:
+    def with_guidance(self, scale: float) -> OffloadedVelocity:
         """The same net at another scale of its embedded guidance, which its modulations alone depend on."""
         return replace(self, velocity=self.velocity.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
-        told = [self.velocity.embedded(fill(t, cond.context), cond.pooled) for t in times]
+        told = [self.velocity.embedded(expand_time(t, cond.context), cond.pooled) for t in times]
         return [partial(self._step, *pair, cond) for pair in zip(times, self._modulations(told), strict=True)]
 
     def _step(self, t: float, made: Array, cond: Cond, x: Array) -> Array:
-        return self._moved(x, fill(t, x), cond.context, made)
+        return self._moved(x, expand_time(t, x), cond.context, made)
 
     def _moved(self, *inputs: Array) -> Array:
-        self.place.take("transformer")
+        self.place.acquire("transformer")
         with torch.no_grad():
             if self.again is None:
                 return self._run(*inputs)
@@ -65,8 +65,8 @@ class Walker:
 
     def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
         with torch.no_grad():
-            self.place.alone("transformer")
-            return self.modulation.each(told, lambda layer: self.layers[id(layer)].visit())
+            self.place.acquire_exclusive("transformer")
+            return self.modulation.each(told, lambda layer: self.layers[id(layer)].resident())
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Codec:
         meanwhile: parts that the next picture begins with, for which there is room unless one is decoded.
     """
 
-    place: Place
+    place: OffloadManager
     decoder: str
     tiles: int
     latents: tuple[int, int]
     downscale: int
-    meanwhile: Sequence[Part] = ()
+    meanwhile: Sequence[OffloadedModule] = ()
 
     def encode(self, images: Array) -> Array:
         """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]`` float32."""
@@ -97,18 +97,18 @@ class Codec:
     def decode(self, latents: Array) -> Array:
         """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
         for part in self.meanwhile:
-            part.go()
+            part.offload()
         with torch.no_grad():
             pixels = self._codec(self.decoder).decode(latents)
         for part in self.meanwhile:
-            part.approach()
+            part.prefetch()
         return pixels
 
     def _codec(self, part: str) -> LatentCodec:
-        return sliced(self.place.take(part), self.tiles, self.latents, self.downscale)
+        return tiled_vae(self.place.acquire(part), self.tiles, self.latents, self.downscale)
 
 
-def sliced(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
+def tiled_vae(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
     """The codec, one picture at a time, each in ``tiles`` x ``tiles`` tiles (with what they overlap)."""
     vae.enable_slicing()
     for layer in vae.modules():

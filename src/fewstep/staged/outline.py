@@ -20,7 +20,7 @@ NETS = ("transformer", "vae", *ENCODERS)
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSpec:
     """A model's parts by their diffusers names.
 
     Attributes:
@@ -29,7 +29,7 @@ class Outline:
         configs: configuration of each net.
         others: tokenizers and the scheduler; empty where nobody will draw.
         folder: where the weights lie; ``None`` where there are none.
-        words: tokens that each text encoder reads.
+        max_tokens: tokens that each text encoder reads.
         stored: bytes of a number of each part, as its file has it; 2 where nobody knows.
         places: folders of parts that lie elsewhere.
     """
@@ -39,7 +39,7 @@ class Outline:
     configs: Mapping[str, Mapping[str, Any]]
     others: Mapping[str, Any] = field(default_factory=dict[str, Any])
     folder: Path | None = None
-    words: Mapping[str, int] = field(default_factory=dict[str, int])
+    max_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     stored: Mapping[str, int] = field(default_factory=dict[str, int])
     places: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
@@ -64,7 +64,7 @@ class Outline:
         """Pixels per latent along a side."""
         return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
 
-    def without(self, part: str) -> Outline:
+    def without(self, part: str) -> ModelSpec:
         """The same without an encoder and its tokenizer."""
         names = (part, part.replace("text_encoder", "tokenizer"))
         left = (
@@ -79,7 +79,7 @@ class Outline:
         """The part that decodes: a tiny autoencoder where there is one."""
         return "decoder" if "decoder" in self.configs else "vae"
 
-    def window(self, latents: tuple[int, int]) -> int:
+    def pos_embed_crop(self, latents: tuple[int, int]) -> int:
         """Positions along a side of SD3's table that a picture needs: an even number fewer than there are, so
         that what is cut out of their middle is what would be cut out of the whole table's."""
         most = int(self.configs["transformer"]["pos_embed_max_size"])
@@ -93,10 +93,10 @@ class Outline:
 
     def parts(self) -> dict[str, Any]:
         """What a family's ``assemble`` asks of parts, without any weights."""
-        return {part: stand_in(config) for part, config in self.configs.items()} | dict(self.others)
+        return {part: config_stub(config) for part, config in self.configs.items()} | dict(self.others)
 
 
-def stand_in(config: Mapping[str, Any]) -> Any:
+def config_stub(config: Mapping[str, Any]) -> Any:
     """A net's configuration in the net's place."""
     told = {"shift_factor": None, "scaling_factor": 1.0, "guidance_embeds": False, **config}
     return SimpleNamespace(
@@ -104,7 +104,7 @@ def stand_in(config: Mapping[str, Any]) -> Any:
     )
 
 
-def read(folder: Path, kind: str) -> Outline:
+def read(folder: Path, kind: str) -> ModelSpec:
     """The outline of a diffusers folder, whose weights need not be there.
 
     Args:
@@ -120,18 +120,18 @@ def read(folder: Path, kind: str) -> Outline:
     wanted = [*module.REQUIRED, *(optional if all(part in index for part in optional) else ())]
     nets = [part for part in wanted if part in NETS]
     others = {part: read_part(folder, part, index[part]) for part in wanted if part not in NETS}
-    configs = {part: checked(folder / part, index[part][1]) for part in nets}
-    outline = Outline(kind, {part: index[part] for part in nets}, configs, others, folder)
+    configs = {part: read_config(folder / part, index[part][1]) for part in nets}
+    outline = ModelSpec(kind, {part: index[part] for part in nets}, configs, others, folder)
     try:
         words = {part: _words(outline, part) for part in outline.encoders}
         assert outline.downscale and outline.patch
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from None
     there = [part for part in nets if any((folder / part).glob("*.safetensors"))]
-    return replace(outline, words=words, stored={part: _stored(folder / part) for part in there})
+    return replace(outline, max_tokens=words, stored={part: _stored(folder / part) for part in there})
 
 
-def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
+def read_config(folder: Path, name: str | None = None) -> dict[str, Any]:
     """A net's configuration.
 
     Args:
@@ -150,7 +150,7 @@ def checked(folder: Path, name: str | None = None) -> dict[str, Any]:
     return config
 
 
-def with_decoder(outline: Outline, folder: Path) -> Outline:
+def with_tiny_decoder(outline: ModelSpec, folder: Path) -> ModelSpec:
     """The outline with a tiny autoencoder as its part ``decoder``.
 
     Raises:
@@ -158,7 +158,7 @@ def with_decoder(outline: Outline, folder: Path) -> Outline:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"--tiny-decoder {folder} is no folder with the config.json of a tiny autoencoder")
-    config = checked(folder)
+    config = read_config(folder)
     kind = read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderTiny":
         raise UserError(f"--tiny-decoder {folder} holds a {kind}, but an AutoencoderTiny is needed")
@@ -174,7 +174,7 @@ def with_decoder(outline: Outline, folder: Path) -> Outline:
     )
 
 
-def _words(outline: Outline, part: str) -> int:
+def _words(outline: ModelSpec, part: str) -> int:
     tokenizer = outline.others[part.replace("text_encoder", "tokenizer")]
     most = outline.configs[part].get("max_position_embeddings")
     if most is None:  # T5 has no positions of its own
@@ -195,7 +195,7 @@ def _clip(width: int, layers: int, heads: int, act: str) -> dict[str, Any]:
 
 
 CLIP = ("transformers", "CLIPTextModelWithProjection")
-SD35_MEDIUM = Outline(
+SD35_MEDIUM = ModelSpec(
     # stabilityai/stable-diffusion-3.5-medium, the config.json of each part
     kind="sd3",
     classes={
@@ -225,6 +225,6 @@ SD35_MEDIUM = Outline(
             "num_heads": 64, "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 1,
         },
     },
-    words={"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256},
+    max_tokens={"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256},
 )  # fmt: skip
 """Stable Diffusion 3.5 Medium, for questions of memory without a folder."""

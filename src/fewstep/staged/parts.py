@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.nets.ledger import ALLOCATED
-from fewstep.staged.bare import frozen
-from fewstep.staged.fill import Source
+from fewstep.staged.bare import frozen_parameter
+from fewstep.staged.fill import WeightLoader
 from fewstep.staged.process import trim
 
 CHUNK = 2**28
@@ -22,7 +22,7 @@ powers of two, for a weight up to twice what it needs."""
 
 
 @dataclass
-class Shelf:
+class PinnedBuffer:
     """The CPU's memory for weights that have left a GPU, which reads them there by itself; where the system
     gives no more of such memory, any other."""
 
@@ -56,7 +56,7 @@ class _Kept:
 
 
 @dataclass
-class Part:
+class OffloadedModule:
     """A module that has its weights on the device for a while.
 
     On a CPU they are let go and read again. What has left a GPU once is kept on a shelf, and comes back from
@@ -72,15 +72,15 @@ class Part:
     """
 
     module: Any
-    source: Source
-    shelf: Shelf = field(default_factory=Shelf)
+    source: WeightLoader
+    shelf: PinnedBuffer = field(default_factory=PinnedBuffer)
     prefix: str = ""
     stays: bool = False
     here: bool = False
     _aside: list[_Kept] = field(default_factory=list[_Kept], repr=False)
     _arrival: Any = field(default=None, repr=False)
 
-    def come(self) -> Any:
+    def load(self) -> Any:
         """The module, on the device.
 
         Raises:
@@ -95,7 +95,7 @@ class Part:
         self._arrive()
         return self.module
 
-    def approach(self) -> None:
+    def prefetch(self) -> None:
         """Begin to come back to a GPU that does other things meanwhile; where it has no room, do not."""
         if self.here or not self._aside:
             return
@@ -118,7 +118,7 @@ class Part:
             torch.cuda.current_stream().wait_event(self._arrival)
             self._arrival = None
 
-    def go(self) -> None:
+    def offload(self) -> None:
         """Leave the device."""
         if not self.here:
             return
@@ -130,7 +130,7 @@ class Part:
         else:
             for layer in self.module.modules():
                 for name, old in layer.named_parameters(recurse=False):
-                    layer._parameters[name] = frozen(self._empty(old))
+                    layer._parameters[name] = frozen_parameter(self._empty(old))
                 for name, old in layer.named_buffers(recurse=False):
                     if name not in layer._non_persistent_buffers_set:  # those are in no file
                         layer._buffers[name] = self._empty(old)
@@ -146,7 +146,9 @@ class Part:
                         continue
                     if id(tensor) not in copies:
                         copy = self.shelf.copy(tensor.detach())
-                        copies[id(tensor)] = frozen(copy) if isinstance(tensor, nn.Parameter) else copy
+                        copies[id(tensor)] = (
+                            frozen_parameter(copy) if isinstance(tensor, nn.Parameter) else copy
+                        )
                     kept.append(_Kept(held, name, copies[id(tensor)]))
         return kept
 
@@ -164,21 +166,21 @@ class Part:
             key = id(one.tensor)
             if key not in made:
                 tensor = moved(one.tensor)
-                made[key] = frozen(tensor) if isinstance(one.tensor, nn.Parameter) else tensor
+                made[key] = frozen_parameter(tensor) if isinstance(one.tensor, nn.Parameter) else tensor
             one.held[one.name] = made[key]
 
     def _empty(self, old: Tensor) -> Tensor:
         return torch.empty(old.shape, dtype=self.source.dtype, device="meta")
 
     @contextmanager
-    def visit(self) -> Generator[None]:
+    def resident(self) -> Generator[None]:
         """Within the block the module has its weights; it leaves afterwards, unless it stays."""
-        self.come()
+        self.load()
         try:
             yield
         finally:
             if not self.stays:
-                self.go()
+                self.offload()
 
 
 @cache
@@ -188,7 +190,7 @@ def _path(device: str) -> Any:
 
 
 @dataclass
-class Place:
+class OffloadManager:
     """A device with room for some parts at a time.
 
     Attributes:
@@ -196,30 +198,30 @@ class Place:
         stay: those that do not leave; of the others one at a time is there.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, OffloadedModule]
     stay: frozenset[str]
 
-    def settle(self) -> None:
+    def load_resident(self) -> None:
         """Fetch what stays."""
         for name in sorted(self.stay & self.parts.keys()):
-            self.parts[name].come()
+            self.parts[name].load()
 
-    def take(self, name: str) -> Any:
+    def acquire(self, name: str) -> Any:
         """A part with its weights; the ones that do not stay leave for it."""
         part = self.parts[name]
         if not part.here and name not in self.stay:
-            self.leave(other for other in self.parts if other not in self.stay)
-        return part.come()
+            self.evict(other for other in self.parts if other not in self.stay)
+        return part.load()
 
-    def alone(self, name: str) -> Any:
+    def acquire_exclusive(self, name: str) -> Any:
         """The same for a part that needs the room even where it stays itself."""
-        self.leave(other for other in self.parts if other not in self.stay and other != name)
-        return self.take(name)
+        self.evict(other for other in self.parts if other not in self.stay and other != name)
+        return self.acquire(name)
 
-    def leave(self, names: Iterable[str]) -> None:
+    def evict(self, names: Iterable[str]) -> None:
         """Let parts go, and give the memory back to the system."""
         gone = [self.parts[name] for name in names if self.parts[name].here]
         for part in gone:
-            part.go()
+            part.offload()
         if any(part.source.device == "cpu" for part in gone):
             trim()

@@ -35,26 +35,26 @@ TILES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExecutionConfig:
     """One way to run.
 
     Attributes:
         bits: of the net's blocks.
         text_bits: of T5.
         tiles: along a side, in which a picture is decoded.
-        stay: what stays on the device.
+        residency: what stays on the device.
         batch: pictures that run together.
     """
 
     bits: int
     text_bits: int
     tiles: int
-    stay: Stay
+    residency: Stay
     batch: int
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanConstraints:
     """What a plan is for.
 
     Attributes:
@@ -87,7 +87,7 @@ class Plan:
     """What was chosen.
 
     Attributes:
-        choice: how to run.
+        config: how to run.
         stages: bytes on the device in each stage of a picture; empty where no memory was given.
         base: bytes that are taken before: by this process on a CPU, by the card's context on a GPU.
         limit: bytes that were allowed, if any.
@@ -95,7 +95,7 @@ class Plan:
         staying: how many of the modulations' layers, the last ones, stay although the others come one by one.
     """
 
-    choice: Choice
+    config: ExecutionConfig
     stages: Mapping[str, int] = field(default_factory=dict[str, int])
     base: int = 0
     limit: int | None = None
@@ -113,7 +113,7 @@ class Plan:
         others = [n for stage, n in self.stages.items() if not stage.startswith(("decoding", "reading"))]
         return self.peak - max(others, default=0)
 
-    def told(self, t5: str) -> list[str]:
+    def describe(self, t5: str) -> list[str]:
         """The plan in two lines.
 
         Args:
@@ -122,21 +122,22 @@ class Plan:
         if self.limit is None:
             return []
         stage = max(self.stages, key=lambda name: self.stages[name])
-        whole = needed(self)
+        whole = required_bytes(self)
         layers = f", {self.staying} layers of the modulations stay" if self.staying else ""
         return [
-            f"plan for {size(self.limit)}: {told(self.choice, t5)}{layers}",
-            f"peak {size(whole)} of it, in {stage}; {size(self.base)} of that is there before the model",
+            f"plan for {format_bytes(self.limit)}: {describe_config(self.config, t5)}{layers}",
+            f"peak {format_bytes(whole)} of it, in {stage}; "
+            f"{format_bytes(self.base)} of that is there before the model",
         ]
 
-    def filled(self, layers: Sequence[int]) -> Plan:
+    def with_resident_layers(self, layers: Sequence[int]) -> Plan:
         """The plan, with as many of the modulations' layers staying as there is room for with caution: what
         is counted may be a little less than what is held.
 
         Args:
             layers: bytes of each.
         """
-        if self.limit is None or self.choice.stay == "all":
+        if self.limit is None or self.config.residency == "all":
             return self
         room = (self.limit - self.base) / (1 + CAUTION) - self.peak
         kept, staying = 0, 0
@@ -147,7 +148,7 @@ class Plan:
         return replace(self, staying=staying, stages={s: held + kept for s, held in self.stages.items()})
 
 
-STAYING: Mapping[Stay, str] = {
+RESIDENCY: Mapping[Stay, str] = {
     "all": "all parts stay",
     "encoders": "all parts stay but modulations",
     "net": "net and codec stay, text encoders in turn",
@@ -156,38 +157,40 @@ STAYING: Mapping[Stay, str] = {
 }
 
 
-def told(choice: Choice, t5: str) -> str:
+def describe_config(choice: ExecutionConfig, t5: str) -> str:
     """A choice in words; ``t5`` as of :meth:`Plan.told`."""
     words = [f"{choice.bits} bits"]
     if t5:
         few = t5 == "kept" and choice.text_bits < 16
         words.append(f"T5 in {choice.text_bits}" if few else f"T5 {t5}")
-    words.append(STAYING[choice.stay])
+    words.append(RESIDENCY[choice.residency])
     words.append("decoded whole" if choice.tiles == 1 else f"decoded in tiles, {choice.tiles} a side")
     words.append(f"{choice.batch} at a time")
     return ", ".join(words)
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as people read them: in GiB, and small ones in MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
-def needed(plan: Plan) -> int:
+def required_bytes(plan: Plan) -> int:
     """Bytes that a card, or this process, must have in all."""
     return int(plan.peak * (1 + (FRAGMENTS if plan.gpu else 0))) + plan.base
 
 
-def choices(asked: Asked) -> Iterator[Choice]:
+def choices(asked: PlanConstraints) -> Iterator[ExecutionConfig]:
     """All ways to run, the one to be preferred first."""
     batches = [asked.batch]
     while batches[-1] > 1:
         batches.append(-(-batches[-1] // 2))
     for bits, text_bits, tiles, stay, batch in product(asked.bits, asked.text_bits, TILES, STAYS, batches):
-        yield Choice(bits, text_bits, tiles, stay, batch)
+        yield ExecutionConfig(bits, text_bits, tiles, stay, batch)
 
 
-def choose(asked: Asked, stages: Callable[[Choice], Mapping[str, int]], limit: int, base: int) -> Plan:
+def choose(
+    asked: PlanConstraints, stages: Callable[[ExecutionConfig], Mapping[str, int]], limit: int, base: int
+) -> Plan:
     """The plan that loses least, and is then the fastest, of those that fit.
 
     Args:
@@ -202,15 +205,16 @@ def choose(asked: Asked, stages: Callable[[Choice], Mapping[str, int]], limit: i
     least: Plan | None = None
     for choice in choices(asked):
         plan = Plan(choice, stages(choice), base, limit, asked.gpu)
-        if needed(plan) <= limit:
+        if required_bytes(plan) <= limit:
             return plan
-        if least is None or needed(plan) < needed(least):
+        if least is None or required_bytes(plan) < required_bytes(least):
             least = plan
     assert least is not None
-    how = told(least.choice, "kept" if len(asked.text_bits) > 1 else "")
+    how = describe_config(least.config, "kept" if len(asked.text_bits) > 1 else "")
     raise UserError(
-        f"--memory {size(limit)} is not enough: the least that works here is {_up(needed(least))} ({how}), "
-        f"{size(base)} of it before the model"
+        f"--memory {format_bytes(limit)} is not enough: the least that works here is "
+        f"{_up(required_bytes(least))} ({how}), "
+        f"{format_bytes(base)} of it before the model"
     )
 
 

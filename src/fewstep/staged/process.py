@@ -7,7 +7,7 @@ import mmap
 from pathlib import Path
 
 
-def resident() -> int:
+def rss() -> int:
     """Bytes of this process that are in memory now."""
     trim()
     try:
@@ -31,7 +31,7 @@ def trim() -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
-def give_back_at_once() -> None:
+def set_malloc_thresholds() -> None:
     """From here on the C library gives freed tensors of 128 KiB back, where it else learns to keep ever
     larger ones for later."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)

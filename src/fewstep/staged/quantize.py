@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.extras import install
-from fewstep.staged.outline import Outline
+from fewstep.staged.outline import ModelSpec
 from fewstep.types import UserError
 
 GROUP = 64
@@ -31,12 +31,12 @@ def check(bits: int, device: str) -> None:
     """
     if bits not in (32, 16, 8, 4):
         raise UserError(f"bits must be 32, 16, 8 or 4, not {bits}")
-    lack = lacking(bits, device)
+    lack = unsupported(bits, device)
     if lack is not None:
         raise UserError(f"--bits {bits} needs {lack}")
 
 
-def lacking(bits: int, device: str) -> str | None:
+def unsupported(bits: int, device: str) -> str | None:
     """What the device or this installation lacks for so few bits, if anything."""
     if bits >= 16 or device != "cpu":
         return None
@@ -55,10 +55,10 @@ def quantize(linear: nn.Linear, bits: int, device: str) -> None:
         bits: 8 or 4.
         device: ``cpu`` or ``cuda``.
     """
-    if isinstance(linear, InBytes | InNibbles):
+    if isinstance(linear, Int8Linear | Int4Linear):
         return  # by a reading that was broken off
     if device != "cpu":
-        pack(linear, bits)
+        quantize_weight_only(linear, bits)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,7 +70,7 @@ def _linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:
+def quantized_nbytes(rows: int, columns: int, bits: int, wide: int) -> int:
     """Bytes of a weight ``[rows, columns]``.
 
     Args:
@@ -86,7 +86,7 @@ def in_bytes(rows: int, columns: int, bits: int, wide: int) -> int:
     return rows * columns // 2 + rows * (columns // group_of(columns)) * 2 * wide
 
 
-class InBytes(nn.Linear):
+class Int8Linear(nn.Linear):
     """A linear layer whose weights have 8 bits, with a scale a row; it is made of another (:func:`pack`)."""
 
     codes: Tensor
@@ -98,7 +98,7 @@ class InBytes(nn.Linear):
         return self.codes.to(self.scale.dtype) * self.scale
 
 
-class InNibbles(nn.Linear):
+class Int4Linear(nn.Linear):
     """The same in 4 bits, two weights in a byte, between the least and the most of their group."""
 
     codes: Tensor
@@ -112,7 +112,7 @@ class InNibbles(nn.Linear):
         return torch.addcmul(self.low, halves.to(self.scale.dtype), self.scale).flatten(1)
 
 
-def pack(linear: nn.Linear, bits: int) -> None:
+def quantize_weight_only(linear: nn.Linear, bits: int) -> None:
     """Make a layer one of 8 or 4 bits, in place; of 4 where its columns are even.
 
     A product costs what it does in 16 bits and the unpacking of its weights, a few hundredths of that where
@@ -135,7 +135,7 @@ def pack(linear: nn.Linear, bits: int) -> None:
     del linear.weight
     for name, tensor in held.items():
         linear.register_buffer(name, tensor)
-    linear.__class__ = InBytes if bits == 8 else InNibbles
+    linear.__class__ = Int8Linear if bits == 8 else Int4Linear
 
 
 def group_of(columns: int) -> int:
@@ -143,7 +143,7 @@ def group_of(columns: int) -> int:
     return math.gcd(columns, GROUP)
 
 
-def quantizable(outline: Outline, part: str, net: Any) -> frozenset[str]:
+def quantizable(outline: ModelSpec, part: str, net: Any) -> frozenset[str]:
     """Names of the linear layers that are stored in few bits: those of the blocks, of the net and of T5.
 
     What all tokens share, the modulations and the CLIPs keep theirs: they are small, or leave the device.

@@ -17,15 +17,15 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from fewstep.nets.hoist import Hoisted, hoisted
-from fewstep.nets.ledger import WORKSPACE, imagined, renewed
-from fewstep.staged.bare import bare, frozen, made
-from fewstep.staged.held import Held
-from fewstep.staged.model import sliced
-from fewstep.staged.outline import Outline
-from fewstep.staged.plan import Asked, Choice
-from fewstep.staged.quantize import pack, quantizable
-from fewstep.staged.stages import Counted, Sizes
+from fewstep.nets.hoist import PrecomputedAdaLN, split_modulation
+from fewstep.nets.ledger import WORKSPACE, cast_parameters, fake_tensors
+from fewstep.staged.bare import frozen_parameter, init_from_config, init_on_meta
+from fewstep.staged.held import WeightMemory
+from fewstep.staged.model import tiled_vae
+from fewstep.staged.outline import ModelSpec
+from fewstep.staged.plan import ExecutionConfig, PlanConstraints
+from fewstep.staged.quantize import quantizable, quantize_weight_only
+from fewstep.staged.stages import MemoryCosts, StagePeaks
 from fewstep.types import Cond
 
 FEW = 2
@@ -33,7 +33,7 @@ FEW = 2
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class MemoryProfiler:
     """A model's sizes.
 
     Attributes:
@@ -42,19 +42,19 @@ class Rehearsal:
         asked: what it is to do.
     """
 
-    outline: Outline
+    outline: ModelSpec
     family: Any
-    asked: Asked
+    asked: PlanConstraints
 
     @cached_property
-    def held(self) -> Held:
+    def held(self) -> WeightMemory:
         """What weights hold."""
-        return Held(self.outline, self.asked)
+        return WeightMemory(self.outline, self.asked)
 
     @cached_property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> MemoryCosts:
         """What a plan asks for, each counted once."""
-        return Sizes(
+        return MemoryCosts(
             cache(self.held.weights),
             cache(self.held.layer),
             cache(self.held.reading),
@@ -64,17 +64,17 @@ class Rehearsal:
             cache(self.coding),
         )
 
-    def stages(self, choice: Choice) -> dict[str, int]:
+    def stages(self, choice: ExecutionConfig) -> dict[str, int]:
         """Bytes on the device in each stage of a choice."""
         outline = self.outline
-        counted = Counted(self.asked, self.sizes, outline.encoders, outline.t5, outline.decoder, choice)
+        counted = StagePeaks(self.asked, self.sizes, outline.encoders, outline.t5, outline.decoder, choice)
         return counted.stages()
 
     def encoding(self, part: str, bits: int) -> int:
         """While it reads a prompt."""
         clip = not self.outline.classes[part][1].startswith("T5")
         hidden = {"output_hidden_states": True} if clip and self.outline.kind == "sd3" else {}
-        length = self.outline.words[part]
+        length = self.outline.max_tokens[part]
         config = self.outline.configs[part]
         kept = length * config["hidden_size"] * max(config["num_hidden_layers"] - FEW, 0) if hidden else 0
 
@@ -88,7 +88,7 @@ class Rehearsal:
         rows, channels = batch * self.asked.rows, self.family.latent[0]
         height, width = self.asked.latents
         config = self.outline.configs["transformer"]
-        words = self.outline.words
+        words = self.outline.max_tokens
         length = sum(words[part] for part in self.outline.encoders if part == self.outline.t5)
         if self.outline.kind == "sd3":
             length += min(words[part] for part in self.outline.encoders if part != self.outline.t5)
@@ -98,12 +98,14 @@ class Rehearsal:
             x = torch.zeros(rows, channels, height, width)
             context = torch.zeros(rows, length, config["joint_attention_dim"])
             cond = Cond(context, torch.zeros(rows, config["pooled_projection_dim"]))
-            steps = Hoisted(velocity).steps([0.5] * self.asked.steps, cond)
+            steps = PrecomputedAdaLN(velocity).steps([0.5] * self.asked.steps, cond)
             return x, [step(x) for step in steps[:1]]
 
         beside = self._beside("transformer", bits, run)
         # The rehearsed net has few blocks; the real one is given the modulations of all.
-        short = hoisted(bare(shortened(self.outline, "transformer"), "transformer", torch.float32))[0]
+        short = split_modulation(
+            init_on_meta(with_few_blocks(self.outline, "transformer"), "transformer", torch.float32)
+        )[0]
         left_out = _made(self.held.modulated[0]) - _made(short)
         beside += self.asked.steps * rows * left_out * self.held.dtype(bits).itemsize
         return beside + (WORKSPACE // 2 if self.asked.gpu else 0)  # of one thread
@@ -114,7 +116,7 @@ class Rehearsal:
 
         def run(net: Any) -> Any:
             latents = torch.zeros(batch, channels, height, width)
-            codec = sliced(net, tiles, (height, width), self.outline.downscale)
+            codec = tiled_vae(net, tiles, (height, width), self.outline.downscale)
             return latents, codec.decode(latents).float()
 
         beside = self._beside(self.outline.decoder, self.asked.native, run)
@@ -132,7 +134,7 @@ class Rehearsal:
 
         def run(net: Any) -> Any:
             images = torch.zeros(1, 3, down * height, down * width)
-            return images, sliced(net, tiles, (height, width), down).encode(images)
+            return images, tiled_vae(net, tiles, (height, width), down).encode(images)
 
         return self._beside("vae", self.asked.native, run)
 
@@ -140,17 +142,17 @@ class Rehearsal:
         """Bytes beside its weights while a part runs, as ``run`` runs it."""
         with (
             warnings.catch_warnings(),
-            imagined(gpu=self.asked.gpu) as ledger,
+            fake_tensors(gpu=self.asked.gpu) as ledger,
             torch.no_grad(),
             ExitStack() as stack,
         ):
             warnings.simplefilter("ignore")  # torch's, about fake tensors
-            short = shortened(self.outline, part)
-            net = renewed(made(short, part), self.held.dtype(bits)).eval()
+            short = with_few_blocks(self.outline, part)
+            net = cast_parameters(init_from_config(short, part), self.held.dtype(bits)).eval()
             if self.asked.gpu and not self.asked.compile and part in ("vae", "decoder"):
                 stack.enter_context(_converting(net))
             if bits < 16:
-                emulate(net, quantizable(short, part, net), bits, self.asked.gpu)
+                fake_quantize(net, quantizable(short, part, net), bits, self.asked.gpu)
             ledger.begin(part)
             before = sum(ledger.live.values())
             kept = run(net)
@@ -165,7 +167,7 @@ def _converting(net: Any) -> Generator[None]:
     usual layout, and makes copies to change between them."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.weight = frozen(layer.weight.contiguous(memory_format=torch.channels_last))
+            layer.weight = frozen_parameter(layer.weight.contiguous(memory_format=torch.channels_last))
     functional = nn.functional
     convolve, norm = functional.conv2d, functional.group_norm
 
@@ -179,7 +181,7 @@ def _converting(net: Any) -> Generator[None]:
         yield
 
 
-def shortened(outline: Outline, part: str) -> Outline:
+def with_few_blocks(outline: ModelSpec, part: str) -> ModelSpec:
     """The outline with a net of no more blocks than it has kinds of them; the last of SD3's is a kind."""
     config = dict(outline.configs[part])
     for name in ("num_layers", "num_hidden_layers", "num_single_layers"):
@@ -190,13 +192,13 @@ def shortened(outline: Outline, part: str) -> Outline:
     return replace(outline, configs={**outline.configs, part: config})
 
 
-def emulate(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None:
+def fake_quantize(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None:
     """Let layers run as they do on a GPU, or as torchao runs weights of 8 bits on a CPU: they are cast, then
     multiplied."""
     for path in names:
         layer = net.get_submodule(path)
         if gpu:
-            pack(layer, bits)
+            quantize_weight_only(layer, bits)
             continue
         weight = layer.weight
         codes = torch.zeros(weight.shape, dtype=torch.int8)

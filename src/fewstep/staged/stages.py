@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fewstep.staged.plan import Asked, Choice
+from fewstep.staged.plan import ExecutionConfig, PlanConstraints
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MemoryCosts:
     """Bytes that parts and stages hold; each is asked for when a plan needs it.
 
     Attributes:
@@ -33,15 +33,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Counted:
+class StagePeaks:
     """The stages of one choice, in bytes."""
 
-    asked: Asked
-    sizes: Sizes
+    asked: PlanConstraints
+    sizes: MemoryCosts
     encoders: Sequence[str]
     t5: str | None
     decoder: str
-    choice: Choice
+    choice: ExecutionConfig
 
     def _bits(self, part: str) -> int:
         if part in ("transformer", "modulation"):
@@ -68,7 +68,7 @@ class Counted:
             "net": ["transformer", *self._codecs],
             "codec": self._codecs,
             "none": [],
-        }[choice.stay]
+        }[choice.residency]
 
         def with_others(*parts: str) -> int:
             return self._held(list({*beside, *parts}))
@@ -81,12 +81,12 @@ class Counted:
             found[f"reading {part}"] = self._held(others) + sizes.reading(part, self._bits(part))
         for part in self.encoders:
             found[f"the prompt ({part})"] = with_others(part) + sizes.encoding(part, self._bits(part))
-        layer = 0 if choice.stay == "all" else sizes.layer(choice.bits)
+        layer = 0 if choice.residency == "all" else sizes.layer(choice.bits)
         found["the modulations"] = with_others("transformer") + layer
         found["the steps"] = with_others("transformer") + step
         # A codec that stays comes to where the net is, or the encoder that read last.
-        net = ["transformer"] if choice.stay == "codec" else []
-        guests = [*self.encoders, *net] if choice.stay in ("net", "codec") else []
+        net = ["transformer"] if choice.residency == "codec" else []
+        guests = [*self.encoders, *net] if choice.residency in ("net", "codec") else []
         last = [max(guests, key=lambda part: self._held([part]))] if guests else []
         found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
         if self.asked.image:

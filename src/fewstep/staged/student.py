@@ -25,7 +25,7 @@ from fewstep.families.lora_layers import Shapes, Updates, resolve
 from fewstep.families.lora_layers import shapes_of as shapes_of_net
 from fewstep.families.schedules import Schedule
 from fewstep.source import unfinished
-from fewstep.staged.outline import Outline, checked
+from fewstep.staged.outline import ModelSpec, read_config
 from fewstep.types import Sampler, UserError
 
 PartUpdates = Mapping[str, Updates]
@@ -61,7 +61,7 @@ def change_of(part: str, student: Student | None, loras: PartUpdates) -> AddLora
     return AddLoras(own, others) if own or others else None
 
 
-def loras_of(given: Sequence[str], base: Outline) -> PartUpdates:
+def loras_of(given: Sequence[str], base: ModelSpec) -> PartUpdates:
     """What LoRAs add to a model; what cannot be used of them is warned of.
 
     Args:
@@ -74,12 +74,12 @@ def loras_of(given: Sequence[str], base: Outline) -> PartUpdates:
     return lora.updates_of(given, base.kind, shapes_of(base)) if given else {}
 
 
-def shapes_of(base: Outline) -> Callable[[str], Shapes | None]:
+def shapes_of(base: ModelSpec) -> Callable[[str], Shapes | None]:
     """Part -> the layers that a LoRA may change; ``None`` for a part that the model has not."""
-    from fewstep.staged.bare import bare
+    from fewstep.staged.bare import init_on_meta
 
     def shapes(part: str) -> Shapes | None:
-        return shapes_of_net(bare(base, part, torch.float32)) if part in base.configs else None
+        return shapes_of_net(init_on_meta(base, part, torch.float32)) if part in base.configs else None
 
     return cache(shapes)
 
@@ -109,7 +109,7 @@ class Student:
     lora: PartUpdates = field(default_factory=dict[str, Updates])
 
 
-def find(name: str, base: Outline) -> Student:
+def load_student(name: str, base: ModelSpec) -> Student:
     """A student of ``base``.
 
     Args:
@@ -133,7 +133,7 @@ def find(name: str, base: Outline) -> Student:
     raise UserError(f"there is no student {name}: give a run folder, a diffusers folder or a LoRA")
 
 
-def _net(folder: Path, base: Outline) -> Student:
+def _net(folder: Path, base: ModelSpec) -> Student:
     from fewstep.families import family_of
 
     kind = family_of(folder).__name__.rpartition(".")[2]
@@ -141,7 +141,7 @@ def _net(folder: Path, base: Outline) -> Student:
         raise UserError(
             f"student {folder} is of the family {kind}, the model of {base.kind}: give its own base"
         )
-    mine, other = (_shape(c) for c in (base.configs["transformer"], checked(folder / "transformer")))
+    mine, other = (_shape(c) for c in (base.configs["transformer"], read_config(folder / "transformer")))
     unlike = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
     if unlike:
         what = f"its {unlike[0]} is {other.get(unlike[0])}, the model's {mine.get(unlike[0])}"
@@ -155,7 +155,7 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if v not in (None, [], False)}
 
 
-def _facts(folder: Path, base: Outline) -> dict[str, Any]:
+def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
     """How the student in a diffusers folder draws."""
     facts = read_facts(folder)
     if not facts.get("steps"):
@@ -172,7 +172,7 @@ def _facts(folder: Path, base: Outline) -> dict[str, Any]:
     }
 
 
-def _lora(file: Path, base: Outline) -> Student:
+def _lora(file: Path, base: ModelSpec) -> Student:
     """A LoRA; how it draws is said beside it, or by the merged student of its run."""
     adapter = read(file)
     found, left = resolve(adapter, base.kind, shapes_of(base))

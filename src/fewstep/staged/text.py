@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.staged.again import Again
-from fewstep.staged.parts import Place
+from fewstep.staged.again import CUDAGraphCache
+from fewstep.staged.parts import OffloadManager
 from fewstep.types import Cond, TextEncoder
 
 CACHED = 64
@@ -20,7 +20,7 @@ CACHED = 64
 
 
 @dataclass
-class Text:
+class CachedTextEncoder:
     """Text encoders that remember what they read.
 
     Attributes:
@@ -53,7 +53,7 @@ class Text:
             return array
         return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=True)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Forget all prompts."""
         self._known.clear()
 
@@ -70,7 +70,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class OneByOne:
+class UnbatchedEncoder:
     """A text encoder that comes when it is to read, and reads a prompt at a time: what it says does not
     depend on what else is read, and many prompts need no more memory.
 
@@ -80,9 +80,9 @@ class OneByOne:
         again: what reads at once, where the encoder stays in its place.
     """
 
-    place: Place
+    place: OffloadManager
     name: str
-    again: Again | None = None
+    again: CUDAGraphCache | None = None
 
     @property
     def config(self) -> Any:
@@ -96,15 +96,15 @@ class OneByOne:
     def _part(self) -> Any:
         return self.place.parts[self.name]
 
-    def __call__(self, ids: Tensor, **options: Any) -> Rows:
+    def __call__(self, ids: Tensor, **options: Any) -> BatchedOutput:
         """Token ids ``[B, L]`` -> what the encoder gives for each."""
-        encoder = self.place.take(self.name)
+        encoder = self.place.acquire(self.name)
 
         def read(row: Tensor) -> Any:
             return _short(encoder(row, **options))
 
         once = read if self.again is None else partial(self.again, self.name, read)
-        return Rows([once(row) for row in ids.split(1)])
+        return BatchedOutput([once(row) for row in ids.split(1)])
 
 
 def _short(out: Any) -> Any:
@@ -115,7 +115,7 @@ def _short(out: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchedOutput:
     """Outputs of an encoder for one prompt each, read as one for all."""
 
     each: Sequence[Any]

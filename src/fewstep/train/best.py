@@ -11,7 +11,7 @@ from typing import Any
 from fewstep import formats
 from fewstep.files import replacing_folder
 from fewstep.train import Run
-from fewstep.train.parallel import by_first, weights
+from fewstep.train.parallel import on_rank_zero, weights
 from fewstep.types import UserError
 
 FOLDER = "best"
@@ -27,7 +27,7 @@ class _Note:
     value: float
 
 
-def judge(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
+def update_best(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
     """Score the averaged nets, and keep them where none before was better. All processes call it.
 
     Every process computes the score (a sharded net needs all of them to run); the first one's counts.
@@ -41,12 +41,12 @@ def judge(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
     if run.score is None:
         return {}
     mine = float(run.score(nets))
-    score: float = by_first(lambda: mine)
-    before = by_first(lambda: read(run.folder))
+    score: float = on_rank_zero(lambda: mine)
+    before = on_rank_zero(lambda: read(run.folder))
     if math.isfinite(score) and (before is None or _better(run, score, before)):
         kept = nets if run.averaged is None else run.averaged
         held = {name: weights(nets[name]) for name in kept}
-        by_first(lambda: _write(run, held, {"step": step, "metric": run.metric, "value": score}))
+        on_rank_zero(lambda: _write(run, held, {"step": step, "metric": run.metric, "value": score}))
     return {run.metric: score}
 
 

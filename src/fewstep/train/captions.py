@@ -14,14 +14,14 @@ import numpy as np
 from fewstep.families.common import cuts_counted
 from fewstep.files import replacing_file, sweep
 from fewstep.progress import stage
-from fewstep.train.device import held
+from fewstep.train.device import rows_on_device
 from fewstep.types import Cond, TextEncoder, UserError
 
 CHUNK = 250  # captions encoded at once
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TextCache:
     """Conditions of captions, float16 on disk: ``context [N, L, D]`` and ``pooled [N, P]``."""
 
     context: np.ndarray[Any, np.dtype[np.float16]]
@@ -32,11 +32,11 @@ class Encoded:
 
     def held(self, device: str) -> Callable[[Sequence[int]], Cond]:
         """Rows -> those captions' condition, float32 on ``device``; a GPU keeps them all."""
-        context, pooled = held(self.context, device), held(self.pooled, device)
+        context, pooled = rows_on_device(self.context, device), rows_on_device(self.pooled, device)
         return lambda rows: Cond(context(rows), pooled(rows))
 
 
-def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -> Encoded:
+def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -> TextCache:
     """Encode ``prompts`` into ``folder``, or read them there.
 
     Args:
@@ -59,7 +59,7 @@ def encode(text: TextEncoder, mark: str, prompts: Sequence[str], folder: Path) -
         context, pooled = (np.load(path, mmap_mode="r") for path in paths)
     except Exception as error:  # a header is read by Python's own parser, which has errors of its own
         raise UserError(f"the captions in {folder} are broken ({error}); delete {told}-* there") from error
-    return Encoded(context, pooled)
+    return TextCache(context, pooled)
 
 
 def _encode(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fewstep import files, formats
-from fewstep.train.parallel import by_first, world
+from fewstep.train.parallel import on_rank_zero, world
 from fewstep.types import UserError
 
 T = TypeVar("T")
@@ -27,6 +27,14 @@ LIST = "whole.json"
 """In a checkpoint: its step, and its files with their sizes."""
 
 KEPT = 2
+
+RENAMED: dict[str | None, str] = {
+    "distill-adversarial": "distill-ladd",
+    "distill-consistency": "distill-lcm",
+    "pocket-codec": "pocket-vae",
+    "pocket-words": "pocket-paraphrases",
+}
+"""Recipes by the names that run folders may still hold."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,13 @@ def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
             stack.close()
             _trim(target)
 
-        part: Path = by_first(lambda: _writing(target, begin))
+        part: Path = on_rank_zero(lambda: _writing(target, begin))
         with _alone():
             _writing(
                 target,
                 lambda: dcp.save(_flat(held, step), storage_writer=Writer(part), no_dist=world().size == 1),
             )
-        by_first(lambda: _writing(target, end))
+        on_rank_zero(lambda: _writing(target, end))
 
 
 def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -89,12 +97,12 @@ def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> 
         UserError: the folder belongs to another recipe or to other frozen parts (``about["made_of"]``), no
             checkpoint in it is whole, or a whole one cannot be read for want of memory, files or permission.
     """
-    by_first(lambda: check_owner(folder, about))
-    there: list[Path] = by_first(lambda: sorted(_all(folder), reverse=True))
+    on_rank_zero(lambda: check_owner(folder, about))
+    there: list[Path] = on_rank_zero(lambda: sorted(_all(folder), reverse=True))
     for number, path in enumerate(there):
-        why = by_first(lambda path=path: _fault(path)) or _load(path, held)
+        why = on_rank_zero(lambda path=path: _fault(path)) or _load(path, held)
         if why is None:
-            by_first(lambda path=path: _trim(path, later=False))
+            on_rank_zero(lambda path=path: _trim(path, later=False))
             return int(path.name)
         if number + 1 == len(there):
             raise UserError(f"{path} cannot be resumed ({why}); move {path.parent} away to start anew")
@@ -103,7 +111,7 @@ def restore(folder: Path, held: Mapping[str, Any], about: Mapping[str, Any]) -> 
     return 0
 
 
-def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
+def load_from_run(folder: Path, nets: Mapping[str, Any]) -> None:
     """Give whole nets the weights that they had at the end of another run, from its last checkpoint.
 
     Args:
@@ -117,7 +125,7 @@ def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
 
     from fewstep.train.storage import Damaged, Reader
 
-    step = done(folder)
+    step = last_step(folder)
     if not step:
         raise UserError(f"{folder} has no whole checkpoint; train it anew")
     path = folder / FOLDER / f"{step:08d}"
@@ -137,7 +145,7 @@ def borrow(folder: Path, nets: Mapping[str, Any]) -> None:
         raise UserError(f"{path} does not give its {names} ({error}); train {folder} anew") from error
 
 
-def done(folder: Path) -> int:
+def last_step(folder: Path) -> int:
     """The step of the last whole checkpoint of a run's folder; 0 where there is none."""
     return max((int(path.name) for path in _all(folder) if _fault(path) is None), default=0)
 
@@ -154,12 +162,12 @@ def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
     try:
         there = formats.read(note, _Owner, python=True)
     except UserError as error:
-        raise UserError(f"{error}; move it away, or choose another folder with --out") from None
-    if there.recipe != about.get("recipe"):
-        raise UserError(f"{folder} holds a run of {there.recipe}; choose another folder with --out")
+        raise UserError(f"{error}; move it away, or choose another folder with --output") from None
+    if RENAMED.get(there.recipe, there.recipe) != about.get("recipe"):
+        raise UserError(f"{folder} holds a run of {there.recipe}; choose another folder with --output")
     mine, theirs = about.get("made_of", {}), there.made_of
     if others := [part for part in theirs if mine.get(part) != theirs[part]]:
-        raise UserError(f"{folder} holds a run with another {others[0]}; choose another folder with --out")
+        raise UserError(f"{folder} holds a run with another {others[0]}; choose another folder with --output")
 
 
 def _flat(held: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -202,7 +210,9 @@ def _load(path: Path, held: Mapping[str, Any]) -> str | None:
         return str(error)
     if mine != shapes:
         odd = sorted(set(mine.items()) ^ set(shapes.items()))[0][0]
-        raise UserError(f"{path} is of other nets than this run's ({odd}); choose another folder with --out")
+        raise UserError(
+            f"{path} is of other nets than this run's ({odd}); choose another folder with --output"
+        )
     for name, average in held["averages"].items():
         average.count = int(flat[f"counts/{name}"])
     return None

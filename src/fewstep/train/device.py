@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fewstep.families.folder import bf16_pays
+from fewstep.families.folder import prefers_bf16
 from fewstep.train.parallel import world
 from fewstep.types import UserError
 
@@ -18,7 +18,7 @@ SHORT = 256
 """Tokens up to which plain attention is the faster on a CPU."""
 
 
-def pick(name: str) -> str:
+def resolve_device(name: str) -> str:
     """``auto`` -> ``cuda`` where there is one, else ``cpu``. Of several processes each has its own GPU.
 
     Raises:
@@ -37,7 +37,7 @@ def pick(name: str) -> str:
     return "cuda"
 
 
-def half(precision: str, device: str) -> bool:
+def use_bf16(precision: str, device: str) -> bool:
     """Whether to compute in bf16.
 
     Raises:
@@ -45,7 +45,7 @@ def half(precision: str, device: str) -> bool:
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"--precision must be auto, fp32 or bf16, not {precision}")
-    return bf16_pays(device) if precision == "auto" else precision == "bf16"
+    return prefers_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 def attention(device: str, tokens: int) -> AbstractContextManager[object]:
@@ -64,7 +64,7 @@ def attention(device: str, tokens: int) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
 
-def held(array: np.ndarray[Any, Any], device: str) -> Callable[[Sequence[int]], Any]:
+def rows_on_device(array: np.ndarray[Any, Any], device: str) -> Callable[[Sequence[int]], Any]:
     """Rows of an array as float32 tensors on ``device``: a GPU keeps the array, a CPU reads where it lies.
 
     Args:
@@ -83,14 +83,14 @@ def held(array: np.ndarray[Any, Any], device: str) -> Callable[[Sequence[int]], 
     return lambda rows: whole[torch.tensor(list(rows), device=device)].float()
 
 
-def moved(batch: Any, device: str) -> Any:
+def to_device(batch: Any, device: str) -> Any:
     """A batch (tensors, sequences and dataclasses of them) on ``device``; anything else stays as it is."""
     import torch
 
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
     if isinstance(batch, list | tuple):
-        return type(batch)(moved(part, device) for part in batch)
+        return type(batch)(to_device(part, device) for part in batch)
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: moved(getattr(batch, f.name), device) for f in fields(batch)})
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)})
     return batch

@@ -17,7 +17,7 @@ from fewstep.data import epochs, shards
 from fewstep.files import replacing_file, sweep
 from fewstep.progress import stage
 from fewstep.text import clean
-from fewstep.train.device import half
+from fewstep.train.device import use_bf16
 from fewstep.types import Model, UserError
 
 CHUNK = 50  # pictures encoded at once
@@ -36,7 +36,7 @@ class Latents:
 
     def rows(self, step: int, batch: int, seed: int) -> list[int]:
         """Which rows step ``step`` sees: every row once an epoch, in a new order each time."""
-        return epochs.rows(len(self), step, batch, seed)
+        return epochs.batch_indices(len(self), step, batch, seed)
 
 
 def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, size: int) -> Latents:
@@ -55,8 +55,8 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
     kept = folder / hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     kept.mkdir(parents=True, exist_ok=True)
     sweep(kept)
-    place = model.lift(np.zeros(1, np.float32)).device.type
-    mark = "-bf16" if half("auto", place) else ""  # rounding differs: one set, one precision
+    place = model.from_numpy(np.zeros(1, np.float32)).device.type
+    mark = "-bf16" if use_bf16("auto", place) else ""  # rounding differs: one set, one precision
     paths = [kept / f"{shard.stem}-{size}-{_told(shard)}{mark}.npz" for shard in sources]
     fresh = [(shard, path) for shard, path in zip(sources, paths, strict=True) if not path.exists()]
     with (
@@ -94,9 +94,9 @@ def _encode_one(model: Model, size: int, place: str, job: tuple[Path, Path]) -> 
     prompts: list[str] = []
     with torch.no_grad():
         for images, lines in _chunks(shard, size):
-            pixels = model.lift(images.astype(np.float32) / 127.5 - 1)
-            with torch.autocast(place, torch.bfloat16, enabled=half("auto", place)):
-                parts.append(model.lower(model.codec.encode(pixels)).astype(np.float16))
+            pixels = model.from_numpy(images.astype(np.float32) / 127.5 - 1)
+            with torch.autocast(place, torch.bfloat16, enabled=use_bf16("auto", place)):
+                parts.append(model.to_numpy(model.codec.encode(pixels)).astype(np.float16))
             prompts += lines
     with replacing_file(path) as fresh:
         np.savez(fresh, latents=np.concatenate(parts), prompts=np.array(prompts))

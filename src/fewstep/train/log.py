@@ -17,7 +17,7 @@ from typing import Any
 
 from fewstep import __version__, formats
 from fewstep.files import replacing_file, write
-from fewstep.train import Options
+from fewstep.train import TrainOptions
 from fewstep.train.parallel import world
 
 MOST_BYTES = 2**28
@@ -48,7 +48,9 @@ class Log:
         self._counts: dict[str, int] = defaultdict(int)
         self._since, self._from = time.monotonic(), step
 
-    def write(self, step: int, figures: Mapping[str, float], options: Options) -> dict[str, float] | None:
+    def write(
+        self, step: int, figures: Mapping[str, float], options: TrainOptions
+    ) -> dict[str, float] | None:
         """Means of the figures since the last line, every ``log_every`` steps; the line, where there is one.
 
         A figure that some steps lack is the mean over those that have it.
@@ -135,7 +137,7 @@ def _until(path: Path, step: int) -> list[dict[str, float]]:
     return kept
 
 
-def circumstances(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Where and with what a run takes place, for ``run.json``."""
     import torch
 

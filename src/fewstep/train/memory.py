@@ -13,40 +13,40 @@ from typing import Any
 
 import torch
 
-from fewstep.methods import Change, Draw, Losses, Method, Turn
-from fewstep.nets.ledger import Ledger, Peak
+from fewstep.methods import InPlaceUpdate, Losses, Method, StepRandom, Update
+from fewstep.nets.ledger import MemoryTracker, Peak
 from fewstep.train import Run
 from fewstep.train.state import State
 
 
 @dataclass(frozen=True)
-class Told:
+class TrackedMethod:
     """A method that tells a ledger whose turn it is."""
 
     method: Method
-    ledger: Ledger
+    ledger: MemoryTracker
 
     @property
     def nets(self) -> Mapping[str, Any]:
         return self.method.nets
 
-    def turns(self, step: int) -> Sequence[Turn | Change]:
+    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         return [
-            turn if isinstance(turn, Change) else replace(turn, losses=partial(self._losses, turn))
+            turn if isinstance(turn, InPlaceUpdate) else replace(turn, losses=partial(self._losses, turn))
             for turn in self.method.turns(step)
         ]
 
-    def _losses(self, turn: Turn, batch: Any, draw: Draw) -> Losses:
+    def _losses(self, turn: Update, batch: Any, draw: StepRandom) -> Losses:
         self.ledger.begin(turn.net)
         return turn.losses(batch, draw)
 
 
-def rehearse(run: Run, ledger: Ledger, steps: int = 1) -> dict[str, Peak]:
+def profile_steps(run: Run, ledger: MemoryTracker, steps: int = 1) -> dict[str, Peak]:
     """Take steps of a run within an entered ledger; the peak of every turn, by the net that learns.
 
     Optimizers hold what they know of earlier steps: with one step, they are made to before it.
     """
-    state = State(replace(run, method=Told(run.method, ledger)))
+    state = State(replace(run, method=TrackedMethod(run.method, ledger)))
     if steps == 1:
         for net, optimizer in ((state.nets[n], o) for n, o in state.optimizers.items()):
             for p in net.parameters():
@@ -67,28 +67,28 @@ def rehearse(run: Run, ledger: Ledger, steps: int = 1) -> dict[str, Peak]:
             _tag(ledger, (t for held in optimizer.state.values() for t in held.values()), "optimizer")
         ledger.peaks.clear()
         ledger.begin("")
-        state.advance()
+        state.train_step()
     return {turn: peak for turn, peak in ledger.peaks.items() if turn}
 
 
-def _gradient(ledger: Ledger, parameter: torch.Tensor) -> None:
+def _gradient(ledger: MemoryTracker, parameter: torch.Tensor) -> None:
     if parameter.grad is not None:
-        ledger.see(parameter.grad, "gradients")
+        ledger.track(parameter.grad, "gradients")
 
 
-def _tag(ledger: Ledger, tensors: Iterable[Any], kind: str) -> None:
+def _tag(ledger: MemoryTracker, tensors: Iterable[Any], kind: str) -> None:
     for tensor in tensors:
-        ledger.see(tensor, kind)
+        ledger.track(tensor, kind)
 
 
-def measured(run: Run) -> int:
+def measure_steps(run: Run) -> int:
     """Take two real steps on the GPU: the bytes that torch's allocator had given out at most in the second.
 
     Nothing else may have tensors there.
     """
     state = State(run)
-    state.advance()
+    state.train_step()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    state.advance()
+    state.train_step()
     return torch.cuda.max_memory_allocated()

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from fewstep.nets.average import local
-from fewstep.train import Options
+from fewstep.train import TrainOptions
 from fewstep.train.parallel import total
 
 
-def adamw(net: Any, options: Options) -> Any:
+def adamw(net: Any, options: TrainOptions) -> Any:
     """AdamW; matrices have weight decay, vectors none."""
     import torch
 
@@ -24,7 +24,7 @@ def adamw(net: Any, options: Options) -> Any:
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
 
 
-def schedule(step: int, options: Options) -> float:
+def schedule(step: int, options: TrainOptions) -> float:
     """Share of the rate: up, level, down in a straight line to zero."""
     up = (step + 1) / max(1, options.warmup)
     down = (options.steps - step) / max(1.0, options.decay * options.steps)

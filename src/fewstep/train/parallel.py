@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from fewstep.train import Body
+from fewstep.train import ParallelModule
 from fewstep.types import UserError
 
 
@@ -46,18 +46,18 @@ def world() -> World:
     return World(*told)
 
 
-def join(device: str) -> World:
+def init_distributed(device: str) -> World:
     """Meet the other processes, where there are any: gloo between CPUs, NCCL between GPUs."""
     import torch.distributed as dist
 
     here = world()
     if here.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        atexit.register(leave)  # not after a run: the next one of a chain meets the same processes
+        atexit.register(shutdown)  # not after a run: the next one of a chain meets the same processes
     return here
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Part from the other processes."""
     import torch.distributed as dist
 
@@ -65,7 +65,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def by_first(action: Callable[[], Any]) -> Any:
+def on_rank_zero(action: Callable[[], Any]) -> Any:
     """What the first process does, and its result or its ``UserError`` is everyone's."""
     if world().size == 1:
         return action()
@@ -83,7 +83,7 @@ def by_first(action: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def any_of(asked: Sequence[bool]) -> list[bool]:
+def all_reduce_any(asked: Sequence[bool]) -> list[bool]:
     """For each question, whether any process says yes."""
     return [bool(most) for most in largest(asked)]
 
@@ -117,7 +117,7 @@ def _reduced(numbers: list[float], how: str) -> list[float]:
     return held.tolist()
 
 
-def shard(bodies: Iterable[Body], device: str, half: bool) -> None:
+def shard(bodies: Iterable[ParallelModule], device: str, half: bool) -> None:
     """Shard every block of the bodies, then what is left of each, over all processes.
 
     Weights stay what they are (float32 masters); in half precision blocks are gathered as bf16, which halves
@@ -146,14 +146,14 @@ def shard(bodies: Iterable[Body], device: str, half: bool) -> None:
         body.net._get_fsdp_state()._lazy_init()
 
 
-def hold_back(bodies: Iterable[Body], held: bool) -> None:
+def set_gradient_sync(bodies: Iterable[ParallelModule], held: bool) -> None:
     """Whether gradients of sharded nets wait for a later micro-batch before processes exchange them."""
     if world().size > 1:
         for body in bodies:
             body.net.set_requires_gradient_sync(not held)
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """The whole of a tensor that may be sharded; every process must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -162,13 +162,13 @@ def weights(net: Any) -> dict[str, Any]:
     """A state dict, whole and on the CPU in the first process, empty elsewhere; every process must ask."""
     told: dict[str, Any] = {}
     for name, tensor in net.state_dict().items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if world().first:
             told[name] = full.cpu().contiguous()
     return told
 
 
-def same_everywhere(nets: Iterable[Any]) -> None:
+def broadcast_weights(nets: Iterable[Any]) -> None:
     """Give every process the first one's weights and buffers, where they are not sharded."""
     import torch.distributed as dist
 
@@ -194,7 +194,7 @@ def average_gradients(parameters: Iterable[Any]) -> None:
         gradient.copy_(piece.view_as(gradient))
 
 
-def unshard(bodies: Iterable[Body]) -> None:
+def unshard(bodies: Iterable[ParallelModule]) -> None:
     """Make nets plain torch modules again, for good: whole and on the CPU in the first process alone."""
     if world().size == 1:
         return
@@ -203,7 +203,7 @@ def unshard(bodies: Iterable[Body]) -> None:
     for body in bodies:
         for module in list(body.net.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                full = whole(parameter.detach())
+                full = full_tensor(parameter.detach())
                 kept = full.cpu() if world().first else full.new_empty(0)
                 setattr(module, name, torch.nn.Parameter(kept, parameter.requires_grad))
         for part in (*body.blocks, body.net):

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.methods import Change, Draw, Losses, Turn
-from fewstep.nets.average import Average
-from fewstep.train import Body, Run, parallel
+from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.nets.average import EMA
+from fewstep.train import ParallelModule, Run, parallel
 from fewstep.train.checkpoint import restore
-from fewstep.train.device import attention, half, moved, pick
+from fewstep.train.device import attention, resolve_device, to_device, use_bf16
 from fewstep.train.optim import adamw, clip, schedule
-from fewstep.types import WHOLE, Share, UserError
+from fewstep.types import WHOLE, BatchSlice, UserError
 
 
 class State:
@@ -23,22 +23,22 @@ class State:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.device = pick(run.options.device)
-        self.half = half(run.options.precision, self.device)
-        self.world = parallel.join(self.device)
+        self.device = resolve_device(run.options.device)
+        self.half = use_bf16(run.options.precision, self.device)
+        self.world = parallel.init_distributed(self.device)
         self.nets: dict[str, Any] = dict(run.method.nets)
         self.bodies = list({id(body.net): body for body in run.bodies}.values())
         for net in self.nets.values():
             net.to(self.device).train().requires_grad_(True)
         _prepare(self.bodies, run, self.device)
         parallel.shard(self.bodies, self.device, self.half)
-        parallel.same_everywhere(self.nets.values())
+        parallel.broadcast_weights(self.nets.values())
         self.optimizers = {name: adamw(net, run.options) for name, net in self.nets.items()}
         kept = self.nets if run.averaged is None else run.averaged
         self.averages = {
-            name: Average(dict(self.nets[name].named_parameters()), run.options.ema) for name in kept
+            name: EMA(dict(self.nets[name].named_parameters()), run.options.ema) for name in kept
         }
-        self.step = restore(run.folder, self.all(), run.about)
+        self.step = restore(run.folder, self.all(), run.record)
 
     def all(self) -> dict[str, Any]:
         """What is saved and restored, by name."""
@@ -52,7 +52,7 @@ class State:
         shown = list(self.averages.values())
         # What is drawn for a sheet has a size of its own: not worth a compilation.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, _all_of([a.shown for a in shown]), torch.no_grad(), self._autocast(sharded=True):
+        with eager, _all_of([a.applied for a in shown]), torch.no_grad(), self._autocast(sharded=True):
             for net in self.nets.values():
                 net.eval()
             try:
@@ -64,40 +64,40 @@ class State:
     def finished(self) -> dict[str, Any]:
         """The nets, in eval mode, as their averages for good; whole again in the first process."""
         for average in self.averages.values():
-            average.put()
+            average.copy_to_model()
         parallel.unshard(self.bodies)
         return {name: net.eval() for name, net in self.nets.items()}
 
-    def advance(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, float]:
         """One step: every turn of the method on the batch of this step. Returns what the log shall know."""
         options = self.run.options
         rate, shares = schedule(self.step, options), self._shares()
-        pieces = [(share, moved(self.run.batches(self.step, share), self.device)) for share in shares]
+        pieces = [(share, to_device(self.run.batches(self.step, share), self.device)) for share in shares]
         figures: dict[str, float] = {}
         for number, turn in enumerate(self.run.method.turns(self.step)):
-            if isinstance(turn, Change):
+            if isinstance(turn, InPlaceUpdate):
                 self._change(turn, draw(options.seed, self.step, number))
             else:
                 figures |= self._take(turn, number, pieces, rate)
         self.step += 1
         return {"lr": rate * options.lr} | parallel.means(figures)
 
-    def _shares(self) -> list[Share]:
+    def _shares(self) -> list[BatchSlice]:
         """This process's micro-batches."""
-        many, rank = self.run.options.accumulate, self.world.rank
-        return [Share(rank * many + k, self.world.size * many) for k in range(many)]
+        many, rank = self.run.options.gradient_accumulation_steps, self.world.rank
+        return [BatchSlice(rank * many + k, self.world.size * many) for k in range(many)]
 
     def _take(
-        self, turn: Turn, number: int, pieces: Sequence[tuple[Share, Any]], rate: float
+        self, turn: Update, number: int, pieces: Sequence[tuple[BatchSlice, Any]], rate: float
     ) -> dict[str, float]:
         net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
         for group in optimizer.param_groups:
-            group["lr"] = rate * self.run.options.rates.get(turn.net, self.run.options.lr)
+            group["lr"] = rate * self.run.options.net_lrs.get(turn.net, self.run.options.lr)
         self._thaw(net)
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for share, batch in pieces:
-            parallel.hold_back(self.bodies, share is not pieces[-1][0])
+            parallel.set_gradient_sync(self.bodies, share is not pieces[-1][0])
             for name, value in self._backward(turn, batch, number, share, len(pieces)).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         parallel.average_gradients(net.parameters())
@@ -123,7 +123,7 @@ class State:
             for parameter in other.parameters():
                 parameter.requires_grad_(id(parameter) in own)
 
-    def _backward(self, turn: Turn, batch: Any, number: int, share: Share, many: int) -> Losses:
+    def _backward(self, turn: Update, batch: Any, number: int, share: BatchSlice, many: int) -> Losses:
         """The gradient of one micro-batch's losses, as its part of their mean."""
         import torch
 
@@ -138,7 +138,7 @@ class State:
             (loss if many == 1 else loss / many).backward()
         return losses
 
-    def _change(self, change: Change, randomness: Draw) -> None:
+    def _change(self, change: InPlaceUpdate, randomness: StepRandom) -> None:
         import torch
 
         with torch.no_grad():
@@ -153,29 +153,29 @@ class State:
         return torch.autocast(self.device, torch.bfloat16, enabled=wanted)
 
 
-def draw(seed: int, step: int, turn: int, share: Share = WHOLE, device: str = "cpu") -> Draw:
+def draw(seed: int, step: int, turn: int, share: BatchSlice = WHOLE, device: str = "cpu") -> StepRandom:
     """The randomness of one turn, for one share of its batch; its noise is drawn on ``device``."""
     import torch
 
     key = np.random.SeedSequence([seed, step, turn])
     generator = torch.Generator(device)
     generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    return Draw(np.random.Generator(np.random.Philox(key)), generator, share)
+    return StepRandom(np.random.Generator(np.random.Philox(key)), generator, share)
 
 
-def _prepare(bodies: Sequence[Body], run: Run, device: str) -> None:
+def _prepare(bodies: Sequence[ParallelModule], run: Run, device: str) -> None:
     """Compile and recompute blocks where the options say so."""
-    from fewstep.nets.blocks import compiled, recomputed
+    from fewstep.nets.blocks import checkpoint_activations, compile_block
 
-    if (run.options.compile or run.options.recompute) and not bodies:
+    if (run.options.compile or run.options.activation_checkpointing) and not bodies:
         raise UserError(f"{run.name} names no blocks to compile or to recompute")
     for body in bodies:
         body.net.to(device)
         for block in body.blocks:
             if run.options.compile:
-                compiled(block)
-            if run.options.recompute:
-                recomputed(block)
+                compile_block(block)
+            if run.options.activation_checkpointing:
+                checkpoint_activations(block)
 
 
 def _total(losses: Mapping[str, Any]) -> Any:

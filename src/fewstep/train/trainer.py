@@ -12,14 +12,14 @@ from types import FrameType
 
 from fewstep import files, signals
 from fewstep.progress import stage
-from fewstep.train import Options, Run, parallel
-from fewstep.train.best import judge
+from fewstep.train import Run, TrainOptions, parallel
+from fewstep.train.best import update_best
 from fewstep.train.checkpoint import save
-from fewstep.train.device import pick
-from fewstep.train.log import Log, circumstances
+from fewstep.train.device import resolve_device
+from fewstep.train.log import Log, environment
 from fewstep.train.state import State as State
 from fewstep.train.state import draw as draw
-from fewstep.train.watch import Watch
+from fewstep.train.watch import DivergenceMonitor
 from fewstep.types import UserError
 
 LOCK = ".train.lock"
@@ -36,10 +36,10 @@ def train(run: Run) -> None:
         UserError: the run diverged, its folder belongs to another recipe, or another process trains there.
         Stop: after a clean stop.
     """
-    parallel.join(pick(run.options.device))
+    parallel.init_distributed(resolve_device(run.options.device))
     try:
         with ExitStack() as stack:
-            parallel.by_first(lambda: stack.enter_context(files.held(run.folder, "trained", LOCK)))
+            parallel.on_rank_zero(lambda: stack.enter_context(files.held(run.folder, "trained", LOCK)))
             _train(run)
     except UserError as error:
         if parallel.world().first:
@@ -57,32 +57,32 @@ def _train(run: Run) -> None:
         state = State(run)
     if state.step and parallel.world().first:
         print(f"fewstep: {run.name}: resuming at step {state.step} of {options.steps}", file=sys.stderr)
-    about = run.about | {"options": asdict(options)} | circumstances(state.device)
+    about = run.record | {"options": asdict(options)} | environment(state.device)
     with closing(Log(run.folder, run.name, about, state.step)) as log:
         run = _loop(run, state, log)
-        _look(run, state, log, options.sheet_every, options.score_every, last=True)
+        _look(run, state, log, options.preview_every, options.validate_every, last=True)
     nets = state.finished()
     finish = run.finish
     if finish is not None:
         with stage(f"{run.name}: writing the result"):
-            parallel.by_first(lambda: finish(nets))  # others wait: the next run of a chain reads it
+            parallel.on_rank_zero(lambda: finish(nets))  # others wait: the next run of a chain reads it
 
 
 def _loop(run: Run, state: State, log: Log) -> Run:
     """Step until all is done, saving now and then and at the end. Returns the run, its steps settled."""
-    saved, saved_at, watch = time.monotonic(), state.step, Watch()
-    clock = Clock(state.step, saved)
-    watch.recall(log.earlier)
+    saved, saved_at, watch = time.monotonic(), state.step, DivergenceMonitor()
+    clock = TimeBudget(state.step, saved)
+    watch.load_history(log.earlier)
     with _asked_to_stop() as asked, stage(f"{run.name}: training") as here:
         while state.step < run.options.steps:
             here(state.step, run.options.steps)
-            figures = state.advance()
-            if run.options.minutes:
+            figures = state.train_step()
+            if run.options.max_minutes:
                 state.run = run = replace(run, options=clock.settled(run.options, state.step))
             line = log.write(state.step, figures, run.options)
-            if line is not None and run.options.watch:
-                parallel.by_first(lambda line=line: watch.see(state.step, line))
-            _look(run, state, log, run.options.sheet_every, run.options.score_every)
+            if line is not None and run.options.detect_divergence:
+                parallel.on_rank_zero(lambda line=line: watch.check(state.step, line))
+            _look(run, state, log, run.options.preview_every, run.options.validate_every)
             due = time.monotonic() - saved > 60 * run.options.save_minutes
             number, due = parallel.largest([asked[0] if asked else 0, due])
             if number or due:
@@ -105,7 +105,7 @@ SPARE = 0.97
 """Of the time: steps are not all equally fast, and what is learnt is to be written."""
 
 
-class Clock:
+class TimeBudget:
     """How many steps fit into a run's minutes.
 
     Args:
@@ -117,19 +117,19 @@ class Clock:
         self._step, self._begun, self._since = step, now, now
         self._known = False
 
-    def settled(self, options: Options, step: int) -> Options:
+    def settled(self, options: TrainOptions, step: int) -> TrainOptions:
         """The options, with the number of steps that fits once it is known; the same in every process."""
         now, timed = time.monotonic(), step - self._step - SETTLED
         if timed == 0:
             self._since = now
-        long = now - self._since >= TIMED * 60 * options.minutes
-        if self._known or timed < SETTLED or not parallel.any_of([long])[0]:
+        long = now - self._since >= TIMED * 60 * options.max_minutes
+        if self._known or timed < SETTLED or not parallel.all_reduce_any([long])[0]:
             return options
         self._known = True
-        left = SPARE * 60 * options.minutes - (now - self._begun)
+        left = SPARE * 60 * options.max_minutes - (now - self._begun)
         more = max(0.0, left * timed / (now - self._since))
         steps = int(parallel.means({"steps": min(options.steps, step + more)})["steps"])
-        print(f"fewstep: {steps} steps fit into {options.minutes:g} minutes", file=sys.stderr)
+        print(f"fewstep: {steps} steps fit into {options.max_minutes:g} minutes", file=sys.stderr)
         return replace(options, steps=steps)
 
 
@@ -139,12 +139,12 @@ def _look(run: Run, state: State, log: Log, sheets: int, scores: int, last: bool
     def due(every: int) -> bool:
         return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
 
-    if run.sheet is not None and due(sheets):
+    if run.preview is not None and due(sheets):
         with stage(f"{run.name}: drawing a sheet"), state.averaged() as nets:
-            log.sheet(state.step, run.sheet(nets))
+            log.sheet(state.step, run.preview(nets))
     if run.score is not None and due(scores):
         with stage(f"{run.name}: scoring"), state.averaged() as nets:
-            log.score(state.step, judge(run, nets, state.step))
+            log.score(state.step, update_best(run, nets, state.step))
 
 
 @contextmanager

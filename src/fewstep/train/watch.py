@@ -60,7 +60,7 @@ nought."""
 
 
 @dataclass
-class Watch:
+class DivergenceMonitor:
     """The bounds, applied to one line of the log after the other.
 
     It has no state to save: a resumed run shows it the lines that are there.
@@ -70,13 +70,13 @@ class Watch:
     _first: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _out: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def recall(self, lines: Iterable[Mapping[str, float]]) -> None:
+    def load_history(self, lines: Iterable[Mapping[str, float]]) -> None:
         """Take in earlier lines. They stop nothing: a run that was stopped has room to recover."""
         for line in lines:
             self._read(line)
         self._out.clear()
 
-    def see(self, step: int, line: Mapping[str, float]) -> None:
+    def check(self, step: int, line: Mapping[str, float]) -> None:
         """Take in a new line.
 
         Raises:

@@ -23,10 +23,10 @@ import tiny_flux
 from fewstep import guide, sample, times
 from fewstep.data import shards
 from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.command import Ranks, ranks_of, told
+from fewstep.data.synthesis.command import Ranks, progress_printer, ranks_from_env
 from fewstep.data.synthesis.plan import NULL, PLAN, Plan
-from fewstep.data.synthesis.read import Synthetic
-from fewstep.data.synthesis.write import synthesize
+from fewstep.data.synthesis.read import TeacherSamples
+from fewstep.data.synthesis.write import write_samples
 from fewstep.families import Family, flux, sd3
 from fewstep.progress import duration
 from fewstep.source import load_family
@@ -50,7 +50,7 @@ def plan_of(model: Model, **options: Any) -> Plan:
 @pytest.fixture(scope="module")
 def made(teacher: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    synthesize(teacher, PROMPTS, plan_of(teacher, pictures=True), folder, batch=2)
+    write_samples(teacher, PROMPTS, plan_of(teacher, pictures=True), folder, batch=2)
     return folder
 
 
@@ -65,7 +65,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 
 def test_states_are_the_guided_teachers_own_walk(teacher: Family, made: Path) -> None:
-    read = Synthetic.open(made)
+    read = TeacherSamples.open(made)
     batch = read.read([4])
     assert read.times == pytest.approx(times.grid(2, teacher.shift))
     x = torch.from_numpy(sample.noise(5 + 4, teacher.latent))[None]
@@ -79,14 +79,14 @@ def test_states_are_the_guided_teachers_own_walk(teacher: Family, made: Path) ->
             walked.append(x)
     truth = torch.stack(walked[::2], 1)
     assert (truth[:, -1] - truth[:, 0]).abs().max() > 0.1  # it goes somewhere
-    assert torch.allclose(batch.states, truth, atol=3e-3)
-    assert torch.equal(batch.latents, batch.states[:, -1])
+    assert torch.allclose(batch.trajectory, truth, atol=3e-3)
+    assert torch.equal(batch.latents, batch.trajectory[:, -1])
 
 
 def test_conditions_are_the_text_encoders_and_do_without_t5_by_their_first_rows(
     teacher: Family, made: Path
 ) -> None:
-    read = Synthetic.open(made)
+    read = TeacherSamples.open(made)
     batch, alone = read.read([2, 6]), sd3.Text({**teacher.parts, "text_encoder_3": None})
     assert list(batch.prompts) == [PROMPTS[2], PROMPTS[6]]
     for told_, cond in (
@@ -102,16 +102,16 @@ def test_conditions_are_the_text_encoders_and_do_without_t5_by_their_first_rows(
 
 
 def test_any_row_any_time_is_what_the_tars_hold(made: Path) -> None:
-    read, files = Synthetic.open(made), arrays(made)
+    read, files = TeacherSamples.open(made), arrays(made)
     rows = [6, 0, 3, 3, 5]
     batch = read.read(rows)
     for place, row in enumerate(rows):
         for kind, array in (
-            ("states", batch.states), ("context", batch.cond.context), ("pooled", batch.cond.pooled)
+            ("states", batch.trajectory), ("context", batch.cond.context), ("pooled", batch.cond.pooled)
         ):  # fmt: skip
             data = files[f"synthetic-{row // 3:05d}.tar/{row:08d}.{kind}.npy"]
             assert np.array_equal(np.load(io.BytesIO(data)).astype(np.float32), array[place].numpy())
-    assert all(a.dtype == torch.float32 for a in (batch.states, batch.cond.context, batch.latents))
+    assert all(a.dtype == torch.float32 for a in (batch.trajectory, batch.cond.context, batch.latents))
     with pytest.raises(IndexError):
         read.read([7])
 
@@ -120,10 +120,10 @@ def test_a_big_folder_is_not_loaded(teacher: Family, tmp_path: Path) -> None:
     import tracemalloc
 
     big = replace(teacher, latent=(4, 64, 64), velocity=lambda x, t, cond: 0 * x)
-    synthesize(big, PROMPTS, plan_of(big, guidance=None), tmp_path)
+    write_samples(big, PROMPTS, plan_of(big, guidance=None), tmp_path)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
     tracemalloc.start()
-    read = Synthetic.open(tmp_path)
+    read = TeacherSamples.open(tmp_path)
     read.read([1])
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -132,7 +132,7 @@ def test_a_big_folder_is_not_loaded(teacher: Family, tmp_path: Path) -> None:
 
 
 def test_every_row_comes_once_an_epoch_and_not_in_the_same_order(made: Path) -> None:
-    read = Synthetic.open(made)
+    read = TeacherSamples.open(made)
     seen = [row for step in range(7) for row in read.rows(step, 2, seed=1)]
     first, second = seen[:7], seen[7:]
     assert sorted(first) == sorted(second) == list(range(7)) == list(range(len(read)))
@@ -145,7 +145,7 @@ def test_pictures_make_a_data_set_of_pictures(teacher: Family, made: Path) -> No
     assert [example.prompt for example in read] == PROMPTS
     assert read[3].truth["seed"] == 8 and read[3].truth["weights"] == ""
     with torch.no_grad():
-        pixels = teacher.codec.decode(Synthetic.open(made).read([3]).latents)[0]
+        pixels = teacher.codec.decode(TeacherSamples.open(made).read([3]).latents)[0]
     drawn = np.asarray(read[3].image).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(drawn - pixels.clamp(-1, 1).numpy()).max() < 0.03
 
@@ -162,10 +162,10 @@ def test_interrupted_anywhere_it_ends_as_if_it_were_not(teacher: Family, made: P
                 raise KeyboardInterrupt
 
         try:
-            synthesize(teacher, PROMPTS, plan, tmp_path, batch=2, progress=progress)
+            write_samples(teacher, PROMPTS, plan, tmp_path, batch=2, progress=progress)
         except KeyboardInterrupt:
             with pytest.raises(UserError, match=r"[0-2] of 3 shards are there; run the same"):
-                Synthetic.open(tmp_path)
+                TeacherSamples.open(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in made.iterdir())
     for path in made.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
@@ -176,26 +176,35 @@ def test_what_is_there_is_not_made_again(teacher: Family, made: Path) -> None:
         raise AssertionError("walked again")
 
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    synthesize(replace(teacher, velocity=never), PROMPTS, plan_of(teacher, pictures=True), made)
+    write_samples(replace(teacher, velocity=never), PROMPTS, plan_of(teacher, pictures=True), made)
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
 
 def test_another_batch_gives_the_same_within_rounding(teacher: Family, made: Path, tmp_path: Path) -> None:
-    synthesize(teacher, PROMPTS, plan_of(teacher, pictures=True), tmp_path, batch=7)
-    one, other = (Synthetic.open(folder).read(range(7)) for folder in (made, tmp_path))
-    assert torch.allclose(one.states, other.states, atol=4e-3)
+    write_samples(teacher, PROMPTS, plan_of(teacher, pictures=True), tmp_path, batch=7)
+    one, other = (TeacherSamples.open(folder).read(range(7)) for folder in (made, tmp_path))
+    assert torch.allclose(one.trajectory, other.trajectory, atol=4e-3)
     assert torch.allclose(one.cond.context, other.cond.context, atol=4e-3)
 
 
 def test_two_processes_of_the_command_make_what_one_function_makes(teacher: Family, tmp_path: Path) -> None:
     sd3.save(teacher, tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
-    command = [sys.executable, "-m", "fewstep", "synthesize", "--prompts", "prompts.txt", "--number", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "fewstep",
+        "sample-teacher",
+        "--prompts",
+        "prompts.txt",
+        "--num-samples",
+        "5",
+    ]
     command += ["--teacher", "teacher", "--steps", "2", "--per-shard", "1", "--guidance", "2"]
     source = str(Path(fewstep.__file__).parents[1])
     both = [
         subprocess.Popen(
-            [*command, "--out", out],
+            [*command, "--output", out],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": source, "RANK": rank, "WORLD_SIZE": world},
             stderr=subprocess.PIPE,
@@ -205,11 +214,11 @@ def test_two_processes_of_the_command_make_what_one_function_makes(teacher: Fami
     ends = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     plan = plans.read(tmp_path / "two")
-    synthesize(teacher.at(2.0), [*PROMPTS[:3], *PROMPTS[:2]], plan, tmp_path / "one")
+    write_samples(teacher.with_guidance(2.0), [*PROMPTS[:3], *PROMPTS[:2]], plan, tmp_path / "one")
     assert arrays(tmp_path / "one") == arrays(tmp_path / "two")
-    one = Synthetic.open(tmp_path / "two")
+    one = TeacherSamples.open(tmp_path / "two")
     assert one.prompts == [*PROMPTS[:3], *PROMPTS[:2]]
-    assert one.read([0]).states is None and one.times == [0.0]
+    assert one.read([0]).trajectory is None and one.times == [0.0]
     assert not torch.equal(*one.read([0, 3]).latents)  # the same prompt, another noise
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
         NULL, PLAN, *(f"synthetic-{k:05d}.tar" for k in range(5))
@@ -230,45 +239,45 @@ def test_a_folder_of_another_plan_is_refused(
     teacher: Family, made: Path, changed: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError) as told_:
-        synthesize(teacher, PROMPTS, plan_of(teacher, **{"pictures": True} | changed), made)
+        write_samples(teacher, PROMPTS, plan_of(teacher, **{"pictures": True} | changed), made)
     assert line in str(told_.value) and "choose another folder" in str(told_.value)
 
 
 @pytest.mark.parametrize("name", ["synthetic-00000.tar", "synthetic-00099.tar", "null.npz"])
 def test_what_we_did_not_make_is_not_taken_for_ours(teacher: Family, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"of somebody else")
-    with pytest.raises(UserError, match=f"{name} was not made by fewstep synthesize"):
-        synthesize(teacher, PROMPTS, plan_of(teacher), tmp_path)
+    with pytest.raises(UserError, match=f"{name} was not made by fewstep sample-teacher"):
+        write_samples(teacher, PROMPTS, plan_of(teacher), tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"of somebody else"]
 
 
 def test_a_teacher_is_known_by_its_weights_whatever_its_folder_is_called(
     teacher: Family, tmp_path: Path
 ) -> None:
-    synthesize(teacher, PROMPTS, plan_of(teacher, weights="abc"), tmp_path)
+    write_samples(teacher, PROMPTS, plan_of(teacher, weights="abc"), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "synthetic-00001.tar").unlink()
     renamed = replace(teacher, name="elsewhere/tiny")
-    synthesize(renamed, PROMPTS, plan_of(renamed, weights="abc"), tmp_path)
+    write_samples(renamed, PROMPTS, plan_of(renamed, weights="abc"), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     for other, line in (("abd", "weights abc there, abd now"), ("", "weights abc there")):
         with pytest.raises(UserError, match=line):
-            synthesize(renamed, PROMPTS, plan_of(renamed, weights=other), tmp_path)
+            write_samples(renamed, PROMPTS, plan_of(renamed, weights=other), tmp_path)
 
 
 def test_without_a_fingerprint_the_name_tells_teachers_apart(teacher: Family, made: Path) -> None:
     other = replace(teacher, name="another")
     with pytest.raises(UserError, match="teacher tiny there, another now"):
-        synthesize(other, PROMPTS, plan_of(other, pictures=True), made)
+        write_samples(other, PROMPTS, plan_of(other, pictures=True), made)
 
 
 def test_other_captions_are_refused(teacher: Family, made: Path) -> None:
     plan = plan_of(teacher, pictures=True)
     with pytest.raises(UserError, match="not the plan's"):
-        synthesize(teacher, PROMPTS[::-1], plan, made)
+        write_samples(teacher, PROMPTS[::-1], plan, made)
     other = plans.make(teacher, PROMPTS[::-1], guidance=3.0, steps=4, student_steps=2, seed=5, per_shard=3)
     with pytest.raises(UserError, match="captions"):
-        synthesize(teacher, PROMPTS[::-1], other, made)
+        write_samples(teacher, PROMPTS[::-1], other, made)
 
 
 def cut(path: Path) -> None:
@@ -329,7 +338,7 @@ def single(path: Path) -> None:
         (without("4.pooled.npy"), "00000004.pooled.npy is missing"),
         (foreign, "00000003.states.npy is not of shape (3, 4, 8, 8)"),
         (single, "states are float32 (3, 4, 8, 4), not float16 (3, 4, 8, 8)"),
-        (lambda path: path.unlink(), "2 of 3 shards are there; run the same fewstep synthesize again"),
+        (lambda path: path.unlink(), "2 of 3 shards are there; run the same fewstep sample-teacher again"),
         (lambda path: (path.parent / PLAN).write_text("{"), "plan.json is damaged"),
         (lambda path: (path.parent / PLAN).write_text('{"layout": 0}'), "plan.json is of layout 0"),
         (planned(number=10**9, per_shard=1), "3 of 1000000000 shards are there"),
@@ -339,7 +348,7 @@ def single(path: Path) -> None:
         (planned(latent=[4, 8]), "not of this plan"),
         (planned(shift=0), "shift: expected float >="),
         (planned(more=1), "more is no entry of a plan"),
-        (lambda path: (path.parent / PLAN).unlink(), "make samples there with: fewstep synthesize"),
+        (lambda path: (path.parent / PLAN).unlink(), "make samples there with: fewstep sample-teacher"),
         (lambda path: (path.parent / NULL).write_bytes(b"PK"), "null.npz is missing or broken"),
     ],
 )
@@ -351,10 +360,10 @@ def test_a_bad_folder_is_one_line(
     broken = tmp_path / "synthetic-00001.tar"
     change(broken)
     with pytest.raises(UserError) as told_:
-        Synthetic.open(tmp_path)
+        TeacherSamples.open(tmp_path)
     message = str(told_.value)
     assert line in message and "\n" not in message
-    assert "fewstep synthesize" in message or "again" in message
+    assert "fewstep sample-teacher" in message or "again" in message
 
 
 @pytest.mark.parametrize("kind", tiny_flux.KINDS)
@@ -362,9 +371,9 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
     model = flux.assemble(tiny_flux.parts(kind), name=kind, steps=2, side=4)
     if kind == "schnell":
         with pytest.raises(UserError, match="takes no guidance"):
-            model.at(2.0)
+            model.with_guidance(2.0)
     else:
-        model = model.at(2.0)
+        model = model.with_guidance(2.0)
     rows: list[int] = []
 
     def counted(x: Any, t: Any, cond: Cond) -> Any:
@@ -372,16 +381,16 @@ def test_guidance_that_is_embedded_gets_no_second_pass(kind: str, tmp_path: Path
         return model.velocity(x, t, cond)
 
     plan = plan_of(model, guidance=model.embedded_guidance)
-    synthesize(replace(model, velocity=counted), PROMPTS, plan, tmp_path, batch=4)
+    write_samples(replace(model, velocity=counted), PROMPTS, plan, tmp_path, batch=4)
     assert rows == [3] * 8 + [1] * 4
-    read = Synthetic.open(tmp_path)
+    read = TeacherSamples.open(tmp_path)
     assert (read.clip_length, read.plan.t5) == (None, True)
     assert read.plan.guidance == (2.0 if kind == "dev" else None)
     cond = read.read([1]).cond
     assert read.without_t5(cond).context.shape == cond.context.shape
     x = torch.from_numpy(sample.noise(6, model.latent))[None]
     with torch.no_grad():
-        end = sample.walk(model.velocity, x, times.grid(4, model.shift), model.text([PROMPTS[1]]))
+        end = sample.sample_flow(model.velocity, x, times.grid(4, model.shift), model.text([PROMPTS[1]]))
     assert torch.allclose(read.read([1]).latents, end, atol=4e-3)
 
 
@@ -400,15 +409,15 @@ def test_on_the_mixture_the_states_are_those_of_a_finer_walk_and_guidance_sharpe
         return Cond(torch.cat([c.context for c in said]), torch.cat([c.pooled for c in said]))
 
     model = mixture_model(truth, text)
-    synthesize(model, PROMPTS, plan_of(model, guidance=1.0, steps=64), tmp_path / "plain")
-    latents = Synthetic.open(tmp_path / "plain").read(range(7)).latents
+    write_samples(model, PROMPTS, plan_of(model, guidance=1.0, steps=64), tmp_path / "plain")
+    latents = TeacherSamples.open(tmp_path / "plain").read(range(7)).latents
     assert np.abs(latents.numpy() - truth.means[2]).max() < 4 * 0.2
-    synthesize(model, PROMPTS, plan_of(model, guidance=3.0, steps=64), tmp_path / "guided")
-    read = Synthetic.open(tmp_path / "guided")
+    write_samples(model, PROMPTS, plan_of(model, guidance=3.0, steps=64), tmp_path / "guided")
+    read = TeacherSamples.open(tmp_path / "guided")
     assert read.plan.guidance == 3.0
     pair = guide.Guided(truth, text([""]), 3.0)
-    x = torch.from_numpy(sample.noises(range(5, 12), (2, 4, 4)))
-    fine = sample.walk(pair, x, times.grid(512), text(PROMPTS))
+    x = torch.from_numpy(sample.batch_noise(range(5, 12), (2, 4, 4)))
+    fine = sample.sample_flow(pair, x, times.grid(512), text(PROMPTS))
     assert (read.read(range(7)).latents - fine).abs().max() < 0.1
     assert (read.read(range(7)).latents - latents).abs().max() > 0.1
 
@@ -424,8 +433,8 @@ def mixture_model(truth: Mixture, text: Any) -> Model:
         shift=3.0,
         steps=64,
         guidance=1.0,
-        lift=torch.from_numpy,
-        lower=lambda x: x.numpy(),
+        from_numpy=torch.from_numpy,
+        to_numpy=lambda x: x.numpy(),
     )
 
 
@@ -449,20 +458,20 @@ def test_walks_that_half_precision_does_not_hold_are_refused(
 ) -> None:
     wild = replace(teacher, velocity=lambda x, t, cond: 0 * x + value)
     with pytest.raises(UserError, match="walk from seed 5 grows to"):
-        synthesize(wild, PROMPTS, plan_of(teacher), tmp_path)
+        write_samples(wild, PROMPTS, plan_of(teacher), tmp_path)
     assert not list(tmp_path.glob("*.tar"))
 
 
 def test_ranks_come_from_the_environment() -> None:
-    assert ranks_of({}) == Ranks(0, 1, 0)
-    assert ranks_of({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}) == Ranks(9, 16, 1)
+    assert ranks_from_env({}) == Ranks(0, 1, 0)
+    assert ranks_from_env({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}) == Ranks(9, 16, 1)
     for rank, world in (("2", "2"), ("-1", "2"), ("one", "2")):
         with pytest.raises(UserError, match="cannot be"):
-            ranks_of({"RANK": rank, "WORLD_SIZE": world})
+            ranks_from_env({"RANK": rank, "WORLD_SIZE": world})
 
 
 def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    say = told(every=0.0)
+    say = progress_printer(every=0.0)
     for done in (4, 6, 8):
         say(done, 8)
     lines = capsys.readouterr().err.splitlines()

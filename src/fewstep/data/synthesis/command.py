@@ -1,4 +1,4 @@
-"""``fewstep synthesize``: a teacher's samples as training data."""
+"""``fewstep sample-teacher``: a teacher's samples as training data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fewstep.progress import duration, stage
-from fewstep.recipes.parts import Out, at_least_one
+from fewstep.recipes.parts import Out, require_positive
 from fewstep.request import threads as counted_threads
 from fewstep.signals import check
 from fewstep.types import UserError
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from fewstep.families import Family
 
 
-def synthesize(
+def sample_teacher(
     *,
     teacher: str,
-    out: Out,
-    number: int,
+    output: Out,
+    num_samples: int,
     data: Path = Path("data/stickers"),
     prompts: Path | None = None,
     guidance: float | None = None,
     steps: int | None = None,
     student_steps: int = 0,
     t5: bool | None = None,
-    pictures: Annotated[bool, Parameter(negative="")] = False,
-    batch: int = 32,
+    images: Annotated[bool, Parameter(negative="")] = False,
+    batch_size: int = 32,
     per_shard: int = 128,
     seed: int = 0,
     device: str = "auto",
@@ -47,36 +47,37 @@ def synthesize(
 
     Args:
         teacher: The teacher: a diffusers folder or a hub name.
-        out: Folder for the shards.
-        number: How many samples.
+        output: Folder for the shards.
+        num_samples: How many samples.
         data: The data set whose training captions are the prompts, in an order by chance.
-        prompts: A text file with one prompt a line instead; begun again where it has fewer than --number.
+        prompts: A text file with one prompt a line instead; begun again where it has fewer than
+            --num-samples.
         guidance: The teacher's guidance scale; 1 is none. [default: the teacher's own]
         steps: The teacher's steps. [default: the teacher's own]
         student_steps: Keep each walk at the times of a student of so many steps, which must divide --steps; 0
             keeps the latents alone.
         t5: Encode captions with T5 too, or without. [default: with, where the teacher has it]
-        pictures: Keep the decoded pictures too: the shards then are a data set of pictures.
-        batch: Samples walked at once.
+        images: Keep the decoded pictures too: the shards then are a data set of pictures.
+        batch_size: Samples walked at once.
         per_shard: Samples a shard: what an interruption costs at most.
         seed: Sample i starts from the noise of seed + i; also of the prompts' order.
         device: auto, cpu or cuda.
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
         threads: Torch threads; 0 leaves torch's choice.
     """
-    at_least_one(number=number, batch=batch, per_shard=per_shard)
+    require_positive(number=num_samples, batch=batch_size, per_shard=per_shard)
     if steps is not None:
-        at_least_one(steps=steps)
+        require_positive(steps=steps)
     if student_steps < 0:
         raise UserError("--student-steps must be at least 0")
     counted_threads(threads)
-    ranks = ranks_of(os.environ)
-    lines = _prompts(prompts, data, number, seed)
+    ranks = ranks_from_env(os.environ)
+    lines = _prompts(prompts, data, num_samples, seed)
 
     import torch
 
     from fewstep.data.synthesis import plan as plans
-    from fewstep.data.synthesis.write import synthesize as write
+    from fewstep.data.synthesis.write import write_samples as write
     from fewstep.families.common import cuts_counted
     from fewstep.recipes.parts import fingerprint
 
@@ -97,11 +98,20 @@ def synthesize(
         dtype=str(family.net.dtype).removeprefix("torch."),
         clip_length=family.clip_length,
         per_shard=per_shard,
-        pictures=pictures,
+        pictures=images,
     )
     with cuts_counted(len(lines), "captions"):
-        write(family, lines, plan, out, batch=batch, rank=ranks.rank, world=ranks.world, progress=told())
-    print(out)
+        write(
+            family,
+            lines,
+            plan,
+            output,
+            batch=batch_size,
+            rank=ranks.rank,
+            world=ranks.world,
+            progress=progress_printer(),
+        )
+    print(output)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Ranks:
     local: int = 0
 
 
-def ranks_of(environment: Mapping[str, str]) -> Ranks:
+def ranks_from_env(environment: Mapping[str, str]) -> Ranks:
     """What torchrun says in the environment; alone where it says nothing.
 
     Raises:
@@ -126,7 +136,7 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     return Ranks(*map(int, said))
 
 
-def told(every: float = 10.0) -> Callable[[int, int], None]:
+def progress_printer(every: float = 10.0) -> Callable[[int, int], None]:
     """A progress that prints a line of done, speed and time left, at most one in ``every`` seconds."""
     begun = last = time.monotonic()
     before: int | None = None
@@ -165,14 +175,14 @@ def _load(
     teacher: str, guidance: float | None, t5: bool | None, device: str, dtype: str, ranks: Ranks
 ) -> Family:
     """The teacher, at the guidance scale asked for."""
-    from fewstep.request import real
+    from fewstep.request import check_float
     from fewstep.source import load_family
-    from fewstep.train.device import pick
+    from fewstep.train.device import resolve_device
 
-    place = pick(device)
+    place = resolve_device(device)
     kind = dtype if dtype != "auto" else "bfloat16" if place == "cuda" else "float32"
-    scale = None if guidance is None else real("guidance", guidance, 0, 100)
+    scale = None if guidance is None else check_float("guidance", guidance, 0, 100)
     family = load_family(
         teacher, device=f"cuda:{ranks.local}" if place == "cuda" else place, dtype=kind, t5=t5
     )
-    return family if scale is None else family.at(scale)
+    return family if scale is None else family.with_guidance(scale)

@@ -207,7 +207,7 @@ def read(folder: Path) -> Plan:
     """
     path = folder / PLAN
     if not path.is_file():
-        raise UserError(f"{folder} holds no {PLAN}; make samples there with: fewstep synthesize")
+        raise UserError(f"{folder} holds no {PLAN}; make samples there with: fewstep sample-teacher")
     try:
         told: dict[str, Any] = formats.read(path, python=True)
         if (layout := formats.convert(told, _Layout, str(path)).layout) != LAYOUT:
@@ -237,7 +237,8 @@ def claim(folder: Path, plan: Plan) -> Plan:
     if not (folder / PLAN).exists():
         if others:
             raise UserError(
-                f"{others[0]} was not made by fewstep synthesize (there is no {PLAN}); choose another folder"
+                f"{others[0]} was not made by fewstep sample-teacher (there is no {PLAN}); "
+                "choose another folder"
             )
         write(folder / PLAN, (json.dumps(asdict(plan), indent=2) + "\n").encode())
         return plan

@@ -26,7 +26,7 @@ Numpy = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class TeacherSamples:
     """The finished shards of one plan; :meth:`open` reads them.
 
     Attributes:
@@ -44,8 +44,8 @@ class Synthetic:
     places: Numpy
 
     @classmethod
-    def open(cls, folder: str | Path) -> Synthetic:
-        """Index a folder of ``fewstep synthesize``, some 0.1 ms a sample; no array is read.
+    def open(cls, folder: str | Path) -> TeacherSamples:
+        """Index a folder of ``fewstep sample-teacher``, some 0.1 ms a sample; no array is read.
 
         Raises:
             UserError: it is no such folder or an unfinished one, or a shard is cut short, empty, of another
@@ -58,7 +58,8 @@ class Synthetic:
         there = min(len(names), plan.shards)
         if there < plan.shards or any(plan.path(folder, k).name not in names for k in range(there)):
             raise UserError(
-                f"{folder}: {there} of {plan.shards} shards are there; run the same fewstep synthesize again"
+                f"{folder}: {there} of {plan.shards} shards are there; "
+                "run the same fewstep sample-teacher again"
             )
         prompts: list[str] = []
         places: list[list[int]] = []
@@ -86,7 +87,7 @@ class Synthetic:
 
     def rows(self, step: int, batch: int, seed: int) -> list[int]:
         """Which rows step ``step`` sees: every row once an epoch, in a new order each time."""
-        return epochs.rows(len(self), step, batch, seed)
+        return epochs.batch_indices(len(self), step, batch, seed)
 
     def read(self, rows: Sequence[int]) -> Batch:
         """Rows from the disk, torch float32.
@@ -137,7 +138,7 @@ def _index(plan: Plan, folder: Path, shard: int, prompts: list[str], places: lis
         UserError: it is not what the plan says.
     """
     path = plan.path(folder, shard)
-    again = "delete it and run the same fewstep synthesize again"
+    again = "delete it and run the same fewstep sample-teacher again"
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             members = {member.name: member for member in tar}
@@ -192,6 +193,6 @@ def _null(folder: Path, plan: Plan) -> Cond:
         context, pooled = (read[kind].astype(np.float32) for kind in KINDS[1:])
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(
-            f"{path} is missing or broken ({error}); delete it and run the same fewstep synthesize again"
+            f"{path} is missing or broken ({error}); delete it and run the same fewstep sample-teacher again"
         ) from error
     return Cond(torch.from_numpy(context), torch.from_numpy(pooled))

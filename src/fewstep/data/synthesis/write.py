@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in samples of this rank."""
 
 
-def synthesize(
+def write_samples(
     teacher: Model,
     prompts: Sequence[str],
     plan: Plan,
@@ -75,7 +75,9 @@ def _write(
     if not (folder / NULL).exists():
         with replacing_file(folder / NULL) as fresh:
             np.savez(
-                fresh, context=_half(teacher.lower(null.context)), pooled=_half(teacher.lower(null.pooled))
+                fresh,
+                context=_half(teacher.to_numpy(null.context)),
+                pooled=_half(teacher.to_numpy(null.pooled)),
             )
     maker = _Maker(teacher, prompts, plan, null, batch)
     total = sum(len(plan.rows(shard)) for shard in mine)
@@ -117,7 +119,7 @@ class _Maker:
     def _make(self, rows: range) -> list[dict[str, bytes]]:
         cond = self.teacher.text([self.prompts[row] for row in rows])
         states, last = self._walk(rows, cond)
-        context, pooled = (_half(self.teacher.lower(array)) for array in (cond.context, cond.pooled))
+        context, pooled = (_half(self.teacher.to_numpy(array)) for array in (cond.context, cond.pooled))
         made: list[dict[str, bytes]] = []
         for place, row in enumerate(rows):
             key = f"{row:08d}"
@@ -138,11 +140,11 @@ class _Maker:
         plan = self.plan
         fine = times.grid(plan.steps, plan.shift)
         stride = plan.steps // (plan.student_steps or 1)
-        x = self.teacher.lift(sample.noises([plan.seed + row for row in rows], plan.latent))
-        kept = [self.teacher.lower(x)] if plan.student_steps else []
+        x = self.teacher.from_numpy(sample.batch_noise([plan.seed + row for row in rows], plan.latent))
+        kept = [self.teacher.to_numpy(x)] if plan.student_steps else []
         for start in range(0, plan.steps, stride):
-            x = sample.walk(self.velocity, x, fine[start : start + stride + 1], cond)
-            kept.append(self.teacher.lower(x))
+            x = sample.sample_flow(self.velocity, x, fine[start : start + stride + 1], cond)
+            kept.append(self.teacher.to_numpy(x))
         states = np.stack(kept, axis=1)
         sizes = np.abs(states).reshape(len(states), -1).max(axis=1)
         for row, size in zip(rows, sizes, strict=True):
@@ -160,7 +162,7 @@ class _Maker:
 
     def _picture(self, latents: Array) -> bytes:
         file = io.BytesIO()
-        to_images(self.teacher.lower(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
+        to_images(self.teacher.to_numpy(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
         return file.getvalue()
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.graphs import t5_length
-from fewstep.deploy.common.manifest import described, write_t5_tokenizer, write_tokenizer
+from fewstep.deploy.common.manifest import manifest, write_t5_tokenizer, write_tokenizer
 from fewstep.families import Family
 from fewstep.files import FULL, replacing_folder
-from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, seal
+from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, write_manifest
 from fewstep.types import UserError
 
 
@@ -20,7 +20,7 @@ def write_bundle(
     family: Family,
     out: Path,
     bits: int,
-    facts: Facts,
+    facts: ExportMetadata,
     engine: Engine,
     write: Callable[[Path], None],
 ) -> str:
@@ -54,7 +54,7 @@ def write_bundle(
         if facts.card is not None:
             shutil.copyfile(facts.card, fresh / CARD)
 
-    return _sealed(out, bits, described(family, facts, bits) | {"engine": engine}, fill)
+    return _sealed(out, bits, manifest(family, facts, bits) | {"engine": engine}, fill)
 
 
 def rewrite_bundle(
@@ -87,7 +87,7 @@ def _sealed(out: Path, bits: int, told: Mapping[str, Any], fill: Callable[[Path]
     try:
         with replacing_folder(out) as fresh:
             fill(fresh)
-            bundle = seal(fresh, told)
+            bundle = write_manifest(fresh, told)
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -28,7 +28,7 @@ TOKENS = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class CalibrationStats:
     """What met a layer's weight.
 
     Attributes:
@@ -39,11 +39,11 @@ class Inputs:
     weight: np.ndarray
     gram: np.ndarray
 
-    def turned(self, array: np.ndarray) -> bool:
+    def transposed(self, array: np.ndarray) -> bool:
         """Whether ``array``, the same weight in an exported graph, has its inputs first."""
         return not np.array_equal(array.squeeze(), self.weight.squeeze())
 
-    def lost(self, back: np.ndarray) -> float:
+    def output_error(self, back: np.ndarray) -> float:
         """Squared error of the outputs, summed over all inputs, if ``back`` stood for the weight."""
         off = (back - self.weight).reshape(len(back), -1)
         return float(((off @ self.gram) * off).sum())
@@ -57,7 +57,7 @@ class Inputs:
 
 
 @lru_cache(maxsize=1)  # asked for at every width of one weight after the other; of SD3.5 they are gigabytes
-def _factor(inputs: Inputs) -> np.ndarray:
+def _factor(inputs: CalibrationStats) -> np.ndarray:
     whole = inputs.gram.astype(np.float64)
     own, mean = DAMPING
     whole[np.diag_indices_from(whole)] += own * whole.diagonal() + mean * whole.diagonal().mean()
@@ -65,7 +65,9 @@ def _factor(inputs: Inputs) -> np.ndarray:
 
 
 @contextmanager
-def observing(modules: Mapping[str, Any]) -> Generator[Callable[[], dict[tuple[str, str], Inputs]]]:
+def collect_stats(
+    modules: Mapping[str, Any],
+) -> Generator[Callable[[], dict[tuple[str, str], CalibrationStats]]]:
     """Sum up what comes to every linear layer and convolution of several graphs while they run.
 
     Args:
@@ -96,7 +98,7 @@ def observing(modules: Mapping[str, Any]) -> Generator[Callable[[], dict[tuple[s
     hooks = [layer.register_forward_pre_hook(hook(key)) for key, layer in layers.items()]
     try:
         yield lambda: {
-            key: Inputs(layers[key].weight.detach().numpy(), gram.numpy())
+            key: CalibrationStats(layers[key].weight.detach().numpy(), gram.numpy())
             for key, gram in sums.items()
             if gram.any()
         }

@@ -22,7 +22,7 @@ LARGEST = 2**31 - 2**20
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphSpec:
     """One graph to be: a module, an example of its inputs (batch 2, or a row that all share), and the names
     of both ends."""
 
@@ -53,7 +53,7 @@ def check_finite(name: str, part: Any) -> None:
             )
 
 
-def parts(family: Family) -> dict[str, Part]:
+def parts(family: Family) -> dict[str, GraphSpec]:
     """The graphs of a model as torch modules, with examples of what goes in: five, or six with T5.
 
     Raises:
@@ -75,25 +75,25 @@ def parts(family: Family) -> dict[str, Part]:
     with torch.no_grad():
         context, told["pooled"] = text(tokens)
         modulations = modulation(**told)
-    texts = {"text": Part(text, {"tokens": tokens}, ("context", "pooled"))}
+    texts = {"text": GraphSpec(text, {"tokens": tokens}, ("context", "pooled"))}
     if room := t5_length(family):
         t5, its_tokens = modules.T5Module(family).eval(), torch.zeros(2, room, dtype=torch.int64)
         its_tokens[:, 0] = 1
-        texts["t5"] = Part(t5, {"tokens": its_tokens}, ("context",))
+        texts["t5"] = GraphSpec(t5, {"tokens": its_tokens}, ("context",))
         with torch.no_grad():
             context = torch.cat([context, t5(its_tokens)], dim=1)
     latents = torch.zeros(2, channels, height, width)
     images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
     net = {"x": latents, "context": context, "modulation": modulations}
     return texts | {
-        "modulation": Part(modulation, told, ("modulation",)),
-        "transformer": Part(modules.TransformerModule(family).eval(), net, ("velocity",)),
-        "decoder": Part(modules.DecoderModule(family).eval(), {"latents": latents}, ("images",)),
-        "encoder": Part(modules.EncoderModule(family).eval(), {"images": images}, ("latents",)),
+        "modulation": GraphSpec(modulation, told, ("modulation",)),
+        "transformer": GraphSpec(modules.TransformerModule(family).eval(), net, ("velocity",)),
+        "decoder": GraphSpec(modules.DecoderModule(family).eval(), {"latents": latents}, ("images",)),
+        "encoder": GraphSpec(modules.EncoderModule(family).eval(), {"images": images}, ("latents",)),
     }
 
 
-def trace(part: Part) -> Any:
+def trace(part: GraphSpec) -> Any:
     """``part`` as an ``onnx.ModelProto`` with a free batch size."""
     import torch
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.nets.hoist import swapped
+from fewstep.nets.hoist import with_submodules
 
 TOP = 4.0
 """The peak after the division: what is a thousandth of the peak has a square of 1.6e-5, which float16 holds
@@ -65,7 +65,7 @@ class HalfGroupNorm(nn.Module):
         return normed.reshape(x.shape) * self.weight.reshape(rows) + self.bias.reshape(rows)
 
 
-def guarded(module: Any) -> Any:
+def with_fp16_norms(module: Any) -> Any:
     """``module`` with these norms instead of its own; all else is shared, and ``module`` stays as it is."""
     from diffusers.models.normalization import RMSNorm
 
@@ -75,7 +75,7 @@ def guarded(module: Any) -> Any:
             instead[name] = HalfRMSNorm(norm)
         elif isinstance(norm, nn.GroupNorm):
             instead[name] = HalfGroupNorm(norm)
-    return swapped(module, instead)
+    return with_submodules(module, instead)
 
 
 def _scale(x: Tensor, axes: tuple[int, ...]) -> Tensor:

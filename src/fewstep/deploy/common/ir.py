@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.deploy.common.graphs import Part, trace, write_graph
+from fewstep.deploy.common.graphs import GraphSpec, trace, write_graph
 from fewstep.runtime.openvino import openvino  # which tells nobody
 from fewstep.runtime.session import reason
 from fewstep.types import UserError
@@ -109,7 +109,7 @@ def check_float16(parts: Mapping[str, Any], instead: str) -> None:
 
 
 @contextlib.contextmanager
-def converted(part: Part, beside: Path | None = None) -> Generator[Any]:
+def converted(part: GraphSpec, beside: Path | None = None) -> Generator[Any]:
     """``part`` as an ``openvino.Model`` with a free batch size, by way of ONNX.
 
     It is read from a file, which may be larger than a protobuf message; its weights are read when they are

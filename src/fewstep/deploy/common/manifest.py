@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.deploy.common.graphs import t5_length, text_length
 from fewstep.families import Family
 
 
-def described(family: Family, facts: Facts, bits: int) -> dict[str, Any]:
+def manifest(family: Family, facts: ExportMetadata, bits: int) -> dict[str, Any]:
     """What a user of the graphs must know: shapes, grid, guidance, sampler, licence."""
     channels, height, width = family.latent
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.deploy.common.graphs import text_length
 from fewstep.families import Family
 from fewstep.families.sd3 import LatentCodec, NetVelocity
-from fewstep.nets.hoist import hoisted, swapped
+from fewstep.nets.hoist import split_modulation, with_submodules
 from fewstep.types import Cond
 
 
@@ -67,7 +67,7 @@ class ModulationModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.modulation, _ = hoisted(family.net)
+        self.modulation, _ = split_modulation(family.net)
 
     def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
         """``t [B]`` in [0, 1], ``pooled [B, P]`` -> modulations ``[B, M]``."""
@@ -79,7 +79,7 @@ class TransformerModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        _, net = hoisted(family.net)
+        _, net = split_modulation(family.net)
         self.net = cropped(net, *family.latent[1:])
 
     def forward(self, x: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class DecoderModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = swapped(family.parts["vae"], {"encoder": nn.Identity()})
+        self.vae = with_submodules(family.parts["vae"], {"encoder": nn.Identity()})
 
     def forward(self, latents: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1]."""
@@ -105,7 +105,7 @@ class EncoderModule(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = swapped(family.parts["vae"], {"decoder": nn.Identity()})
+        self.vae = with_submodules(family.parts["vae"], {"decoder": nn.Identity()})
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]``, the mode of the posterior."""
@@ -129,4 +129,4 @@ def cropped(net: Any, height: int, width: int) -> Any:
     embed._buffers = {**embed._buffers, "pos_embed": table.contiguous()}
     embed.height, embed.width = height // embed.patch_size, width // embed.patch_size
     embed.pos_embed_max_size = None  # the table is used as it is
-    return swapped(net, {"pos_embed": embed})
+    return with_submodules(net, {"pos_embed": embed})

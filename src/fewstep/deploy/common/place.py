@@ -39,7 +39,7 @@ def check_file(out: Path, suffix: str, ours: Callable[[Path], bool]) -> None:
 
 
 @contextmanager
-def writing(out: Path) -> Generator[None]:
+def write_errors(out: Path) -> Generator[None]:
     """Say of an export that cannot be written where it was to go.
 
     Raises:

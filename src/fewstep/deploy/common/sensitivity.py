@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from fewstep import sample, times
-from fewstep.deploy.common.calibration import Inputs, observing
-from fewstep.deploy.common.graphs import Part
-from fewstep.deploy.common.weights import GROUP, SMALLEST, Choice, stored
+from fewstep.deploy.common.calibration import CalibrationStats, collect_stats
+from fewstep.deploy.common.graphs import GraphSpec
+from fewstep.deploy.common.weights import GROUP, SMALLEST, QuantSpec, quantize_dequantize
 from fewstep.families import Family
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
@@ -43,7 +43,7 @@ APART = 1000
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightSensitivity:
     """A weight, what it takes and what it costs.
 
     Attributes:
@@ -63,8 +63,8 @@ class Weight:
     errors: Mapping[int, float]
 
 
-def outcomes(
-    family: Family, parts: Mapping[str, Part], prompts: Sequence[str], seed: int = 0
+def reference_outputs(
+    family: Family, parts: Mapping[str, GraphSpec], prompts: Sequence[str], seed: int = 0
 ) -> dict[str, Callable[[], Any]]:
     """For every graph, what comes out when all weights are as they are now: tensors ``[B, ...]``.
 
@@ -77,7 +77,7 @@ def outcomes(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=parts["text"].inputs["tokens"].shape[1],
     ).input_ids  # fmt: skip
-    noise = family.lift(sample.noises(range(seed, seed + rows), family.latent))
+    noise = family.from_numpy(sample.batch_noise(range(seed, seed + rows), family.latent))
 
     def walked(context: Any, pooled: Any) -> Any:
         x = noise
@@ -102,12 +102,12 @@ def outcomes(
     }
 
 
-def calibrated(
+def calibrate(
     family: Family,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, GraphSpec],
     prompts: Sequence[str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[tuple[str, str], Inputs]:
+) -> dict[tuple[str, str], CalibrationStats]:
     """What meets each weight while the prompts are drawn: by graph and name.
 
     Args:
@@ -121,10 +121,10 @@ def calibrated(
 
     _, height, width = family.latent
     rows = max(1, PIXELS // (height * width * family.downscale**2))
-    with torch.no_grad(), observing({stem: part.module for stem, part in parts.items()}) as told:
+    with torch.no_grad(), collect_stats({stem: part.module for stem, part in parts.items()}) as told:
         for begin in range(0, len(prompts), rows):
             on_progress(begin, len(prompts))
-            outcomes(family, parts, prompts[begin : begin + rows], APART + begin)["encoder"]()
+            reference_outputs(family, parts, prompts[begin : begin + rows], APART + begin)["encoder"]()
         return told()
 
 
@@ -133,8 +133,8 @@ def sensitivity(
     module: Any,
     outcome: Callable[[], Any],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    inputs: Mapping[str, Inputs] = MappingProxyType({}),
-) -> list[Weight]:
+    inputs: Mapping[str, CalibrationStats] = MappingProxyType({}),
+) -> list[WeightSensitivity]:
     """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
 
     Args:
@@ -147,7 +147,7 @@ def sensitivity(
     """
     import torch
 
-    found, seen = list[Weight](), set[int]()
+    found, seen = list[WeightSensitivity](), set[int]()
     with torch.no_grad():
         whole = outcome()
         variance = float((whole - whole.mean()).square().sum())
@@ -158,9 +158,9 @@ def sensitivity(
                 continue
             seen.add(id(parameter))
             array, its = parameter.detach().numpy().copy(), inputs.get(name)
-            made = {bits: stored(array, Choice(bits, its)) for bits in WIDTHS}
+            made = {bits: quantize_dequantize(array, QuantSpec(bits, its)) for bits in WIDTHS}
             lost = {
-                bits: its.lost(back) if its else float(np.square(back - array).sum())
+                bits: its.output_error(back) if its else float(np.square(back - array).sum())
                 for bits, (back, _) in made.items()
             }
             with _replaced(parameter, made[MEASURED][0]):
@@ -168,11 +168,11 @@ def sensitivity(
             unit = moved / lost[MEASURED] if lost[MEASURED] else 0.0
             errors = {bits: unit * value for bits, value in lost.items()}
             bytes_ = {bits: size for bits, (_, size) in made.items()}
-            found.append(Weight(graph, name, array.size, digest(array), bytes_, errors))
+            found.append(WeightSensitivity(graph, name, array.size, digest(array), bytes_, errors))
     return sorted(found, key=lambda weight: weight.errors[MEASURED] / weight.size, reverse=True)
 
 
-def allotted(weights: Sequence[Weight], bits: int) -> list[int]:
+def allocate_bits(weights: Sequence[WeightSensitivity], bits: int) -> list[int]:
     """Bits of each weight, so that together they take no more than ``bits`` each (:data:`HELD`) and cost as
     little as can be.
 

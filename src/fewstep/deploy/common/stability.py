@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fewstep.deploy import Facts
+from fewstep.deploy import ExportMetadata
 from fewstep.families import Family
 from fewstep.families.original_names import Table, layer_table, swapped
 from fewstep.types import UserError
@@ -147,7 +147,7 @@ def renamed(state: Mapping[str, Any], table: Table) -> Tensors:
     return out
 
 
-def told(family: Family, facts: Facts, bits: int) -> dict[str, str]:
+def file_metadata(family: Family, facts: ExportMetadata, bits: int) -> dict[str, str]:
     """What a file tells of its model: ``title``, ``license`` and ``usage_hint`` for people, and ``fewstep``,
     a JSON object of all that we know; the licence's text too, which in one file cannot get lost."""
     guided = "no guidance (CFG 1)" if family.guidance is None else f"guidance (CFG) {family.guidance:g}"

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.deploy.common.graphs import Part, text_length
+from fewstep.deploy.common.graphs import GraphSpec, text_length
 from fewstep.deploy.common.modules import cropped, shortened
 from fewstep.families import Family
 from fewstep.families.sd3 import NetVelocity
-from fewstep.nets.hoist import swapped
+from fewstep.nets.hoist import with_submodules
 from fewstep.types import Cond
 
 
-class Clip(nn.Module):
+class ClipGraph(nn.Module):
     """One CLIP, with all that it tells. A row that was cut before its end token ends with one."""
 
     def __init__(self, family: Family, name: str) -> None:
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = swapped(family.parts["vae"], {"encoder": nn.Identity()})
+        self.vae = with_submodules(family.parts["vae"], {"encoder": nn.Identity()})
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1]."""
@@ -82,14 +82,14 @@ class Encoder(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae = swapped(family.parts["vae"], {"decoder": nn.Identity()})
+        self.vae = with_submodules(family.parts["vae"], {"decoder": nn.Identity()})
 
     def forward(self, sample: Tensor) -> Tensor:
         """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]``, the mode of the posterior."""
         return self.vae.encode(sample).latent_dist.mode()
 
 
-def stock_parts(family: Family, largest: int) -> dict[str, Part]:
+def stock_parts(family: Family, largest: int) -> dict[str, GraphSpec]:
     """The graphs of a model without T5, by their folders in OpenVINO's layout of diffusers' pipelines.
 
     Args:
@@ -110,13 +110,13 @@ def stock_parts(family: Family, largest: int) -> dict[str, Part]:
     images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
     return {
         **{name: _clip(family, name, tokens) for name in ("text_encoder", "text_encoder_2")},
-        "transformer": Part(Transformer(family, largest).eval(), net, ("out_sample",)),
-        "vae_decoder": Part(Decoder(family).eval(), {"latent_sample": latents}, ("sample",)),
-        "vae_encoder": Part(Encoder(family).eval(), {"sample": images}, ("latent_sample",)),
+        "transformer": GraphSpec(Transformer(family, largest).eval(), net, ("out_sample",)),
+        "vae_decoder": GraphSpec(Decoder(family).eval(), {"latent_sample": latents}, ("sample",)),
+        "vae_encoder": GraphSpec(Encoder(family).eval(), {"sample": images}, ("latent_sample",)),
     }
 
 
-def _clip(family: Family, name: str, tokens: Any) -> Part:
+def _clip(family: Family, name: str, tokens: Any) -> GraphSpec:
     states = range(family.parts[name].config.num_hidden_layers + 1)
     outputs = ("text_embeds", "last_hidden_state", *(f"hidden_states.{number}" for number in states))
-    return Part(Clip(family, name).eval(), {"input_ids": tokens}, outputs)
+    return GraphSpec(ClipGraph(family, name).eval(), {"input_ids": tokens}, outputs)

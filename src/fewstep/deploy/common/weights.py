@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewstep.deploy.common.calibration import Inputs
+from fewstep.deploy.common.calibration import CalibrationStats
 
 SMALLEST = 4096
 """Tensors of fewer elements (biases, scales of norms) stay as they are."""
@@ -40,7 +40,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
-class Choice:
+class QuantSpec:
     """How a weight is stored.
 
     Attributes:
@@ -49,14 +49,14 @@ class Choice:
     """
 
     bits: int
-    inputs: Inputs | None = None
+    inputs: CalibrationStats | None = None
 
 
-Choose = Callable[[np.ndarray], Choice | None]
+Choose = Callable[[np.ndarray], QuantSpec | None]
 """How a weight is stored if not as the others; ``None`` for no word of its own."""
 
 
-def shrink(model: Any, bits: int, choose: Choose | None = None) -> Any:
+def quantize_weights(model: Any, bits: int, choose: Choose | None = None) -> Any:
     """A copy of an ``onnx.ModelProto`` with its weights stored in fewer bits each.
 
     Args:
@@ -77,7 +77,7 @@ def shrink(model: Any, bits: int, choose: Choose | None = None) -> Any:
             stored.append(weight)
             continue
         made, array = _Stored(weight.name), numpy_helper.to_array(weight)
-        made.put(array, (choose(array) if choose else None) or Choice(bits))
+        made.put(array, (choose(array) if choose else None) or QuantSpec(bits))
         stored += made.tensors
         unpack += made.nodes
     nodes = [*unpack, *graph.node]
@@ -95,7 +95,7 @@ class _Stored:
     tensors: list[Any] = field(default_factory=list[Any])
     nodes: list[Any] = field(default_factory=list[Any])
 
-    def put(self, array: np.ndarray, how: Choice) -> None:
+    def put(self, array: np.ndarray, how: QuantSpec) -> None:
         """Store ``array`` as chosen, or in the fewest bits above that its shape and range allow.
 
         Axes of length 1 do not count: an exporter adds some, and what is stored must be what was measured.
@@ -126,11 +126,11 @@ class _Stored:
         real = self._node("Cast", self._tensor("int8", codes), to=FLOAT)
         self._node("Mul", real, self._tensor("scale", scale), out=self.name)
 
-    def _grouped(self, array: np.ndarray, how: Choice, axes: Sequence[int]) -> None:
+    def _grouped(self, array: np.ndarray, how: QuantSpec, axes: Sequence[int]) -> None:
         """Fewer bits, a scale a :data:`GROUP`: along the inputs if they are known, or the axis that loses
         less."""
         rows, bits, factor = array.reshape(len(array), -1), how.bits, None
-        if how.inputs and (along := 0 if how.inputs.turned(array) else 1) in axes:
+        if how.inputs and (along := 0 if how.inputs.transposed(array) else 1) in axes:
             axes, factor = [along], how.inputs.factor()
         tried = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
         axis = min(tried, key=lambda each: tried[each][2])
@@ -182,7 +182,7 @@ class _Stored:
         return name
 
 
-def stored(array: np.ndarray, how: Choice) -> tuple[np.ndarray, int]:
+def quantize_dequantize(array: np.ndarray, how: QuantSpec) -> tuple[np.ndarray, int]:
     """What is left of a weight that was stored so, float32, as its graph will unpack it; and the bytes that
     it takes."""
     import onnx
