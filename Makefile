@@ -44,7 +44,7 @@ test: lint types
 	@touch $@
 
 test-executorch: .venv-executorch/ready
-	.venv-executorch/bin/python -m pytest tests/deploy/test_executorch.py
+	.venv-executorch/bin/python -m pytest tests/export/test_executorch.py
 
 clean:
 	rm -rf .venv .venv-demo .venv-executorch demo.png

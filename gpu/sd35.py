@@ -31,17 +31,17 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from fewstep.bench.likeness import psnr
-from fewstep.families.pocket import byte_tokenizer
-from fewstep.families.weights import Weights, tied
-from fewstep.pipeline import Pipeline
-from fewstep.staged import TorchOptions
-from fewstep.staged.bare import init_from_config, init_on_meta
-from fewstep.staged.load import staged
-from fewstep.staged.model import Codec, OffloadedVelocity
-from fewstep.staged.outline import SD35_MEDIUM, ModelSpec
-from fewstep.staged.student import Student
-from fewstep.staged.text import CachedTextEncoder
+from fewstep.families.safetensors_reader import Weights, tied
+from fewstep.families.spec import SD35_MEDIUM, ModelSpec
+from fewstep.images.psnr import psnr
+from fewstep.inference.load import staged
+from fewstep.inference.meta_init import init_from_config, init_on_meta
+from fewstep.inference.offloaded import Codec, OffloadedVelocity
+from fewstep.inference.options import TorchOptions
+from fewstep.inference.prompt_cache import CachedTextEncoder
+from fewstep.inference.student_weights import Student
+from fewstep.pipeline.pipeline import Pipeline
+from fewstep.pocket.config import byte_tokenizer
 
 PROMPT = "a red apple on a wooden table, morning light"
 STEPS = 4

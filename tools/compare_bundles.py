@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fewstep import sample, times
+from fewstep.core import sampling, schedule
+from fewstep.core.guidance import Guided
+from fewstep.core.types import Model
 from fewstep.families import sd3
-from fewstep.guide import Guided
 from fewstep.runtime.bundle import read
 from fewstep.runtime.model import open_bundle
-from fewstep.types import Model
 
 PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
 STEPS = 4
@@ -31,8 +31,8 @@ def draw(model: Model) -> np.ndarray:
     cond, velocity = model.text(PROMPTS), model.velocity
     if model.guidance is not None:
         velocity = Guided(velocity, model.text([""]), model.guidance)
-    noise = model.from_numpy(sample.batch_noise(range(len(PROMPTS)), model.latent))
-    latents = sample.sample_flow(velocity, noise, times.grid(STEPS, model.shift), cond)
+    noise = model.from_numpy(sampling.batch_noise(range(len(PROMPTS)), model.latent))
+    latents = sampling.sample_flow(velocity, noise, schedule.grid(STEPS, model.shift), cond)
     images = np.asarray(model.to_numpy(model.codec.decode(latents)), np.float32)
     return images.clip(-1, 1) * 127.5 + 127.5
 
@@ -40,8 +40,8 @@ def draw(model: Model) -> np.ndarray:
 def stages(model: Model) -> list[float]:
     """Least milliseconds of one prompt's text, one step of one picture, and its decoder."""
     cond = model.text(PROMPTS[:1])
-    x: Any = model.from_numpy(sample.batch_noise([0], model.latent))
-    step = sample.prepare_steps(model.velocity, [0.75], cond)[0]
+    x: Any = model.from_numpy(sampling.batch_noise([0], model.latent))
+    step = sampling.prepare_steps(model.velocity, [0.75], cond)[0]
     done: list[float] = []
     for action in (lambda: model.text(PROMPTS[:1]), lambda: step(x), lambda: model.codec.decode(x)):
         taken: list[float] = []

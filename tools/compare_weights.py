@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fewstep import sample, times
-from fewstep.deploy.common import graphs
-from fewstep.deploy.common.weights import quantize_weights, to_int8
-from fewstep.families import Family, sd3
-from fewstep.runtime.graph import ort
+from fewstep.core import sampling, schedule
+from fewstep.export.common import graphs
+from fewstep.export.common.onnx_quantize import quantize_weights, to_int8
+from fewstep.families import sd3
+from fewstep.families.base import Family
+from fewstep.runtime.ort import ort
 
 PROMPTS = ["a red apple, 3D style", "a cat face, flat style", "two blue books", "noto style guitar"]
 ROUNDS = 6
@@ -130,8 +131,8 @@ def draw(net: Any, family: Family, cond: Any, rows: slice) -> np.ndarray:
     def velocity(x: Any, t: Any, c: Any) -> Any:
         return net.run(None, {"x": x, "t": t, "context": c.context, "pooled": c.pooled})[0]
 
-    noise = sample.batch_noise(range(len(PROMPTS)), family.latent)[rows]
-    latents = sample.sample_flow(velocity, noise, times.grid(4, family.shift), cond[rows])
+    noise = sampling.batch_noise(range(len(PROMPTS)), family.latent)[rows]
+    latents = sampling.sample_flow(velocity, noise, schedule.grid(4, family.shift), cond[rows])
     with torch.no_grad():
         images = family.codec.decode(torch.from_numpy(latents)).numpy()
     return images.clip(-1, 1) * 127.5 + 127.5
@@ -161,7 +162,7 @@ def main() -> None:
         steps = []
         for batch in (1, 4):
             feeds = {
-                "x": sample.batch_noise(range(batch), family.latent),
+                "x": sampling.batch_noise(range(batch), family.latent),
                 "t": np.full(batch, 0.75, np.float32),
                 "context": cond.context[:batch],
                 "pooled": cond.pooled[:batch],

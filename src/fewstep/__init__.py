@@ -15,19 +15,19 @@ TYPE_CHECKING = False  # importing typing takes longer than all else here
 if TYPE_CHECKING:
     from typing import Any
 
-    from fewstep.picture import save
-    from fewstep.pipeline import Pipeline
-    from fewstep.source import load
-    from fewstep.types import UserError
+    from fewstep.core.types import UserError
+    from fewstep.images.io import save
+    from fewstep.pipeline.loading import load
+    from fewstep.pipeline.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "UserError", "__version__", "load", "save"]
 
 _HOMES = {
-    "Pipeline": "fewstep.pipeline",
-    "UserError": "fewstep.types",
-    "load": "fewstep.source",
-    "save": "fewstep.picture",
+    "Pipeline": "fewstep.pipeline.pipeline",
+    "UserError": "fewstep.core.types",
+    "load": "fewstep.pipeline.loading",
+    "save": "fewstep.images.io",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.cli import main
+from fewstep.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import tiny
-from fewstep.bench import floor, plot
-from fewstep.bench.device import DevicePeak
-from fewstep.bench.measure import psnr
-from fewstep.cli import run
-from fewstep.extras import install
+from fewstep.bench import plot, roofline
+from fewstep.bench.hardware import DevicePeak
+from fewstep.bench.run import psnr
+from fewstep.cli.app import run
+from fewstep.core.optional import install
 from fewstep.families import sd3
 from fewstep.runtime.bundle import write_manifest
 from tiny_bundle import write_bundle, write_openvino_bundle
@@ -49,9 +49,9 @@ def test_a_graphs_work_is_its_products(tmp_path: Path) -> None:
         ],
     )  # fmt: skip
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
-    work = floor.count(tmp_path / "g.onnx", 7)
+    work = roofline.count(tmp_path / "g.onnx", 7)
     operations = 2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9)
-    assert work == floor.GraphCost(
+    assert work == roofline.GraphCost(
         operations, 4 * (6 * 4 + 8 * 4 * 9)
     )  # float32, as the session unpacks them
     assert work.seconds(DevicePeak(1e3, 1e9)) == work.operations / 1e3
@@ -75,8 +75,8 @@ def test_openvino_reads_its_weights_as_they_are_stored(tmp_path: Path) -> None:
     for _ in range(64):  # what two ways lead to is looked at once, not 2^64 times
         y = ops.add(y, y)
     openvino.save_model(openvino.Model([y], [x]), tmp_path / "g.xml", compress_to_fp16=False)
-    work = floor.count_openvino(tmp_path / "g.xml", 7)
-    assert work == floor.GraphCost(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
+    work = roofline.count_openvino(tmp_path / "g.xml", 7)
+    assert work == roofline.GraphCost(2 * 7 * (25 * 6 * 4 + 9 * 8 * 4 * 9), 24 // 2 + 4 * 4 + 2 * 8 * 4 * 9)
 
 
 def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_engine_whose_graphs_cannot_be_counted_has_no_floor(tmp_path: Path) -
         path.rename(path.with_suffix(".pte"))
     told = {key: value for key, value in told.items() if key not in ("format", "files")}
     write_manifest(folder, told | {"engine": "executorch"})
-    assert floor.bundle_cost(folder, 1, 4) == {}
+    assert roofline.bundle_cost(folder, 1, 4) == {}
 
 
 @needs_openvino

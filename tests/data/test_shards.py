@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep import cli
-from fewstep.data import shards, stickers
-from fewstep.data.compose import Composer
-from fewstep.data.concepts import Concept, held_out, held_out_scene
-from fewstep.data.render import Renderings
-from fewstep.types import UserError
+from fewstep.cli import app as cli
+from fewstep.core.types import UserError
+from fewstep.data import shards
+from fewstep.pocket import stickers
+from fewstep.pocket.compose import Composer
+from fewstep.pocket.concepts import Concept, held_out, held_out_scene
+from fewstep.pocket.render import Renderings
 
 
 def renderings() -> Renderings:

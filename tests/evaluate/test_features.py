@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from drawn import COLOURS, SHAPES, STYLES, picture
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from fewstep.evaluate.features import NAME, OpenNsfwPool
 from fewstep.evaluate.kid import kid
+from painted import COLOURS, SHAPES, STYLES, picture
 
 Images = NDArray[np.uint8]
 

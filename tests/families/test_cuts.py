@@ -11,11 +11,12 @@ import pytest
 
 import tiny
 import tiny_flux
-from fewstep.families import Family, common, flux, sd3
-from fewstep.families.pocket import byte_tokenizer
-from fewstep.pipeline import Pipeline
-from fewstep.runtime.tokens import PromptWarning
-from fewstep.train.captions import encode
+from fewstep.families import common, flux, sd3
+from fewstep.families.base import Family
+from fewstep.pipeline.pipeline import Pipeline
+from fewstep.pocket.config import byte_tokenizer
+from fewstep.runtime.tokenizer import PromptWarning
+from fewstep.train.text_cache import encode
 
 LONG = "a red apple on a table " * 40
 READ = tiny.LENGTH - 2

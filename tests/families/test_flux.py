@@ -18,13 +18,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 import fewstep
 import tiny
 import tiny_flux
-from fewstep import cli, families, flow, picture, sample, source, times
-from fewstep.families import Family, flux, sd3
-from fewstep.methods import Method
-from fewstep.methods.finetune import Finetune
+from fewstep.cli import app as cli
+from fewstep.core import flow, sampling, schedule
+from fewstep.core.types import Batch, Codec, TextEncoder, UserError, Velocity
+from fewstep.families import base as families
+from fewstep.families import flux, sd3
+from fewstep.families.base import Family
+from fewstep.families.schedulers import schedule_shift
+from fewstep.images import io as image_io
+from fewstep.methods.base import Method
+from fewstep.methods.flow_matching import Finetune
 from fewstep.methods.trajectory import Trajectory
-from fewstep.train.trainer import draw
-from fewstep.types import Batch, Codec, TextEncoder, UserError, Velocity
+from fewstep.pipeline import loading
+from fewstep.train.train_step import draw
 
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
 kinds = pytest.mark.parametrize("kind", tiny_flux.KINDS)
@@ -50,8 +56,8 @@ def stock(pipe: Any, noise: np.ndarray, steps: int, guidance: float = 3.5) -> tu
 
 def ours(family: Family, noise: np.ndarray, steps: int) -> tuple[Any, Any]:
     with torch.no_grad():
-        grid = times.grid(steps, family.shift)
-        latents = sample.sample_flow(family.velocity, family.from_numpy(noise), grid, family.text(PROMPTS))
+        grid = schedule.grid(steps, family.shift)
+        latents = sampling.sample_flow(family.velocity, family.from_numpy(noise), grid, family.text(PROMPTS))
         return latents, (family.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
@@ -66,7 +72,7 @@ CASES = {
 @pytest.mark.parametrize(("kind", "steps", "guidance", "shape"), CASES.values(), ids=CASES)
 def test_a_walk_is_the_stock_pipelines(kind: str, steps: int, guidance: float, shape: Any) -> None:
     family = small(kind, guidance=guidance)
-    noise = sample.batch_noise([1, 2], shape)
+    noise = sampling.batch_noise([1, 2], shape)
     theirs = stock(FluxPipeline(**family.parts), noise, steps, guidance)
     mine = ours(family, noise, steps)
     assert theirs[0].std() > 0.1  # a walk that went somewhere
@@ -77,7 +83,7 @@ def test_a_walk_is_the_stock_pipelines(kind: str, steps: int, guidance: float, s
 @pytest.mark.parametrize(("kind", "heard"), [("dev", True), ("schnell", False)])
 def test_only_a_net_with_embedded_guidance_hears_it(kind: str, heard: bool) -> None:
     family = small(kind)
-    x, cond = family.from_numpy(sample.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
+    x, cond = family.from_numpy(sampling.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
     t = flow.expand_time(0.5, x)
     v, other = family.velocity(x, t, cond), flux.NetVelocity(family.net, 1.0)(x, t, cond)
     assert ((v - other).abs().max() > 1e-4) == heard
@@ -105,11 +111,11 @@ SHIFTS = {
 @pytest.mark.parametrize(("options", "tokens", "s"), SHIFTS.values(), ids=SHIFTS)
 def test_the_shift_is_the_schedulers(options: dict[str, Any], tokens: int, s: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
-    found = flux.schedule_shift(scheduler.config, tokens)
+    found = schedule_shift(scheduler.config, tokens)
     assert found == pytest.approx(s)
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     scheduler.set_timesteps(sigmas=list(np.linspace(1, 1 / 5, 5)), mu=mu)
-    assert scheduler.sigmas.tolist() == pytest.approx(times.grid(5, found), abs=1e-6)
+    assert scheduler.sigmas.tolist() == pytest.approx(schedule.grid(5, found), abs=1e-6)
 
 
 @kinds
@@ -169,7 +175,7 @@ def test_saved_folders_load_here_and_in_stock_diffusers(saved: tuple[Family, Pat
     again = flux.load(folder)
     for fact in ("name", "steps", "guidance", "latent", "shift"):
         assert getattr(again, fact) == getattr(family, fact)
-    noise = sample.batch_noise([1, 2], family.latent)
+    noise = sampling.batch_noise([1, 2], family.latent)
     x, cond = family.from_numpy(noise), family.text(PROMPTS)
     t = flow.expand_time(0.7, x)
     before = family.velocity(x, t, cond)
@@ -186,7 +192,7 @@ def test_half_precision_keeps_float32_latents(saved: tuple[Family, Path]) -> Non
     half.net.register_forward_pre_hook(
         lambda module, args, options: seen.append(options["timestep"]), with_kwargs=True
     )
-    x, cond = family.from_numpy(sample.batch_noise([1], family.latent)), family.text(PROMPTS[:1])
+    x, cond = family.from_numpy(sampling.batch_noise([1], family.latent)), family.text(PROMPTS[:1])
     t = torch.tensor([0.74925])
     v = half.velocity(x, t, half.text(PROMPTS[:1]))
     assert (v.dtype, seen[0].dtype) == (torch.float32, torch.float32)
@@ -217,10 +223,10 @@ def test_a_hub_model_finds_its_family_by_its_index(
     saved: tuple[Family, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(saved[1] / file))
-    assert source._family("org/model", Path("org/model")) is flux
+    assert loading._family("org/model", Path("org/model")) is flux
     monkeypatch.undo()
     with pytest.raises(UserError, match="the hub cannot be asked"):
-        source._family("nobody/nothing", Path("nobody/nothing"))
+        loading._family("nobody/nothing", Path("nobody/nothing"))
 
 
 def test_an_incomplete_folder_is_one_clear_line(saved: tuple[Family, Path], tmp_path: Path) -> None:
@@ -258,9 +264,9 @@ def test_a_folder_draws_pictures(saved: tuple[Family, Path]) -> None:
     pipe = fewstep.load(folder)
     images = pipe(PROMPTS, seed=1, steps=2)
     with torch.no_grad():
-        x = family.from_numpy(sample.batch_noise([1, 1], family.latent))
-        x = sample.sample_flow(family.velocity, x, times.grid(2, family.shift), family.text(PROMPTS))
-        expected = picture.to_images(family.to_numpy(family.codec.decode(x)))
+        x = family.from_numpy(sampling.batch_noise([1, 1], family.latent))
+        x = sampling.sample_flow(family.velocity, x, schedule.grid(2, family.shift), family.text(PROMPTS))
+        expected = image_io.to_images(family.to_numpy(family.codec.decode(x)))
     for image, other in zip(images, expected, strict=True):
         assert image.size == (64, 64)
         assert abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
@@ -280,15 +286,15 @@ def test_embedded_guidance_is_a_dial(tmp_path: Path, options: Any) -> None:
     for scale, number in ((6.0, numbers[2]), (1.0, numbers[3])):
         assert abs(number - numbers[0]).max() > 1
         with torch.no_grad():
-            noise = family.from_numpy(sample.batch_noise([1], family.latent))
-            grid, cond = times.grid(3, family.shift), family.text(PROMPTS[:1])
-            x = sample.sample_flow(family.with_guidance(scale).velocity, noise, grid, cond)
-            expected = np.asarray(picture.to_images(family.to_numpy(family.codec.decode(x)))[0]).astype(int)
+            noise = family.from_numpy(sampling.batch_noise([1], family.latent))
+            grid, cond = schedule.grid(3, family.shift), family.text(PROMPTS[:1])
+            x = sampling.sample_flow(family.with_guidance(scale).velocity, noise, grid, cond)
+            expected = np.asarray(image_io.to_images(family.to_numpy(family.codec.decode(x)))[0]).astype(int)
         assert abs(number - expected).max() <= 1
 
 
-def _record(image: Any) -> picture.Record:
-    return picture.Record.parse(image.info["fewstep"])
+def _record(image: Any) -> image_io.Record:
+    return image_io.Record.parse(image.info["fewstep"])
 
 
 def test_embedded_guidance_starts_from_what_the_folder_says(tmp_path: Path) -> None:
@@ -310,7 +316,7 @@ def test_the_command_line_follows_guidance_and_from_repeats_it(tmp_path: Path) -
     assert cli.run(["generate", "--from", str(first), "-o", str(second)]) == 0
     assert cli.run([*asked, "-o", str(plain)]) == 0
     assert second.read_bytes() == first.read_bytes()
-    assert picture.open_image(plain).tobytes() != picture.open_image(first).tobytes()
+    assert image_io.open_image(plain).tobytes() != image_io.open_image(first).tobytes()
     assert cli.run([*asked, "--negative-prompt", "blurry", "-o", str(tmp_path / "none.png")]) == 2
 
 
@@ -319,20 +325,20 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
     path = tmp_path / "cat.png"
     asked = ["generate", "a cat", "--model", str(tmp_path / "m"), "--seed", "1", "-o", str(path)]
     assert cli.run(asked) == 0
-    record = picture.Record.parse(picture.open_image(path).info["fewstep"])
+    record = image_io.Record.parse(image_io.open_image(path).info["fewstep"])
     assert (record.steps, record.guidance, record.size) == (28, 3.5, (64, 64))
 
 
 def finetuning(family: Family, net: Any) -> tuple[Method, Any]:
-    x = family.from_numpy(sample.batch_noise([1, 2], family.latent))
+    x = family.from_numpy(sampling.batch_noise([1, 2], family.latent))
     return Finetune(net, flux.NetVelocity(net)), Batch(x, family.text(PROMPTS))
 
 
 def following(family: Family, net: Any) -> tuple[Method, Any]:
     """A move of the teacher in two steps, for the student to make in one."""
-    x, cond = family.from_numpy(sample.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
+    x, cond = family.from_numpy(sampling.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
     with torch.no_grad():
-        end = sample.sample_flow(family.velocity, x, [1.0, 0.9, 0.8], cond)
+        end = sampling.sample_flow(family.velocity, x, [1.0, 0.9, 0.8], cond)
     batch = Batch(end, cond, (), torch.stack([x, end], 1))
     return Trajectory(net, flux.NetVelocity(net), [1.0, 0.8]), batch
 

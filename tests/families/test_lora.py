@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_layouts as layouts
-from fewstep.families import lora
-from fewstep.families.lora_alpha import FILE, PEFT_CONFIG, PEFT_FILE
-from fewstep.families.lora_file import read
-from fewstep.families.lora_layers import resolve
-from fewstep.types import UserError
+from fewstep.core.types import UserError
+from fewstep.families.lora import adapters
+from fewstep.families.lora.alpha import FILE, PEFT_CONFIG, PEFT_FILE
+from fewstep.families.lora.file import read
+from fewstep.families.lora.layers import resolve
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj")
 BLOCK = (*ATTENTION, "attn.add_v_proj", "attn.to_add_out", "ff.net.2", "norm1_context.linear")
@@ -42,9 +42,9 @@ LAYER = "transformer_blocks.0.attn.to_q"
 def deltas(path: Path, kind: str = "sd3", weight: float = 1.0) -> dict[str, torch.Tensor]:
     """What a file adds to a model's weights: ``part.layer`` -> ``[out, in]``."""
     parts = MODELS[kind]
-    updates = lora.updates_of([f"{path}:{weight}"], kind, parts.get)
+    updates = adapters.updates_of([f"{path}:{weight}"], kind, parts.get)
     return {
-        f"{part}.{layer}": lora.added(torch.zeros(parts[part][layer]), each, torch.float32)
+        f"{part}.{layer}": adapters.added(torch.zeros(parts[part][layer]), each, torch.float32)
         for part, layers in updates.items()
         for layer, each in layers.items()
     }
@@ -106,7 +106,7 @@ def test_a_configuration_beside_diffusers_own_file(tmp_path: Path) -> None:
     factors, expected = one(3)
     path = layouts.write(tmp_path / FILE, layouts.diffusers(factors))
     (tmp_path / PEFT_CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 12}))
-    with pytest.warns(lora.LoraWarning, match="alpha is taken from"):
+    with pytest.warns(adapters.LoraWarning, match="alpha is taken from"):
         assert_adds(path, expected)
 
 
@@ -141,7 +141,7 @@ def test_a_tensor_is_alpha(alpha: torch.Tensor, tmp_path: Path) -> None:
         assert_adds(layouts.write(tmp_path / f"{name}.safetensors", made), expected)
 
 
-@pytest.mark.filterwarnings("ignore::fewstep.families.lora.LoraWarning")
+@pytest.mark.filterwarnings("ignore::fewstep.families.lora.adapters.LoraWarning")
 def test_kohyas_header_is_alpha_only_where_nothing_else_is(tmp_path: Path) -> None:
     factors, _ = one()
     said = {"ss_network_alpha": "2.0", "ss_network_dim": "4"}
@@ -168,7 +168,7 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
     }
     for words, file in files.items():
         path = file if isinstance(file, Path) else layouts.write(tmp_path / "a.safetensors", *file)
-        with pytest.warns(lora.LoraWarning, match=words):
+        with pytest.warns(adapters.LoraWarning, match=words):
             deltas(path)
 
 
@@ -292,18 +292,18 @@ def test_a_convolution(tmp_path: Path) -> None:
     expected = weight + torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
     tensors = {"lora_unet_x_embedder_proj.lora_down.weight": a, "lora_unet_x_embedder_proj.lora_up.weight": b}
     path = layouts.write(tmp_path / "a.safetensors", tensors)
-    update = lora.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"]["pos_embed.proj"]
-    assert torch.allclose(lora.added(weight, update, torch.float32), expected, atol=1e-5)
+    update = adapters.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"]["pos_embed.proj"]
+    assert torch.allclose(adapters.added(weight, update, torch.float32), expected, atol=1e-5)
 
 
 def test_rows_are_added_piece_by_piece_to_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(one()[0]))
-    update = lora.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"][LAYER]
+    update = adapters.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"][LAYER]
     weight = torch.randn(16, 16).bfloat16()
-    whole = {kind: lora.added(weight.clone(), update, kind) for kind in (torch.float32, torch.bfloat16)}
-    monkeypatch.setattr(lora, "CHUNK", 40)
+    whole = {kind: adapters.added(weight.clone(), update, kind) for kind in (torch.float32, torch.bfloat16)}
+    monkeypatch.setattr(adapters, "CHUNK", 40)
     for kind, expected in whole.items():
-        found = lora.added(weight.clone(), update, kind)
+        found = adapters.added(weight.clone(), update, kind)
         assert found.dtype == kind and torch.allclose(found.float(), expected.float(), atol=1e-2)
     assert (whole[torch.float32] - weight.float() - one()[1]).abs().max() < 1e-5
 
@@ -366,7 +366,7 @@ def test_what_is_not_followed_is_refused_by_name(words: str, tmp_path: Path) -> 
 def test_tensors_of_nought_beside_change_nothing(tmp_path: Path) -> None:
     more = {f"{K}.diff_b": torch.zeros(16), f"transformer.{LAYER}.lora_B.bias": torch.zeros(16)}
     path = layouts.write(tmp_path / "a.safetensors", PLAIN | more)
-    with pytest.warns(lora.LoraWarning, match="is not used: it holds nought alone"):
+    with pytest.warns(adapters.LoraWarning, match="is not used: it holds nought alone"):
         assert_adds(path, B @ A)
 
 
@@ -450,7 +450,7 @@ def test_an_alpha_that_may_be_of_a_layer_is_refused(name: str, tmp_path: Path) -
     with pytest.raises(UserError, match="may be a scale and is not followed"):
         deltas(layouts.write(path, PLAIN | {name: torch.tensor(16.0)}))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lora.LoraWarning)
+        warnings.simplefilter("ignore", adapters.LoraWarning)
         assert_adds(layouts.write(path, PLAIN | {name: torch.tensor(4.0)}), B @ A)
 
 
@@ -538,7 +538,7 @@ HARMLESS: tuple[dict[str, Any], ...] = (
 def test_a_header_that_says_no_other_scale_is_taken_silently(header: dict[str, Any], tmp_path: Path) -> None:
     said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", lora.LoraWarning)
+        warnings.simplefilter("error", adapters.LoraWarning)
         assert_adds(layouts.write(tmp_path / "a.safetensors", PLAIN, said), B @ A)
 
 
@@ -546,7 +546,7 @@ def test_a_header_beside_tensors_of_alpha_informs_in_kohyas_layout_alone(tmp_pat
     factors, expected = one(1.5)
     said = {"ss_network_alpha": "16", "ss_network_args": json.dumps({"rs_lora": "True", "conv_alpha": "1"})}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", lora.LoraWarning)
+        warnings.simplefilter("error", adapters.LoraWarning)
         assert_adds(layouts.write(tmp_path / "a.safetensors", layouts.kohya(factors, 6), said), expected)
     alpha = {f"transformer.{LAYER}.alpha": torch.tensor(6.0)}
     for tensors, header in ((PLAIN | alpha, said), (layouts.kohya(factors, 6), {"lora_alpha": "16"})):
@@ -568,14 +568,14 @@ def test_a_folder_is_searched(tmp_path: Path) -> None:
     for name in (FILE, PEFT_FILE, f"lora/{FILE}", "anything.safetensors"):
         folder = tmp_path / name.replace("/", "-")
         path = layouts.write(folder / name, PLAIN)
-        assert lora.find(folder) == path == lora.find(path)
+        assert adapters.find(folder) == path == adapters.find(path)
     layouts.write(folder / "second.safetensors", PLAIN)
     with pytest.raises(UserError, match="several"):
-        lora.find(folder)
+        adapters.find(folder)
     with pytest.raises(UserError, match=r"cannot be read|there is no LoRA"):
-        lora.find(Path("a" * 5000))
+        adapters.find(Path("a" * 5000))
     with pytest.raises(UserError, match=r"cannot be read|there is no LoRA"):
-        lora.find(Path("a\0b"))
+        adapters.find(Path("a\0b"))
 
 
 def test_file_and_weight_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,8 +597,8 @@ def test_file_and_weight_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
         r"C:\x.safetensors:0.7": (r"C:\x.safetensors", 0.7),
     }
     for text, (name, weight) in cases.items():
-        assert lora.parsed(text) == (name, weight)
-        assert lora.parsed(lora.specs(text)[0]) == (name, weight)
+        assert adapters.parsed(text) == (name, weight)
+        assert adapters.parsed(adapters.specs(text)[0]) == (name, weight)
     for text in (
         "a.safetensors:nan",
         "a.safetensors:inf",
@@ -608,17 +608,17 @@ def test_file_and_weight_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
         ":0.5",
     ):
         with pytest.raises(UserError, match="--lora"):
-            lora.parsed(text)
+            adapters.parsed(text)
 
 
 def test_python_gives_text_paths_and_pairs() -> None:
-    assert lora.specs(None) == () == lora.specs([])
-    assert lora.specs(["a:0.5", Path("b"), ("c", 2)]) == ("a:0.5", "b:1.0", "c:2.0")
-    assert lora.specs(("a", 0.5)) == ("a:0.5",)
-    assert lora.specs(("a", "b")) == ("a:1.0", "b:1.0")
+    assert adapters.specs(None) == () == adapters.specs([])
+    assert adapters.specs(["a:0.5", Path("b"), ("c", 2)]) == ("a:0.5", "b:1.0", "c:2.0")
+    assert adapters.specs(("a", 0.5)) == ("a:0.5",)
+    assert adapters.specs(("a", "b")) == ("a:1.0", "b:1.0")
     for bad in (3, [3], [("a", "x")], [("a", math.nan)], [(1, 2)], [("a", 1, 2)]):
         with pytest.raises(UserError):
-            lora.specs(bad)
+            adapters.specs(bad)
 
 
 # --- any file ---

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 import tiny
-from fewstep.cli import run
+from fewstep.cli.app import run
+from fewstep.core.types import UserError
 from fewstep.families import sd3
-from fewstep.nets.roles import LoRARoles
-from fewstep.source import load_family
-from fewstep.types import UserError
+from fewstep.modules.lora import LoRARoles
+from fewstep.pipeline.loading import load_family
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_net_that_gives_nan_or_infinity_is_one_line_and_no_file(
 
 
 def test_previews_and_sheets_of_nan_are_lines_too(tmp_path: Path, base: Path) -> None:
-    from fewstep.recipes.parts import decode_uint8
+    from fewstep.pocket.assemble import decode_uint8
 
     folder = _spoilt(base, tmp_path / "m", "transformer", "proj_out.bias", float("nan"))
     caught: list[str] = []

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import tiny
+from fewstep.core.types import UserError
 from fewstep.families import sd3
-from fewstep.source import load_family
-from fewstep.types import UserError
+from fewstep.pipeline.loading import load_family
 
 
 class Bomb:

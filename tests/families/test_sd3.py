@@ -13,10 +13,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import tiny
-from fewstep import sample, times
-from fewstep.families import Family, sd3
-from fewstep.guide import Guided
-from fewstep.types import Codec, TextEncoder, UserError, Velocity
+from fewstep.core import sampling, schedule
+from fewstep.core.guidance import Guided
+from fewstep.core.types import Codec, TextEncoder, UserError, Velocity
+from fewstep.families import sd3
+from fewstep.families.base import Family
 
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
 SCALE = 4.5
@@ -54,8 +55,8 @@ def stock(family: Family, noise: np.ndarray, t5_length: int, negative: str = "")
 def ours(family: Family, noise: np.ndarray, negative: str = "") -> tuple[Any, Any]:
     with torch.no_grad():
         guided = Guided(family.velocity, family.text([negative]), SCALE)
-        grid = times.diffusers_grid(28, family.shift)
-        latents = sample.sample_flow(guided, family.from_numpy(noise), grid, family.text(PROMPTS))
+        grid = schedule.diffusers_grid(28, family.shift)
+        latents = sampling.sample_flow(guided, family.from_numpy(noise), grid, family.text(PROMPTS))
         return latents, (family.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
@@ -70,7 +71,7 @@ CASES = {
 @pytest.mark.parametrize(("options", "t5_length", "shape"), CASES.values(), ids=CASES)
 def test_28_guided_steps_are_the_stock_pipelines(options: Any, t5_length: int, shape: Any) -> None:
     family = small(**options)
-    noise = sample.batch_noise([1, 2], shape)
+    noise = sampling.batch_noise([1, 2], shape)
     theirs, mine = stock(family, noise, t5_length), ours(family, noise)
     assert theirs[0].std() > 0.1  # a walk that went somewhere
     for a, b in zip(theirs, mine, strict=True):
@@ -79,7 +80,7 @@ def test_28_guided_steps_are_the_stock_pipelines(options: Any, t5_length: int, s
 
 def test_a_negative_prompt_is_the_stock_pipelines() -> None:
     family = small()
-    noise = sample.batch_noise([3, 4], family.latent)
+    noise = sampling.batch_noise([3, 4], family.latent)
     theirs, mine = stock(family, noise, tiny.LENGTH, "blurry"), ours(family, noise, "blurry")
     assert (theirs[0] - mine[0]).abs().max() < 1e-4
     assert (mine[0] - ours(family, noise)[0]).abs().max() > 1e-3
@@ -88,11 +89,11 @@ def test_a_negative_prompt_is_the_stock_pipelines() -> None:
 def test_our_even_grid_ends_elsewhere_but_near() -> None:
     """Why ``diffusers_grid`` exists: the plain grid is another discretisation of the same flow."""
     family = small()
-    noise, cond = family.from_numpy(sample.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
+    noise, cond = family.from_numpy(sampling.batch_noise([1, 2], family.latent)), family.text(PROMPTS)
     with torch.no_grad():
         even, stocks, one = (
-            sample.sample_flow(family.velocity, noise, grid, cond)
-            for grid in (times.grid(28), times.diffusers_grid(28), times.grid(1))
+            sampling.sample_flow(family.velocity, noise, grid, cond)
+            for grid in (schedule.grid(28), schedule.diffusers_grid(28), schedule.grid(1))
         )
     gap = (even - stocks).abs().max()
     assert 1e-4 < gap < 0.2 * (one - stocks).abs().max()
@@ -144,7 +145,7 @@ def test_half_precision_keeps_float32_times_and_latents(tmp_path: Path) -> None:
     half = sd3.load(tmp_path / "m", dtype="bfloat16")
     seen: list[Any] = []
     half.net.time_text_embed.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    x, t = torch.from_numpy(sample.batch_noise([1], family.latent)), torch.tensor([0.74925])
+    x, t = torch.from_numpy(sampling.batch_noise([1], family.latent)), torch.tensor([0.74925])
     cond = family.text(PROMPTS[:1])
     v = half.velocity(x, t, cond)
     assert v.dtype == torch.float32
@@ -161,7 +162,7 @@ def test_saved_folders_load_here_and_in_stock_diffusers(tmp_path: Path, with_t5:
     sd3.save(family, tmp_path / "sub" / "m")
     again = sd3.load(tmp_path / "sub" / "m")
     assert (again.name, again.steps, again.guidance, again.shift) == ("mine", 4, None, 3.0)
-    noise = sample.batch_noise([1, 2], family.latent)
+    noise = sampling.batch_noise([1, 2], family.latent)
     before = ours(family, noise)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         kept, read = (f.parts[name].state_dict() for f in (family, again))

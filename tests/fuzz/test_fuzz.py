@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mutated import broken, documents
 
 import fewstep
-from fewstep.cli import run
-from fewstep.types import UserError
+from fewstep.cli.app import run
+from fewstep.core.types import UserError
+from mutated import broken, documents
 
 CASES = int(os.environ.get("FEWSTEP_FUZZ", "0"))
 SECONDS = 30
@@ -237,7 +237,7 @@ def write_samples(folder: Path) -> None:
     "names", [("plan.json",), ("null.npz", "synthetic-00000.tar", "synthetic-00001.tar")]
 )
 def test_samples(tmp_path: Path, names: tuple[str, ...]) -> None:
-    from fewstep.data.synthesis.read import TeacherSamples
+    from fewstep.data.teacher_samples.read import TeacherSamples
 
     write_samples(tmp_path)
 
@@ -292,7 +292,7 @@ def test_diffusers_folder(models: dict[str, Path], tmp_path: Path, kind: str, na
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 @pytest.mark.parametrize("names", [CONFIGS, WEIGHTS], ids=["configs", "weights"])
 def test_family_of_a_folder(models: dict[str, Path], kind: str, names: tuple[str, ...]) -> None:
-    from fewstep.source import load_family
+    from fewstep.pipeline.loading import load_family
 
     def read() -> None:
         family = load_family(str(models[kind]))
@@ -332,10 +332,10 @@ def test_lora(models: dict[str, Path], tmp_path: Path) -> None:
 def test_single_file(models: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from fewstep.deploy.common.stability import checkpoint
+    from fewstep.export.common.sd3_keys import checkpoint
     from fewstep.families import sd3
-    from fewstep.families.folder import torch_dtype
-    from fewstep.families.single import read_single
+    from fewstep.families.diffusers_io import torch_dtype
+    from fewstep.families.single_file import read_single
 
     path = tmp_path / "one.safetensors"
     tensors = checkpoint(sd3.load(models["sd3"]).parts)
@@ -350,7 +350,7 @@ def test_single_file(models: dict[str, Path], tmp_path: Path) -> None:
 
 def test_run_folder(tmp_path: Path) -> None:
     from fewstep.train import checkpoint
-    from fewstep.train.best import read
+    from fewstep.train.best_checkpoint import read
     from fewstep.train.log import Log
 
     about = {"recipe": "r", "made_of": {"teacher": "t"}, "device": "cpu", "versions": {"torch": "2"}}
@@ -383,7 +383,7 @@ def test_shards(tmp_path: Path) -> None:
     from PIL import Image
 
     from fewstep.data import shards
-    from fewstep.data.texts import truths_of
+    from fewstep.pocket.labelled_captions import truths_of
 
     image = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
     truth = {"prompt": "a cat", "objects": [{"concept": "cat", "style": "3d"}], "ground": "white"}
@@ -399,8 +399,8 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_facts_in_a_shard(tmp_path: Path) -> None:
     from fewstep.data import shards
-    from fewstep.data.concepts import Concept
-    from fewstep.data.texts import captions
+    from fewstep.pocket.concepts import Concept
+    from fewstep.pocket.labelled_captions import captions
 
     truth = {"prompt": "a cat", "objects": [{"concept": "cat", "style": "3d"}], "ground": "white"}
     (tmp_path / "x.json").write_text(json.dumps(truth))
@@ -417,7 +417,7 @@ def test_facts_in_a_shard(tmp_path: Path) -> None:
 
 
 def test_renderings(tmp_path: Path) -> None:
-    from fewstep.data import render
+    from fewstep.pocket import render
 
     concept = {
         "name": "cat",
@@ -438,13 +438,15 @@ def test_renderings(tmp_path: Path) -> None:
 def test_images(tmp_path: Path, end: str) -> None:
     from PIL import Image
 
-    from fewstep import picture
+    from fewstep.images import io as image_io
 
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.int64).reshape(32, 32, 3).astype(np.uint8))
     image.save(tmp_path / f"x.{end}")
     path = tmp_path / f"x.{end}"
     Format(
-        tmp_path, (path.name,), lambda: picture.center_crop_resize(picture.open_image(path), (16, 16)) is None
+        tmp_path,
+        (path.name,),
+        lambda: image_io.center_crop_resize(image_io.open_image(path), (16, 16)) is None,
     ).check(20)
 
 
@@ -497,8 +499,8 @@ def test_prompts(tmp_path: Path) -> None:
 
 
 def test_notes_of_trainings(tmp_path: Path) -> None:
-    from fewstep.recipes.processes import read_cost
-    from fewstep.recipes.table import document, read_results
+    from fewstep.experiments.report import document, read_results
+    from fewstep.experiments.subprocesses import read_cost
 
     run_ = tmp_path / "a.4.0"
     run_.mkdir()
@@ -555,7 +557,7 @@ def test_records_of_bench(tmp_path: Path) -> None:
 
 
 def test_detector_of_scenes(tmp_path: Path) -> None:
-    from fewstep.evaluate.detector import BoxDetector
+    from fewstep.pocket.detector import BoxDetector
 
     source = Path(fewstep.__file__).parents[2] / "models" / "scene-detector"
     if not source.is_dir():

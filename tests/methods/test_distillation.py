@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import flow, losses
-from fewstep.methods import Update
+from fewstep.core import flow, losses
+from fewstep.core.types import Batch, BatchSlice, UserError
+from fewstep.methods.base import Update
 from fewstep.methods.dmd import DistributionMatching
 from fewstep.methods.rollout import Rollout
 from fewstep.methods.split import Split
 from fewstep.methods.tdm import forward_diffuse
 from fewstep.methods.trajectory import Trajectory
-from fewstep.nets.branches import TimestepExperts, merge
-from fewstep.nets.heads import DiscriminatorHeads, FeatureTaps
-from fewstep.train import Run, TrainOptions
-from fewstep.train.trainer import State, draw
-from fewstep.types import Batch, BatchSlice, UserError
+from fewstep.modules.discriminator import DiscriminatorHeads, FeatureTaps
+from fewstep.modules.timestep_experts import TimestepExperts, merge
+from fewstep.train.run import Run, TrainOptions
+from fewstep.train.train_step import State, draw
 from mixture import ring
 from points import GRID, flash, methods, net, none, quality, taught, walked
 
@@ -171,8 +171,8 @@ def test_two_steps_have_nothing_to_split() -> None:
 
 def learnt_proxy(folder: Path, batches: Any) -> Any:
     """A teacher with weights: the ring's flow, learnt."""
-    from fewstep.methods.finetune import Finetune
-    from fewstep.times import uniform
+    from fewstep.core.schedule import uniform
+    from fewstep.methods.flow_matching import Finetune
 
     proxy = net(5)
     return taught(folder, Finetune(proxy, proxy, uniform), batches, 1200, 3e-3)["net"]

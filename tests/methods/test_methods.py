@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import sample, times
-from fewstep.data.synthesis import plan as plans
-from fewstep.data.synthesis.read import TeacherSamples
-from fewstep.data.synthesis.write import write_samples
-from fewstep.families import pocket
-from fewstep.methods import Method
-from fewstep.methods.codec import CodecMethod
-from fewstep.methods.finetune import Finetune
+from fewstep.core import sampling, schedule
+from fewstep.core.types import Batch, Cond, Model
+from fewstep.data.teacher_samples import manifest
+from fewstep.data.teacher_samples.read import TeacherSamples
+from fewstep.data.teacher_samples.write import write_samples
+from fewstep.methods.base import Method
+from fewstep.methods.flow_matching import Finetune
 from fewstep.methods.trajectory import Trajectory
-from fewstep.train.trainer import draw
-from fewstep.types import Batch, Cond, Model
+from fewstep.pocket import config as pocket
+from fewstep.pocket.vae_loss import CodecMethod
+from fewstep.train.train_step import draw
 from mixture import energy_distance, ring
 from points import GRID, net, none
 
@@ -41,8 +41,8 @@ def learn(method: Method, batches: Callable[[int], Any], steps: int, lr: float) 
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("density", [times.logit_normal, times.shifted(times.logit_normal, 2.0)])
-def test_flow_matching_is_least_at_the_true_velocity(density: times.Density) -> None:
+@pytest.mark.parametrize("density", [schedule.logit_normal, schedule.shifted(schedule.logit_normal, 2.0)])
+def test_flow_matching_is_least_at_the_true_velocity(density: schedule.Density) -> None:
     truth = ring()
     batch = Batch(torch.from_numpy(truth.sample(20_000, 1)), none(20_000))
 
@@ -63,7 +63,7 @@ def test_flow_matching_is_least_at_the_true_velocity(density: times.Density) -> 
             assert away > least + 0.3 * size**2 * loss_of_size(direction, batch, density)
 
 
-def loss_of_size(direction: Callable[[Any, Any], Any], batch: Batch, density: times.Density) -> float:
+def loss_of_size(direction: Callable[[Any, Any], Any], batch: Batch, density: schedule.Density) -> float:
     """Mean square of ``direction`` at the points where the loss looks."""
     kept: list[float] = []
 
@@ -81,10 +81,10 @@ def test_a_net_that_flow_matches_draws_the_ring() -> None:
     def batches(step: int) -> Batch:
         return Batch(torch.from_numpy(truth.sample(512, step)), none(512))
 
-    learn(Finetune(student, student, times.uniform), batches, 600, 3e-3)
+    learn(Finetune(student, student, schedule.uniform), batches, 600, 3e-3)
     apart = distance(student, 32)
     assert apart < 0.02
-    assert apart < 0.1 * energy_distance(sample.batch_noise(range(4000), (2,)), truth.sample(4000, 99))
+    assert apart < 0.1 * energy_distance(sampling.batch_noise(range(4000), (2,)), truth.sample(4000, 99))
 
 
 def teacher() -> Model:
@@ -105,7 +105,7 @@ def teacher() -> Model:
 
 def walks_of(model: Model, many: int, steps: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """States ``[N, 5, 2]`` of the model's walks, and their times."""
-    plan = plans.make(model, [""] * many, guidance=None, steps=steps, student_steps=4, per_shard=4096)
+    plan = manifest.make(model, [""] * many, guidance=None, steps=steps, student_steps=4, per_shard=4096)
     write_samples(model, [""] * many, plan, folder, batch=4096)
     made = TeacherSamples.open(folder)
     return made.read(range(many)).trajectory, torch.tensor(made.times)
@@ -113,9 +113,9 @@ def walks_of(model: Model, many: int, steps: int, folder: Path) -> tuple[torch.T
 
 def distance(velocity: Any, steps: int, n: int = 4000) -> float:
     """Energy distance of ``steps`` Euler steps to the truth."""
-    start = torch.from_numpy(sample.batch_noise(range(10_000, 10_000 + n), (2,)))
+    start = torch.from_numpy(sampling.batch_noise(range(10_000, 10_000 + n), (2,)))
     with torch.no_grad():
-        ends = sample.sample_flow(velocity, start, times.grid(steps), none(n))
+        ends = sampling.sample_flow(velocity, start, schedule.grid(steps), none(n))
     return energy_distance(ends.numpy(), ring().sample(n, 99))
 
 
@@ -139,7 +139,7 @@ def test_the_trajectory_loss_is_nought_for_the_teachers_own_moves() -> None:
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     states = [x]
     for t, t_next in pairwise(GRID):
-        states.append(sample.sample_flow(ring(), states[-1], [t, t_next], none(64)))
+        states.append(sampling.sample_flow(ring(), states[-1], [t, t_next], none(64)))
     batch = Batch(states[-1], none(64), (), torch.stack(states, 1))
     told = Trajectory(torch.nn.Identity(), ring(), GRID).losses(batch, draw(0, 0, 0))
     assert float(told["trajectory"]) < 1e-10

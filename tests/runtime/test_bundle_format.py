@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import fewstep
+from fewstep.core.types import UserError
 from fewstep.runtime.bundle import read, write_manifest
-from fewstep.types import UserError
 from tiny_bundle import FACTS, write_bundle
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fewstep.train import best, checkpoint
+from fewstep.core.types import UserError
+from fewstep.train import best_checkpoint, checkpoint
 from fewstep.train.log import Log
-from fewstep.types import UserError
 
 ABOUT: dict[str, Any] = {"recipe": "r", "made_of": {"teacher": "t"}}
 
@@ -61,11 +61,11 @@ def test_a_damaged_note_of_the_best_is_one_line(tmp_path: Path) -> None:
     for text in ("", "{}", *odd):
         note.write_text(text)
         with pytest.raises(UserError, match=r"best\.json is damaged"):
-            best.read(tmp_path)
+            best_checkpoint.read(tmp_path)
     note.write_text('{"step": 1, "metric": "m", "value": 0.5}')
-    assert best.read(tmp_path) == {"step": 1, "metric": "m", "value": 0.5}
+    assert best_checkpoint.read(tmp_path) == {"step": 1, "metric": "m", "value": 0.5}
     note.unlink()
-    assert best.read(tmp_path) is None
+    assert best_checkpoint.read(tmp_path) is None
 
 
 @pytest.mark.parametrize("data", [b"\x80\x04\x95\0\0", b"\0" * 64, b"PK\x03\x04", b"text", b'{"step": "1"}'])

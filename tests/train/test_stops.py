@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.held import held
-from tests.train.worker import run_of
+from tests.helpers.held import held
+from tests.helpers.worker import run_of
 
 from fewstep.train.checkpoint import last_step
 from fewstep.train.trainer import train
@@ -27,7 +27,7 @@ ENDS = [
 
 def begun(folder: Path, steps: int, word: str = "plain", slow: float = 0.05) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.train.worker", str(folder), str(steps), str(slow), word],
+        [sys.executable, "-m", "tests.helpers.worker", str(folder), str(steps), str(slow), word],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

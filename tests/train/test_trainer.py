@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.train.held import held
-from tests.train.worker import run_of
+from tests.helpers.held import held
+from tests.helpers.worker import run_of
 
-from fewstep.train import TrainOptions
+from fewstep.core.types import BatchSlice, UserError
 from fewstep.train.checkpoint import FOLDER, last_step
 from fewstep.train.device import rows_on_device as on_device
-from fewstep.train.trainer import SETTLED, SPARE, State, TimeBudget, train
-from fewstep.types import BatchSlice, UserError
+from fewstep.train.run import TrainOptions
+from fewstep.train.train_step import State
+from fewstep.train.trainer import SETTLED, SPARE, TimeBudget, train
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -42,7 +43,7 @@ def interrupted(folder: Path, number: signal.Signals, steps: int) -> int:
     """Start the worker, send it a signal once a checkpoint is there, and tell how it ended."""
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.worker", str(folder), str(steps), "0.02"], cwd=root
+        [sys.executable, "-m", "tests.helpers.worker", str(folder), str(steps), "0.02"], cwd=root
     )
     until = time.monotonic() + 120
     while not last_step(folder) and time.monotonic() < until:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.core.sampling import batch_noise
+from fewstep.core.types import UserError
 from fewstep.runtime.openvino import openvino, properties  # before GenAI, which would tell of itself
-from fewstep.sample import batch_noise
-from fewstep.types import UserError
 
 if TYPE_CHECKING:
     from fewstep.bench.worker import StageTimer
@@ -23,11 +23,11 @@ class GenAI:
     def __init__(self, model: str, steps: int | None, threads: int) -> None:
         import openvino_genai
 
-        from fewstep.families.folder import read_json
+        from fewstep.families.diffusers_io import read_json
         from fewstep.runtime.session import cores
 
         self.told = read_json(Path(model) / "fewstep.json")
-        if steps not in (None, self.told["steps"]):  # its scheduler is made for them (fewstep.deploy.genai)
+        if steps not in (None, self.told["steps"]):  # its scheduler is made for them (fewstep.export.genai)
             raise UserError(f"it is for {self.told['steps']} steps: export another with --steps {steps}")
         self.pipe: Any = openvino_genai.Text2ImagePipeline(model, "CPU", **properties(threads or cores()))
         config: Any = self.pipe.get_generation_config()

@@ -10,9 +10,9 @@ from typing import Annotated, Any, cast
 
 from msgspec import Meta
 
-from fewstep import formats
-from fewstep.files import replacing_file
-from fewstep.types import UserError
+from fewstep.core import json_io
+from fewstep.core.atomic import replacing_file
+from fewstep.core.types import UserError
 
 Line = Mapping[str, Any]
 
@@ -75,9 +75,9 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for path in paths:
-        for number, line in enumerate(formats.read_lines(path), 1):
+        for number, line in enumerate(json_io.read_lines(path), 1):
             try:
-                formats.convert(line, _Record, "it")
+                json_io.convert(line, _Record, "it")
             except UserError as error:
                 raise UserError(f"{path}, line {number}: no record of fewstep bench ({error})") from None
             found.append(line)
@@ -180,7 +180,7 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
         UserError: no such file, or no such figure in it.
     """
     try:
-        rows = formats.read(path, _Results, python=True).rows
+        rows = json_io.read(path, _Results, python=True).rows
     except UserError as error:
         raise UserError(f"{path} is no results.json of fewstep evaluate ({error})") from None
     found = {row.label: row.figures[name].value for row in rows if name in row.figures}

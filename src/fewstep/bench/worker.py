@@ -59,7 +59,7 @@ class FewstepEngine:
     """fewstep, whatever runs the model: a bundle, or torch."""
 
     def __init__(self, model: str, steps: int | None, threads: int, wish: Mapping[str, Any]) -> None:
-        from fewstep.source import load
+        from fewstep.pipeline.loading import load
 
         self.pipe = load(model, threads=threads or None, **wish)
         self.compiled = bool(wish.get("compile"))
@@ -81,23 +81,23 @@ class FewstepEngine:
     def __call__(self, prompts: Sequence[str], seed: int, stages: StageTimer) -> Any:
         import numpy as np
 
-        from fewstep import sample, times
-        from fewstep.guide import Guided
-        from fewstep.picture import to_uint8
+        from fewstep.core import sampling, schedule
+        from fewstep.core.guidance import Guided
+        from fewstep.images.io import to_uint8
 
         model: Any = self.model
         if hasattr(model.text, "forget"):  # who reads a prompt again and again remembers it
             model.text.forget()
-        grid = times.grid(self.steps, model.shift)
+        grid = schedule.grid(self.steps, model.shift)
         velocity = model.velocity
         seeds = range(seed, seed + len(prompts))
-        x = model.lift(sample.batch_noise(seeds, model.latent))
+        x = model.lift(sampling.batch_noise(seeds, model.latent))
         cond = stages.of("text", lambda: model.text(prompts))
         if model.guidance not in (None, 1):
             null = stages.of("text", lambda: model.text([""] * len(prompts)))
             velocity = Guided(velocity, null, model.guidance)
-        steps = stages.of("modulation", lambda: sample.prepare_steps(velocity, grid[:-1], cond))
-        move = sample.step_rule(model.sampler, seeds, model.lift)
+        steps = stages.of("modulation", lambda: sampling.prepare_steps(velocity, grid[:-1], cond))
+        move = sampling.step_rule(model.sampler, seeds, model.lift)
 
         def walk() -> Any:
             y = x
@@ -120,8 +120,8 @@ class DiffusersEngine:
         from diffusers import StableDiffusion3Pipeline
 
         from fewstep.families import sd3
-        from fewstep.families.folder import has_part, read_facts, read_index
-        from fewstep.staged.load import device_of
+        from fewstep.families.diffusers_io import has_part, read_facts, read_index
+        from fewstep.inference.load import device_of
 
         if threads:
             torch.set_num_threads(threads)
@@ -154,7 +154,7 @@ class DiffusersEngine:
         import numpy as np
         import torch
 
-        from fewstep.sample import batch_noise
+        from fewstep.core.sampling import batch_noise
 
         sides = (side // self.pipe.vae_scale_factor for side in (self.height, self.width))
         noise = batch_noise(

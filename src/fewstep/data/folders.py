@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.types import UserError
+from fewstep.core.types import UserError
 
 
 @dataclass(frozen=True)

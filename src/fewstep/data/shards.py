@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep import formats
-from fewstep.data.compose import Composer, Sample
+from fewstep.core import json_io
+from fewstep.core.atomic import replacing_file, shortened
+from fewstep.core.atomic import write as write_file
+from fewstep.core.prompt_text import decode_caption
+from fewstep.core.types import UserError
+from fewstep.core.workers import pool
 from fewstep.data.folders import list_files, say_passed_over
-from fewstep.files import replacing_file, shortened
-from fewstep.files import write as write_file
-from fewstep.picture import MOST_BYTES, decode, to_rgb
-from fewstep.picture import read as read_image
-from fewstep.text import decode_caption
-from fewstep.types import UserError
-from fewstep.workers import pool
+from fewstep.images.io import MOST_BYTES, decode, to_rgb
+from fewstep.images.io import read as read_image
+from fewstep.pocket.compose import Composer, Sample
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 MOST_CAPTION = 2**20
@@ -214,7 +214,7 @@ def _example(key: str, files: dict[str, bytes], shard: Path) -> Example:
         raise UserError(f"{shard}: {key} has no {missing}")
     truth: dict[str, Any] = {}
     if "json" in files:  # other people's may hold NaN
-        truth = formats.parse(files["json"], where=f"{shard}: {key}.json", python=True)
+        truth = json_io.parse(files["json"], where=f"{shard}: {key}.json", python=True)
     caption = decode_caption(files["txt"], f"{shard}: {key}.txt")
     return Example(key, open_picture(picture, f"{shard}: {key}"), caption, truth)
 
@@ -384,7 +384,7 @@ def _read_note(note: Path, made: _Made) -> _Made | None:
     if note.read_bytes() == made.digest.encode():  # fewstep 0.1.0 wrote the digest alone
         return made
     try:
-        return formats.read(note, _Made)
+        return json_io.read(note, _Made)
     except UserError as error:
         raise UserError(f"{error}; remove it and the shards beside it, or choose another folder") from None
 
@@ -394,7 +394,7 @@ def _key(path: Path, source: Path) -> str:
 
 
 def _captioned(pair: _Pair, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
-    text = decode_caption(formats.read_bytes(pair.caption, MOST_CAPTION), str(pair.caption))
+    text = decode_caption(json_io.read_bytes(pair.caption, MOST_CAPTION), str(pair.caption))
     if not text:
         raise UserError(f"{pair.image}: its caption {pair.caption.name} is missing or empty")
     if pair.image.exists() and not pair.image.is_file():  # opening a pipe would wait for ever

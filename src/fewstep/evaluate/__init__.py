@@ -7,11 +7,11 @@ The scene score looks at the pictures: `scenes.load`, `scenes.judge`, `scenes.me
 
 from __future__ import annotations
 
-from fewstep.data.stickers import Reference
-from fewstep.evaluate.estimate import Interval
-from fewstep.evaluate.harness import evaluate
-from fewstep.evaluate.plan import Candidate
+from fewstep.core.stats import Interval
+from fewstep.evaluate.candidates import Candidate
 from fewstep.evaluate.report import Results, Row
-from fewstep.evaluate.sheet import sheet
+from fewstep.evaluate.run import evaluate
+from fewstep.images.grid import sheet
+from fewstep.pocket.stickers import Reference
 
 __all__ = ["Candidate", "Interval", "Reference", "Results", "Row", "evaluate", "sheet"]

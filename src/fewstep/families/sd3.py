@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.families import Family
-from fewstep.families.common import LatentCodec as LatentCodec
+from fewstep.core.types import Array, Cond
+from fewstep.families.base import Family
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
-from fewstep.families.folder import FACTS as FACTS
-from fewstep.families.folder import (
+from fewstep.families.diffusers_io import (
     T5,
     check_device,
     fetch,
@@ -27,8 +26,7 @@ from fewstep.families.folder import (
     torch_dtype,
     write_folder,
 )
-from fewstep.families.schedules import of_scheduler, schedule_shift
-from fewstep.types import Array, Cond
+from fewstep.families.schedulers import of_scheduler, schedule_shift
 
 PIPELINE = "StableDiffusion3Pipeline"
 """The plain pipeline class of the family."""
@@ -64,7 +62,7 @@ class NetVelocity:
         return v.float()
 
     def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
-        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.nets.hoist`)."""
+        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
         return 1000 * t, pooled.to(self.net.dtype)
 
 
@@ -209,7 +207,7 @@ def load(
     check_device(device)
     path = Path(source)
     if path.is_file():
-        from fewstep.families.single import read_single
+        from fewstep.families.single_file import read_single
 
         parts, facts = read_single(path, config, kind, t5)
     else:

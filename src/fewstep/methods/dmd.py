@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from fewstep import flow, losses, times
-from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.core import flow, losses, schedule
+from fewstep.core.types import Batch, Velocity
+from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.rollout import Rollout, RolloutStep
-from fewstep.types import Batch, Velocity
 
 Where = Literal["shared", "shared-free", "renoise"]
 """Where the scores are taken.
@@ -50,7 +50,7 @@ class DistributionMatching:
     proxy: Velocity
     score_point: Where = "shared"
     proxy_target: Proxied = "finals"
-    density: times.Density = times.uniform
+    density: schedule.Density = schedule.uniform
 
     def proxy_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
         """The proxy's loss: flow matching on what the student draws."""
@@ -94,7 +94,7 @@ class DistributionMatching:
             t = draw.times(self.density, move.x).clamp(LEAST, MOST)
             return move.x0, flow.interpolate(move.x0, draw.noise(move.x), t), t
         if self.score_point == "shared-free":
-            t = draw.times(times.uniform, move.x)
+            t = draw.times(schedule.uniform, move.x)
             t = move.t_next + (move.t - move.t_next) * t.clamp(LEAST, MOST)
         else:
             t = flow.expand_time(_arrival(move), move.x)

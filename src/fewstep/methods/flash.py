@@ -1,6 +1,6 @@
 """The third stage of SD3.5-Flash (arXiv 2509.21318): distribution matching and the adversarial loss at once.
 
-The chain around it, warm start, split and merge, is :mod:`fewstep.recipes.distill` (floor 3). Ours keeps the
+The chain around it, warm start, split and merge, is :mod:`fewstep.distill.recipes` (floor 3). Ours keeps the
 warm start's own loss beside the two, as an anchor; the paper has none.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
-from fewstep.methods.adversarial import AdversarialLoss
+from fewstep.core.types import Batch, Velocity
+from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.dmd import DistributionMatching, implicit_distribution_alignment
+from fewstep.methods.ladd import AdversarialLoss
 from fewstep.methods.rollout import Rollout
 from fewstep.methods.trajectory import trajectory_loss
-from fewstep.types import Batch, Velocity
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewstep import flow, sample
-from fewstep.methods import StepRandom
-from fewstep.types import Batch, Velocity
+from fewstep.core import flow, sampling
+from fewstep.core.types import Batch, Velocity
+from fewstep.methods.base import StepRandom
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Rollout:
             with torch.no_grad():
                 for i in range(self.steps):
                     step = self.grid[i : i + 2]
-                    states.append(sample.sample_flow(self.velocity, states[-1], step, batch.student_cond))
+                    states.append(sampling.sample_flow(self.velocity, states[-1], step, batch.student_cond))
             self._kept[part] = states
         return self._kept[part]
 
@@ -106,4 +106,4 @@ class Rollout:
 
     def whole(self, batch: Batch, draw: StepRandom) -> Any:
         """The end of the walk, with the gradient of every step, ``[B, C, H, W]``."""
-        return sample.sample_flow(self.velocity, self.states(batch, draw)[0], self.grid, batch.student_cond)
+        return sampling.sample_flow(self.velocity, self.states(batch, draw)[0], self.grid, batch.student_cond)

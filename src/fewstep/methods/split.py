@@ -1,7 +1,7 @@
 """Split-timestep fine-tuning: two branches of the student, each on its half of the times (floor 3).
 
 SD3.5-Flash (arXiv 2509.21318): one branch learns at t in (0, 0.5], one at t in (0.5, 1], with the losses of
-the stage before; then their weights are merged (:func:`fewstep.nets.branches.merge`).
+the stage before; then their weights are merged (:func:`fewstep.modules.timestep_experts.merge`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fewstep.methods import InPlaceUpdate, Update
+from fewstep.core.types import UserError
+from fewstep.methods.base import InPlaceUpdate, Update
 from fewstep.methods.flash import Flash
 from fewstep.methods.rollout import Rollout
-from fewstep.nets.branches import split_grid
-from fewstep.types import UserError
+from fewstep.modules.timestep_experts import split_grid
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Split:
     Attributes:
         early: the module that learns at t in (0, 0.5].
         late: the module that learns at t in (0.5, 1].
-        flash: the losses; its velocity is the :class:`~fewstep.nets.branches.Branches` of the two.
+        flash: the losses; its velocity is a :class:`~fewstep.modules.timestep_experts.TimestepExperts`.
 
     Raises:
         UserError: the grid has all its times on one side: there is nothing to split.

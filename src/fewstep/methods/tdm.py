@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fewstep import flow, losses, times
-from fewstep.methods import InPlaceUpdate, Losses, StepRandom, Update
+from fewstep.core import flow, losses, schedule
+from fewstep.core.types import Batch, Velocity
+from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.dmd import LEAST, MOST
 from fewstep.methods.rollout import Rollout
-from fewstep.types import Batch, Velocity
 
 
 def forward_diffuse(x: Any, noise: Any, t_from: float, t: Any) -> tuple[Any, Any]:
@@ -90,4 +90,4 @@ class Tdm:
 
     def _times(self, index: int, like: Any, draw: StepRandom) -> Any:
         t, t_next = min(self.grid[index], MOST), self.grid[index + 1]
-        return t_next + (t - t_next) * draw.times(times.uniform, like).clamp(LEAST, MOST)
+        return t_next + (t - t_next) * draw.times(schedule.uniform, like).clamp(LEAST, MOST)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep import losses
-from fewstep.methods import Losses, StepRandom, Update
-from fewstep.types import Batch, Velocity
+from fewstep.core import losses
+from fewstep.core.types import Batch, Velocity
+from fewstep.methods.base import Losses, StepRandom, Update
 
 
 def trajectory_loss(

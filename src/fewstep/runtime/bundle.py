@@ -32,10 +32,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta
 
-from fewstep import formats
-from fewstep.files import write
-from fewstep.runtime.external import external_files
-from fewstep.types import Sampler, UserError
+from fewstep.core import json_io
+from fewstep.core.atomic import write
+from fewstep.core.types import Sampler, UserError
+from fewstep.runtime.external_data import external_files
 
 T = TypeVar("T")
 
@@ -170,7 +170,7 @@ class Bundle:
     @property
     def styles(self) -> tuple[str, ...]:
         """The style words that the model knows."""
-        return formats.convert(self.about, _About, str(self.folder / MANIFEST)).styles
+        return json_io.convert(self.about, _About, str(self.folder / MANIFEST)).styles
 
     @property
     def size(self) -> int:
@@ -178,8 +178,8 @@ class Bundle:
         return sum(stamp.bytes for stamp in self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """What its ``bundle.json`` tells, but ``format`` and ``files``: what :func:`seal` takes."""
-        facts: dict[str, Any] = formats.read(self.folder / MANIFEST)
+        """What its ``bundle.json`` tells, but ``format`` and ``files``: what :func:`write_manifest` takes."""
+        facts: dict[str, Any] = json_io.read(self.folder / MANIFEST)
         return {key: value for key, value in facts.items() if key not in ("format", "files")}
 
     def path(self, name: str) -> Path:
@@ -224,7 +224,7 @@ def read(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     try:
-        data = formats.read_bytes(folder / MANIFEST)
+        data = json_io.read_bytes(folder / MANIFEST)
     except UserError as error:
         raise UserError(f"{folder} is not a model bundle: {error}") from None
     where = str(folder / MANIFEST)
@@ -234,7 +234,7 @@ def read(folder: str | Path) -> Bundle:
     if (engine := _shape(data, _Engine, where).engine) not in SUFFIXES:
         raise UserError(f"{folder} is for {engine[:40]!r}, which this fewstep does not know: upgrade it")
     facts = _shape(data, _Facts, where)
-    formats.convert(facts.about, _About, where)
+    json_io.convert(facts.about, _About, where)
     latent = facts.latent
     size = (latent.channels, latent.height, latent.width)
     if prod(size) > MOST_LATENTS or latent.height * latent.width * latent.downscale**2 > MOST_PIXELS:
@@ -286,7 +286,7 @@ def write_manifest(folder: str | Path, facts: Mapping[str, Any]) -> Bundle:
 
 def _shape(data: bytes, kind: type[T], where: str) -> T:
     try:
-        return formats.parse(data, kind, where)
+        return json_io.parse(data, kind, where)
     except UserError as error:
         raise UserError(f"{error}: fetch the model again") from None
 

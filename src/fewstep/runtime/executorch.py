@@ -28,7 +28,7 @@ class Graph(Session):
     """One ``.pte`` file, a program for one picture: the rows of a batch run one after the other.
 
     A program knows its inputs by their places: they are given in the order in which
-    ``deploy/common/graphs.py`` names them.
+    ``export/common/graphs.py`` names them.
 
     Args:
         path: the ``.pte`` file.

@@ -1,4 +1,4 @@
-"""A bundle as a :class:`fewstep.types.Model`: text encoders, net and autoencoder as graphs of its engine."""
+"""A bundle as a :class:`fewstep.core.types.Model`: its engine runs text encoders, net and autoencoder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fewstep.core.types import Array, Cond, Model, Step, UserError
 from fewstep.runtime.bundle import T5_TOKENIZER, Bundle
 from fewstep.runtime.session import Session, cores
-from fewstep.runtime.tokens import Tokens, normalize_text
-from fewstep.types import Array, Cond, Model, Step, UserError
+from fewstep.runtime.tokenizer import Tokens, normalize_text
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ def _graph(bundle: Bundle, stem: str, threads: int) -> Session:
         from fewstep.runtime import executorch
 
         return executorch.Graph(path, threads)
-    from fewstep.runtime import graph
+    from fewstep.runtime import ort
 
-    return graph.Graph(path, threads, convolutions=stem in ("decoder", "encoder"))
+    return ort.Graph(path, threads, convolutions=stem in ("decoder", "encoder"))

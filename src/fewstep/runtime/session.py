@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fewstep.types import UserError
+from fewstep.core.types import UserError
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 """Named inputs -> the outputs in the graph's order."""

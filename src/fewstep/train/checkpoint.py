@@ -1,6 +1,7 @@
 """Checkpoints: everything that exact resumption needs, whole or not at all.
 
-A checkpoint is a folder, ``checkpoints/STEP`` (:mod:`fewstep.train.storage`): every process writes what it
+A checkpoint is a folder, ``checkpoints/STEP`` (:mod:`fewstep.train.checkpoint_storage`): every process
+writes what it
 holds, and any number of processes reads it. It is written under another name and renamed, with a list of its
 files and their sizes; the last two are kept, so that a broken one does not cost the run.
 """
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fewstep import files, formats
-from fewstep.train.parallel import on_rank_zero, world
-from fewstep.types import UserError
+from fewstep.core import atomic, json_io
+from fewstep.core.types import UserError
+from fewstep.train.distributed import on_rank_zero, world
 
 T = TypeVar("T")
 FOLDER = "checkpoints"
@@ -66,13 +67,13 @@ def save(folder: Path, held: Mapping[str, Any], step: int) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    from fewstep.train.storage import Writer
+    from fewstep.train.checkpoint_storage import Writer
 
     target = folder / FOLDER / f"{step:08d}"
     with ExitStack() as stack:
 
         def begin() -> Path:
-            return stack.enter_context(files.replacing_folder(target))
+            return stack.enter_context(atomic.replacing_folder(target))
 
         def end() -> None:
             _write_list(part, step)
@@ -123,7 +124,7 @@ def load_from_run(folder: Path, nets: Mapping[str, Any]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    from fewstep.train.storage import Damaged, Reader
+    from fewstep.train.checkpoint_storage import Damaged, Reader
 
     step = last_step(folder)
     if not step:
@@ -160,7 +161,7 @@ def check_owner(folder: Path, about: Mapping[str, Any]) -> None:
     if not note.exists():
         return
     try:
-        there = formats.read(note, _Owner, python=True)
+        there = json_io.read(note, _Owner, python=True)
     except UserError as error:
         raise UserError(f"{error}; move it away, or choose another folder with --output") from None
     if RENAMED.get(there.recipe, there.recipe) != about.get("recipe"):
@@ -195,7 +196,7 @@ def _load(path: Path, held: Mapping[str, Any]) -> str | None:
     """
     import torch.distributed.checkpoint as dcp
 
-    from fewstep.train.storage import Damaged, Reader
+    from fewstep.train.checkpoint_storage import Damaged, Reader
 
     try:
         with _reading(path), _alone():
@@ -250,12 +251,12 @@ def _fault(path: Path) -> str | None:
     Raises:
         UserError: they cannot be looked at.
     """
-    from fewstep.train.storage import Damaged, read_bytes
+    from fewstep.train.checkpoint_storage import Damaged, read_bytes
 
     try:
         with _reading(path):
-            contents: Contents = formats.parse(
-                bytes(read_bytes(path / LIST, formats.MOST_BYTES)), Contents, LIST
+            contents: Contents = json_io.parse(
+                bytes(read_bytes(path / LIST, json_io.MOST_BYTES)), Contents, LIST
             )
             for name, size in contents.files.items():
                 if Path(name).name != name:
@@ -283,7 +284,7 @@ def _trim(last: Path, later: bool = True) -> None:
     before = [path for path in there if path.name < last.name]
     after = [path for path in there if path.name > last.name and later]
     for path in before[: -(KEPT - 1)] + after:
-        files.remove(path)
+        atomic.remove(path)
 
 
 @contextmanager
@@ -324,7 +325,7 @@ def _reading(path: Path) -> Generator[None]:
     import torch
     from torch.distributed.checkpoint import CheckpointException
 
-    from fewstep.train.storage import Damaged
+    from fewstep.train.checkpoint_storage import Damaged
 
     try:
         yield

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fewstep.families.folder import prefers_bf16
-from fewstep.train.parallel import world
-from fewstep.types import UserError
+from fewstep.core.types import UserError
+from fewstep.families.diffusers_io import prefers_bf16
+from fewstep.train.distributed import world
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,10 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fewstep import __version__, formats
-from fewstep.files import replacing_file, write
-from fewstep.train import TrainOptions
-from fewstep.train.parallel import world
+from fewstep import __version__
+from fewstep.core import json_io
+from fewstep.core.atomic import replacing_file, write
+from fewstep.train.distributed import world
+from fewstep.train.run import TrainOptions
 
 MOST_BYTES = 2**28
 """Of a log; a million lines have less."""
@@ -125,11 +126,11 @@ def _until(path: Path, step: int) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    *lines, rest = formats.read_bytes(path, MOST_BYTES).split(b"\n")
+    *lines, rest = json_io.read_bytes(path, MOST_BYTES).split(b"\n")
     if rest and not _HALF_LINE.fullmatch(rest):
         lines.append(rest)  # whole, or nothing that a log ever held
     told: list[dict[str, float]] = [
-        formats.parse(line, dict[str, int | float], f"{path}, line {number},", python=True)
+        json_io.parse(line, dict[str, int | float], f"{path}, line {number},", python=True)
         for number, line in enumerate(lines, 1)
     ]
     kept = [line for line in told if line.get("step", math.inf) <= step]

@@ -1,6 +1,6 @@
-"""What a training step holds in memory, counted while the step itself runs (:mod:`fewstep.nets.ledger`).
+"""The memory of a training step, counted while it runs (:mod:`fewstep.modules.memory_tracker`).
 
-No formula of ours: the very step of :class:`fewstep.train.state.State` runs.
+No formula of ours: the very step of :class:`fewstep.train.train_step.State` runs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fewstep.methods import InPlaceUpdate, Losses, Method, StepRandom, Update
-from fewstep.nets.ledger import MemoryTracker, Peak
-from fewstep.train import Run
-from fewstep.train.state import State
+from fewstep.methods.base import InPlaceUpdate, Losses, Method, StepRandom, Update
+from fewstep.modules.memory_tracker import MemoryTracker, Peak
+from fewstep.train.run import Run
+from fewstep.train.train_step import State
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from fewstep.nets.average import local
-from fewstep.train import TrainOptions
-from fewstep.train.parallel import total
+from fewstep.modules.ema import local
+from fewstep.train.distributed import total
+from fewstep.train.run import TrainOptions
 
 
 def adamw(net: Any, options: TrainOptions) -> Any:

@@ -10,17 +10,17 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
 
-from fewstep import files, signals
-from fewstep.progress import stage
-from fewstep.train import Run, TrainOptions, parallel
-from fewstep.train.best import update_best
+from fewstep.core import atomic, signals
+from fewstep.core.progress import stage
+from fewstep.core.types import UserError
+from fewstep.train import distributed
+from fewstep.train.best_checkpoint import update_best
 from fewstep.train.checkpoint import save
 from fewstep.train.device import resolve_device
+from fewstep.train.divergence import DivergenceMonitor
 from fewstep.train.log import Log, environment
-from fewstep.train.state import State as State
-from fewstep.train.state import draw as draw
-from fewstep.train.watch import DivergenceMonitor
-from fewstep.types import UserError
+from fewstep.train.run import Run, TrainOptions
+from fewstep.train.train_step import State
 
 LOCK = ".train.lock"
 """Of a run's folder. The command that trains has the folder's own lock, of which this one knows nothing."""
@@ -36,15 +36,15 @@ def train(run: Run) -> None:
         UserError: the run diverged, its folder belongs to another recipe, or another process trains there.
         Stop: after a clean stop.
     """
-    parallel.init_distributed(resolve_device(run.options.device))
+    distributed.init_distributed(resolve_device(run.options.device))
     try:
         with ExitStack() as stack:
-            parallel.on_rank_zero(lambda: stack.enter_context(files.held(run.folder, "trained", LOCK)))
+            distributed.on_rank_zero(lambda: stack.enter_context(atomic.held(run.folder, "trained", LOCK)))
             _train(run)
     except UserError as error:
-        if parallel.world().first:
+        if distributed.world().first:
             raise
-        raise UserError(f"process {parallel.world().rank}: {error}") from error
+        raise UserError(f"process {distributed.world().rank}: {error}") from error
 
 
 def _train(run: Run) -> None:
@@ -55,7 +55,7 @@ def _train(run: Run) -> None:
         torch.set_num_threads(options.threads)
     with stage(f"{run.name}: setting up"):
         state = State(run)
-    if state.step and parallel.world().first:
+    if state.step and distributed.world().first:
         print(f"fewstep: {run.name}: resuming at step {state.step} of {options.steps}", file=sys.stderr)
     about = run.record | {"options": asdict(options)} | environment(state.device)
     with closing(Log(run.folder, run.name, about, state.step)) as log:
@@ -65,7 +65,7 @@ def _train(run: Run) -> None:
     finish = run.finish
     if finish is not None:
         with stage(f"{run.name}: writing the result"):
-            parallel.on_rank_zero(lambda: finish(nets))  # others wait: the next run of a chain reads it
+            distributed.on_rank_zero(lambda: finish(nets))  # others wait: the next run of a chain reads it
 
 
 def _loop(run: Run, state: State, log: Log) -> Run:
@@ -81,10 +81,10 @@ def _loop(run: Run, state: State, log: Log) -> Run:
                 state.run = run = replace(run, options=clock.settled(run.options, state.step))
             line = log.write(state.step, figures, run.options)
             if line is not None and run.options.detect_divergence:
-                parallel.on_rank_zero(lambda line=line: watch.check(state.step, line))
+                distributed.on_rank_zero(lambda line=line: watch.check(state.step, line))
             _look(run, state, log, run.options.preview_every, run.options.validate_every)
             due = time.monotonic() - saved > 60 * run.options.save_minutes
-            number, due = parallel.largest([asked[0] if asked else 0, due])
+            number, due = distributed.largest([asked[0] if asked else 0, due])
             if number or due:
                 save(run.folder, state.all(), state.step)
                 saved, saved_at = time.monotonic(), state.step
@@ -123,12 +123,12 @@ class TimeBudget:
         if timed == 0:
             self._since = now
         long = now - self._since >= TIMED * 60 * options.max_minutes
-        if self._known or timed < SETTLED or not parallel.all_reduce_any([long])[0]:
+        if self._known or timed < SETTLED or not distributed.all_reduce_any([long])[0]:
             return options
         self._known = True
         left = SPARE * 60 * options.max_minutes - (now - self._begun)
         more = max(0.0, left * timed / (now - self._since))
-        steps = int(parallel.means({"steps": min(options.steps, step + more)})["steps"])
+        steps = int(distributed.means({"steps": min(options.steps, step + more)})["steps"])
         print(f"fewstep: {steps} steps fit into {options.max_minutes:g} minutes", file=sys.stderr)
         return replace(options, steps=steps)
 

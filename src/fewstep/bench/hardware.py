@@ -1,0 +1,126 @@
+"""What this machine is, and how fast it multiplies and moves (floor 4).
+
+Run as a script (``python -m fewstep.bench.hardware``) it measures both rates in a process of its own, whose
+libraries take their number of threads from the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.types import UserError
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd")
+"""Of those that a processor names, the ones that matter here."""
+
+SIDE = 1536
+"""Of the matrices that are multiplied."""
+
+COPIED = 2**26
+"""Numbers that are copied: 256 MB, more than any cache."""
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """What a device can do.
+
+    Attributes:
+        operations: float32 multiplications and additions of a matrix product, each counted, a second.
+        bytes: read or written, each counted, a second.
+    """
+
+    operations: float
+    bytes: float
+
+
+def describe() -> dict[str, Any]:
+    """This machine in words and numbers, for a record."""
+    from fewstep.runtime.session import cores
+
+    return {
+        "processor": _processor(),
+        "instructions": _instructions(),
+        "cores": cores(),
+        "memory": _memory(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": _gpu(),
+    }
+
+
+def _gpu() -> str | None:
+    """The name of the graphics card that its driver tells, if any."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else None
+
+
+def rates(threads: int) -> DevicePeak:
+    """Measure this device by numpy's matrix product and by copying, best of :data:`REPEATS`.
+
+    Raises:
+        UserError: there is no memory for it.
+    """
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    command = [sys.executable, "-m", "fewstep.bench.hardware"]
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if said.returncode:
+        last = (said.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"the device's rates could not be measured: {last}")
+    return DevicePeak(**json.loads(said.stdout))
+
+
+def _measured() -> DevicePeak:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((SIDE, SIDE), np.float32) for _ in range(2))
+    whole, copy = np.ones(COPIED, np.float32), np.empty(COPIED, np.float32)
+    product = min(_seconds(lambda: a @ b) for _ in range(REPEATS + 1))
+    moved = min(_seconds(lambda: np.copyto(copy, whole)) for _ in range(REPEATS + 1))
+    return DevicePeak(2 * SIDE**3 / product, 2 * whole.nbytes / moved)
+
+
+def _seconds(work: Any) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _cpuinfo(name: str) -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    told = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [name for name in INSTRUCTIONS if name in told]
+
+
+def _memory() -> int | None:
+    """Bytes of memory, where the system tells."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    print(json.dumps(vars(_measured())))

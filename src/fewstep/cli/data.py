@@ -1,0 +1,81 @@
+"""``fewstep data``: pictures to learn from."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from fewstep.core.atomic import held
+from fewstep.core.optional import need
+from fewstep.core.progress import Progress, emit
+from fewstep.core.types import UserError
+
+app = App(name="data", help="Pictures to learn from: stickers and scenes, your own folders, latents.")
+Out = Annotated[Path, Parameter(name=["--output", "-o"])]
+
+
+@app.command
+def stickers(
+    *,
+    output: Out = Path("data/stickers"),
+    size: int = 128,
+    images: int = 40_000,
+    scenes: float = 0.2,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Fetch openly licensed emoji, rasterise them and write captioned stickers and scenes as shards.
+
+    Args:
+        output: Folder of the data set; an interrupted run goes on where it stopped.
+        size: Side of the pictures, pixels.
+        images: How many training pictures.
+        scenes: Share of pictures with several things.
+        seed: Another seed, another set.
+        workers: Processes; 0 takes one a core.
+    """
+    from fewstep.pocket.sources import check_npm
+    from fewstep.pocket.stickers import build
+
+    if size not in (64, 128, 256) or images < 1 or not 0 <= scenes <= 1:
+        raise UserError("--size must be 64, 128 or 256, --images at least 1, --scenes between 0 and 1")
+    if workers < 0 or not 0 <= seed < 2**63:
+        raise UserError(f"--workers must be at least 0, and --seed lie between 0 and {2**63 - 1}")
+    need("resvg")
+    check_npm(output / "packages")
+    with held(output, "filled"), Progress() as progress:
+        build(
+            output,
+            size=size,
+            pictures=images,
+            scenes=scenes,
+            seed=seed,
+            workers=workers or os.cpu_count() or 1,
+            progress=progress,
+        )
+    emit(str(output))
+
+
+@app.command
+def folder(source: Path, *, output: Out, size: int = 128) -> None:
+    """Write shards of a folder of pictures with a .txt caption beside each.
+
+    Args:
+        source: The folder, searched with its subfolders.
+        output: Folder for the shards.
+        size: Side of the square that each picture is cropped and resized to, pixels.
+    """
+    from fewstep.data.shards import write_folder
+
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    if not 8 <= size <= 4096:
+        raise UserError(f"--size must lie between 8 and 4096, not {size}")
+    with held(output, "filled"), Progress() as progress:
+        progress("writing shards")
+        write_folder(source, output, size, 1000, partial(progress, "writing shards"))
+    emit(str(output))

@@ -1,0 +1,1 @@
+"""Flow mathematics, samplers and what every layer needs; numpy alone."""

@@ -1,0 +1,180 @@
+"""Walk a guided teacher, shard by shard: a shard is whole or not there, so a killed synthesis goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.core import guidance, sampling, schedule
+from fewstep.core.atomic import held, replacing_file
+from fewstep.core.types import Array, Cond, Model, UserError, Velocity
+from fewstep.data import shards
+from fewstep.data.teacher_samples import manifest
+from fewstep.data.teacher_samples.manifest import NULL, Plan
+from fewstep.images.io import finite, to_images
+
+Numpy = np.ndarray[Any, Any]
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in samples of this rank."""
+
+
+def write_samples(
+    teacher: Model,
+    prompts: Sequence[str],
+    plan: Plan,
+    folder: Path,
+    *,
+    batch: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write this rank's shards of ``plan`` into ``folder``; those that are there already are kept.
+
+    Args:
+        teacher: walked with guidance; where its own ``guidance`` is ``None``, it is distilled in, and there
+            is no second pass.
+        prompts: the captions, ``plan.number`` of them.
+        plan: from :func:`fewstep.data.teacher_samples.manifest.make`, on every rank the same.
+        folder: of the shards.
+        batch: samples walked at once.
+        rank: shard ``k`` is written by rank ``k % world``; ranks need not know of each other.
+        world: number of ranks.
+        progress: told after every batch.
+
+    Raises:
+        UserError: the folder was made by another plan, other captions than the plan's, or samples that
+            half precision does not hold.
+    """
+    if len(prompts) != plan.number or manifest.digest(prompts) != plan.captions:
+        raise UserError("these captions are not the plan's")
+    doing = "filled" if world == 1 else f"filled as rank {rank}"
+    with held(folder, doing, f".rank-{rank}.lock"):
+        _write(teacher, prompts, plan, folder, batch, range(rank, plan.shards, world), progress)
+
+
+def _write(
+    teacher: Model,
+    prompts: Sequence[str],
+    plan: Plan,
+    folder: Path,
+    batch: int,
+    mine: range,
+    progress: Progress,
+) -> None:
+    """Write the shards ``mine`` of ``plan``, but for those that are there."""
+    plan = manifest.claim(folder, plan)
+    null = teacher.text([""])
+    if not (folder / NULL).exists():
+        with replacing_file(folder / NULL) as fresh:
+            np.savez(
+                fresh,
+                context=_half(teacher.to_numpy(null.context)),
+                pooled=_half(teacher.to_numpy(null.pooled)),
+            )
+    maker = _Maker(teacher, prompts, plan, null, batch)
+    total = sum(len(plan.rows(shard)) for shard in mine)
+    todo = [shard for shard in mine if not plan.path(folder, shard).exists()]
+    done = total - sum(len(plan.rows(shard)) for shard in todo)
+    progress(done, total)
+    for shard in todo:
+        path = plan.path(folder, shard)
+        with replacing_file(path) as fresh, tarfile.open(fresh, "w") as tar:
+            for made in maker.batches(plan.rows(shard)):
+                for files in made:
+                    for name, data in files.items():
+                        shards.add(tar, name, data)
+                done += len(made)
+                progress(done, total)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What makes the files of samples."""
+
+    teacher: Model
+    prompts: Sequence[str]
+    plan: Plan
+    null: Cond
+    batch: int
+
+    @property
+    def velocity(self) -> Velocity:
+        if self.teacher.guidance is None or self.plan.guidance is None:
+            return self.teacher.velocity
+        return guidance.Guided(self.teacher.velocity, self.null, self.plan.guidance)
+
+    def batches(self, rows: range) -> Iterator[list[dict[str, bytes]]]:
+        """The files of ``rows``, batch by batch; batches begin anew with every shard."""
+        for start in range(rows.start, rows.stop, self.batch):
+            yield self._make(range(start, min(start + self.batch, rows.stop)))
+
+    def _make(self, rows: range) -> list[dict[str, bytes]]:
+        cond = self.teacher.text([self.prompts[row] for row in rows])
+        states, last = self._walk(rows, cond)
+        context, pooled = (_half(self.teacher.to_numpy(array)) for array in (cond.context, cond.pooled))
+        made: list[dict[str, bytes]] = []
+        for place, row in enumerate(rows):
+            key = f"{row:08d}"
+            files = {
+                f"{key}.txt": self.prompts[row].encode(),
+                f"{key}.json": json.dumps(self._about(row)).encode(),
+                f"{key}.states.npy": _npy(states[place]),
+                f"{key}.context.npy": _npy(context[place]),
+                f"{key}.pooled.npy": _npy(pooled[place]),
+            }
+            if self.plan.pictures:
+                files[f"{key}.png"] = self._picture(last[place : place + 1])
+            made.append(files)
+        return made
+
+    def _walk(self, rows: range, cond: Cond) -> tuple[Numpy, Array]:
+        """The states to keep, float16 ``[B, S + 1, C, H, W]``, and the latents as the teacher has them."""
+        plan = self.plan
+        fine = schedule.grid(plan.steps, plan.shift)
+        stride = plan.steps // (plan.student_steps or 1)
+        x = self.teacher.from_numpy(sampling.batch_noise([plan.seed + row for row in rows], plan.latent))
+        kept = [self.teacher.to_numpy(x)] if plan.student_steps else []
+        for start in range(0, plan.steps, stride):
+            x = sampling.sample_flow(self.velocity, x, fine[start : start + stride + 1], cond)
+            kept.append(self.teacher.to_numpy(x))
+        states = np.stack(kept, axis=1)
+        sizes = np.abs(states).reshape(len(states), -1).max(axis=1)
+        for row, size in zip(rows, sizes, strict=True):
+            if not size <= np.finfo(np.float16).max:  # NaN is not
+                raise UserError(
+                    f"the teacher's walk from seed {plan.seed + row} grows to {size}; take another --dtype, "
+                    "or less guidance"
+                )
+        return _half(states), x
+
+    def _about(self, row: int) -> dict[str, Any]:
+        plan = self.plan
+        about = {"seed": plan.seed + row, "guidance": plan.guidance, "steps": plan.steps}
+        return about | {"teacher": plan.teacher, "weights": plan.weights, "times": plan.times}
+
+    def _picture(self, latents: Array) -> bytes:
+        file = io.BytesIO()
+        to_images(self.teacher.to_numpy(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
+        return file.getvalue()
+
+
+def _half(array: Numpy) -> Numpy:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not finite(half):
+        raise UserError("the teacher's text encoders give NaN, or values too large for half precision")
+    return half
+
+
+def _npy(array: Numpy) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Distillation of a few-step student."""

@@ -1,0 +1,45 @@
+"""What folders of graphs tell of themselves, and the tokenizer beside the graphs (floor 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.export.base import ExportMetadata
+from fewstep.export.common.graphs import t5_length, text_length
+from fewstep.families.base import Family
+
+
+def manifest(family: Family, facts: ExportMetadata, bits: int) -> dict[str, Any]:
+    """What a user of the graphs must know: shapes, grid, guidance, sampler, licence."""
+    channels, height, width = family.latent
+    return {
+        "name": family.name,
+        "family": family.kind,
+        "license": facts.license,
+        "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
+        "shift": family.shift,
+        "steps": family.steps,
+        "guidance": family.guidance,
+        "sampler": family.sampler,
+        "text": {"length": text_length(family), "t5": t5_length(family)},
+        **({} if facts.compute == "float32" else {"compute": facts.compute}),
+        "about": {"bits": bits, **facts.about},
+    }
+
+
+def write_tokenizer(family: Family, path: Path) -> None:
+    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
+    _write(family.parts["tokenizer"], text_length(family), path)
+
+
+def write_t5_tokenizer(family: Family, path: Path) -> None:
+    """T5's tokenizer, cutting and padding to its own length."""
+    _write(family.parts["tokenizer_3"], t5_length(family), path)
+
+
+def _write(tokenizer: Any, length: int, path: Path) -> None:
+    backend = type(tokenizer._tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    backend.save(str(path), pretty=False)

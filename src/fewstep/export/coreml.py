@@ -1,0 +1,209 @@
+"""A torch family as Core ML packages, for Apple's devices (floor 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from fewstep.core import json_io
+from fewstep.core.atomic import replacing_folder
+from fewstep.core.optional import install
+from fewstep.core.types import UserError
+from fewstep.export.base import ExportMetadata
+from fewstep.export.common.graphs import GraphSpec, parts
+from fewstep.export.common.manifest import manifest, write_tokenizer
+from fewstep.families.base import Family
+
+FAMILIES = ("sd3",)
+BITS = (6, 4, 8, 16)
+T5 = False
+
+MANIFEST = "model.json"
+FORMAT = "fewstep-coreml-1"
+
+PROGRAM = "Data/com.apple.CoreML/model.mlmodel"
+"""Of a package, what coremltools writes for its owner's eyes alone; the rest is for all."""
+
+GROUP = 64
+"""Output channels that share a palette. A palette of one tensor would do with iOS 16; groups need iOS 18, as
+does the operator for attention. In groups of 16 a 6-bit weight errs 3 % less, and takes twice the time to
+find."""
+
+SMALLEST = 2048
+"""Numbers of a tensor that is worth a palette; what is smaller stays float16."""
+
+WEIGHTS = ("linear", "conv", "gather")
+"""What the weights with fewer bits are multiplied or looked up by. All else (biases, norms, positions) is
+float16."""
+
+WRITER = "[MIL FileWriter]"
+"""How the errors begin of what writes weights."""
+
+EXACT = ("mul", "expand_dims", "sin", "cos")
+"""What the modulations' graph computes in float32: the sines of a time of up to 1000, where float16 counts
+in halves. All other graphs are float16 through and through."""
+
+SLICED = "common::scaled_dot_product_attention_sliced_q"
+"""coremltools' own pass for attention over 1280 tokens and more: sixteen slices of the queries in turn, so
+that the table of all against all is never whole."""
+
+
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.export.base.Target`."""
+    return ("coremltools", "sklearn")
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.export.base.Target`."""
+    if out.exists() and not _ours(out):
+        raise UserError(f"{out} exists and is no Core ML export of fewstep: choose another place")
+    _check_tools()
+
+
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+    """Write ``family`` as a folder of ``.mlpackage``: text, modulation, transformer, decoder and encoder.
+
+    Inputs and outputs bear the names of a bundle's graphs (:mod:`fewstep.runtime.bundle`), with a batch of
+    one; ``tokens`` are int32, all else is float32. Beside them lie ``tokenizer.json`` and ``model.json``.
+
+    Args:
+        family: an SD3-type family in float32 on the processor.
+        out: the folder.
+        bits: of :data:`BITS`, a weight. 16 is float16, 8 integers with a scale an output channel, 6 and 4
+            are palettes (:func:`quantize`).
+        facts: what it tells of itself.
+
+    Returns:
+        What there is now, in a line.
+
+    Raises:
+        UserError: something else lies at ``out``, or coremltools does not work here.
+    """
+    check(out)
+    with _writing(out), replacing_folder(out) as fresh:
+        shapes: dict[str, Any] = {}
+        for stem, part in parts(family).items():
+            package = fresh / f"{stem}.mlpackage"
+            quantize(converted(part), bits).save(str(package))
+            shutil.copymode(package / "Manifest.json", package / PROGRAM)
+            shapes[stem] = {"inputs": {name: [1, *x.shape[1:]] for name, x in part.inputs.items()}}
+            shapes[stem]["outputs"] = list(part.outputs)
+        told = {"format": FORMAT, **manifest(family, facts, bits), "parts": shapes}
+        (fresh / MANIFEST).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_tokenizer(family, fresh / "tokenizer.json")
+        if facts.license_file is not None:
+            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return f"{size / 1e6:.1f} MB, {bits}-bit weights, for iOS 18 and macOS 15"
+
+
+def converted(part: GraphSpec) -> Any:
+    """``part`` as a ``coremltools`` model of float16 for a batch of one."""
+    import numpy as np
+    import torch
+
+    from fewstep.export.common.fp16_norms import with_fp16_norms
+
+    ct: Any = importlib.import_module("coremltools")
+    inputs = {name: example[:1] for name, example in part.inputs.items()}
+    kinds: dict[Any, Any] = {torch.int64: np.int32, torch.float32: np.float32}
+    passes = ct.PassPipeline.DEFAULT
+    passes.append_pass(SLICED)
+    modulation = "modulation" in part.outputs
+    with _quiet(), torch.no_grad():
+        traced = torch.jit.trace(with_fp16_norms(part.module), tuple(inputs.values()), check_trace=False)
+        return ct.convert(
+            traced,
+            inputs=[ct.TensorType(name, x.shape, kinds[x.dtype]) for name, x in inputs.items()],
+            outputs=[ct.TensorType(name, dtype=np.float32) for name in part.outputs],
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.transform.FP16ComputePrecision(_is_half if modulation else None),
+            pass_pipeline=passes,
+            skip_model_load=True,
+        )
+
+
+def _is_half(op: Any) -> bool:
+    return op.op_type not in EXACT
+
+
+def quantize(model: Any, bits: int) -> Any:
+    """``model`` with its matrices, kernels and tables of embeddings in ``bits``.
+
+    A palette is found by k-means among the weights of :data:`GROUP` output channels, or of the whole tensor
+    where it cannot be cut into such groups.
+    """
+    if bits == 16:
+        return model
+    cto: Any = importlib.import_module("coremltools.optimize.coreml")
+    palettes: dict[str, Any] = {"mode": "kmeans", "nbits": bits, "weight_threshold": SMALLEST}
+    grouped: dict[str, Any] = {"granularity": "per_grouped_channel", "group_size": GROUP}
+    options: dict[str, Any] = {}
+    with _quiet():
+        for name, weight in cto.get_weights_metadata(model, SMALLEST).items():
+            if any(child.op_type not in WEIGHTS for child in weight.child_ops):
+                continue
+            if bits == 8:
+                options[name] = cto.OpLinearQuantizerConfig(
+                    mode="linear_symmetric", dtype="int8", weight_threshold=SMALLEST
+                )
+            else:
+                cut: dict[str, Any] = (
+                    grouped if weight.val.shape[0] % GROUP == 0 else {"granularity": "per_tensor"}
+                )
+                options[name] = cto.OpPalettizerConfig(**palettes, **cut)
+        config = cto.OptimizationConfig(op_name_configs=options)
+        shrink = cto.linear_quantize_weights if bits == 8 else cto.palettize_weights
+        return shrink(model, config)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Generator[None]:
+    """Say that ``out`` could not be written, where coremltools' C++ says so; it writes to the folder of
+    temporary files first."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(WRITER):
+            raise
+        raise UserError(f"cannot write {out}, or the folder of temporary files: {error}") from error
+
+
+def _ours(folder: Path) -> bool:
+    try:
+        return json_io.read(folder / MANIFEST).get("format") == FORMAT
+    except UserError:
+        return False
+
+
+def _check_tools() -> None:
+    """Import what converts, in silence; it complains of a torch newer than itself, and of not being on a Mac.
+
+    Raises:
+        UserError: it does not work with this numpy.
+        ImportError: it is not installed.
+    """
+    import numpy as np
+
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    with _quiet():
+        version: str = importlib.import_module("coremltools").__version__
+        importlib.import_module("sklearn")  # finds the palettes; coremltools imports it late
+    if version.startswith("9.0") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        raise UserError(f"coremltools 9.0 does not work with numpy {np.__version__}: {install('coreml')}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Silence bars of progress, and warnings that what is traced holds for these shapes only, as it shall."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

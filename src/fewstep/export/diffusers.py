@@ -1,0 +1,33 @@
+"""A torch family as a diffusers folder, which the stock pipeline and other programs load (floor 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.export.base import ExportMetadata
+from fewstep.families.base import Family
+from fewstep.families.diffusers_io import check_place
+
+FAMILIES = ("sd3", "flux")
+BITS = (32,)
+T5 = True
+
+
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.export.base.Target`."""
+    return ()
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.export.base.Target`."""
+    check_place(out)
+
+
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+    """Write ``family`` where its own stock pipeline's ``from_pretrained`` finds it.
+
+    Raises:
+        UserError: something else lies at ``out``.
+    """
+    family.module.save(family, out)
+    return "for stock diffusers"

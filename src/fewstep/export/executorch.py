@@ -1,0 +1,124 @@
+"""A torch family as a bundle of ExecuTorch programs, for phones: XNNPACK runs them (floor 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Generator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fewstep.export.base import ExportMetadata
+from fewstep.export.common.bundle import check_place, write_bundle
+from fewstep.export.common.graphs import GraphSpec, parts
+from fewstep.families.base import Family
+
+FAMILIES = ("sd3",)
+BITS = (32, 8)
+T5 = False
+QUANTIZED = ("modulation", "transformer")
+"""Graphs whose linear layers have 8 bits. The text encoders lose too much; the codec has few."""
+
+
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.export.base.Target`."""
+    return ("executorch",)
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.export.base.Target`."""
+    check_place(out)
+    import_module("executorch")
+
+
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+    """Write ``family`` as a bundle for ExecuTorch (:func:`fewstep.export.common.bundle.write_bundle`).
+
+    Args:
+        family: an SD3-type family in float32 on the processor.
+        out: the folder where the bundle goes.
+        bits: of :data:`BITS`, a weight: 32 throughout; at 8 those of :data:`QUANTIZED` are int8 with a scale
+            a row, and meet activations of 8 bits with a scale a token.
+        facts: what it tells of itself.
+
+    Returns:
+        What there is now, in a line.
+
+    Raises:
+        UserError: something else lies at ``out``.
+        ImportError: ExecuTorch is not installed.
+    """
+    with _quiet():
+        import executorch.exir  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+
+    counts: list[tuple[int, int]] = []
+
+    def write(folder: Path) -> None:
+        for stem, part in parts(family).items():
+            with _quiet():
+                edge = lowered(in_8_bits(part) if bits == 8 and stem in QUANTIZED else part)
+                counts.append(count_delegated(edge))
+                with (folder / f"{stem}.pte").open("wb") as file:
+                    edge.to_executorch().write_to_file(file)
+
+    line = write_bundle(family, out, bits, facts, "executorch", write)
+    theirs, all_of_them = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return f"{line}, {theirs} of {all_of_them} operators on XNNPACK"
+
+
+def in_8_bits(part: GraphSpec) -> GraphSpec:
+    """``part`` with the products of its linear layers in integers, as XNNPACK does them."""
+    import torch
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
+
+    module = copy.deepcopy(part.module)  # its weights are the family's
+    quantize_(
+        module, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
+    )
+    return replace(part, module=module)
+
+
+def lowered(part: GraphSpec) -> Any:
+    """``part`` for one picture as an ``EdgeProgramManager``, what XNNPACK can do given to it."""
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
+        XnnpackPartitioner,
+    )
+    from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
+
+    inputs = {name: tensor[:1].clone() for name, tensor in part.inputs.items()}
+    with torch.no_grad():
+        program = torch.export.export(part.module, (), inputs)
+    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+
+
+def count_delegated(edge: Any) -> tuple[int, int]:
+    """Operators of a lowered program that XNNPACK has, and all of them."""
+    from executorch.exir.lowered_backend_module import (  # pyright: ignore[reportMissingImports]
+        get_lowered_submodules,
+    )
+
+    def operators(graph: Any) -> int:
+        return sum(hasattr(node.target, "_schema") for node in graph.nodes if node.op == "call_function")
+
+    outer = edge.exported_program().graph_module
+    modules: list[Any] = [module for _, module, _ in get_lowered_submodules(outer)]
+    theirs = sum(operators(module.original_module.graph) for module in modules)
+    return theirs, theirs + operators(outer.graph)
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Silence what ExecuTorch and torchao tell of torch's deprecations and of their own missing kernels."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

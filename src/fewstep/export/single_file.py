@@ -1,0 +1,79 @@
+"""A torch family as one file in Stability's key names, as ComfyUI and diffusers read it (floor 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.types import UserError
+from fewstep.export.base import ExportMetadata
+from fewstep.export.common.output_paths import check_file, fresh_file
+from fewstep.export.common.sd3_keys import checkpoint, file_metadata
+from fewstep.families.base import Family
+from fewstep.families.diffusers_io import first_line
+
+FAMILIES = ("sd3",)
+BITS = (16, 32)
+T5 = True
+
+
+def needs(bits: int) -> tuple[str, ...]:
+    """See :class:`fewstep.export.base.Target`."""
+    return ()
+
+
+def check(out: Path) -> None:
+    """See :class:`fewstep.export.base.Target`."""
+    check_file(out, ".safetensors", _ours)
+
+
+def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+    """Write ``family`` as a ``.safetensors`` file that holds the net, the autoencoder and the text encoders.
+
+    Its header tells name, licence, steps, guidance, shift and sampler
+    (:func:`fewstep.export.common.sd3_keys.file_metadata`); :func:`fewstep.families.sd3.load` reads them back.
+
+    Args:
+        family: an SD3-type family in float32 on the processor.
+        out: the file, ending in ``.safetensors``.
+        bits: 16 is float16.
+        facts: what it tells of itself.
+
+    Returns:
+        What there is now, in a line.
+
+    Raises:
+        UserError: something else lies at ``out``, the disk refuses, the family has parts that such a file
+            does not hold, or weights that float16 does not.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with fresh_file(out, ".safetensors", _ours) as fresh:
+        tensors = {name: _stored(name, tensor, bits) for name, tensor in checkpoint(family.parts).items()}
+        said = file_metadata(family, facts, bits)
+        header = {"format": "pt", "fewstep": said.pop("fewstep")}
+        header |= {f"modelspec.{key}": text for key, text in said.items()}
+        try:
+            save_file(tensors, fresh, header)
+        except SafetensorError as error:
+            raise UserError(f"cannot write {out}: {first_line(error)}") from error
+    return f"{out.stat().st_size / 1e6:.1f} MB, {bits}-bit weights"
+
+
+def _stored(name: str, tensor: Any, bits: int) -> Any:
+    if bits == 16:
+        tensor = tensor.half()
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has weights too large for float16: give --bits 32")
+    return tensor.contiguous()
+
+
+def _ours(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "fewstep" in (file.metadata() or {})
+    except SafetensorError:
+        return False

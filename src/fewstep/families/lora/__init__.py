@@ -1,0 +1,1 @@
+"""LoRA files and the adapters made of them."""

@@ -1,0 +1,1 @@
+"""PyTorch inference within a memory budget."""

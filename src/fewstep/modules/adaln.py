@@ -1,0 +1,165 @@
+"""Modulations apart from the net that they modulate (floor 2, torch).
+
+The layers that make shifts, scales and gates (adaLN: Peebles and Xie, arXiv 2212.09748) depend on the time
+and the pooled text alone: a third of an MMDiT's weights that need not be read in a step. Here a net falls in
+two: what makes all modulations of a time, and the net that is given them. No weight is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.flow import expand_time
+from fewstep.core.types import Array, Cond, Step, Velocity
+
+
+class NetVelocity(Velocity, Protocol):
+    """A family's velocity: a dataclass around its net."""
+
+    @property
+    def net(self) -> Any: ...
+
+    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+        """What the net's embedder is told at ``t [B]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrecomputedAdaLN:
+    """The same velocity, its modulations made for all steps of a walk before the first one.
+
+    For nets that are neither trained nor sharded nor compiled: those change a module in place, and the one
+    that runs here is another.
+    """
+
+    velocity: NetVelocity
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
+        return self.velocity(x_t, t, cond)
+
+    def with_guidance(self, scale: float) -> PrecomputedAdaLN:
+        """The same velocity at another scale of the embedded guidance, where its net has one."""
+        whole: Any = self.velocity
+        return PrecomputedAdaLN(whole.with_guidance(scale))
+
+    def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
+        """A step for each of ``times``."""
+        modulation, net = split_modulation(self.velocity.net)
+        whole: Any = self.velocity
+        body: Velocity = replace(whole, net=net)
+        made = modulation.each([whole.embedded(expand_time(t, cond.context), cond.pooled) for t in times])
+
+        def step(t: float, modulations: Tensor) -> Step:
+            return lambda x: body(x, expand_time(t, x), Cond(cond.context, modulations))
+
+        return [step(*pair) for pair in zip(times, made, strict=True)]
+
+
+AtHand = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def _at_hand(layer: nn.Module) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+EMBEDDER = "time_text_embed"
+"""What diffusers' MMDiTs call the embedder of time and pooled text, whose result every modulation reads."""
+
+
+class Modulation(nn.Module):
+    """All modulations of a net, one after the other."""
+
+    def __init__(self, embedder: Any, layers: Sequence[Any]) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *told: Tensor) -> Tensor:
+        """What the net's embedder takes, the pooled text ``[B, P]`` last -> ``[B, M]``."""
+        return self.each([told])[0]
+
+    def each(self, steps: Sequence[Sequence[Tensor]], at_hand: AtHand = _at_hand) -> list[Tensor]:
+        """The same for several steps; every layer's weights are read once, where they fit a cache.
+
+        Not one product for all steps: its sums could come in another order, and a picture with them.
+
+        Args:
+            steps: what the embedder takes at each of them.
+            at_hand: within its block a layer has its weights; by default all have them.
+        """
+        with at_hand(self.embedder):
+            embeddings = [nn.functional.silu(self.embedder(*told)) for told in steps]
+        made: list[list[Tensor]] = []
+        for layer in self.layers:
+            with at_hand(layer):
+                made.append([layer(embedding) for embedding in embeddings])
+        return [torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)]
+
+
+class _Given(nn.Module):
+    """In the embedder's place: the modulations, given where the pooled text would be."""
+
+    def forward(self, *told: Tensor) -> Tensor:
+        return told[-1]
+
+
+class Slice(nn.Module):
+    """In a layer's place: its part of all modulations."""
+
+    def __init__(self, start: int, size: int) -> None:
+        super().__init__()
+        self.start, self.size = start, size
+
+    def forward(self, modulations: Tensor) -> Tensor:
+        return modulations.narrow(-1, self.start, self.size)
+
+
+def split_modulation(net: Any) -> tuple[Modulation, Any]:
+    """``net`` in two: its modulations, and itself without them, which takes them for the pooled text.
+
+    Args:
+        net: an MMDiT of diffusers; it stays as it is.
+
+    Raises:
+        ValueError: it has no such embedder, or nothing that it modulates.
+    """
+    norms = {
+        name: norm
+        for name, norm in net.named_modules()
+        if isinstance(getattr(norm, "silu", None), nn.SiLU)
+        and isinstance(getattr(norm, "linear", None), nn.Module)
+    }
+    embedder = getattr(net, EMBEDDER, None)
+    if embedder is None or not norms:
+        raise ValueError(f"{type(net).__name__} has no modulations to take out")
+    at = 0
+    instead: dict[str, Any] = {EMBEDDER: _Given()}
+    for name, norm in norms.items():
+        size = norm.linear.out_features
+        instead |= {f"{name}.linear": Slice(at, size), f"{name}.silu": nn.Identity()}
+        at += size
+    return Modulation(embedder, [norm.linear for norm in norms.values()]), with_submodules(net, instead)
+
+
+def with_submodules(net: Any, instead: Mapping[str, Any]) -> Any:
+    """``net`` with other modules at some paths; all else is shared, and ``net`` stays as it is."""
+    other = copy.copy(net)
+    other._modules = dict(net._modules)
+    below: dict[str, dict[str, Any]] = {}
+    for path, module in instead.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(name, {})[rest] = module
+        else:
+            other._modules[name] = module
+    for name, modules in below.items():
+        other._modules[name] = with_submodules(net._modules[name], modules)
+    return other

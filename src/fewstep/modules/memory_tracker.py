@@ -1,0 +1,223 @@
+"""Memory counted while a computation runs (floor 2, torch), on tensors that are there or on tensors that have
+shapes and no bytes.
+
+Every storage that an operation makes is counted until it is let go. Under :func:`fake_tensors` torch's
+``FakeTensorMode`` carries the operations out on shapes alone, so that a net of any size is rehearsed on any
+machine. What operations take and give back inside themselves is not seen: see :data:`WORKSPACE`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ALLOCATED = 512
+"""Bytes to which torch's CUDA allocator rounds every tensor up (c10/cuda/CUDACachingAllocator.h,
+``kMinBlockSize``)."""
+
+WORKSPACE = 128 * 2**20
+"""Bytes that matrix products hold beside tensors on a GPU: cuBLAS's and cuBLASLt's workspaces, 32 MiB each on
+Hopper for each of the two threads that multiply (forward and backward)."""
+
+KINDS: tuple[str, ...] = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
+"""What memory is for. ``activations``: whatever is none of the others, the batch too."""
+
+
+@dataclass
+class Peak:
+    """Bytes of each kind (:data:`KINDS`) at the moment when most was held."""
+
+    held: dict[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.held.values())
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While it is entered, the bytes of every storage that an operation makes, until it is let go.
+
+    Args:
+        shapes: the tensors are fake: what needs their values is told some, and fills do nothing.
+        unit: sizes are rounded up to multiples of these bytes.
+    """
+
+    def __init__(self, *, shapes: bool = False, unit: int = 1) -> None:
+        super().__init__()
+        self._shapes, self._unit = shapes, unit
+        self._known: dict[int, tuple[Any, str, int]] = {}
+        self.live = dict.fromkeys(KINDS, 0)
+        self.peaks: dict[str, Peak] = {}
+        self.turn = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self._shapes:
+            name = func.overloadpacket.__name__
+            if name == "_local_scalar_dense":
+                return 1.0
+            if name in ("uniform_", "normal_"):  # their stand-ins for fake tensors would make copies
+                return args[0]
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, torch.Tensor):
+                self.track(made)
+            elif isinstance(made, tuple | list):  # a list among several outputs
+                for one in made:
+                    if isinstance(one, torch.Tensor):
+                        self.track(one)
+        return out
+
+    def track(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        """Count a tensor's storage; one that is counted already changes its kind, where one is told."""
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        known = self._known.get(key)
+        if known is None:
+            size = -(-storage.nbytes() // self._unit) * self._unit
+            held = weakref.ref(storage, partial(self._free, key))
+            self._known[key] = (held, kind or "activations", size)
+            self.live[kind or "activations"] += size
+            self._note()
+        elif kind is not None and kind != known[1]:
+            self.live[known[1]] -= known[2]
+            self.live[kind] += known[2]
+            self._known[key] = (known[0], kind, known[2])
+
+    def begin(self, turn: str) -> None:
+        """From here on peaks are this turn's."""
+        self.turn = turn
+        self._note()
+
+    def _note(self) -> None:
+        peak = self.peaks.get(self.turn)
+        if peak is None or sum(self.live.values()) > peak.total:
+            self.peaks[self.turn] = Peak(dict(self.live))
+
+    def _free(self, key: int, reference: Any) -> None:
+        known = self._known.get(key)
+        if known is not None and known[0] is reference:  # another storage may have the same address by now
+            del self._known[key]
+            self.live[known[1]] -= known[2]
+
+
+def _stay(net: Any, *where: Any, **how: Any) -> Any:
+    return net
+
+
+@contextmanager
+def fake_tensors(*, gpu: bool) -> Generator[MemoryTracker]:
+    """Within the block tensors are fake: shapes without bytes.
+
+    Args:
+        gpu: count as a GPU would hold them (:func:`simulate_cuda`); otherwise as this CPU would.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    ledger = MemoryTracker(shapes=True, unit=ALLOCATED if gpu else 1)
+    with ExitStack() as stack:
+        # Modules of fake tensors cannot be moved where anything watches them; here there is one place to be.
+        stack.enter_context(patch.object(torch.nn.Module, "to", _stay))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if gpu:
+            stack.enter_context(simulate_cuda())
+        yield stack.enter_context(ledger)
+
+
+def cast_parameters(net: Any, dtype: Any = None) -> Any:
+    """The net with its weights and buffers copied one by one.
+
+    Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
+    """
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            fresh = p.detach().to(dtype, copy=True)
+            setattr(module, name, torch.nn.Parameter(fresh, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(dtype if buffer.is_floating_point() else None, copy=True))
+    return net
+
+
+WIDENED = (
+    *("layer_norm", "rms_norm", "group_norm", "softplus", "rsqrt", "reciprocal", "exp", "log", "expm1"),
+    *("pow.Tensor_Scalar", "pow.Tensor_Tensor"),
+)
+"""Operations that autocast computes in float32 on a GPU and lets be on a CPU (``AT_FORALL_FP32`` of torch's
+ATen/autocast_mode.h, as far as nets and losses here use them)."""
+
+SUMMED = ("sum", "sum.dim_IntList")
+"""Those whose results alone are float32 there (``AT_FORALL_FP32_SET_OPT_DTYPE``)."""
+
+
+@contextmanager
+def simulate_cuda() -> Generator[None]:
+    """Within the block fake tensors of the CPU are handled as CUDA ones: autocast's rules and attention's
+    kernel.
+
+    Fake tensors that call themselves CUDA's would be simpler, but torch builds without CUDA have no backward
+    pass for them.
+    """
+    from torch.library import _scoped_library  # pyright: ignore[reportPrivateUsage]
+
+    by_rows = patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention)
+    with _scoped_library("aten", "IMPL") as library, by_rows:
+        for names, rule in ((WIDENED, _widened), (SUMMED, _summed)):
+            for name in names:
+                library.impl(name, partial(rule, _overload(name)), "AutocastCPU")
+        yield
+
+
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _beneath() -> Any:
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)  # pyright: ignore[reportPrivateUsage]
+    return torch._C._ExcludeDispatchKeyGuard(key)  # pyright: ignore[reportPrivateUsage]
+
+
+def _narrow(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _widened(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _beneath():
+        return function(*(a.float() if _narrow(a) else a for a in args), **kwargs)
+
+
+def _summed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _narrow(args[0]) and kwargs.get("dtype") is None:
+        kwargs["dtype"] = torch.float32
+    with _beneath():
+        return function(*args, **kwargs)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """By the kernels that a GPU takes: they keep a number a row, and no matrix."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    if _narrow(query) and attn_mask is None:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale)[0]

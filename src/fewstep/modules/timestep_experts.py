@@ -1,0 +1,53 @@
+"""Two nets, one for early and one for late times, and how they become one again (floor 2, torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.core.types import Array, Cond, Velocity
+
+BORDER = 0.5
+"""Where SD3.5-Flash splits the times (arXiv 2509.21318): early at it and below, late above."""
+
+
+@dataclass(frozen=True)
+class TimestepExperts:
+    """A velocity that asks ``late`` above :data:`BORDER`, else ``early``. A batch has one time.
+
+    Attributes:
+        early: the velocity for t in (0, border], near data.
+        late: the velocity for t in (border, 1], near noise.
+    """
+
+    early: Velocity
+    late: Velocity
+
+    def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
+        late = t > BORDER
+        if bool(late.any()) != bool(late.all()):
+            raise ValueError("a batch of times on both sides of the border has no branch")
+        return (self.late if bool(late.all()) else self.early)(x_t, t, cond)
+
+
+def split_grid(grid: Sequence[float]) -> tuple[list[int], list[int]]:
+    """The steps of a grid that start at early and at late times; one of them may be empty."""
+    starts = list(enumerate(grid[:-1]))
+    return [i for i, t in starts if t <= BORDER], [i for i, t in starts if t > BORDER]
+
+
+def merge(early: Mapping[str, Any], late: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """Interpolate two state dicts: ``ratio`` of ``late`` and the rest of ``early``, in float32.
+
+    Raises:
+        ValueError: they are not of the same net.
+    """
+    if early.keys() != late.keys():
+        raise ValueError("only two branches of one net can be merged")
+    return {
+        name: (early[name].float().lerp(late[name].float(), ratio)).to(early[name].dtype)
+        if early[name].is_floating_point()
+        else early[name]
+        for name in early
+    }

@@ -1,0 +1,338 @@
+"""What is asked of a model, checked (floor 2): every bad value becomes one clear line here."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from fewstep.core.prompt_text import PromptWarning, clean, syntax
+from fewstep.core.types import Model, UserError
+
+SEEDS = 2**32
+MOST = 2**16
+"""Most pictures of a prompt in one call."""
+MOST_AT_ONCE = 64
+"""Most pictures that run through the net together."""
+FEW = 8
+"""Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
+MANY = 100
+STRENGTH = 0.95
+PER_CORE, ALWAYS = 4, 16
+"""Threads that may be asked for, a core of the machine and on any machine."""
+
+LONGEST = 10_000
+"""Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked values; see ``Pipeline.__call__`` for what they mean.
+
+    Attributes:
+        jobs: (prompt, seed) of each picture, in order.
+        steps: number of steps.
+        guidance: guidance scale, of a second pass or embedded; ``None`` for a model that takes none.
+        negative: negative prompt, or ``None``.
+        image: the input picture: a path, a Pillow image, or ``None``.
+        strength: how much of the input picture is given up, 0 to 1.
+    """
+
+    jobs: tuple[tuple[str, int], ...]
+    steps: int
+    guidance: float | None
+    negative: str | None
+    image: Any
+    strength: float
+
+
+class Diffusers(TypedDict, total=False):
+    """diffusers' names for arguments of ``Pipeline.__call__``."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int | None
+    width: int | None
+    height: int | None
+
+
+ALIASES = {
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "n",
+}
+INSTEAD = {"generator": "seed", "callback_on_step_end": "on_step", "num_images": "n", "cfg_scale": "guidance"}
+"""Arguments that other libraries have, and ours that does the same."""
+
+
+class ArgumentError(UserError, TypeError):
+    """A keyword argument that there is not, or that is given under two names."""
+
+
+def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under our names; what is ``None`` was not given.
+
+    Raises:
+        ArgumentError: one is given under both its names.
+    """
+    said = {name: value for name, value in given.items() if value is not None}
+    for alias, name in ALIASES.items():
+        if alias in said and name in said:
+            raise ArgumentError(f"{alias} is another name of {name}: give one of them")
+    return {ALIASES.get(name, name): value for name, value in said.items()}
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that there are not.
+
+    Raises:
+        ArgumentError: there is one. The line names the nearest that there is.
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = [INSTEAD[name]] if INSTEAD.get(name) in names else get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+            raise ArgumentError(f"{what} takes no {name}: {hint}")
+
+
+def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
+    """Refuse another size than the model draws, in pixels; ``other`` says how to get another.
+
+    Raises:
+        UserError: it is another, or no size.
+    """
+    asked = tuple(
+        own if value is None else check_int(name, value, 1, 2**16)
+        for name, value, own in zip(("width", "height"), (width, height), size, strict=True)
+    )
+    if asked != size:
+        there, here = (f"{side[0]}x{side[1]}" for side in (size, asked))
+        raise UserError(f"this model draws {there} pixels, not {here}: {other.format(size=here)}")
+
+
+def check(
+    model: Model,
+    styles: Sequence[str],
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    style: str | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    image: Any = None,
+    strength: float | None = None,
+) -> Request:
+    """Check what is asked of ``model``, fill in its defaults and draw a seed where none is given.
+
+    Raises:
+        UserError: a value that makes no sense, or that this model has no use for.
+    """
+    texts, count, first = _values(prompts, seed, n, strength, image)
+    lines = [_style(text, style, styles) for text in texts]
+    scale, away = _guidance(model, guidance, negative)
+    most = FEW if model.guidance is None and model.steps <= FEW else MANY
+    return Request(
+        jobs=tuple((text, first + index) for text in lines for index in range(count)),
+        steps=check_int("steps", model.steps if steps is None else steps, 1, most),
+        guidance=scale,
+        negative=away,
+        image=str(image) if isinstance(image, Path) else image,
+        strength=check_float("strength", STRENGTH if strength is None else strength, 0, 1),
+    )
+
+
+def check_values(
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    image: Any = None,
+    strength: float | None = None,
+    **others: Any,
+) -> None:
+    """Refuse what no model takes, before one is loaded; ``others`` are for a model.
+
+    Raises:
+        UserError: a value that makes no sense, or a picture that cannot be read.
+    """
+    _values(prompts, seed, n, strength, image)
+    if steps is not None:
+        check_int("steps", steps, 1, MANY)
+    if guidance is not None:
+        check_float("guidance", guidance, 0, 100)
+    if isinstance(image, str):
+        from fewstep.images.io import open_image
+
+        open_image(image)
+
+
+def _values(
+    prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
+) -> tuple[list[str], int, int]:
+    """The prompts, how many pictures of each, and the first seed, drawn where none is given."""
+    texts = _texts(prompts)
+    if not texts:
+        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+    count = check_int("n", n, 1, MOST)
+    first = _draw(SEEDS - count + 1) if seed is None else check_int("seed", seed, 0, SEEDS - 1)
+    check_int("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
+    clean = [_prompt(text) for text in texts]
+    if strength is not None and image is None:
+        raise UserError("strength is for image-to-image: give a picture with image (--image)")
+    check_float("strength", STRENGTH if strength is None else strength, 0, 1)
+    return clean, count, first
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high}, not {_told(value)}")
+    return number
+
+
+def threads(count: Any, least: int = 0) -> int:
+    """A number of processor threads: at most :data:`PER_CORE` a core, and :data:`ALWAYS` anywhere.
+
+    Each takes memory, and more than there are cores only wait for each other.
+
+    Args:
+        count: what was asked for.
+        least: 0 where that leaves the choice to a library.
+
+    Raises:
+        UserError: it is another number.
+    """
+    from fewstep.runtime.session import cores
+
+    return check_int("threads", count, least, max(ALWAYS, PER_CORE * cores()))
+
+
+def check_float(name: str, value: Any, low: float, high: float) -> float:
+    """A finite number from ``low`` to ``high``.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {_told(value)}")
+    return number
+
+
+_UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if not found or unit is None or float(found[1]) <= 0:
+        raise UserError(f"--memory must be a size such as 24GiB, not {text[:40]}")
+    return int(float(found[1]) * unit)
+
+
+def _told(value: Any) -> str:
+    try:
+        return str(value)[:40]
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "that"
+
+
+def _draw(limit: int) -> int:
+    """A number below ``limit`` from the operating system."""
+    return int.from_bytes(os.urandom(8)) % limit
+
+
+_SINGLE = (str, bytes, bytearray, memoryview, Mapping)
+"""What Python can iterate over, and is no list of prompts."""
+
+
+def _texts(prompts: Any) -> list[Any]:
+    """One prompt or several as a list; :func:`_prompt` then refuses what is no text."""
+    single = isinstance(prompts, _SINGLE) or not isinstance(prompts, Iterable)
+    return [prompts] if single else list(prompts)
+
+
+def _prompt(text: Any) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"a prompt must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
+    line = clean(text)
+    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in line):  # nothing but signs unseen
+        raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
+    if len(line) > LONGEST:
+        raise UserError(f"a prompt has {len(line)} characters; at most {LONGEST} are taken: shorten it")
+    if parts := syntax(line):
+        warnings.warn(
+            f"{', '.join(parts[:4])}: read as text, as all of a prompt is", PromptWarning, stacklevel=2
+        )
+    return line
+
+
+def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
+    """``PROMPT, STYLE style``, unless the prompt says so already; another style in it gives way."""
+    if style is None:
+        return prompt
+    if not isinstance(style, str):
+        raise UserError(f"style must be text, not {type(style).__name__}")
+    known = {name.casefold(): name for name in styles}
+    if style.casefold() not in known:
+        have = ", ".join(styles) or "none: say the style in the prompt"
+        raise UserError(f"unknown style {style!r}; the styles of this model: {have}")
+    phrase = f"{known[style.casefold()]} style"
+    if phrase.casefold() in prompt.casefold():
+        return prompt
+    others = "|".join(re.escape(name) for name in styles)
+    rest = re.sub(rf",? *\b({others}) style\b", "", prompt, flags=re.IGNORECASE).strip(" ,")
+    return f"{rest}, {phrase}" if rest else phrase
+
+
+def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:
+    if model.guidance is None:
+        embedded = model.embedded_guidance
+        for name, value in (("guidance", guidance if embedded is None else None), ("negative", negative)):
+            if value is not None:
+                raise UserError(f"model {model.name} takes no {name}: guidance is distilled into it")
+        if embedded is None:
+            return None, None
+        return check_float("guidance", embedded if guidance is None else guidance, 0, 100), None
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"negative must be text, not {type(negative).__name__}")
+    scale = check_float("guidance", model.guidance if guidance is None else guidance, 0, 100)
+    return scale, _prompt(negative) if negative and negative.strip() else None

@@ -1,0 +1,1 @@
+"""The embedded model Pocket: data, text encoders, training and evaluation."""

@@ -1,1 +1,0 @@
-"""Recipes: one Python function a run, returning one :class:`fewstep.train.Run` (floor 5)."""
