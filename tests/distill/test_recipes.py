@@ -23,8 +23,8 @@ from fewstep.data.teacher_samples.write import write_samples
 from fewstep.distill import merge, recipes, validation
 from fewstep.distill.context import DistillConfig
 from fewstep.families import flux, sd3
+from fewstep.families.common import fingerprint
 from fewstep.pipeline.loading import load_family
-from fewstep.pocket.assemble import fingerprint
 from fewstep.train.run import Run
 from fewstep.train.trainer import train
 

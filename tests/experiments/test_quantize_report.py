@@ -17,8 +17,8 @@ import fewstep
 from fewstep.cli.app import run
 from fewstep.experiments.quantize_report import CALIBRATED_ON
 from fewstep.export.common import onnx_quantize, sensitivity
-from fewstep.pocket.assemble import SHOWN
 from fewstep.runtime.bundle import read
+from fewstep.train.preview import SHOWN
 
 pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokenizer.PromptWarning")
 """The tiny tokenizer cuts the prompts that are shown."""

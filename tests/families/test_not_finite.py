@@ -63,7 +63,7 @@ def test_a_net_that_gives_nan_or_infinity_is_one_line_and_no_file(
 
 
 def test_previews_and_sheets_of_nan_are_lines_too(tmp_path: Path, base: Path) -> None:
-    from fewstep.pocket.assemble import decode_uint8
+    from fewstep.train.preview import decode_uint8
 
     folder = _spoilt(base, tmp_path / "m", "transformer", "proj_out.bias", float("nan"))
     caught: list[str] = []

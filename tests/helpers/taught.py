@@ -9,8 +9,8 @@ import tiny
 from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.write import write_samples
 from fewstep.families import sd3
+from fewstep.families.common import fingerprint
 from fewstep.pipeline.loading import load_family
-from fewstep.pocket.assemble import fingerprint
 
 PROMPTS = ["a cat", "a dog", "a red apple", "two pears", "the sun", "a boat"]
 

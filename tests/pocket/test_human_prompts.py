@@ -58,5 +58,7 @@ def test_any_of_the_expected_concepts_will_do() -> None:
 
 
 def test_the_prompts_of_the_repository_are_many(tmp_path: Path) -> None:
-    lines = (Path(__file__).parents[2] / "docs" / "handwritten.tsv").read_text().splitlines()
+    lines = (
+        (Path(__file__).parents[2] / "src/fewstep/pocket/prompts/human_written.tsv").read_text().splitlines()
+    )
     assert len(lines) >= 200 and all("\t" in line for line in lines)

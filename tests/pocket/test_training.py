@@ -22,6 +22,7 @@ from fewstep.data.teacher_samples.write import write_samples
 from fewstep.distill.context import DistillConfig
 from fewstep.distill.recipes import trajectory
 from fewstep.families import sd3
+from fewstep.families.common import fingerprint
 from fewstep.pocket import assemble
 from fewstep.pocket import config as pocket
 from fewstep.pocket.train_paraphrases import pocket_paraphrases
@@ -247,7 +248,7 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
 @pytest.mark.parametrize(("steps", "told"), [(0, "no walks, latents alone"), (3, "walks at 3 steps")])
 def test_walks_that_are_of_no_use_are_refused(made: Made, tmp_path: Path, steps: int, told: str) -> None:
     family = sd3.load(made.teacher, t5=False)
-    weights = assemble.fingerprint(family.net)
+    weights = fingerprint(family.net)
     plan = manifest.make(family, ["a"], guidance=2.0, steps=3, student_steps=steps, weights=weights)
     write_samples(family, ["a"], plan, tmp_path / "shards")
     with pytest.raises(UserError, match=told):

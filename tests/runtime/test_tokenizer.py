@@ -95,10 +95,10 @@ def test_words_of_other_languages_are_told_and_english_ones_hardly_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("fewstep.runtime.tokenizer.MOST_WARNINGS", 1000)
-    docs, tokens = Path(__file__).parents[2] / "docs", Tokens(POCKET, 32)
+    prompts, tokens = Path(__file__).parents[2] / "src/fewstep/pocket/prompts", Tokens(POCKET, 32)
     assert _unsure(tokens, FOREIGN) == FOREIGN
-    assert _unsure(tokens, (docs / "prompts.txt").read_text().splitlines()) == []
-    lines = [line.partition("\t")[0] for line in (docs / "handwritten.tsv").read_text().splitlines()]
+    assert _unsure(tokens, (prompts / "examples.txt").read_text().splitlines()) == []
+    lines = [line.partition("\t")[0] for line in (prompts / "human_written.tsv").read_text().splitlines()]
     assert len(_unsure(tokens, lines)) <= 0.04 * len(lines)
 
 

@@ -23,8 +23,8 @@ class GenAI:
     def __init__(self, model: str, steps: int | None, threads: int) -> None:
         import openvino_genai
 
+        from fewstep.core.cpu import cores
         from fewstep.families.diffusers_io import read_json
-        from fewstep.runtime.session import cores
 
         self.told = read_json(Path(model) / "fewstep.json")
         if steps not in (None, self.told["steps"]):  # its scheduler is made for them (fewstep.export.genai)

@@ -45,7 +45,7 @@ class DevicePeak:
 
 def describe() -> dict[str, Any]:
     """This machine in words and numbers, for a record."""
-    from fewstep.runtime.session import cores
+    from fewstep.core.cpu import cores
 
     return {
         "processor": _processor(),

@@ -43,7 +43,7 @@ COMMANDS = {
     "train": ("fewstep.cli.train:train", "Train Pocket's parts, and what judges scenes."),
     "distill": ("fewstep.cli.train:distill", "Distil a few-step student from a teacher."),
     "estimate-memory": (
-        "fewstep.train.memory_estimate:estimate_memory",
+        "fewstep.distill.memory_estimate:estimate_memory",
         "Print the GPU memory that a distillation's step needs.",
     ),
     "gradient-noise": (

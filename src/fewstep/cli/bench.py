@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress, emit
 from fewstep.core.types import UserError
+from fewstep.core.validate import parse_bytes
 from fewstep.inference.options import TorchOptions
-from fewstep.pipeline.params import parse_bytes
-from fewstep.pipeline.params import threads as counted_threads
 
 if TYPE_CHECKING:
     from fewstep.bench.run import Record, Spec

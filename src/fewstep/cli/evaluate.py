@@ -20,14 +20,14 @@ import fewstep
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress, emit
 from fewstep.core.types import UserError
+from fewstep.core.validate import MANY, check_float
+from fewstep.core.validate import check_int as whole_number
 from fewstep.data.folders import list_files
 from fewstep.evaluate.candidates import Candidate, check_seeds
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.run import evaluate as run
 from fewstep.export.common.output_paths import check_folder
 from fewstep.pipeline.loading import parse_family, resolve
-from fewstep.pipeline.params import MANY, check_float
-from fewstep.pipeline.params import check_int as whole_number
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket import render, stickers
 from fewstep.pocket.assemble import check_counts
@@ -90,7 +90,7 @@ def evaluate(
         first_seed: Seed of the first picture; the others count up from it.
         scenes: How many prompts of scenes to score besides, a picture each: a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes, from `fewstep train scene-detector`.
-        human_prompts: Measure prompts that people wrote besides, a picture each, as in docs/handwritten.tsv:
+        human_prompts: Measure prompts that people wrote besides, a picture each, as in src/fewstep/pocket/prompts/human_written.tsv:
             lines of a prompt, a tab, and the concepts of which one is expected, with | between them.
         data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """

@@ -176,7 +176,7 @@ def batch_of(record: Record | None, images: int) -> int:
     """
     if record is None:
         return max(1, min(BATCH, images))
-    from fewstep.pipeline.params import MOST_AT_ONCE, check_int
+    from fewstep.core.validate import MOST_AT_ONCE, check_int
 
     return check_int("batch", record.batch, 1, MOST_AT_ONCE)
 

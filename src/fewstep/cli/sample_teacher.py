@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.progress import duration, stage
 from fewstep.core.signals import check
 from fewstep.core.types import UserError
-from fewstep.pipeline.params import threads as counted_threads
-from fewstep.pocket.assemble import Out, require_positive
+from fewstep.core.validate import require_positive
+from fewstep.pocket.assemble import Out
 
 if TYPE_CHECKING:
     from fewstep.families.base import Family
@@ -78,8 +79,7 @@ def sample_teacher(
 
     from fewstep.data.teacher_samples import manifest
     from fewstep.data.teacher_samples.write import write_samples as write
-    from fewstep.families.common import cuts_counted
-    from fewstep.pocket.assemble import fingerprint
+    from fewstep.families.common import cuts_counted, fingerprint
 
     if threads:
         torch.set_num_threads(threads)
@@ -165,7 +165,7 @@ def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]
 
         lines = [clean(line) for line in read_prompts((), str(path))]
         return [lines[row % len(lines)] for row in range(number)]
-    from fewstep.pocket.assemble import training_shards
+    from fewstep.data.shards import training_shards
     from fewstep.pocket.labelled_captions import prompts_of
 
     return prompts_of(training_shards(data), number, seed)
@@ -175,8 +175,8 @@ def _load(
     teacher: str, guidance: float | None, t5: bool | None, device: str, dtype: str, ranks: Ranks
 ) -> Family:
     """The teacher, at the guidance scale asked for."""
+    from fewstep.core.validate import check_float
     from fewstep.pipeline.loading import load_family
-    from fewstep.pipeline.params import check_float
     from fewstep.train.device import resolve_device
 
     place = resolve_device(device)

@@ -20,7 +20,7 @@ EXTRAS = {
 }
 """Module -> the extra that installs it; every other one is in ``train``."""
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 """The clone, where this is one."""
 
 

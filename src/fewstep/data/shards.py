@@ -408,3 +408,14 @@ def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[np.ndarray[Any, 
     for shard in shards:
         for example in read(shard):
             yield square(example.image, size), example.prompt
+
+
+def training_shards(data: Path) -> list[Path]:
+    """The shards to learn from: those in ``data/train``, or in ``data`` itself where there is no such folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    from fewstep.data import shards
+
+    return shards.find(data / "train" if (data / "train").is_dir() else data)

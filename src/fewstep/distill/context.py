@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.types import Batch, BatchSlice, Sampler, UserError
-from fewstep.pipeline.params import threads as counted_threads
-from fewstep.pocket.assemble import SHOWN, require_at_least, require_fraction, require_positive
+from fewstep.core.validate import require_at_least, require_fraction, require_positive
+from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class DistillContext:
     @cached_property
     def start_fingerprint(self) -> str:
         """What tells where the student starts from: weights, or the LoRA by its place."""
-        from fewstep.pocket.assemble import fingerprint
+        from fewstep.families.common import fingerprint
 
         if self.roles is not None:
             return f"rank {self.config.lora} {self.config.init}"
@@ -284,7 +285,7 @@ class DistillContext:
     def preview(self, nets: Mapping[str, Any]) -> Any:
         """Pictures of fixed prompts and seeds."""
         from fewstep.families import common
-        from fewstep.pocket.assemble import decode_grid
+        from fewstep.train.preview import decode_grid
 
         drawn = self.sample_student(self.student.velocity, SHOWN, range(len(SHOWN)))
         with common.on_device(self.teacher, "vae"):

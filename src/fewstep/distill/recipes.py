@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.core.types import UserError
+from fewstep.core.validate import require_at_least, require_fraction, require_positive
 from fewstep.distill.context import LORA, DistillConfig, DistillContext, Trainable
-from fewstep.pocket.assemble import require_at_least, require_fraction, require_positive
 from fewstep.train.run import Run
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False
 
 
 def _prompts(setting: DistillConfig) -> list[str]:
-    from fewstep.pocket.assemble import training_shards
+    from fewstep.data.shards import training_shards
     from fewstep.pocket.labelled_captions import prompts_of
 
     return prompts_of(training_shards(setting.data), setting.num_samples, setting.seed)
@@ -97,7 +97,7 @@ def _synthesized(setting: DistillConfig, teacher: Family, prompts: list[str], fo
     from fewstep.data.teacher_samples import manifest
     from fewstep.data.teacher_samples.read import TeacherSamples
     from fewstep.data.teacher_samples.write import write_samples
-    from fewstep.pocket.assemble import fingerprint
+    from fewstep.families.common import fingerprint
 
     scale = setting.guidance
     if scale is not None:
@@ -129,7 +129,7 @@ def _fit(made: TeacherSamples, family: Family, student_steps: int, drop_t5: floa
     Raises:
         UserError: they are of another teacher, or their times are not the student's.
     """
-    from fewstep.pocket.assemble import fingerprint
+    from fewstep.families.common import fingerprint
 
     plan, folder = made.plan, made.folder
     # In half precision a fingerprint is of rounded weights: two of one teacher differ, and say nothing.

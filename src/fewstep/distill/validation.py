@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.distill.context import DistillContext
-from fewstep.pocket.assemble import decode_uint8
+from fewstep.train.preview import decode_uint8
 
 PICTURES = 64
 CHUNK = 16

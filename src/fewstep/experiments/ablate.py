@@ -20,16 +20,17 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fewstep.core import atomic, json_io, schedule
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.progress import Progress, emit, say
 from fewstep.core.types import UserError
+from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples import manifest
 from fewstep.experiments.gradient_noise import NOTE
 from fewstep.experiments.grid import MATCH, ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 from fewstep.modules.timestep_experts import split_grid
-from fewstep.pipeline.params import threads as counted_threads
-from fewstep.pocket.assemble import check_evaluation_inputs, require_positive
+from fewstep.pocket.assemble import check_evaluation_inputs
 
 Task = Callable[[], None]
 

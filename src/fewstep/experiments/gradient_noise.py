@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.core import atomic
+from fewstep.core.validate import require_at_least, require_positive
 from fewstep.distill.context import DistillConfig, DistillContext
 from fewstep.methods.base import Losses
 from fewstep.methods.dmd import DistributionMatching, Where
 from fewstep.methods.rollout import Rollout
-from fewstep.pocket.assemble import require_at_least, require_positive
 
 if TYPE_CHECKING:
     from fewstep.train.train_step import State

@@ -17,15 +17,11 @@ from cyclopts import Parameter
 from fewstep.core import atomic
 from fewstep.core.progress import Progress, emit, say
 from fewstep.core.types import UserError
+from fewstep.core.validate import require_at_least, require_positive
+from fewstep.data.shards import training_shards
 from fewstep.images.psnr import psnr
-from fewstep.pocket.assemble import (
-    SHOWN,
-    check_counts,
-    check_evaluation_inputs,
-    require_at_least,
-    require_positive,
-    training_shards,
-)
+from fewstep.pocket.assemble import check_counts, check_evaluation_inputs
+from fewstep.train.preview import SHOWN
 
 if TYPE_CHECKING:
     from fewstep.export.common.calibration import CalibrationStats

@@ -12,6 +12,7 @@ from typing import Any
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
 from fewstep.core.types import UserError
+from fewstep.core.validate import MANY, check_float, check_int
 from fewstep.families import safetensors_reader, schedulers
 from fewstep.families.config_check import (
     check_class,
@@ -21,7 +22,6 @@ from fewstep.families.config_check import (
     class_of,
     is_plain,
 )
-from fewstep.pipeline.params import MANY, check_float, check_int
 
 T5 = ("tokenizer_3", "text_encoder_3")
 """The parts of SD3 that may be absent."""

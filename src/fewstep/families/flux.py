@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.types import Array, Cond, UserError
+from fewstep.core.validate import check_int
 from fewstep.families.base import Family
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.diffusers_io import (
@@ -26,7 +27,6 @@ from fewstep.families.diffusers_io import (
     write_folder,
 )
 from fewstep.families.schedulers import of_scheduler, schedule_shift
-from fewstep.pipeline.params import check_int
 
 PIPELINE = "FluxPipeline"
 """The plain pipeline class of the family."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
-from fewstep.pipeline.params import check_float
+from fewstep.core.validate import check_float
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 CONSISTENCY = "FlowMatchLCMScheduler"

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from fewstep.core.types import Model
+from fewstep.core.validate import MOST_AT_ONCE, check_int
+from fewstep.core.validate import parse_bytes as bytes_of
 from fewstep.families.base import Family
 from fewstep.families.diffusers_io import check_device, prefers_bf16
 from fewstep.families.spec import ModelSpec, read, with_tiny_decoder
@@ -21,8 +23,6 @@ from fewstep.inference.quantize import check as check_bits
 from fewstep.inference.quantize import unsupported
 from fewstep.inference.sampling_config import build_family, latent_size
 from fewstep.inference.student_weights import Student, load_student, loras_of
-from fewstep.pipeline.params import MOST_AT_ONCE, check_int
-from fewstep.pipeline.params import parse_bytes as bytes_of
 
 STARTING = 2**25
 """Bytes that a process takes at its first picture on a CPU, once and whatever it draws (some 28 MiB with

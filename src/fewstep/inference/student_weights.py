@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.run_folder import unfinished
 from fewstep.core.types import Sampler, UserError
 from fewstep.families import schedulers
 from fewstep.families.diffusers_io import FACTS, checked_facts, has_part, read_facts, read_json
@@ -27,7 +28,6 @@ from fewstep.families.lora.layers import Shapes, Updates, resolve
 from fewstep.families.lora.layers import shapes_of as shapes_of_net
 from fewstep.families.schedulers import Schedule
 from fewstep.families.spec import ModelSpec, read_config
-from fewstep.pipeline.loading import unfinished
 
 PartUpdates = Mapping[str, Updates]
 """Part -> layer -> what is added to its weight."""

@@ -6,15 +6,17 @@ import logging
 import os
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.optional import missing_extra, need
+from fewstep.core.run_folder import RUN, unfinished
 from fewstep.core.types import UserError
-from fewstep.pipeline.params import MOST_AT_ONCE, check_int, check_known
-from fewstep.pipeline.params import threads as counted_threads
+from fewstep.core.validate import MOST_AT_ONCE, check_int
+from fewstep.pipeline.params import check_known
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -39,12 +41,12 @@ NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao
 INDEXES = ("bundle.json", "model_index.json")
 """What makes a folder a model: a bundle's manifest, or diffusers' index."""
 
-RUN, CHECKPOINTS, LORA = "run.json", "checkpoints", "pytorch_lora_weights.safetensors"
-"""In a run's folder; the last one lies in its subfolder ``lora``."""
+LORA = "pytorch_lora_weights.safetensors"
+"""In the subfolder ``lora`` of a run."""
 
 DEFAULT = "pocket"
 PLAIN: dict[str, Any] = {"device": "cpu", "bits": 32}
-"""How a PyTorch model runs where nobody says."""
+SHIPPED = Path(__file__).parents[1] / "models"
 SHIPPED = Path(__file__).parent / "models"
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*", "README.md"]
 """Files of a bundle on the hub, where others may lie beside it."""
@@ -231,38 +233,6 @@ def _is_model(folder: Path) -> bool:
     return any((folder / index).is_file() for index in INDEXES)
 
 
-@dataclass(frozen=True)
-class _Options:
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class _RunFile:
-    """What ``run.json`` says of how far a run shall go; a chain's own says nothing of it."""
-
-    options: _Options = _Options()
-
-
-def unfinished(folder: Path) -> str | None:
-    """The line for the folder of a run that has written nothing yet; ``None`` for any other folder.
-
-    Raises:
-        UserError: its ``run.json`` is damaged.
-    """
-    if not (folder / RUN).is_file() or (folder / "model").is_dir() or (folder / "lora").is_dir():
-        return None
-    from fewstep.core import json_io
-
-    stages = sorted(note.parent for note in folder.glob(f"[0-9]*-*/{RUN}"))
-    stage = stages[-1] if stages else folder
-    where = f" of its stage {stage.name}" if stages else ""
-    steps = json_io.read(stage / RUN, _RunFile).options.steps
-    names = [path.name for path in (stage / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal()]
-    done = max(map(int, names), default=0)
-    at = f"at step {done} of {steps}{where}" if steps else "before its first step"
-    return f"{folder} is a run {at} that has not finished: the command that began it goes on with it"
-
-
 def bundle_of(source: str) -> Bundle | None:
     """The bundle that a source is; ``None`` for a PyTorch model.
 
@@ -368,7 +338,7 @@ def _check_torch(wish: TorchOptions | None) -> None:
     Raises:
         UserError: a library is missing, or a value or a place that was asked for is none.
     """
-    from fewstep.pipeline.params import parse_bytes
+    from fewstep.core.validate import parse_bytes
 
     need("torch", "diffusers", "transformers")
     if wish is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import re
 import unicodedata
@@ -15,18 +13,14 @@ from typing import Any, TypedDict
 
 from fewstep.core.prompt_text import PromptWarning, clean, syntax
 from fewstep.core.types import Model, UserError
+from fewstep.core.validate import MANY, check_float, check_int
 
 SEEDS = 2**32
 MOST = 2**16
 """Most pictures of a prompt in one call."""
-MOST_AT_ONCE = 64
-"""Most pictures that run through the net together."""
 FEW = 8
 """Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
-MANY = 100
 STRENGTH = 0.95
-PER_CORE, ALWAYS = 4, 16
-"""Threads that may be asked for, a core of the machine and on any machine."""
 
 LONGEST = 10_000
 """Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
@@ -199,76 +193,6 @@ def _values(
         raise UserError("strength is for image-to-image: give a picture with image (--image)")
     check_float("strength", STRENGTH if strength is None else strength, 0, 1)
     return clean, count, first
-
-
-def check_int(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number from ``low`` to ``high``.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not low <= number <= high:
-        raise UserError(f"{name} must be a whole number from {low} to {high}, not {_told(value)}")
-    return number
-
-
-def threads(count: Any, least: int = 0) -> int:
-    """A number of processor threads: at most :data:`PER_CORE` a core, and :data:`ALWAYS` anywhere.
-
-    Each takes memory, and more than there are cores only wait for each other.
-
-    Args:
-        count: what was asked for.
-        least: 0 where that leaves the choice to a library.
-
-    Raises:
-        UserError: it is another number.
-    """
-    from fewstep.runtime.session import cores
-
-    return check_int("threads", count, least, max(ALWAYS, PER_CORE * cores()))
-
-
-def check_float(name: str, value: Any, low: float, high: float) -> float:
-    """A finite number from ``low`` to ``high``.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
-        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {_told(value)}")
-    return number
-
-
-_UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
-
-    Raises:
-        UserError: it is no such size.
-    """
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if not found or unit is None or float(found[1]) <= 0:
-        raise UserError(f"--memory must be a size such as 24GiB, not {text[:40]}")
-    return int(float(found[1]) * unit)
-
-
-def _told(value: Any) -> str:
-    try:
-        return str(value)[:40]
-    except ValueError:  # Python does not print whole numbers of thousands of digits
-        return "that"
 
 
 def _draw(limit: int) -> int:

@@ -19,6 +19,7 @@ from fewstep.core.guidance import Guided
 from fewstep.core.progress import printable
 from fewstep.core.prompt_text import negative_prompt
 from fewstep.core.types import Array, Cond, Model, PrefetchingTextEncoder, UserError, Velocity
+from fewstep.core.validate import MOST_AT_ONCE, check_int
 from fewstep.images.io import (
     NOT_FINITE,
     Record,
@@ -29,16 +30,7 @@ from fewstep.images.io import (
     read,
     to_uint8,
 )
-from fewstep.pipeline.params import (
-    MOST_AT_ONCE,
-    Diffusers,
-    Request,
-    check,
-    check_int,
-    check_known,
-    check_size,
-    own_names,
-)
+from fewstep.pipeline.params import Diffusers, Request, check, check_known, check_size, own_names
 from fewstep.runtime.bundle import Bundle
 
 _OURS = {"model", "styles", "prompts"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.core.types import Cond, UserError
+from fewstep.core.validate import require_at_least
 from fewstep.families.base import Family
+from fewstep.train.preview import decode_grid
 
 Out = Annotated[Path, Parameter(name=["--output", "-o"])]
 """The run folder's option."""
@@ -36,22 +37,6 @@ class ComputeOptions:
 
 
 MEANS = ComputeOptions()
-
-SHOWN = (
-    "a red apple, 3D style",
-    "noto style guitar on a pale blue background",
-    "cat face, flat style",
-    "a rocket",
-    "draw me a pizza",
-    "twemoji octopus",
-    "two blue books on a yellow background",
-    "a key to the left of a lock",
-    "sun above a house, 3D style",
-    "a photo of a dog",
-    "three strawberries, flat style",
-    "a violin, 3D render",
-)
-"""Prompts of the contact sheets."""
 
 
 def pocket_folder(folder: Path) -> None:
@@ -148,56 +133,6 @@ def load_vae(folder: Path) -> Any:
     return read_part(folder.parent, folder.name, ("diffusers", "AutoencoderKL"), torch.float32)
 
 
-def fingerprint(net: Any) -> str:
-    """What tells a net's weights from all others."""
-    told = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        told.update(tensor.float().cpu().numpy().tobytes())
-    return told.hexdigest()[:12]
-
-
-def require_positive(**counts: int) -> None:
-    """Refuse counts below 1, by the names of their options.
-
-    Raises:
-        UserError: one is.
-    """
-    require_at_least(1, **counts)
-
-
-def require_at_least(least: int, **counts: int) -> None:
-    """Refuse counts below ``least``, by the names of their options.
-
-    Raises:
-        UserError: one is.
-    """
-    for name, count in counts.items():
-        if count < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {count}")
-
-
-def require_fraction(**options: float) -> None:
-    """Refuse what is no share from 0 to 1, by the names of their options.
-
-    Raises:
-        UserError: one is not.
-    """
-    for name, share in options.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {share}")
-
-
-def training_shards(data: Path) -> list[Path]:
-    """The shards to learn from: those in ``data/train``, or in ``data`` itself where there is no such folder.
-
-    Raises:
-        UserError: there are none.
-    """
-    from fewstep.data import shards
-
-    return shards.find(data / "train" if (data / "train").is_dir() else data)
-
-
 def weights_of(folder: Path) -> Path:
     """The weights' file of a diffusers part.
 
@@ -239,27 +174,6 @@ def contact_sheet(
             velocity, noise, schedule.grid(steps, family.shift), encoded(family, prompts, False)
         )
     return decode_grid(family, walked, prompts)
-
-
-def decode_grid(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
-    """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
-    from fewstep.images.grid import sheet
-
-    return sheet(decode_uint8(family, latents), list(prompts), columns=4)
-
-
-def decode_uint8(family: Family, latents: Any) -> Any:
-    """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
-
-    Raises:
-        UserError: a pixel is NaN or infinite.
-    """
-    import torch
-
-    from fewstep.images.io import to_uint8
-
-    with torch.no_grad():
-        return to_uint8(family.codec.decode(latents)).byte().cpu().numpy()
 
 
 def check_evaluation_inputs(data: Path, detector: Path, prompts: int, scenes: int) -> None:

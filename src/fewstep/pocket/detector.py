@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.core import json_io
+from fewstep.core.cpu import cores
 from fewstep.core.types import UserError
 from fewstep.pocket.captions import COLOURS
 from fewstep.pocket.template_matching import Box, TemplateBank
 from fewstep.runtime.external_data import external_files
 from fewstep.runtime.ort import Graph
-from fewstep.runtime.session import cores
 
 GRAPH, NOTE = "detector.onnx", "detector.json"
 BATCH = 16

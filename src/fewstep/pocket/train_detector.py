@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import BatchSlice
-from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, require_positive
+from fewstep.core.validate import require_positive
+from fewstep.pocket.assemble import MEANS, ComputeOptions, Out
 from fewstep.train.run import Run, TrainOptions
 
 SIZE = 128

@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import BatchSlice
-from fewstep.pocket.assemble import (
-    MEANS,
-    ComputeOptions,
-    Out,
-    pocket_folder,
-    require_at_least,
-    require_positive,
-)
+from fewstep.core.validate import require_at_least, require_positive
+from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, pocket_folder
 from fewstep.pocket.config import CELLS, LENGTH
 from fewstep.train.run import Run, TrainOptions
 
@@ -74,9 +68,8 @@ def pocket_paraphrases(
     from fewstep.core.atomic import replacing_folder
     from fewstep.data import shards
     from fewstep.families import sd3
-    from fewstep.families.common import tokenize
+    from fewstep.families.common import fingerprint, tokenize
     from fewstep.pocket import captions, render, sentence_encoder
-    from fewstep.pocket.assemble import fingerprint
     from fewstep.pocket.paraphrase import ParaphraseDistillation, PhraseBatch
     from fewstep.pocket.paraphrases import Phrases, captions_of, other_names, pairs
     from fewstep.pocket.text_encoder import ClipPair

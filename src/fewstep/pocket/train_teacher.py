@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import Batch, BatchSlice
-from fewstep.pocket.assemble import (
-    MEANS,
-    SHOWN,
-    ComputeOptions,
-    Out,
-    pocket_folder,
-    require_fraction,
-    require_positive,
-)
+from fewstep.core.validate import require_fraction, require_positive
+from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, pocket_folder
 from fewstep.pocket.config import TOKENS
+from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
 
 SHIFT = 3.0
@@ -76,16 +70,11 @@ def pocket_teacher(
     require_fraction(drop_caption=drop_caption, keep_t5=keep_t5)
 
     from fewstep.core import schedule
+    from fewstep.data.shards import training_shards
     from fewstep.families import sd3
+    from fewstep.families.common import fingerprint
     from fewstep.methods.flow_matching import Finetune
-    from fewstep.pocket.assemble import (
-        assemble_pocket,
-        contact_sheet,
-        encoded,
-        fingerprint,
-        training_shards,
-        weights_of,
-    )
+    from fewstep.pocket.assemble import assemble_pocket, contact_sheet, encoded, weights_of
     from fewstep.train import text_cache
     from fewstep.train.device import resolve_device, rows_on_device
     from fewstep.train.latent_cache import encode

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import BatchSlice
-from fewstep.pocket.assemble import MEANS, SHOWN, ComputeOptions, Out, pocket_folder, require_positive
+from fewstep.core.validate import require_positive
+from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, pocket_folder
 from fewstep.pocket.config import LENGTH
+from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
 
 DRAWN = 0.85
@@ -66,16 +68,17 @@ def pocket_text(
     from fewstep.core.atomic import replacing_folder
     from fewstep.data import shards
     from fewstep.families import sd3
-    from fewstep.families.common import tokenize
+    from fewstep.families.common import fingerprint, tokenize
     from fewstep.pocket import config as pocket
     from fewstep.pocket import labelled_captions, render
-    from fewstep.pocket.assemble import decode_grid, fingerprint, load_vae, weights_of
+    from fewstep.pocket.assemble import load_vae, weights_of
     from fewstep.pocket.sentence_encoder import embed_sentences as meaning_of
     from fewstep.pocket.sentence_encoder import vocabulary as words_of
     from fewstep.pocket.text_distillation import TextBatch, TextEncoderDistillation
     from fewstep.pocket.text_encoder import TextEncodersWithHeads, patchify, unpatchify
     from fewstep.train.device import resolve_device, rows_on_device
     from fewstep.train.latent_cache import encode
+    from fewstep.train.preview import decode_grid
 
     concepts, sources = render.load(data, 128).concepts, shards.find(data / "train")
     place = resolve_device(means.device)

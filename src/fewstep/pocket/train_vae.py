@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import BatchSlice
-from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, require_positive
+from fewstep.core.validate import require_positive
+from fewstep.pocket.assemble import MEANS, ComputeOptions, Out
 from fewstep.train.run import Run, TrainOptions
 
 CROP = 64

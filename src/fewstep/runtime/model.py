@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fewstep.core.cpu import cores
 from fewstep.core.types import Array, Cond, Model, Step, UserError
 from fewstep.runtime.bundle import T5_TOKENIZER, Bundle
-from fewstep.runtime.session import Session, cores
+from fewstep.runtime.session import Session
 from fewstep.runtime.tokenizer import Tokens, normalize_text
 
 

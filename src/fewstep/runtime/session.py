@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,13 +14,6 @@ from fewstep.core.types import UserError
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 """Named inputs -> the outputs in the graph's order."""
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Session(ABC):

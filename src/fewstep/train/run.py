@@ -8,9 +8,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
+from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.types import BatchSlice, UserError
 from fewstep.methods.base import Method
-from fewstep.pipeline.params import threads as counted_threads
 
 
 @dataclass(frozen=True)

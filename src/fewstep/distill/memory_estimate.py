@@ -13,10 +13,10 @@ from cyclopts import Parameter
 
 from fewstep.core.optional import need
 from fewstep.core.types import UserError
+from fewstep.core.validate import parse_bytes as memory_of
+from fewstep.core.validate import require_positive
 from fewstep.distill.dry_run import PATCH, FakeSetup, NetSpec, read_spec
 from fewstep.inference.memory_plan import CONTEXT, FRAGMENTS
-from fewstep.pipeline.params import parse_bytes as memory_of
-from fewstep.pocket.assemble import require_positive
 
 if TYPE_CHECKING:
     from fewstep.train.run import Run

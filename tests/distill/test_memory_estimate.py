@@ -15,10 +15,11 @@ import torch
 import tiny
 import tiny_flux
 from fewstep.cli import app as cli
+from fewstep.distill import memory_estimate
 from fewstep.distill.dry_run import PRESETS, FakeSetup, NetSpec, fake_net, read_spec
 from fewstep.families import sd3
 from fewstep.modules.memory_tracker import KINDS, MemoryTracker
-from fewstep.train import memory, memory_estimate
+from fewstep.train import memory
 
 SD3 = NetSpec("tiny", "sd3", tiny.SMALL | {"num_layers": 2}, clip=24, t5=24, guidance=3.0, side=64)
 FLUX = NetSpec(

@@ -1,0 +1,45 @@
+"""Preview images of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fewstep.families.base import Family
+
+SHOWN = (
+    "a red apple, 3D style",
+    "noto style guitar on a pale blue background",
+    "cat face, flat style",
+    "a rocket",
+    "draw me a pizza",
+    "twemoji octopus",
+    "two blue books on a yellow background",
+    "a key to the left of a lock",
+    "sun above a house, 3D style",
+    "a photo of a dog",
+    "three strawberries, flat style",
+    "a violin, 3D render",
+)
+"""Prompts of the contact sheets."""
+
+
+def decode_grid(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
+    """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
+    from fewstep.images.grid import sheet
+
+    return sheet(decode_uint8(family, latents), list(prompts), columns=4)
+
+
+def decode_uint8(family: Family, latents: Any) -> Any:
+    """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
+
+    Raises:
+        UserError: a pixel is NaN or infinite.
+    """
+    import torch
+
+    from fewstep.images.io import to_uint8
+
+    with torch.no_grad():
+        return to_uint8(family.codec.decode(latents)).byte().cpu().numpy()
