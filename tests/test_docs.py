@@ -110,7 +110,8 @@ def broken(path: Path) -> Iterator[str]:
 def test_sentences_are_found_where_prose_is() -> None:
     text = (
         "# A heading. Not prose.\n\nOne `a. B` two. Three [four](five.md#six).\n\n"
-        "| a | table. |\n|---|---|\n\n```sh\ncode. Code.\n```\n\n    indented code.\n\n- item one\n  goes on\n- item two, e.g. This\n"
+        "| a | table. |\n|---|---|\n\n"
+        "```sh\ncode. Code.\n```\n\n    indented code.\n\n- item one\n  goes on\n- item two, e.g. This\n"
     )
     assert list(sentences(text)) == [
         "One code two.",
