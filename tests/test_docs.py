@@ -48,10 +48,10 @@ def without_code_blocks(text: str) -> str:
 def paragraphs(text: str) -> Iterator[str]:
     """Paragraphs and list items outside code blocks, tables and headings, as plain text.
 
-    A span of inline code counts as the one word ``code``, a link as its text.
+    A span of inline code counts as the one word ``Code``, a link as its text.
     """
     plain = REFERENCE.sub("", without_code_blocks(text))
-    plain = LINK.sub(lambda match: "" if match[1] else match[2], CODE.sub("code", plain))
+    plain = LINK.sub(lambda match: "" if match[1] else match[2], CODE.sub("Code", plain))
     lines: list[str] = []
     in_list = False
     for line in [*plain.splitlines(), ""]:
@@ -109,17 +109,17 @@ def broken(path: Path) -> Iterator[str]:
 
 def test_sentences_are_found_where_prose_is() -> None:
     text = (
-        "# A heading. Not prose.\n\nOne `a. B` two. Three [four](five.md#six).\n\n"
+        "# A heading. Not prose.\n\nOne `a. B` two. `A` is three [four](five.md#six).\n\n"
         "| a | table. |\n|---|---|\n\n"
         "```sh\ncode. Code.\n```\n\n    indented code.\n\n- item one\n  goes on\n- item two, e.g. This\n"
     )
     assert list(sentences(text)) == [
-        "One code two.",
-        "Three four.",
+        "One Code two.",
+        "Code is three four.",
         "item one goes on",
         "item two, e.g This",
     ]
-    assert [words(sentence) for sentence in sentences(text)] == [3, 2, 4, 4]
+    assert [words(sentence) for sentence in sentences(text)] == [3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
