@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+
+from fewstep.cli import application
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -107,6 +111,21 @@ def broken(path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}: {target} leads to no heading"
 
 
+def commands(path: Path) -> Iterator[list[str]]:
+    """The arguments of every ``fewstep`` command in a page's shell blocks."""
+    for block in re.findall(r"^```sh\n(.*?)^```$", text_of(path), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.wordchars += ":{},…%@$"
+            for stop, group in groupby(lexer, lambda word: set(word) <= set(";|&")):
+                words = list(group)
+                starts = [i for i, word in enumerate(words) if re.fullmatch(r"(\S*/)?fewstep", word)]
+                runs = [i for i in starts if i == 0 or words[i - 1] in ("-m", "do")]
+                if runs and not stop:
+                    # The command line itself takes a lone dash as a value. Its parser does not.
+                    yield ["stdin" if word == "-" else word for word in words[runs[0] + 1 :]]
+
+
 def test_sentences_are_found_where_prose_is() -> None:
     text = (
         "# A heading. Not prose.\n\nOne `a. B` two. `A` is three [four](five.md#six).\n\n"
@@ -146,6 +165,12 @@ def test_the_readme_is_short() -> None:
     text = LINK.sub(r"\2", REFERENCE.sub("", without_code_blocks(text_of(README))))
     assert words(text) <= README_WORDS
     assert len(re.findall(r"\d+", text)) <= README_NUMBERS
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_known(path: Path) -> None:
+    for command in commands(path):
+        application().parse_args(command, exit_on_error=False, print_error=False)
 
 
 @pytest.mark.system
