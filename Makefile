@@ -1,6 +1,7 @@
 # make demo    a picture, from a fresh clone, without PyTorch
 # make test    lint, types, tests (installs everything into .venv first)
 # make setup   the same environment, for working on fewstep
+# make docs    the documentation as a site, in build/docs
 # make test-executorch   the tests that need ExecuTorch, which has an environment of its own (minutes)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ PROMPT ?= a red apple, 3D style
 PIP = -m pip -qq --disable-pip-version-check
 INSTALL = install --constraint constraints.txt
 
-.PHONY: demo test test-executorch setup lint types clean
+.PHONY: demo test test-executorch setup lint types docs clean
 
 demo: .venv-demo/ready
 	@.venv-demo/bin/fewstep generate "$(PROMPT)" -o demo.png
@@ -36,6 +37,9 @@ types: setup
 
 test: lint types
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+docs: setup
+	.venv/bin/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 
 .venv-executorch/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv-executorch

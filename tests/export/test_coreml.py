@@ -501,8 +501,8 @@ def test_a_full_disk_is_a_line(run_of: str, exported: Any, tmp_path: Path, capsy
 def test_the_documents_program_draws(
     small: Family, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Python of docs/coreml.md, with this file's reader in the place of Core ML."""
-    text = (Path(__file__).parents[2] / "docs/coreml.md").read_text("utf-8")
+    """The Python of docs/guides/coreml.md, with this file's reader in the place of Core ML."""
+    text = (Path(__file__).parents[2] / "docs/guides/coreml.md").read_text("utf-8")
     [program] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     monkeypatch.setattr("coremltools.models.MLModel", lambda path: Package(Path(path)))
     monkeypatch.chdir(tmp_path)
@@ -520,7 +520,7 @@ def test_the_documents_program_draws(
 @converts
 def test_the_documents_swift_names_what_the_packages_have(exported: Any) -> None:
     """Nothing here compiles it."""
-    text = (Path(__file__).parents[2] / "docs/coreml.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs/guides/coreml.md").read_text("utf-8")
     [program] = re.findall(r"^```swift\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     told = json.loads((exported(16) / coreml.MANIFEST).read_text())["parts"]
     del told["encoder"]
