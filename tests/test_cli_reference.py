@@ -69,7 +69,7 @@ def test_documents_name_commands_that_there_are(page: Path) -> None:
 
 def test_an_unknown_command_or_option_is_found() -> None:
     known = {"generate": "* `--steps INT`", "distill": "", "distill flash": "* `--lora INT`"}
-    text = "`fewstep plan` and `fewstep generate --step 2`\n```sh\nfewstep distill flash --lora 4  # --alpha\n"
+    text = "`fewstep plan` and `fewstep generate --step 2`\n```sh\nfewstep distill flash --lora 4  # --a\n"
     text += "```\n"
     assert [unknown(words, known) for words in commands(text)] == [[], ["plan"], ["--step"]]
 
