@@ -1,6 +1,6 @@
 """Write ``docs/reference/cli.md`` from the command line's own help.
 
-    python tools/cli_reference.py
+python tools/cli_reference.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Every command prints the same text with `--help`.
 
 def page() -> str:
     """The reference of all commands that ``--help`` lists, as Markdown."""
-    from fewstep.cli import application
+    from fewstep.cli.app import application
 
     with patch.object(sys, "argv", ["fewstep"]):  # cyclopts puts the name of this program into usage lines
         body = application().generate_docs(max_heading_level=3).rstrip() + "\n"

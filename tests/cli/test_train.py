@@ -111,7 +111,7 @@ def test_a_bad_option_is_one_line(tmp_path: Path, arguments: list[str], told: st
         (["--to", "openvino"], "exists and is no bundle"),
         (["--to", "coreml"], "exists and is no Core ML export"),
         (["--to", "diffusers"], "exists and is no diffusers folder"),
-        (["--to", "single"], "must end so"),
+        (["--to", "single-file"], "must end so"),
         (["--t5", "keep"], "has no T5: leave --t5 out"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fewstep import files
+from fewstep.core import atomic as files
 if sys.argv[1] == "renamed":
     files._exchange = lambda one, other: False
     rename = Path.rename
@@ -145,7 +145,7 @@ def test_only_leftovers_of_the_name_go(tmp_path: Path) -> None:
 HOLDING = """
 import sys, time
 from pathlib import Path
-from fewstep import files
+from fewstep.core import atomic as files
 with files.held(Path(sys.argv[1]), "trained"):
     print("held", flush=True)
     time.sleep(60)
@@ -245,7 +245,7 @@ MANY = """
 import sys
 from itertools import count
 from pathlib import Path
-from fewstep import files
+from fewstep.core import atomic as files
 if sys.argv[2] == "named":
     files._unnamed = lambda folder: None
 for _ in range(20):
@@ -286,7 +286,7 @@ def test_where_nothing_can_be_linked_names_are_claimed_all_the_same(
 
 def test_writers_of_one_file_at_once_leave_one_whole(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom fewstep import files\n"
+        "import sys\nfrom pathlib import Path\nfrom fewstep.core import atomic as files\n"
         "for _ in range(200): files.write(Path(sys.argv[1]), sys.argv[2].encode() * 9999)"
     )
     writers = [

@@ -17,7 +17,7 @@ from fewstep.core.workers import pool
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from fewstep import files, signals
+from fewstep.core import atomic as files, signals
 from fewstep.core.workers import pool
 
 def work(folder):

@@ -115,7 +115,7 @@ def test_images_are_opened_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "open"
         and isinstance(node.value, ast.Name) and node.value.id == "Image"
     ]  # fmt: skip
-    assert {*found} == {"picture.py"}
+    assert {*found} == {"images/io.py"}
 
 
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
@@ -274,8 +274,8 @@ def test_a_file_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MEASURE = """
 import re, sys
-from fewstep import picture
-picture.fit(picture.open_image(sys.argv[1]), (128, 128))
+from fewstep.images import io as picture
+picture.center_crop_resize(picture.open_image(sys.argv[1]), (128, 128))
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 

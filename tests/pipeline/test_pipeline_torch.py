@@ -19,7 +19,7 @@ from fewstep.pipeline.pipeline import Pipeline
 
 
 def random_parts() -> dict[str, Any]:
-    path = Path(__file__).parent / "families" / "tiny.py"
+    path = Path(__file__).parents[1] / "helpers" / "tiny.py"
     spec = importlib.util.spec_from_file_location("tiny_family", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -90,7 +90,8 @@ def evaluate(
         first_seed: Seed of the first picture; the others count up from it.
         scenes: How many prompts of scenes to score besides, a picture each: a multiple of 12, or 0 for none.
         detector: Folder of what finds things in scenes, from `fewstep train scene-detector`.
-        human_prompts: Measure prompts that people wrote besides, a picture each: lines of a prompt, a tab, and the concepts of which one is expected, with | between them.
+        human_prompts: Measure prompts that people wrote besides, a picture each: lines of a prompt,
+            a tab, and the concepts of which one is expected, with | between them.
         data: Folder that `fewstep data stickers` filled; keeps the features of its renderings too.
     """
     if not models:

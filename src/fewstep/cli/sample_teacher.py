@@ -66,7 +66,7 @@ def sample_teacher(
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
         threads: Torch threads; 0 leaves torch's choice.
     """
-    require_positive(number=num_samples, batch=batch_size, per_shard=per_shard)
+    require_positive(num_samples=num_samples, batch_size=batch_size, per_shard=per_shard)
     if steps is not None:
         require_positive(steps=steps)
     if student_steps < 0:

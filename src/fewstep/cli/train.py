@@ -35,9 +35,8 @@ METHODS = ("flash", "trajectory", "dmd", "tdm", "ladd", "lcm")
 
 
 def _offer(app: App, name: str, module: str, recipe: str) -> None:
-    """Offer a recipe of ``fewstep.experiments`` as the command ``name``: make its run, or one after the other
-    those of a chain, and carry them out."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.experiments.{module}"), recipe)
+    """Offer a recipe, ``fewstep.MODULE:RECIPE``, as the command ``name``; it trains the runs that the recipe makes."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.{module}"), recipe)
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
@@ -79,7 +78,14 @@ def _folder(given: Mapping[str, Any], name: str) -> Path:
     return out or Path("runs") / name
 
 
-for _name in ("pocket-vae", "pocket-text", "pocket-paraphrases", "pocket-teacher", "scene-detector"):
-    _offer(train, _name, _name.replace("-", "_"), _name.replace("-", "_"))
+POCKET = {
+    "pocket-vae": "train_vae",
+    "pocket-text": "train_text",
+    "pocket-paraphrases": "train_paraphrases",
+    "pocket-teacher": "train_teacher",
+    "scene-detector": "train_detector",
+}
+for _name, _module in POCKET.items():
+    _offer(train, _name, f"pocket.{_module}", _name.replace("-", "_"))
 for _name in METHODS:
-    _offer(distill, _name, "distill", _name)
+    _offer(distill, _name, "distill.recipes", _name)

@@ -124,5 +124,5 @@ def targets() -> dict[str, Target]:
     from fewstep import export
 
     names = sorted(found.name for found in pkgutil.iter_modules(export.__path__) if not found.ispkg)
-    modules = {name: importlib.import_module(f"fewstep.export.{name}") for name in names if name != "command"}
+    modules = {name.replace("_", "-"): importlib.import_module(f"fewstep.export.{name}") for name in names}
     return {name: cast("Target", module) for name, module in modules.items() if hasattr(module, "BITS")}

@@ -46,8 +46,8 @@ LORA = "pytorch_lora_weights.safetensors"
 
 DEFAULT = "pocket"
 PLAIN: dict[str, Any] = {"device": "cpu", "bits": 32}
+"""How a PyTorch model runs where nobody says."""
 SHIPPED = Path(__file__).parents[1] / "models"
-SHIPPED = Path(__file__).parent / "models"
 SHIPS = ["*.json", "*.onnx", "*.data", "*.xml", "*.bin", "*.pte", "LICENSE*", "README.md"]
 """Files of a bundle on the hub, where others may lie beside it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
