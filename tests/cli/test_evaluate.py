@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import fewstep
-from fewstep.cli import evaluate
 from fewstep.cli.app import run
-from fewstep.cli.evaluate import Spec, candidate, expand, parse
+from fewstep.cli.evaluate import expand
 from fewstep.core.optional import install
 from fewstep.core.types import Cond, Model, UserError
+from fewstep.evaluate import candidates
+from fewstep.evaluate.candidates import Spec, candidate, parse
 from fewstep.pipeline.loading import load
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket.concepts import Concept
@@ -55,9 +56,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     loaded = {"student": blobs(None), "teacher": blobs(4.5)}
     monkeypatch.setattr(fewstep, "load", lambda name: loaded.get(name) or load(name), raising=False)
     monkeypatch.chdir(tmp_path)
-    evaluate._pipeline.cache_clear()
+    candidates._pipeline.cache_clear()
     yield tmp_path
-    evaluate._pipeline.cache_clear()
+    candidates._pipeline.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path, monkeypatch:
 
 
 def test_what_a_model_weighs_and_is_counts_linked_folders(tmp_path: Path) -> None:
-    from fewstep.cli.evaluate import _weights
+    from fewstep.evaluate.candidates import _weights
 
     files(tmp_path, "model/model_index.json", "parts/vae/weights")
     (tmp_path / "model/vae").symlink_to(tmp_path / "parts/vae")

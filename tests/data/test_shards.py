@@ -14,7 +14,7 @@ from PIL import Image
 from fewstep.cli import app as cli
 from fewstep.core.types import UserError
 from fewstep.data import shards
-from fewstep.pocket import stickers
+from fewstep.pocket import stickers, write_shards
 from fewstep.pocket.compose import Composer
 from fewstep.pocket.concepts import Concept, held_out, held_out_scene
 from fewstep.pocket.render import Renderings
@@ -36,12 +36,12 @@ def renderings() -> Renderings:
 
 def test_shards_do_not_depend_on_workers_and_resume(tmp_path: Path) -> None:
     composer = Composer(renderings(), size=32, seed=3)
-    one = shards.write(composer, tmp_path / "one", "train", 25, 10, 1)
-    two = shards.write(composer, tmp_path / "two", "train", 25, 10, 2)
+    one = write_shards.write(composer, tmp_path / "one", "train", 25, 10, 1)
+    two = write_shards.write(composer, tmp_path / "two", "train", 25, 10, 2)
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     lost = two[1].read_bytes()
     two[1].unlink()
-    shards.write(composer, tmp_path / "two", "train", 25, 10, 1)
+    write_shards.write(composer, tmp_path / "two", "train", 25, 10, 1)
     assert two[1].read_bytes() == lost
     read = [example for path in one for example in shards.read(path)]
     assert len(read) == 25
@@ -84,7 +84,7 @@ def test_counts_are_true() -> None:
 
 @pytest.mark.parametrize("keep", [0, 700, 2000])
 def test_a_truncated_shard_is_one_clear_line(tmp_path: Path, keep: int) -> None:
-    [path] = shards.write(Composer(renderings(), size=32), tmp_path, "train", 3, 10, 1)
+    [path] = write_shards.write(Composer(renderings(), size=32), tmp_path, "train", 3, 10, 1)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=str(path)):
         list(shards.read(path))

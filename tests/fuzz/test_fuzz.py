@@ -383,7 +383,7 @@ def test_shards(tmp_path: Path) -> None:
     from PIL import Image
 
     from fewstep.data import shards
-    from fewstep.pocket.labelled_captions import truths_of
+    from fewstep.data.captions import truths_of
 
     image = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
     truth = {"prompt": "a cat", "objects": [{"concept": "cat", "style": "3d"}], "ground": "white"}

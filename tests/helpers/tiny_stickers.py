@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.data import shards
+from fewstep.pocket import write_shards
 from fewstep.pocket.compose import Composer
 from fewstep.pocket.concepts import Concept
 from fewstep.pocket.render import Renderings, load
@@ -29,7 +29,7 @@ def make(folder: Path, pictures: int = 24) -> Path:
     read = load(folder, SIZE)
     for name, training, many in (("train", True, pictures), ("heldout", False, 6)):
         composer = Composer(read, SIZE, seed=int(not training), scenes=0.2, training=training)
-        shards.write(composer, folder / name, name, many, 16, 1)
+        write_shards.write(composer, folder / name, name, many, 16, 1)
     return folder
 
 

@@ -385,7 +385,7 @@ def test_diffusers_names_are_checked(pipe: Pipeline, options: dict[str, Any], me
 
 
 def test_another_size_of_a_model_that_can_is_asked_for_at_loading(pipe: Pipeline) -> None:
-    able = dataclasses.replace(pipe, facts={"bits": 16})
+    able = dataclasses.replace(pipe, record_fields={"bits": 16})
     with pytest.raises(UserError, match=r'not 768x512: fewstep.load\(..., size="768x512"\) draws that'):
         able.request(PROMPT, width=768, height=512)
 

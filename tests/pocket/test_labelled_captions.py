@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.core.types import UserError
-from fewstep.pocket.labelled_captions import prompts_of, truths_of
+from fewstep.data.captions import prompts_of, truths_of
 
 
 def shard(path: Path, entries: dict[str, bytes]) -> Path:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from cyclopts import Parameter, Token
-from numpy.typing import NDArray
 
-import fewstep
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress, emit
 from fewstep.core.types import UserError
 from fewstep.core.validate import MANY, check_float
 from fewstep.core.validate import check_int as whole_number
-from fewstep.data.folders import list_files
-from fewstep.evaluate.candidates import Candidate, check_seeds
+from fewstep.evaluate.candidates import Candidate, Spec, candidate, check_seeds, parse
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.run import evaluate as run
 from fewstep.export.common.output_paths import check_folder
 from fewstep.pipeline.loading import parse_family, resolve
-from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket import render, stickers
 from fewstep.pocket.assemble import check_counts
 from fewstep.pocket.ceilings import ceiling_sources
@@ -36,8 +27,6 @@ from fewstep.pocket.detector import check as check_detector
 from fewstep.pocket.geneval import load as load_scenes
 from fewstep.pocket.geneval_prompts import prompts as scene_prompts
 from fewstep.pocket.human_prompts import load as load_written
-
-_SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
 
 
 def whole(hint: Any, tokens: Sequence[Token]) -> int:
@@ -51,15 +40,6 @@ def wholes(hint: Any, tokens: Sequence[Token]) -> list[int]:
 
 
 Whole = Annotated[int, Parameter(converter=whole)]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One model at one setting, as typed: ``NAME[@STEPS[xGUIDANCE]]``."""
-
-    name: str
-    steps: int | None = None
-    guidance: float | None = None
 
 
 def evaluate(
@@ -157,19 +137,6 @@ def _check(spec: Spec) -> None:
     resolve(parse_family(spec.name)[1])
 
 
-def parse(text: str) -> Spec:
-    """``NAME[@STEPS[xGUIDANCE]]`` in its parts.
-
-    Raises:
-        UserError: there is no name.
-    """
-    match = _SETTING.fullmatch(text)
-    if match is None:
-        raise UserError(f"{text!r} names no model: give NAME, NAME@STEPS or NAME@STEPSxGUIDANCE")
-    steps, guidance = match["steps"], match["guidance"]
-    return Spec(match["name"], int(steps) if steps else None, float(guidance) if guidance else None)
-
-
 def expand(models: Sequence[str], steps: Sequence[int] | None) -> list[Spec]:
     """Every model at its own setting, or at each of ``steps`` when it names none."""
     named = [parse(text) for text in models]
@@ -179,37 +146,3 @@ def expand(models: Sequence[str], steps: Sequence[int] | None) -> list[Spec]:
 
 def _each(spec: Spec, steps: Sequence[int]) -> list[Spec]:
     return [replace(spec, steps=number) for number in steps]
-
-
-def candidate(spec: Spec) -> Candidate:
-    """A `Candidate` of a model, checked by loading it once.
-
-    Raises:
-        UserError: there is no such model, or the setting is not for it.
-    """
-    request = _pipeline(spec.name).request("a", seed=0, steps=spec.steps, guidance=spec.guidance)
-    guided = "" if request.guidance is None else f"x{request.guidance:g}"
-    origin = [fewstep.__version__, _weights(spec.name), request.steps, request.guidance]
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
-        pipe = _pipeline(spec.name)
-        asked = pipe.request(prompts, seed=0, steps=request.steps, guidance=request.guidance)
-        # A request counts seeds up for each prompt; here every picture has a seed of its own.
-        jobs = tuple((text, seed) for (text, _), seed in zip(asked.jobs, seeds, strict=True))
-        pictures = [picture for group in pipe.run(replace(asked, jobs=jobs)) for picture in group]
-        return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in pictures])
-
-    return Candidate(f"{spec.name}@{request.steps}{guided}", draw, json.dumps(origin))
-
-
-@lru_cache(maxsize=1)  # candidates come one after the other: no need to hold all models at once
-def _pipeline(name: str) -> Pipeline:
-    return fewstep.load(name)
-
-
-def _weights(name: str) -> str:
-    """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
-    place = resolve(parse_family(name)[1])
-    files = [path for path in list_files(place).files if path.is_file()] if place.is_dir() else [place]
-    stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

@@ -12,9 +12,9 @@ from cyclopts import Parameter
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress, emit
 from fewstep.core.types import UserError
-from fewstep.export.base import ExportMetadata
 from fewstep.export.common.output_paths import write_errors
-from fewstep.runtime.bundle import CARD, LARGEST, Compute
+from fewstep.export.metadata import facts_of, has_t5, read_metadata
+from fewstep.runtime.bundle import LARGEST, Compute
 
 if TYPE_CHECKING:
     from fewstep.export.base import ConvertsBundle, Target
@@ -153,34 +153,3 @@ def _t5(asked: str | None, to: str, target: Target) -> tuple[bool | None, dict[s
         return True, {"t5_bits": int(asked)}
     can = ["drop", *(["keep"] if few or target.T5 else []), *map(str, sorted(few))]
     raise UserError(f"--t5 for {to} must be one of {', '.join(can)}, not {asked}")
-
-
-def has_t5(place: Path) -> bool:
-    """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
-    from fewstep.families.diffusers_io import has_part
-
-    return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
-
-
-def read_metadata(about: Path | None) -> dict[str, Any]:
-    """The facts of ``--metadata``.
-
-    Raises:
-        UserError: the file is no JSON object, or its styles are no words.
-    """
-    from fewstep.families.diffusers_io import read_json
-
-    told = {} if about is None else read_json(about)
-    styles = told.get("styles", [])
-    if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
-        raise UserError(f'{about}: "styles" must be a list of words')
-    return told
-
-
-def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> ExportMetadata:
-    """What an export of the model at ``place`` tells of itself."""
-    text = place / "LICENSE"
-    given = text if text.is_file() else None
-    card = place / CARD
-    name = license or ("unknown" if given is None else "see LICENSE")
-    return ExportMetadata(name, given, told, card if card.is_file() else None)

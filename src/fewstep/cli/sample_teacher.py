@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fewstep.core.cpu import threads as counted_threads
-from fewstep.core.progress import duration, stage
-from fewstep.core.signals import check
+from fewstep.core.progress import stage
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
+from fewstep.data.teacher_samples.progress import Ranks, progress_printer, ranks_from_env
 from fewstep.pocket.assemble import Out
 
 if TYPE_CHECKING:
@@ -114,49 +110,6 @@ def sample_teacher(
     print(output)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Which of several processes this one is, and which GPU of its machine is its own."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-
-def ranks_from_env(environment: Mapping[str, str]) -> Ranks:
-    """What torchrun says in the environment; alone where it says nothing.
-
-    Raises:
-        UserError: it says what cannot be.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    said = [environment.get(name, default) for name, default in zip(names, "010", strict=True)]
-    if not all(value.isdecimal() for value in said) or int(said[0]) >= int(said[1]):
-        raise UserError(f"RANK {said[0]} of WORLD_SIZE {said[1]} in the environment cannot be; unset both")
-    return Ranks(*map(int, said))
-
-
-def progress_printer(every: float = 10.0) -> Callable[[int, int], None]:
-    """A progress that prints a line of done, speed and time left, at most one in ``every`` seconds."""
-    begun = last = time.monotonic()
-    before: int | None = None
-
-    def say(done: int, total: int) -> None:
-        nonlocal last, before
-        check()
-        now = time.monotonic()
-        if before is None:  # what an earlier run made says nothing of this one's speed
-            before = done
-            if done:
-                print(f"fewstep: {done} of {total} samples are there", file=sys.stderr)
-        elif now - last >= every or done == total:
-            last, speed = now, (done - before) / (now - begun)
-            left = duration((total - done) / speed)
-            print(f"fewstep: {done} of {total} samples, {speed:.2g} a second, {left} left", file=sys.stderr)
-
-    return say
-
-
 def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]:
     """``number`` prompts of the file in its order, or of the data set by chance."""
     if path is not None:
@@ -165,8 +118,8 @@ def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]
 
         lines = [clean(line) for line in read_prompts((), str(path))]
         return [lines[row % len(lines)] for row in range(number)]
+    from fewstep.data.captions import prompts_of
     from fewstep.data.shards import training_shards
-    from fewstep.pocket.labelled_captions import prompts_of
 
     return prompts_of(training_shards(data), number, seed)
 

@@ -35,7 +35,7 @@ METHODS = ("flash", "trajectory", "dmd", "tdm", "ladd", "lcm")
 
 
 def _offer(app: App, name: str, module: str, recipe: str) -> None:
-    """Offer a recipe, ``fewstep.MODULE:RECIPE``, as the command ``name``; it trains the runs that the recipe makes."""
+    """Offer the recipe ``fewstep.MODULE:RECIPE`` as the command ``name``, which trains its runs."""
     function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.{module}"), recipe)
 
     @functools.wraps(function)

@@ -17,7 +17,6 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,18 +30,15 @@ from fewstep.core.atomic import replacing_file, shortened
 from fewstep.core.atomic import write as write_file
 from fewstep.core.prompt_text import decode_caption
 from fewstep.core.types import UserError
-from fewstep.core.workers import pool
 from fewstep.data.folders import list_files, say_passed_over
 from fewstep.images.io import MOST_BYTES, decode, to_rgb
 from fewstep.images.io import read as read_image
-from fewstep.pocket.compose import Composer, Sample
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 MOST_CAPTION = 2**20
 """Bytes of a caption's file."""
 _NAME_BYTES = 230
 """Of a source's name in those of its shards, where a hash, a number and a suffix follow it."""
-Make = Callable[[int], Sample]
 
 
 @dataclass(frozen=True)
@@ -53,49 +49,6 @@ class Example:
     image: Image.Image
     prompt: str
     truth: dict[str, Any]
-
-
-def write(
-    make: Composer,
-    folder: Path,
-    name: str,
-    pictures: int,
-    per_shard: int,
-    workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Path]:
-    """Write ``pictures`` samples as ``NAME-00000.tar`` and so on; shards that are there already are kept.
-
-    Shard contents depend on the composer and the index only, never on the number of workers.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, pictures, per_shard)
-    paths = [folder / f"{name}-{k:05d}.tar" for k in range(len(starts))]
-    todo = [
-        (p, range(s, min(s + per_shard, pictures)))
-        for p, s in zip(paths, starts, strict=True)
-        if not p.exists()
-    ]
-    done = pictures - sum(len(indices) for _, indices in todo)
-    progress(done, pictures)
-    with pool(workers, _share, make) as executor:
-        futures = [executor.submit(_write_one, path, indices) for path, indices in todo]
-        for future in as_completed(futures):
-            done += future.result()
-            progress(done, pictures)
-    return paths
-
-
-_shared: list[Composer] = []  # each worker process is given the composer once, not with every shard
-
-
-def _share(make: Composer) -> None:
-    _shared[:] = [make]
-
-
-def _write_one(path: Path, indices: range) -> int:
-    write_shard(path, ((f"{i:08d}", s.image, s.prompt, s.truth()) for i in indices for s in (_shared[0](i),)))
-    return len(indices)
 
 
 def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, dict[str, Any]]]) -> None:

@@ -86,8 +86,8 @@ def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False
 
 
 def _prompts(setting: DistillConfig) -> list[str]:
+    from fewstep.data.captions import prompts_of
     from fewstep.data.shards import training_shards
-    from fewstep.pocket.labelled_captions import prompts_of
 
     return prompts_of(training_shards(setting.data), setting.num_samples, setting.seed)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+import fewstep
 from fewstep.core.types import UserError
+from fewstep.data.folders import list_files
+from fewstep.pipeline.loading import parse_family, resolve
+from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket.stickers import Reference
 
 Draw = Callable[[Sequence[str], Sequence[int]], NDArray[np.uint8]]
@@ -84,3 +92,62 @@ def choose(references: Sequence[Reference], prompts: int, seeds: int, first_seed
         pool = sorted((r for r in references if r.held_out == held_out), key=lambda r: (r.concept, r.style))
         chosen += [pool[i] for i in rng.permutation(len(pool))[:share]]
     return Plan(tuple(chosen), seeds, first_seed)
+
+
+_SETTING = re.compile(r"(?P<name>.+?)(?:@(?P<steps>\d+)(?:x(?P<guidance>\d+(?:\.\d+)?))?)?/?")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model at one setting, as typed: ``NAME[@STEPS[xGUIDANCE]]``."""
+
+    name: str
+    steps: int | None = None
+    guidance: float | None = None
+
+
+def parse(text: str) -> Spec:
+    """``NAME[@STEPS[xGUIDANCE]]`` in its parts.
+
+    Raises:
+        UserError: there is no name.
+    """
+    match = _SETTING.fullmatch(text)
+    if match is None:
+        raise UserError(f"{text!r} names no model: give NAME, NAME@STEPS or NAME@STEPSxGUIDANCE")
+    steps, guidance = match["steps"], match["guidance"]
+    return Spec(match["name"], int(steps) if steps else None, float(guidance) if guidance else None)
+
+
+def candidate(spec: Spec) -> Candidate:
+    """A `Candidate` of a model, checked by loading it once.
+
+    Raises:
+        UserError: there is no such model, or the setting is not for it.
+    """
+    request = _pipeline(spec.name).request("a", seed=0, steps=spec.steps, guidance=spec.guidance)
+    guided = "" if request.guidance is None else f"x{request.guidance:g}"
+    origin = [fewstep.__version__, _weights(spec.name), request.steps, request.guidance]
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+        pipe = _pipeline(spec.name)
+        asked = pipe.request(prompts, seed=0, steps=request.steps, guidance=request.guidance)
+        # A request counts seeds up for each prompt; here every picture has a seed of its own.
+        jobs = tuple((text, seed) for (text, _), seed in zip(asked.jobs, seeds, strict=True))
+        pictures = [picture for group in pipe.run(replace(asked, jobs=jobs)) for picture in group]
+        return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in pictures])
+
+    return Candidate(f"{spec.name}@{request.steps}{guided}", draw, json.dumps(origin))
+
+
+@lru_cache(maxsize=1)  # candidates come one after the other: no need to hold all models at once
+def _pipeline(name: str) -> Pipeline:
+    return fewstep.load(name)
+
+
+def _weights(name: str) -> str:
+    """A digest of the names, sizes and times of a model's files; their contents may be gigabytes."""
+    place = resolve(parse_family(name)[1])
+    files = [path for path in list_files(place).files if path.is_file()] if place.is_dir() else [place]
+    stats = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

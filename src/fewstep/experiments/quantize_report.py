@@ -87,15 +87,15 @@ def quantize(
         license: Name of the weights' licence, such as Apache-2.0.
         metadata: A JSON object of facts that go along.
     """
-    from fewstep.cli.export import facts_of, read_metadata
     from fewstep.core.optional import need
+    from fewstep.data.captions import prompts_of
     from fewstep.export import onnx
     from fewstep.export.common.bundle import check_place
     from fewstep.export.common.graphs import parts, trace
     from fewstep.export.common.output_paths import check_folder, write_errors
     from fewstep.export.common.sensitivity import allocate_bits, calibrate
+    from fewstep.export.metadata import facts_of, read_metadata
     from fewstep.pipeline.loading import kind_of, load_family, parse_family, resolve
-    from fewstep.pocket.labelled_captions import prompts_of
 
     require_positive(rounds=rounds, images_per_prompt=images_per_prompt)
     require_at_least(0, prompts=prompts, scenes=scenes)
@@ -207,7 +207,7 @@ def _figures(
     """Retrieval, scene score and KID to 16 bits of every rung; nothing without prompts."""
     if not prompts:
         return {}
-    from fewstep.cli.evaluate import Spec, candidate
+    from fewstep.evaluate.candidates import Spec, candidate
     from fewstep.evaluate.run import evaluate
     from fewstep.pocket import stickers
     from fewstep.pocket.geneval import load

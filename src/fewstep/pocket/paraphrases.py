@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.data.captions import truths_of
 from fewstep.pocket import captions, concepts
 from fewstep.pocket.captions import COLOURS, STYLE_WORDS, Background, Rng, pick
 from fewstep.pocket.concepts import Concept
-from fewstep.pocket.labelled_captions import HINTS, truths_of
+from fewstep.pocket.labelled_captions import HINTS
 from fewstep.pocket.sources import STYLES
 
 NEAR = 0.6

@@ -12,8 +12,7 @@ import numpy as np
 
 from fewstep.core.atomic import write
 from fewstep.core.types import UserError
-from fewstep.data import shards
-from fewstep.pocket import captions, compose, concepts, render, sources
+from fewstep.pocket import captions, compose, concepts, render, sources, write_shards
 from fewstep.pocket.captions import Background
 from fewstep.pocket.compose import Composer
 
@@ -55,7 +54,7 @@ def build(
         packages, found, folder, size, workers, lambda d, t: progress("rasterising emoji", d, t)
     )
     train = Composer(rendered, size, seed, scenes)
-    shards.write(
+    write_shards.write(
         train,
         folder / "train",
         "train",
@@ -66,7 +65,7 @@ def build(
     )
     held = Composer(rendered, size, seed + 1, scenes, training=False)
     many = max(256, pictures // 20)
-    shards.write(
+    write_shards.write(
         held,
         folder / "heldout",
         "heldout",

@@ -20,13 +20,13 @@ import torch
 import fewstep
 import tiny
 import tiny_flux
-from fewstep.cli.sample_teacher import Ranks, progress_printer, ranks_from_env
 from fewstep.core import guidance, sampling, schedule
 from fewstep.core.progress import duration
 from fewstep.core.types import Cond, Model, UserError
 from fewstep.data import shards
 from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.manifest import NULL, PLAN, Plan
+from fewstep.data.teacher_samples.progress import Ranks, progress_printer, ranks_from_env
 from fewstep.data.teacher_samples.read import TeacherSamples
 from fewstep.data.teacher_samples.write import write_samples
 from fewstep.families import flux, sd3
