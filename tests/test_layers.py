@@ -111,12 +111,12 @@ def test_every_module_has_its_floor() -> None:
     [
         (
             {"flow.py": "from fewstep.core.schedule import grid", "times.py": ""},
-            "flow (floor 0) imports times",
+            "flow imports times",
         ),
-        ({"flow.py": "from fewstep import cli", "cli.py": ""}, "flow (floor 0) imports cli"),
-        ({"flow.py": "import fewstep.cli.app", "cli.py": ""}, "flow (floor 0) imports cli"),
-        ({"flow.py": "def f():\n    import fewstep.cli.app", "cli.py": ""}, "flow (floor 0) imports cli"),
-        ({"flow.py": "import fewstep"}, "flow (floor 0) imports __init__"),
+        ({"flow.py": "from fewstep import cli", "cli.py": ""}, "flow imports cli"),
+        ({"flow.py": "import fewstep.cli.app", "cli.py": ""}, "flow imports cli"),
+        ({"flow.py": "def f():\n    import fewstep.cli.app", "cli.py": ""}, "flow imports cli"),
+        ({"flow.py": "import fewstep"}, "flow imports __init__"),
         ({"train/a.py": "from fewstep.evaluate import b", "evaluate/b.py": ""}, "its sibling evaluate.b"),
         ({"export/onnx.py": "import fewstep.export.coreml", "export/coreml.py": ""}, "imports engine"),
     ],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fewstep
+from fewstep.cli import evaluate
 from fewstep.cli.app import run
 from fewstep.cli.evaluate import expand
 from fewstep.core.optional import install

@@ -1,1 +1,1 @@
-"""What generation costs, measured on this machine (floor 4)."""
+"""What generation costs, measured on this machine."""

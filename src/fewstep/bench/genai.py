@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's own pipeline, on a folder that ``fewstep export --to genai`` wrote (floor 4)."""
+"""OpenVINO GenAI's own pipeline, on a folder that ``fewstep export --to genai`` wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine is, and how fast it multiplies and moves (floor 4).
+"""What this machine is, and how fast it multiplies and moves.
 
 Run as a script (``python -m fewstep.bench.hardware``) it measures both rates in a process of its own, whose
 libraries take their number of threads from the environment.

@@ -1,4 +1,4 @@
-"""Pictures of any number of benchmark records: latency by device, and quality against latency (floor 4)."""
+"""Pictures of any number of benchmark records: latency by device, and quality against latency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a graph could be at best: its operations and bytes over what the device does (floor 4)."""
+"""How fast a graph could be at best: its operations and bytes over what the device does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines in turn, each in a process of its own, and a record of each (floor 4)."""
+"""Engines in turn, each in a process of its own, and a record of each."""
 
 from __future__ import annotations
 

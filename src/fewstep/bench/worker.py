@@ -1,4 +1,4 @@
-"""One engine in a process of its own: it draws when it is told to, and says what each stage took (floor 4).
+"""One engine in a process of its own: it draws when it is told to, and says what each stage took.
 
 ``python -m fewstep.bench.worker SPEC`` reads a line of JSON a picture from standard input and answers with
 one. While another engine has its turn it waits for its next line, and takes no processor time.

@@ -1,4 +1,4 @@
-"""The command line (floor 5): which command, and how errors end it.
+"""The command line: which command, and how errors end it.
 
 Commands are named by import strings, so that ``fewstep --help`` loads none of them.
 

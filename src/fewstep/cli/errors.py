@@ -1,4 +1,4 @@
-"""What the command line's parser refuses, in one line each (floor 5)."""
+"""What the command line's parser refuses, in one line each."""
 
 from __future__ import annotations
 

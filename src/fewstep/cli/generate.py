@@ -1,4 +1,4 @@
-"""The command ``generate`` (floor 5)."""
+"""The command ``generate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands ``show`` and ``models`` (floor 5)."""
+"""The commands ``show`` and ``models``."""
 
 from __future__ import annotations
 

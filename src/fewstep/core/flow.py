@@ -1,4 +1,4 @@
-"""The arithmetic of rectified flow (floor 0): one text for numpy arrays and torch tensors.
+"""The arithmetic of rectified flow: one text for numpy arrays and torch tensors.
 
 ``t = 0`` is data, ``t = 1`` is noise, ``x_t = (1 - t) x_0 + t eps`` and ``v = eps - x_0``
 (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206, section 2). A time is a Python

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper that is itself a velocity (floor 1)."""
+"""Classifier-free guidance as a wrapper that is itself a velocity."""
 
 from __future__ import annotations
 

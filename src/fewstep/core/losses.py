@@ -1,4 +1,4 @@
-"""Losses (floor 1): pure functions from arrays to a scalar; nothing here steps, logs or owns a net."""
+"""Losses: pure functions from arrays to a scalar; nothing here steps, logs or owns a net."""
 
 from __future__ import annotations
 

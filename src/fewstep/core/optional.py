@@ -1,4 +1,4 @@
-"""Optional dependencies: the extra that a missing library is in, and how to install it (floor 1)."""
+"""Optional dependencies: the extra that a missing library is in, and how to install it."""
 
 from __future__ import annotations
 

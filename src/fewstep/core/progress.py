@@ -1,4 +1,4 @@
-"""What long work says of itself on standard error: bars on a terminal, lines elsewhere (floor 1)."""
+"""What long work says of itself on standard error: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

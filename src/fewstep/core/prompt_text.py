@@ -1,4 +1,4 @@
-"""Prompts and captions as plain text (floor 2): one way to read and clean both.
+"""Prompts and captions as plain text: one way to read and clean both.
 
 What a net is trained on and what it is asked later must be the same text, so captions of folders and shards
 and the prompts of every model go through :func:`clean`.

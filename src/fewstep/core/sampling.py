@@ -1,4 +1,4 @@
-"""Samplers (floor 1): noise by seed, and the walk from noise to data.
+"""Samplers: noise by seed, and the walk from noise to data.
 
 Noise comes from one counter-based generator an image, so that a seed is the same picture in every
 batch and on every backend.

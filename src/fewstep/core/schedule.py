@@ -1,4 +1,4 @@
-"""Times (floor 1): the few-step grids that samplers walk and the densities that training draws from."""
+"""Times: the few-step grids that samplers walk and the densities that training draws from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deployment engines (floor 3): one file each, and none knows another.
+"""Deployment engines: one file each, and none knows another.
 
 A module here that has ``BITS`` is a target of ``fewstep export``, by its own name; it is found, not listed.
 """

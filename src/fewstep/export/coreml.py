@@ -1,4 +1,4 @@
-"""A torch family as Core ML packages, for Apple's devices (floor 3)."""
+"""A torch family as Core ML packages, for Apple's devices."""
 
 from __future__ import annotations
 

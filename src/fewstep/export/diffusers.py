@@ -1,4 +1,4 @@
-"""A torch family as a diffusers folder, which the stock pipeline and other programs load (floor 3)."""
+"""A torch family as a diffusers folder, which the stock pipeline and other programs load."""
 
 from __future__ import annotations
 

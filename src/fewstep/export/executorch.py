@@ -1,4 +1,4 @@
-"""A torch family as a bundle of ExecuTorch programs, for phones: XNNPACK runs them (floor 3)."""
+"""A torch family as a bundle of ExecuTorch programs, for phones: XNNPACK runs them."""
 
 from __future__ import annotations
 

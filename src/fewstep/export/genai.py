@@ -1,4 +1,4 @@
-"""A torch family as a folder for OpenVINO GenAI, which brings SD3's pipeline itself (floor 3)."""
+"""A torch family as a folder for OpenVINO GenAI, which brings SD3's pipeline itself."""
 
 from __future__ import annotations
 

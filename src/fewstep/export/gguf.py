@@ -1,4 +1,4 @@
-"""A torch family's net as GGUF, as stable-diffusion.cpp and ComfyUI-GGUF read it (floor 3)."""
+"""A torch family's net as GGUF, as stable-diffusion.cpp and ComfyUI-GGUF read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A torch family as a bundle of ONNX graphs, which generates without torch (floor 3)."""
+"""A torch family as a bundle of ONNX graphs, which generates without torch."""
 
 from __future__ import annotations
 

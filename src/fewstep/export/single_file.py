@@ -1,4 +1,4 @@
-"""A torch family as one file in Stability's key names, as ComfyUI and diffusers read it (floor 3)."""
+"""A torch family as one file in Stability's key names, as ComfyUI and diffusers read it."""
 
 from __future__ import annotations
 

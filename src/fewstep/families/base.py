@@ -1,4 +1,4 @@
-"""Model families in torch (floor 2): one file each, and the file is its registration."""
+"""Model families in torch: one file each, and the file is its registration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the families of diffusers components share (floor 2): tokens, pixels, and the family itself."""
+"""What the families of diffusers components share: tokens, pixels, and the family itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stranger's diffusers folder says, checked before diffusers and transformers act on it (floor 2).
+"""What a stranger's diffusers folder says, checked before diffusers and transformers act on it.
 
 Both believe a configuration: they make as many layers and as long tables as it says, and fail far from the
 file where a value has another type. Here each configuration that we read has a shape, and numbers have

@@ -1,4 +1,4 @@
-"""Diffusers folders, read part by part, so that what is missing can be named (floor 2)."""
+"""Diffusers folders, read part by part, so that what is missing can be named."""
 
 from __future__ import annotations
 

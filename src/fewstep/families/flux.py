@@ -1,4 +1,4 @@
-"""FLUX.1 of Black Forest Labs, the dev and the schnell kind, through diffusers and transformers (floor 2).
+"""FLUX.1 of Black Forest Labs, the dev and the schnell kind, through diffusers and transformers.
 
 A T5 makes the context and a CLIP the pooled vector; a net of double- and then single-stream blocks speaks
 velocity on tokens of 2 x 2 latents; a KL autoencoder makes the pixels. The adapters below do the packing,

@@ -1,4 +1,4 @@
-"""The header of a ``.safetensors`` file, checked: what it says lies in the file (floor 2)."""
+"""The header of a ``.safetensors`` file, checked: what it says lies in the file."""
 
 from __future__ import annotations
 

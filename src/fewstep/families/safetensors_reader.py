@@ -1,4 +1,4 @@
-"""Weights in ``.safetensors`` files, read tensor by tensor: the one way for every net (floor 2).
+"""Weights in ``.safetensors`` files, read tensor by tensor: the one way for every net.
 
 A reader that maps whole files counts them as this process's memory, and one that loads whole parts needs them
 twice where they are cast. Here a tensor is in memory once, and no other beside it.

@@ -1,4 +1,4 @@
-"""Which schedulers of diffusers are followed, and what their settings mean (floor 2).
+"""Which schedulers of diffusers are followed, and what their settings mean.
 
 Models here are sampled by Euler steps on an even, shifted grid, or by multistep consistency sampling on the
 same grid. What a scheduler's configuration says beyond that is refused: it would draw another image.

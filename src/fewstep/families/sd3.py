@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206) through diffusers and transformers (floor 2).
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206) through diffusers and transformers.
 
 Two CLIPs and, where it is there, a T5 make the context; an MMDiT speaks velocity; a KL or tiny
 autoencoder makes the pixels. The adapters below do the x1000 of time, the scaling of latents and the

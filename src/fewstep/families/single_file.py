@@ -1,4 +1,4 @@
-"""Single-file SD3 checkpoints in Stability's key names, through diffusers' own conversion (floor 2)."""
+"""Single-file SD3 checkpoints in Stability's key names, through diffusers' own conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What configurations say of a model (floor 3): its parts without their weights."""
+"""What configurations say of a model: its parts without their weights."""
 
 from __future__ import annotations
 

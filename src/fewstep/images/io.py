@@ -1,4 +1,4 @@
-"""Images (floor 2): pixels and arrays, the record of how one was made, safe writing."""
+"""Images: pixels and arrays, the record of how one was made, safe writing."""
 
 from __future__ import annotations
 

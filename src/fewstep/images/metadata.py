@@ -1,4 +1,4 @@
-"""Where the text about an image stands in its file (floor 2): PNG's text chunks, EXIF and XMP.
+"""Where the text about an image stands in its file: PNG's text chunks, EXIF and XMP.
 
 =============  ==============================  ===================================================
 text           PNG                             JPEG and WebP

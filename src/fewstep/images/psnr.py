@@ -1,4 +1,4 @@
-"""How alike pictures are (floor 4)."""
+"""How alike pictures are."""
 
 from __future__ import annotations
 

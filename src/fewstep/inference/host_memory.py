@@ -1,4 +1,4 @@
-"""Memory of this process (floor 3)."""
+"""Memory of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SD3.5 and FLUX on PyTorch within a given memory (floor 3): parts come to the device when their turn is.
+"""SD3.5 and FLUX on PyTorch within a given memory: parts come to the device when their turn is.
 
 ``outline`` is what configurations say of a model, and ``student`` what is laid over it. ``held`` and
 ``rehearse`` find by shapes what parts and ``stages`` of a picture hold; ``plan`` chooses. ``parts`` come and

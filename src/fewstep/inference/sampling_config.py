@@ -1,4 +1,4 @@
-"""How a model draws: its family's adapters over stand-ins, as its base does or as a student (floor 3)."""
+"""How a model draws: its family's adapters over stand-ins, as its base does or as a student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods: nets, whose turn it is to learn, and pure losses. A method is one file (floor 3)."""
+"""Methods: nets, whose turn it is to learn, and pure losses. A method is one file."""
 
 from __future__ import annotations
 

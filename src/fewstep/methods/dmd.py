@@ -1,4 +1,4 @@
-"""Distribution matching: the student's samples move by the difference of two scores (floor 3).
+"""Distribution matching: the student's samples move by the difference of two scores.
 
 DMD (Yin et al., arXiv 2311.18828) and DMD2 (arXiv 2405.14867): the guided teacher's score says where the
 samples should be, a proxy's where they are. The proxy, a copy of the teacher, learns all the while by flow

@@ -1,6 +1,6 @@
 """The third stage of SD3.5-Flash (arXiv 2509.21318): distribution matching and the adversarial loss at once.
 
-The chain around it, warm start, split and merge, is :mod:`fewstep.distill.recipes` (floor 3). Ours keeps the
+The chain around it, warm start, split and merge, is :mod:`fewstep.distill.recipes`. Ours keeps the
 warm start's own loss beside the two, as an anchor; the paper has none.
 """
 

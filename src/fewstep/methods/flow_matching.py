@@ -1,4 +1,4 @@
-"""Flow matching: how a teacher learns from data, and how any net is fine-tuned (floor 3)."""
+"""Flow matching: how a teacher learns from data, and how any net is fine-tuned."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 teacher's.
 
 LADD (Sauer et al., arXiv 2403.12015) taps the frozen teacher, SD3.5-Flash (arXiv 2509.21318) the proxy, and
-renews every head now and then so that none overfits (floor 3).
+renews every head now and then so that none overfits.
 """
 
 from __future__ import annotations

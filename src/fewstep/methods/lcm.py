@@ -1,7 +1,7 @@
 """Consistency distillation, a rival (Song et al., arXiv 2303.01469; with guidance, LCM, arXiv 2310.04378).
 
 Two neighbours on the guided teacher's path have one clean estimate. The student draws by estimating, noising
-anew (:func:`fewstep.core.sampling.renoise`) and estimating again (floor 3).
+anew (:func:`fewstep.core.sampling.renoise`) and estimating again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What several methods share: the student's own walk from noise, made once a step (floor 3).
+"""What several methods share: the student's own walk from noise, made once a step.
 
 A student that learns only on points of its teacher's walks meets its own errors first in use. So it learns on
 its own walk (backward simulation, DMD2, arXiv 2405.14867, section 4.5).

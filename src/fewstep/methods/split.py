@@ -1,4 +1,4 @@
-"""Split-timestep fine-tuning: two branches of the student, each on its half of the times (floor 3).
+"""Split-timestep fine-tuning: two branches of the student, each on its half of the times.
 
 SD3.5-Flash (arXiv 2509.21318): one branch learns at t in (0, 0.5], one at t in (0.5, 1], with the losses of
 the stage before; then their weights are merged (:func:`fewstep.modules.timestep_experts.merge`).

@@ -1,4 +1,4 @@
-"""Trajectory distribution matching, a rival (TDM, Luo et al., arXiv 2503.06674), without data (floor 3).
+"""Trajectory distribution matching, a rival (TDM, Luo et al., arXiv 2503.06674), without data.
 
 Each step of the student has a stretch of time of its own, (t_{i+1}, t_i]. Where the step arrives, fresh
 noise carries the state on to a time of that stretch; there the scores are compared, and there the proxy

@@ -1,4 +1,4 @@
-"""Trajectory guidance: one step of the student does what many steps of the guided teacher do (floor 3).
+"""Trajectory guidance: one step of the student does what many steps of the guided teacher do.
 
 SD3.5-Flash (arXiv 2509.21318), the warm start:
 ``|| v(x_i, t_i) - (x_{i+1} - x_i) / (t_{i+1} - t_i) ||^2`` where ``x_i`` and ``x_{i+1}`` are states of the

@@ -1,1 +1,1 @@
-"""Nets around the nets: what training adds to a model and generation never sees (floor 2)."""
+"""Nets around the nets: what training adds to a model and generation never sees."""

@@ -1,4 +1,4 @@
-"""Where generated images go (floor 4): names that never overwrite by accident."""
+"""Where generated images go: names that never overwrite by accident."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where models come from (floor 3): the package, a folder, a hub name."""
+"""Where models come from: the package, a folder, a hub name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a model, checked (floor 2): every bad value becomes one clear line here."""
+"""What is asked of a model, checked: every bad value becomes one clear line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts to pictures (floor 3), on whatever runs the model."""
+"""Prompts to pictures, on whatever runs the model."""
 
 from __future__ import annotations
 

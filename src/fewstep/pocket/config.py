@@ -1,4 +1,4 @@
-"""Pocket: an SD3 of small configuration, 128 px, made to be trained on a laptop (floor 2).
+"""Pocket: an SD3 of small configuration, 128 px, made to be trained on a laptop.
 
 It is not another model: the same classes, and ``sd3.load`` and ``sd3.save`` serve it.
 """

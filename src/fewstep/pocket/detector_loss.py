@@ -1,4 +1,4 @@
-"""The detector of the scene score: where things are, and how large (floor 3)."""
+"""The detector of the scene score: where things are, and how large."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text encoders that understand more, for a net that need not learn anew (floor 3).
+"""Text encoders that understand more, for a net that need not learn anew.
 
 A net was trained on what its encoders say of plain prompts. Whatever else means the same shall make them say
 the same: the states that foretell the picture, and the pooled ones, of the plain prompt. States of the single

@@ -1,4 +1,4 @@
-"""Small text encoders that learn what a large one knows (floor 3).
+"""Small text encoders that learn what a large one knows.
 
 SD3's encoders come trained; Pocket's are made here. Each is asked for the meaning that a pretrained sentence
 encoder sees in the caption (distillation), and for what the picture truly holds: concepts, styles, ground.

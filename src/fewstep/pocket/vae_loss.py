@@ -1,4 +1,4 @@
-"""The autoencoder: sharp pictures through a narrow, gently regularised latent (floor 3)."""
+"""The autoencoder: sharp pictures through a narrow, gently regularised latent."""
 
 from __future__ import annotations
 

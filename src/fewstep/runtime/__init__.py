@@ -1,1 +1,1 @@
-"""Generation without PyTorch (floor 2): the bundle format, what runs its graphs, the tokenizer."""
+"""Generation without PyTorch: the bundle format, what runs its graphs, the tokenizer."""

@@ -1,4 +1,4 @@
-"""The trainer: turns, optimizers, averages, checkpoints and logs (floor 4)."""
+"""The trainer: turns, optimizers, averages, checkpoints and logs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the engines share (floor 3)."""
+"""What the engines share."""

@@ -1,4 +1,4 @@
-"""A torch family as a bundle, whichever engine its graphs are for (floor 3)."""
+"""A torch family as a bundle, whichever engine its graphs are for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inputs of a graph's layers while real pictures are drawn (floor 3).
+"""The inputs of a graph's layers while real pictures are drawn.
 
 What an error in a weight costs depends on its input, and of inputs that come together the error of one can
 make up for that of another. :func:`fewstep.export.common.onnx_quantize.to_groups` rounds by that.

@@ -1,4 +1,4 @@
-"""The parts of SD3's pipeline as diffusers calls them, for engines that bring that pipeline (floor 3).
+"""The parts of SD3's pipeline as diffusers calls them, for engines that bring that pipeline.
 
 Those of our own are in :mod:`fewstep.export.common.wrappers`. This file imports torch when it is imported.
 """

@@ -1,4 +1,4 @@
-"""Norms whose squares stay within float16 (floor 3).
+"""Norms whose squares stay within float16.
 
 Float16 ends at 65504, so the plain mean of squares overflows where a number is beyond 256. Here what is
 squared is first divided by a quarter of the group's peak, and multiplied by nothing later: a norm forgets the

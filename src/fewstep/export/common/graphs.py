@@ -1,4 +1,4 @@
-"""A family's parts as graphs: what goes in, what comes out, and the ONNX of each (floor 3)."""
+"""A family's parts as graphs: what goes in, what comes out, and the ONNX of each."""
 
 from __future__ import annotations
 

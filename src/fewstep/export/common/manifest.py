@@ -1,4 +1,4 @@
-"""What folders of graphs tell of themselves, and the tokenizer beside the graphs (floor 3)."""
+"""What folders of graphs tell of themselves, and the tokenizer beside the graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Smaller weights in an ONNX graph, the arithmetic left in float32 (floor 3).
+"""Smaller weights in an ONNX graph, the arithmetic left in float32.
 
 8 bits: matrices (linear layers, embeddings) become int8 with one scale a row or a column, whichever loses
 less, convolution kernels with one for each of their outputs. Below: codes with a float16 scale for every

@@ -1,4 +1,4 @@
-"""OpenVINO's graphs: from a torch module to an ``.xml`` file with its ``.bin``, in few bits (floor 3).
+"""OpenVINO's graphs: from a torch module to an ``.xml`` file with its ``.bin``, in few bits.
 
 This file imports openvino when it is imported.
 """

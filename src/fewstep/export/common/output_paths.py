@@ -1,4 +1,4 @@
-"""Where exports go (floor 3)."""
+"""Where exports go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An SD3's tensors under Stability's key names: what reading a single file undoes (floor 3).
+"""An SD3's tensors under Stability's key names: what reading a single file undoes.
 
 The tables say what a layer is called there, and of which of diffusers' layers it is made: three projections
 lie in one matrix, one below the other. A tensor that no table names is an error, so that none is left out.

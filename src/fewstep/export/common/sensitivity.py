@@ -1,4 +1,4 @@
-"""Which weights need their bits: measured, one at a time, on real prompts (floor 3).
+"""Which weights need their bits: measured, one at a time, on real prompts.
 
 A weight is stored in few bits and read back while all others stay as they are. How far that moves the
 pictures that whole walks end with (of the encoder: its latents) is what it costs. A storage budget is then

@@ -1,4 +1,4 @@
-"""The torch modules that become graphs: tensors in, tensors out, every constant inside (floor 3).
+"""The torch modules that become graphs: tensors in, tensors out, every constant inside.
 
 This file imports torch when it is imported; only the exporters import it.
 """

@@ -1,4 +1,4 @@
-"""LoRA adapters that are laid over a model (floor 2).
+"""LoRA adapters that are laid over a model.
 
 An adapter adds ``scale B A`` to the weight of a layer (Hu et al., arXiv 2106.09685), with ``A [r, in]``,
 ``B [out, r]`` and ``scale = alpha / r``. Layouts differ in what they call a layer, in whether three

@@ -1,4 +1,4 @@
-"""Where the alpha of a LoRA stands: in a tensor, in the header, or in a configuration beside it (floor 2)."""
+"""Where the alpha of a LoRA stands: in a tensor, in the header, or in a configuration beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LoRA files of diffusers, PEFT, kohya, ComfyUI and XLabs say of their layers (floor 2)."""
+"""What LoRA files of diffusers, PEFT, kohya, ComfyUI and XLabs say of their layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the header of a LoRA says of its scale and nothing follows: refused where it contradicts (floor 2)."""
+"""What the header of a LoRA says of its scale and nothing follows: refused where it contradicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers of a model a LoRA's names mean (floor 2)."""
+"""Which layers of a model a LoRA's names mean."""
 
 from __future__ import annotations
 

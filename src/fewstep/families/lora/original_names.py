@@ -1,4 +1,4 @@
-"""What layers of SD3 and FLUX are called in their authors' code (floor 2).
+"""What layers of SD3 and FLUX are called in their authors' code.
 
 A layer there may be several of diffusers' layers, one below the other: three projections lie in one matrix.
 """
