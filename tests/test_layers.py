@@ -54,7 +54,7 @@ def imports(path: Path, root: Path) -> Iterator[str]:
 
 
 def _existing(dotted: str, root: Path) -> str:
-    """Return the longest part of a dotted name that is a module: ``core.flow`` of ``core.flow.interpolate``."""
+    """Return the longest part of a dotted name that is a module: ``core.flow`` of ``core.flow.mix``."""
     parts = dotted.split(".") if dotted else []
     while parts:
         place = root.joinpath(*parts)
