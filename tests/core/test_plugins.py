@@ -15,7 +15,7 @@ from fewstep.core.types import UserError
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package ``engines`` with the modules ``plain``, ``with_dash`` and ``_private``, on the Python path."""
+    """A package on the Python path with the modules ``plain``, ``with_dash`` and ``_private``."""
     name = "engines_of_a_test"
     (tmp_path / name).mkdir()
     for module in ("__init__", "plain", "with_dash", "_private"):
