@@ -102,7 +102,8 @@ def psnr(one: Path, other: Path) -> float:
     import numpy as np
 
     from fewstep.images import psnr as likeness
-    from fewstep.images.io import open_image, to_rgb
+    from fewstep.images.decode import to_rgb
+    from fewstep.images.io import open_image
 
     return likeness.psnr(*(np.asarray(to_rgb(open_image(path))) for path in (one, other)))
 

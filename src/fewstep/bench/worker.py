@@ -83,7 +83,7 @@ class FewstepEngine:
 
         from fewstep.core import sampling, schedule
         from fewstep.core.guidance import Guided
-        from fewstep.images.io import to_uint8
+        from fewstep.images.pixels import to_uint8
 
         model: Any = self.model
         if hasattr(model.text, "forget"):  # who reads a prompt again and again remembers it
