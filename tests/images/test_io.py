@@ -28,7 +28,7 @@ RECORD = Record(prompt="a cat", seed=1, steps=4, model="pocket", hash="ab", size
 
 def test_the_record_is_written_and_read(tmp_path: Path) -> None:
     fewstep.save(RECORD.stamp(Image.new("RGB", (8, 8))), tmp_path / "a.png")
-    assert read_records(tmp_path / "a.png")[0] == RECORD
+    assert read_records(tmp_path / "a.png") == [RECORD]
     assert read_info(tmp_path / "a.png")[PARAMETERS].startswith("a cat\nSteps: 4")
 
 
@@ -84,7 +84,7 @@ def test_a_record_that_is_none_of_ours_is_refused(
 ) -> None:
     path = with_record(tmp_path / f"a{suffix}", {**FACTS, **change})
     with pytest.raises(UserError, match=f"the metadata of .*damaged.*: {next(iter(change))}") as error:
-        read_records(path)[0]
+        read_records(path)
     assert "\n" not in str(error.value)
 
 
@@ -105,22 +105,20 @@ def test_damaged_metadata_is_one_line(tmp_path: Path, text: str, suffix: str) ->
 def test_what_a_later_version_adds_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     path = with_record(tmp_path / "a.png", {**FACTS, "planet": "Mars"})
     with pytest.warns(RecordWarning, match="does not know, which is left out: planet"):
-        assert read_records(path)[0] == RECORD
+        assert read_records(path) == [RECORD]
 
 
 def test_records_keep_paths_that_are_no_text(tmp_path: Path) -> None:
     record = dataclasses.replace(RECORD, model="caf\udce9", image="\udcff.png")
     for suffix in image_io.SUFFIXES:
         fewstep.save(record.stamp(Image.new("RGB", (8, 8))), tmp_path / f"a{suffix}")
-        assert read_records(tmp_path / f"a{suffix}")[0] == record
+        assert read_records(tmp_path / f"a{suffix}") == [record]
 
 
 def test_a_sheet_has_the_records_of_its_images(tmp_path: Path) -> None:
     many = [dataclasses.replace(RECORD, seed=seed) for seed in range(5)]
     path = with_record(tmp_path / "a.webp", {SHEET: [json.loads(each.json()) for each in many]})
     assert read_records(path) == many
-    with pytest.raises(UserError, match="a contact sheet of 5"):
-        read_records(path)[0]
 
 
 def test_a_sheet_shows_all_images() -> None:
@@ -156,7 +154,7 @@ def test_every_mode_is_written_in_the_format_of_the_suffix(tmp_path: Path, mode:
     with Image.open(tmp_path / f"a{suffix}") as image:
         image.load()
         assert image.format == image_io.SUFFIXES[suffix.lower()]
-    assert read_records(tmp_path / f"a{suffix}")[0] == RECORD
+    assert read_records(tmp_path / f"a{suffix}") == [RECORD]
 
 
 def test_an_image_that_was_opened_keeps_its_record_in_another_format(tmp_path: Path) -> None:

@@ -29,11 +29,12 @@ def load(spec: str, package: str, kind: str) -> Any:
     Args:
         spec: the name or import path.
         package: the package that holds the built-in extensions, such as ``fewstep.export``.
-        kind: what is named, for the entry-point group and the error message, such as ``target``.
+        kind: what is named, for the entry-point group and the error message, such as ``bench_engine``.
 
     Raises:
         UserError: there is no such extension, or it cannot be imported.
     """
+    label = kind.replace("_", " ")
     if "." in spec or ":" in spec:
         module_name, _, attribute = spec.partition(":")
         try:
@@ -42,7 +43,7 @@ def load(spec: str, package: str, kind: str) -> Any:
             module = importlib.import_module(module_name)
             return getattr(module, attribute) if attribute else module
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot import the {kind} {spec}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot import the {label} {spec}: {' '.join(str(error).split())}") from None
     known = names(package)
     if spec in known:
         return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
@@ -50,5 +51,5 @@ def load(spec: str, package: str, kind: str) -> Any:
     if spec in points:
         return points[spec].load()
     raise UserError(
-        f"there is no {kind} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path"
+        f"there is no {label} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path"
     )
