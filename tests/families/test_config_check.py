@@ -167,7 +167,7 @@ ALL_PARTS = (
 def test_no_reader_imports_a_library_that_a_folder_names(
     model: Path, tmp_path: Path, canary: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
-    from fewstep.bench.worker import DiffusersEngine
+    from fewstep.bench.engines import DIFFUSERS, Spec, find
 
     for library in LIBRARIES:
         for name in ("SD3Transformer2DModel", ""):
@@ -177,7 +177,7 @@ def test_no_reader_imports_a_library_that_a_folder_names(
             assert last.startswith("fewstep: ") and "model_index.json" in last
             for reader in (
                 lambda: loading.load_family(str(model)),
-                lambda: DiffusersEngine(str(model), 1, 0, "float32", {}),
+                lambda: find(DIFFUSERS)(Spec(str(model), 1, 1)),
             ):
                 with pytest.raises(UserError, match=r"model_index\.json"):
                     reader()

@@ -26,6 +26,8 @@ from fewstep.families import flux, sd3
 from fewstep.families.base import Family
 from fewstep.families.schedulers import schedule_shift
 from fewstep.images import io as image_io
+from fewstep.images.pixels import to_pil, to_uint8
+from fewstep.images.record import Record
 from fewstep.methods.base import Method
 from fewstep.methods.flow_matching import Finetune
 from fewstep.methods.trajectory import Trajectory
@@ -266,7 +268,7 @@ def test_a_folder_draws_pictures(saved: tuple[Family, Path]) -> None:
     with torch.no_grad():
         x = family.from_numpy(sampling.batch_noise([1, 1], family.latent))
         x = sampling.sample_flow(family.velocity, x, schedule.grid(2, family.shift), family.text(PROMPTS))
-        expected = image_io.to_images(family.to_numpy(family.codec.decode(x)))
+        expected = to_pil(to_uint8(family.to_numpy(family.codec.decode(x))))
     for image, other in zip(images, expected, strict=True):
         assert image.size == (64, 64)
         assert abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
@@ -289,12 +291,12 @@ def test_embedded_guidance_is_a_dial(tmp_path: Path, options: Any) -> None:
             noise = family.from_numpy(sampling.batch_noise([1], family.latent))
             grid, cond = schedule.grid(3, family.shift), family.text(PROMPTS[:1])
             x = sampling.sample_flow(family.with_guidance(scale).velocity, noise, grid, cond)
-            expected = np.asarray(image_io.to_images(family.to_numpy(family.codec.decode(x)))[0]).astype(int)
+            expected = np.asarray(to_pil(to_uint8(family.to_numpy(family.codec.decode(x))))[0]).astype(int)
         assert abs(number - expected).max() <= 1
 
 
-def _record(image: Any) -> image_io.Record:
-    return image_io.Record.parse(image.info["fewstep"])
+def _record(image: Any) -> Record:
+    return Record.parse(image.info["fewstep"])
 
 
 def test_embedded_guidance_starts_from_what_the_folder_says(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
     path = tmp_path / "cat.png"
     asked = ["generate", "a cat", "--model", str(tmp_path / "m"), "--seed", "1", "-o", str(path)]
     assert cli.run(asked) == 0
-    record = image_io.Record.parse(image_io.open_image(path).info["fewstep"])
+    record = Record.parse(image_io.open_image(path).info["fewstep"])
     assert (record.steps, record.guidance, record.size) == (28, 3.5, (64, 64))
 
 

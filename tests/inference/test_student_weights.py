@@ -22,7 +22,7 @@ from fewstep.core import sampling
 from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
 from fewstep.families.lora.adapters import LoraWarning
-from fewstep.images.io import read_record
+from fewstep.images.record import read_records
 from fewstep.inference.load import load
 from fewstep.inference.options import TorchOptions
 
@@ -302,11 +302,11 @@ def test_a_record_names_loras_and_makes_the_image_again(models: Any, nets: Any, 
     loras = ("--lora", f"{paths[0]}:0.3", "--lora", str(paths[1]))
     model = ("--model", str(models["sd3"]))
     assert run(["generate", PROMPT, "--seed", "1", *model, *loras, "-o", str(first)]) == 0
-    assert read_record(first).lora == (f"{paths[0]}:0.3", f"{paths[1]}:1.0")
+    assert read_records(first)[0].lora == (f"{paths[0]}:0.3", f"{paths[1]}:1.0")
     assert run(["generate", "--from", str(first), "-o", str(again)]) == 0
     assert again.read_bytes() == first.read_bytes()
     assert run(["generate", PROMPT, "--seed", "1", *model, "-o", str(without)]) == 0
-    assert read_record(without).lora is None
+    assert read_records(without)[0].lora is None
     assert psnr(*(np.asarray(fewstep.images.io.open_image(at), float) for at in (first, without))) < 40  # type: ignore[attr-defined]
 
 

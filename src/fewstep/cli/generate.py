@@ -24,7 +24,7 @@ from fewstep.pipeline.loading import builtin_models, is_bundle, load, parse_fami
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fewstep.images.io import Record
+    from fewstep.images.record import Record
     from fewstep.pipeline.filenames import FilenamePattern
     from fewstep.pipeline.params import Request
     from fewstep.pipeline.pipeline import Pipeline
@@ -129,7 +129,7 @@ def generate(
     texts = read_prompts(prompts, prompts_file)
     record, whole_sheet = None, False
     if again is not None:
-        from fewstep.images.io import read_records
+        from fewstep.images.record import read_records
 
         records = read_records(again)
         record, whole_sheet = records[0], len(records) > 1
@@ -154,7 +154,7 @@ def generate(
     if record is not None and record.hash != (pipe.bundle.digest if pipe.bundle else ""):
         warnings.warn("the model is not the one that made that picture", ModelWarning, stacklevel=1)
     if grid:
-        from fewstep.images.io import check_sheet
+        from fewstep.images.grid import check_sheet
 
         check_sheet(len(request.jobs), pipe.size, name.suffix)
     drawn = draw(pipe, request, 1 if record is None else together, whole_sheet)
@@ -259,7 +259,8 @@ def input_image(image: str | None, prompts: Sequence[str]) -> str | Image.Image 
     """
     if image != STREAM:
         return image
-    from fewstep.images.io import MOST_BYTES, decode
+    from fewstep.images.decode import decode
+    from fewstep.images.io import MOST_BYTES
 
     if STREAM in prompts:
         raise UserError("standard input holds the prompts or the image: give one of them otherwise")
@@ -363,7 +364,8 @@ def draw(pipe: Pipeline, request: Request, copies: int = 1, exact: bool = False)
     Yields:
         picture, record, and its share of the time in seconds.
     """
-    from fewstep.images.io import CHUNK, Record
+    from fewstep.images.metadata import CHUNK
+    from fewstep.images.record import Record
 
     alone = len(request.jobs) == 1
     if alone:
@@ -386,7 +388,9 @@ def write(drawn: Iterator[Drawn], name: FilenamePattern | StandardOutput) -> Ite
 
 def write_sheet(drawn: Iterator[Drawn], name: FilenamePattern | StandardOutput) -> Iterator[Written]:
     """Write one contact sheet; its metadata lists the records of all images."""
-    from fewstep.images.io import CHUNK, SHEET, contact_sheet
+    from fewstep.images.grid import contact_sheet
+    from fewstep.images.metadata import CHUNK
+    from fewstep.images.record import SHEET
 
     images, records, seconds = zip(*drawn, strict=True)
     sheet = contact_sheet(images)

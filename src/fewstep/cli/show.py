@@ -19,7 +19,8 @@ def show(picture: str, /, *, json: Annotated[bool, Parameter(negative="")] = Fal
         picture: An image of fewstep's, or of another program that writes "parameters" as AUTOMATIC1111 does.
         json: Print fewstep's own metadata alone, as one line of JSON.
     """
-    from fewstep.images.io import CHUNK, PARAMETERS, SHEET, read_info, read_json, records_of
+    from fewstep.images.metadata import CHUNK, PARAMETERS
+    from fewstep.images.record import SHEET, read_info, read_json, records_of
 
     info = read_info(picture)
     if CHUNK not in info and (json or PARAMETERS not in info):

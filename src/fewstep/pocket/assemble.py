@@ -165,15 +165,16 @@ def contact_sheet(
     from fewstep.families.common import cuts_known
     from fewstep.families.sd3 import NetVelocity
 
-    noise = family.from_numpy(sampling.batch_noise(range(len(prompts)), family.latent))
+    grid = schedule.grid(steps, family.shift)
     velocity: Any = NetVelocity(net)
     with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = Guided(velocity, encoded(family, [""], False), guidance)
-        walked = sampling.sample_flow(
-            velocity, noise, schedule.grid(steps, family.shift), encoded(family, prompts, False)
+        cond = encoded(family, prompts, False)
+        latents = sampling.generate_latents(
+            family, cond, range(len(prompts)), grid, velocity=velocity, sampler="euler"
         )
-    return decode_grid(family, walked, prompts)
+    return decode_grid(family, latents, prompts)
 
 
 def check_evaluation_inputs(data: Path, detector: Path, prompts: int, scenes: int) -> None:

@@ -11,13 +11,13 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from fewstep.core import sampling, schedule
+from fewstep.core.types import Cond
 from fewstep.export.common.calibration import CalibrationStats, collect_stats
 from fewstep.export.common.graphs import GraphSpec
 from fewstep.export.common.onnx_quantize import GROUP, SMALLEST, QuantSpec, quantize_dequantize
@@ -77,28 +77,27 @@ def reference_outputs(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=parts["text"].inputs["tokens"].shape[1],
     ).input_ids  # fmt: skip
-    noise = family.from_numpy(sampling.batch_noise(range(seed, seed + rows), family.latent))
+    grid = schedule.grid(family.steps, family.shift)
 
-    def walked(context: Any, pooled: Any) -> Any:
-        x = noise
-        for t, t_next in pairwise(schedule.grid(family.steps, family.shift)):
-            modulation = run["modulation"](t=torch.full((rows,), t), pooled=pooled)
-            x = sampling.euler(
-                x, run["transformer"](x=x, context=context, modulation=modulation), t, t_next, 0
-            )
-        return x
+    def velocity(x_t: Any, t: Any, cond: Cond) -> Any:
+        modulation = run["modulation"](t=t, pooled=cond.pooled)
+        return run["transformer"](x=x_t, context=cond.context, modulation=modulation)
 
-    def drawn(context: Any, pooled: Any) -> Any:
-        return run["decoder"](walked(context, pooled))
+    def generate(context: Any, pooled: Any) -> Any:
+        cond, seeds = Cond(context, pooled), range(seed, seed + rows)
+        return sampling.generate_latents(family, cond, seeds, grid, velocity=velocity, sampler="euler")
+
+    def decoded(context: Any, pooled: Any) -> Any:
+        return run["decoder"](generate(context, pooled))
 
     with torch.no_grad():
-        told = run["text"](ids)
-        latents = walked(*told)
+        embeddings = run["text"](ids)
+        latents = generate(*embeddings)
         images = run["decoder"](latents)
     return {
-        "text": lambda: drawn(*run["text"](ids)),
-        "modulation": lambda: drawn(*told),
-        "transformer": lambda: drawn(*told),
+        "text": lambda: decoded(*run["text"](ids)),
+        "modulation": lambda: decoded(*embeddings),
+        "transformer": lambda: decoded(*embeddings),
         "decoder": lambda: run["decoder"](latents),
         "encoder": lambda: run["encoder"](images),
     }
