@@ -236,11 +236,10 @@ def _end_to_end(
     """Time whole processes of one model and the diffusers baseline, in turn."""
     from fewstep.bench.diffusers_process import run_pairs
     from fewstep.families import sd3
-    from fewstep.families.diffusers_io import read_index
 
     if len(baselines) != 1 or len(models) > 1:
         raise UserError("--end-to-end compares one model with one diffusers folder: name it with --baseline")
-    read_index(baselines[0], sd3.PIPELINE, sd3.REQUIRED)
+    sd3.ARCHITECTURE.read_index(baselines[0])
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
         progress("timing whole processes")

@@ -104,7 +104,7 @@ def export(
     with Progress() as progress:
         progress(f"loading {source}")
         family = load_family(source, t5=keeps)
-        apply(family.parts, family.kind, loras)
+        apply(family.parts, family.architecture, loras)
         family = replace(family, steps=steps or family.steps, name=name or family.name)
         progress(f"writing {output} for {to}")
         with write_errors(output):

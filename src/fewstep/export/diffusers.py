@@ -29,5 +29,5 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     Raises:
         UserError: something else lies at ``out``.
     """
-    family.module.save(family, out)
+    family.save(out)
     return "for stock diffusers"
