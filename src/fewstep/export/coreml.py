@@ -68,7 +68,7 @@ def check(out: Path) -> None:
     _check_tools()
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` as a folder of ``.mlpackage``: text, modulation, transformer, decoder and encoder.
 
     Inputs and outputs bear the names of a bundle's graphs (:mod:`fewstep.runtime.bundle`), with a batch of
@@ -79,7 +79,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         out: the folder.
         bits: of :data:`BITS`, a weight. 16 is float16, 8 integers with a scale an output channel, 6 and 4
             are palettes (:func:`quantize`).
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
 
     Returns:
         What there is now, in a line.
@@ -96,11 +96,11 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
             shutil.copymode(package / "Manifest.json", package / PROGRAM)
             shapes[stem] = {"inputs": {name: [1, *x.shape[1:]] for name, x in part.inputs.items()}}
             shapes[stem]["outputs"] = list(part.outputs)
-        told = {"format": FORMAT, **manifest(family, facts, bits), "parts": shapes}
+        told = {"format": FORMAT, **manifest(family, metadata, bits), "parts": shapes}
         (fresh / MANIFEST).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
         write_tokenizer(family, fresh / "tokenizer.json")
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, fresh / "LICENSE")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{size / 1e6:.1f} MB, {bits}-bit weights, for iOS 18 and macOS 15"
 

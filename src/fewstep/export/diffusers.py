@@ -23,7 +23,7 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` where its own stock pipeline's ``from_pretrained`` finds it.
 
     Raises:

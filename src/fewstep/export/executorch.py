@@ -35,7 +35,7 @@ def check(out: Path) -> None:
     import_module("executorch")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` as a bundle for ExecuTorch (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
@@ -43,7 +43,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         out: the folder where the bundle goes.
         bits: of :data:`BITS`, a weight: 32 throughout; at 8 those of :data:`QUANTIZED` are int8 with a scale
             a row, and meet activations of 8 bits with a scale a token.
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
 
     Returns:
         What there is now, in a line.
@@ -65,7 +65,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
                 with (folder / f"{stem}.pte").open("wb") as file:
                     edge.to_executorch().write_to_file(file)
 
-    line = write_bundle(family, out, bits, facts, "executorch", write)
+    line = write_bundle(family, out, bits, metadata, "executorch", write)
     theirs, all_of_them = (sum(numbers) for numbers in zip(*counts, strict=True))
     return f"{line}, {theirs} of {all_of_them} operators on XNNPACK"
 

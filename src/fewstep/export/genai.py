@@ -13,8 +13,8 @@ from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import text_length
 from fewstep.export.common.manifest import manifest
+from fewstep.export.common.token_lengths import text_length
 from fewstep.families.base import Family
 
 FAMILIES = ("sd3",)
@@ -51,14 +51,14 @@ def check(out: Path) -> None:
     import_module("openvino_tokenizers")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` where ``openvino_genai.Text2ImagePipeline`` and ``Image2ImagePipeline`` find it.
 
     Args:
         family: an SD3-type family in float32 on the processor, without T5.
         out: the folder.
         bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's.
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
 
     Returns:
         What there is now, in a line.
@@ -94,9 +94,9 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         }
         _write_json(scheduler, fresh / "scheduler" / "scheduler_config.json")
         _write_json(PIPELINE, fresh / "model_index.json")
-        _write_json({"format": FORMAT, **manifest(family, facts, bits)}, fresh / MANIFEST)
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        _write_json({"format": FORMAT, **manifest(family, metadata, bits)}, fresh / MANIFEST)
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, fresh / "LICENSE")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{size / 1e6:.1f} MB, {bits}-bit weights, for {family.steps} steps"
 

@@ -37,7 +37,7 @@ def check(out: Path) -> None:
     check_file(out, ".gguf", _ours)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write the net of ``family`` as a ``.gguf`` file, without text encoders and autoencoder.
 
     Tensors bear Stability's names without ``model.diffusion_model.``, as nets alone are shipped: with it the
@@ -47,7 +47,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         family: an SD3-type family in float32 on the processor.
         out: the file, ending in ``.gguf``.
         bits: a weight of the blocks' matrices; :func:`kind_of` has the rest.
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
 
     Returns:
         What there is now, in a line.
@@ -58,7 +58,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
 
     with fresh_file(out, ".gguf", _ours) as fresh:
-        said = file_metadata(family, facts, bits)
+        said = file_metadata(family, metadata, bits)
         writer = GGUFWriter(fresh, "sd3")
         writer.add_name(said["title"])
         writer.add_license(said["license"])

@@ -28,14 +28,16 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
+def export(
+    family: Family, out: Path, bits: int, metadata: ExportMetadata, *, t5_bits: int | None = None
+) -> str:
     """Write ``family`` as a bundle for onnxruntime (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
         bits: of :data:`BITS`, a weight (:mod:`fewstep.export.common.onnx_quantize`).
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
         t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; ``bits`` where ``None``.
 
     Returns:
@@ -50,7 +52,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bi
             own = t5_bits or bits if stem == "t5" else bits
             write_graph(quantize_weights(trace(part), own), folder / f"{stem}.onnx")
 
-    return write_bundle(family, out, bits, facts, "onnx", write)
+    return write_bundle(family, out, bits, metadata, "onnx", write)
 
 
 def write_traced(
@@ -58,7 +60,7 @@ def write_traced(
     traced: Mapping[str, Any],
     out: Path,
     bits: int,
-    facts: ExportMetadata,
+    metadata: ExportMetadata,
     choose: Choose | None = None,
 ) -> str:
     """The same of graphs that are traced already, some weights stored in another way (see ``shrink``)."""
@@ -67,4 +69,4 @@ def write_traced(
         for stem, model in traced.items():
             write_graph(quantize_weights(model, bits, choose), folder / f"{stem}.onnx")
 
-    return write_bundle(family, out, bits, facts, "onnx", write)
+    return write_bundle(family, out, bits, metadata, "onnx", write)

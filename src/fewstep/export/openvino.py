@@ -33,15 +33,17 @@ def check(out: Path) -> None:
     import_module("fewstep.runtime.openvino")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
+def export(
+    family: Family, out: Path, bits: int, metadata: ExportMetadata, *, t5_bits: int | None = None
+) -> str:
     """Write ``family`` as a bundle for OpenVINO (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
         bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's. Where
-            ``facts.compute`` is int8 text encoders (T5 too, unless told otherwise) have 16, modulations 8.
-        facts: what it tells of itself.
+            ``metadata.compute`` is int8 text encoders (T5 too, unless told otherwise) have 16, modulations 8.
+        metadata: what it tells of itself.
         t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; those of the other texts where
             ``None``.
 
@@ -55,10 +57,10 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bi
     """
     from fewstep.export.common import openvino_ir
 
-    own = _bits(bits, facts.compute) | ({"t5": t5_bits} if t5_bits else {})
+    own = _bits(bits, metadata.compute) | ({"t5": t5_bits} if t5_bits else {})
     of_part = {"text_encoder": own["text"], "text_encoder_2": own["text"], "text_encoder_3": own["t5"]}
     halves = {name: part for name, part in family.parts.items() if of_part.get(name, bits) == 16}
-    other = "--compute float32" if facts.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
+    other = "--compute float32" if metadata.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
     openvino_ir.check_float16(halves, other)
 
     def write(folder: Path) -> None:
@@ -66,7 +68,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bi
             with openvino_ir.converted(part, folder.parent) as graph:
                 openvino_ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
 
-    return write_bundle(family, out, bits, facts, "openvino", write)
+    return write_bundle(family, out, bits, metadata, "openvino", write)
 
 
 def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:

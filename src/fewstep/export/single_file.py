@@ -27,7 +27,7 @@ def check(out: Path) -> None:
     check_file(out, ".safetensors", _ours)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` as a ``.safetensors`` file that holds the net, the autoencoder and the text encoders.
 
     Its header tells name, licence, steps, guidance, shift and sampler
@@ -37,7 +37,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         family: an SD3-type family in float32 on the processor.
         out: the file, ending in ``.safetensors``.
         bits: 16 is float16.
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
 
     Returns:
         What there is now, in a line.
@@ -51,7 +51,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
 
     with fresh_file(out, ".safetensors", _ours) as fresh:
         tensors = {name: _stored(name, tensor, bits) for name, tensor in checkpoint(family.parts).items()}
-        said = file_metadata(family, facts, bits)
+        said = file_metadata(family, metadata, bits)
         header = {"format": "pt", "fewstep": said.pop("fewstep")}
         header |= {f"modelspec.{key}": text for key, text in said.items()}
         try:

@@ -10,8 +10,8 @@ from typing import Any
 from fewstep.core.atomic import FULL, replacing_folder
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import t5_length
 from fewstep.export.common.manifest import manifest, write_t5_tokenizer, write_tokenizer
+from fewstep.export.common.token_lengths import t5_length
 from fewstep.families.base import Family
 from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, write_manifest
 
@@ -20,7 +20,7 @@ def write_bundle(
     family: Family,
     out: Path,
     bits: int,
-    facts: ExportMetadata,
+    metadata: ExportMetadata,
     engine: Engine,
     write: Callable[[Path], None],
 ) -> str:
@@ -33,7 +33,7 @@ def write_bundle(
         family: an SD3-type family in float32 on the processor.
         out: the folder where the bundle goes.
         bits: a weight.
-        facts: what it tells of itself.
+        metadata: what it tells of itself.
         engine: what its graphs are for.
         write: writes them into a folder.
 
@@ -49,12 +49,12 @@ def write_bundle(
         write_tokenizer(family, fresh / "tokenizer.json")
         if t5_length(family):
             write_t5_tokenizer(family, fresh / T5_TOKENIZER)
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
-        if facts.card is not None:
-            shutil.copyfile(facts.card, fresh / CARD)
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, fresh / "LICENSE")
+        if metadata.card is not None:
+            shutil.copyfile(metadata.card, fresh / CARD)
 
-    return _sealed(out, bits, manifest(family, facts, bits) | {"engine": engine}, fill)
+    return _sealed(out, bits, manifest(family, metadata, bits) | {"engine": engine}, fill)
 
 
 def rewrite_bundle(

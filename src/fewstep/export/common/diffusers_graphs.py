@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.types import Cond
-from fewstep.export.common.graphs import GraphSpec, text_length
+from fewstep.export.common.graphs import GraphSpec
+from fewstep.export.common.token_lengths import text_length
 from fewstep.export.common.wrappers import cropped, shortened
 from fewstep.families.base import Family
 from fewstep.families.sd3 import NetVelocity

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import UserError
+from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
-from fewstep.families.sd3 import T5_LENGTH
 
 OPSET = 20
 LARGEST = 2**31 - 2**20
@@ -29,19 +29,6 @@ class GraphSpec:
     module: Any
     inputs: Mapping[str, Any]
     outputs: tuple[str, ...]
-
-
-def text_length(family: Family) -> int:
-    """Tokens of a prompt, ``L``, as the CLIPs of ``family`` take them."""
-    positions = family.parts["text_encoder"].config.max_position_embeddings
-    return min(family.parts["tokenizer"].model_max_length, positions)
-
-
-def t5_length(family: Family) -> int:
-    """Tokens of a prompt as T5 takes them; 0 where there is none."""
-    if family.parts["text_encoder_3"] is None:
-        return 0
-    return min(T5_LENGTH, family.parts["tokenizer_3"].model_max_length)
 
 
 def check_finite(name: str, part: Any) -> None:

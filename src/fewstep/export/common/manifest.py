@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import t5_length, text_length
+from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
 
 
-def manifest(family: Family, facts: ExportMetadata, bits: int) -> dict[str, Any]:
+def manifest(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, Any]:
     """What a user of the graphs must know: shapes, grid, guidance, sampler, licence."""
     channels, height, width = family.latent
     return {
         "name": family.name,
         "family": family.kind,
-        "license": facts.license,
+        "license": metadata.license,
         "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
         "shift": family.shift,
         "steps": family.steps,
         "guidance": family.guidance,
         "sampler": family.sampler,
         "text": {"length": text_length(family), "t5": t5_length(family)},
-        **({} if facts.compute == "float32" else {"compute": facts.compute}),
-        "about": {"bits": bits, **facts.about},
+        **({} if metadata.compute == "float32" else {"compute": metadata.compute}),
+        "about": {"bits": bits, **metadata.about},
     }
 
 

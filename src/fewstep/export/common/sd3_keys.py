@@ -147,11 +147,11 @@ def renamed(state: Mapping[str, Any], table: Table) -> Tensors:
     return out
 
 
-def file_metadata(family: Family, facts: ExportMetadata, bits: int) -> dict[str, str]:
+def file_metadata(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, str]:
     """What a file tells of its model: ``title``, ``license`` and ``usage_hint`` for people, and ``fewstep``,
     a JSON object of all that we know; the licence's text too, which in one file cannot get lost."""
     guided = "no guidance (CFG 1)" if family.guidance is None else f"guidance (CFG) {family.guidance:g}"
-    place = facts.license_file
+    place = metadata.license_file
     text = None if place is None else place.read_text(encoding="utf-8", errors="replace")
     ours = {
         "name": family.name,
@@ -159,13 +159,13 @@ def file_metadata(family: Family, facts: ExportMetadata, bits: int) -> dict[str,
         "guidance": family.guidance,
         "shift": family.shift,
         "sampler": family.sampler,
-        "license": facts.license,
+        "license": metadata.license,
         "license_text": text,
-        "about": {"bits": bits, **facts.about},
+        "about": {"bits": bits, **metadata.about},
     }
     return {
         "title": family.name,
-        "license": facts.license,
+        "license": metadata.license,
         "usage_hint": f"{family.steps} steps, {guided}, shift {family.shift:g}, {family.sampler}",
         "fewstep": json.dumps(ours),
     }

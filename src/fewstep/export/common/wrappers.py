@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.types import Cond
-from fewstep.export.common.graphs import text_length
+from fewstep.export.common.token_lengths import text_length
 from fewstep.families.base import Family
 from fewstep.families.common import LatentCodec
 from fewstep.families.sd3 import NetVelocity
