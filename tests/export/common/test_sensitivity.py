@@ -15,7 +15,7 @@ from fewstep.export.common import graphs
 from fewstep.export.common import sensitivity as measured
 from fewstep.export.common.onnx_quantize import GROUP, QuantSpec, quantize_dequantize
 from fewstep.export.common.sensitivity import (
-    HELD,
+    BUDGET_BITS,
     MEASURED,
     WIDTHS,
     WeightSensitivity,
@@ -83,7 +83,7 @@ def fake(name: str, size: int, cost: float) -> WeightSensitivity:
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_a_budget_is_kept_and_spent_well(bits: int) -> None:
     weights = [fake("a", 640, 1e-3), fake("b", 6400, 1e-6), fake("c", 1280, 1.0), fake("d", 3200, 1e-4)]
-    room = sum(weight.size for weight in weights) * HELD.get(bits, bits + 16 / GROUP) / 8
+    room = sum(weight.size for weight in weights) * BUDGET_BITS.get(bits, bits + 16 / GROUP) / 8
 
     def taken(chosen: Any) -> int:
         return sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True))
