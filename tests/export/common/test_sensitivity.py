@@ -25,6 +25,7 @@ from fewstep.export.common.sensitivity import (
     sensitivity,
 )
 from fewstep.families import sd3
+from fewstep.families.base import Family
 
 
 class Two(nn.Module):
@@ -104,18 +105,20 @@ def test_a_weight_is_known_again_when_it_is_turned() -> None:
     assert digest(array) != digest(-array)
 
 
-def test_every_weight_of_the_graphs_is_measured_once_and_known_again() -> None:
+def test_every_weight_of_the_graphs_is_measured_once_and_known_again(
+    small: Family, traced: dict[str, Any]
+) -> None:
     from onnx import TensorProto, numpy_helper
 
-    parts = graphs.parts(sd3.assemble(tiny.parts(with_t5=False), name="small", steps=3, guidance=None))
+    parts = graphs.parts(small)
     measured_: list[str] = []
     for part in parts.values():
         weights = [*part.module.parameters(), *part.module.buffers()]
         measured_ += [digest(each.detach().numpy()) for each in weights if each.is_floating_point()]
     large = [
         numpy_helper.to_array(weight)
-        for part in parts.values()
-        for weight in graphs.trace(part).graph.initializer
+        for name in parts
+        for weight in traced[name].graph.initializer
         if weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) >= 256
     ]
     assert {digest(array) for array in large} <= set(measured_)
