@@ -21,9 +21,9 @@ import tiny_flux
 from fewstep.cli import app as cli
 from fewstep.core import flow, sampling, schedule
 from fewstep.core.types import Batch, Codec, TextEncoder, UserError, Velocity
-from fewstep.families import base as families
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
+from fewstep.families.registry import architecture_of
 from fewstep.families.schedulers import schedule_shift
 from fewstep.images import io as image_io
 from fewstep.methods.base import Method
@@ -210,8 +210,8 @@ def test_the_other_familys_folder_is_one_clear_line(saved: tuple[Family, Path], 
 
 
 def test_a_folder_finds_its_family(saved: tuple[Family, Path], sd3_folder: Path, tmp_path: Path) -> None:
-    assert families.family_of(saved[1]) is flux
-    assert families.family_of(sd3_folder) is sd3
+    assert architecture_of(saved[1]) is flux.ARCHITECTURE
+    assert architecture_of(sd3_folder) is sd3.ARCHITECTURE
     for kind in ("Flux2Pipeline", "FluxFillPipeline", "PixArtAlphaPipeline", None):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
         with pytest.raises(UserError, match=rf"holds a {kind}; .*FluxPipeline or a Stable") as caught:
@@ -223,7 +223,7 @@ def test_a_hub_model_finds_its_family_by_its_index(
     saved: tuple[Family, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(saved[1] / file))
-    assert loading._family("org/model", Path("org/model")) is flux
+    assert loading._family("org/model", Path("org/model")) is flux.ARCHITECTURE
     monkeypatch.undo()
     with pytest.raises(UserError, match="the hub cannot be asked"):
         loading._family("nobody/nothing", Path("nobody/nothing"))

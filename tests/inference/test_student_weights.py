@@ -263,7 +263,8 @@ def test_weights_in_16_bits_keep_what_a_small_lora_adds(models: Any, nets: Any, 
     sd3.save(half, tmp_path / "half")
     factors = {layer: (a * 0.02, b * 0.02) for layer, (a, b) in attention("sd3", nets).items()}
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(factors))
-    model: Any = load(tmp_path / "half", "sd3", TorchOptions(lora=(str(path),), bits=32, device="cpu")).model
+    options = TorchOptions(lora=(str(path),), bits=32, device="cpu")
+    model: Any = load(tmp_path / "half", sd3.ARCHITECTURE, options).model
     layer, (a, b) = next(iter(factors.items()))
     stored = half.net.get_submodule(layer).weight.float()
     held = model.velocity.velocity.net.get_submodule(layer).weight

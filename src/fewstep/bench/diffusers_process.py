@@ -114,9 +114,8 @@ def _stock(folder: str, prompt: str, seed: str, steps: str, out: str) -> None:
 
     from fewstep.core.sampling import batch_noise
     from fewstep.families import sd3
-    from fewstep.families.diffusers_io import read_index
 
-    read_index(Path(folder), sd3.PIPELINE, sd3.REQUIRED)  # diffusers imports any library that it names
+    sd3.ARCHITECTURE.read_index(Path(folder))  # diffusers imports any library that it names
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config

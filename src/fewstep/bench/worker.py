@@ -120,12 +120,12 @@ class DiffusersEngine:
         from diffusers import StableDiffusion3Pipeline
 
         from fewstep.families import sd3
-        from fewstep.families.diffusers_io import has_part, read_facts, read_index
+        from fewstep.families.diffusers_io import has_part, read_facts
         from fewstep.inference.load import device_of
 
         if threads:
             torch.set_num_threads(threads)
-        read_index(Path(model), sd3.PIPELINE, sd3.REQUIRED)  # diffusers imports any library that it names
+        sd3.ARCHITECTURE.read_index(Path(model))  # diffusers imports any library that it names
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not has_part(Path(model), name)}
         self.dtype = getattr(torch, dtype)
         self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(

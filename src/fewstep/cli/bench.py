@@ -222,11 +222,10 @@ def _whole(
     """Whole processes of one model and the stock pipeline, in turn."""
     from fewstep.bench.diffusers_process import run_pairs
     from fewstep.families import sd3
-    from fewstep.families.diffusers_io import read_index
 
     if len(against) != 1 or len(models) > 1:
         raise UserError("--end-to-end compares one model with the stock pipeline: name it with --baseline")
-    read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
+    sd3.ARCHITECTURE.read_index(against[0])
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
         progress("timing whole processes")

@@ -329,7 +329,7 @@ class DistillContext:
             family = common.with_renoise_sampler(family)
         licence = Path(self.config.teacher) / "LICENSE"
         with replacing_folder(self.folder / "model") as fresh:
-            family.module.save(family, fresh)
+            family.save(fresh)
             if licence.is_file():
                 shutil.copyfile(licence, fresh / "LICENSE")
 

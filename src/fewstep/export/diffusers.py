@@ -29,5 +29,5 @@ def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> st
     Raises:
         UserError: something else exists at ``out``.
     """
-    family.module.save(family, out)
+    family.save(out)
     return "for diffusers"

@@ -181,7 +181,7 @@ def _export_family(
     with Progress() as progress:
         progress(f"loading {source}")
         family = load_family(source, t5=t5)
-        apply(family.parts, family.kind, loras)
+        apply(family.parts, family.architecture, loras)
         family = replace(family, steps=options.steps or family.steps, name=options.name or family.name)
         progress(f"writing {output} for {to}")
         with write_errors(output):

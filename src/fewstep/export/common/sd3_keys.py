@@ -13,7 +13,7 @@ from typing import Any
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
 from fewstep.families.base import Family
-from fewstep.families.lora.original_names import Table, layer_table, swapped
+from fewstep.families.lora.original_names import SD3, Table
 
 Tensors = dict[str, Any]
 
@@ -33,8 +33,8 @@ def net_tensors(parts: Mapping[str, Any]) -> Tensors:
     import torch
 
     state = parts["transformer"].state_dict()
-    out = renamed(state, layer_table("sd3", state))
-    for layer in swapped("sd3", state):
+    out = renamed(state, SD3.table(state))
+    for layer in SD3.swapped(state):
         for end in ("weight", "bias"):
             key = f"{layer}.{end}"
             scale, shift = out[key].chunk(2)  # diffusers' order, the reverse of Stability's
