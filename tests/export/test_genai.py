@@ -49,7 +49,7 @@ def folders(small: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     """Of 16 and 8 bits, as the command line writes them; tracing, which takes seconds, is done once."""
     folder = tmp_path_factory.mktemp("genai")
     sd3.save(small, folder / "model")
-    parts = diffusers_graphs.stock_parts(small, genai.timesteps(small.steps, small.shift))
+    parts = diffusers_graphs.diffusers_parts(small, genai.timesteps(small.steps, small.shift))
     kept = iter([graphs.trace(part) for part in parts.values()] * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openvino_ir, "trace", lambda part: next(kept))
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_is_one_clear_line(small: Family, tmp_path: Path)
     for family, place, told in (
         (small, "mine", "exists and is no export of fewstep for GenAI"),
         (replace(small, sampler="renoise"), "b", "GenAI has no sampler renoise"),
-        (replace(small, shift=2.5), "b", "GenAI cannot walk 2 steps at shift 2.5"),
+        (replace(small, shift=2.5), "b", "GenAI cannot take 2 steps at shift 2.5"),
         (swapped, "b", "GenAI wants an AutoencoderKL"),
     ):
         with pytest.raises(UserError, match=told):
