@@ -183,7 +183,7 @@ def test_both_by_the_name_of_an_entry_point(outside: Path, monkeypatch: pytest.M
         ("empty.txt", [], "there is no prompt in empty.txt"),
         ("bytes.txt", [], "the prompts in bytes.txt are not UTF-8 text"),
         ("one.txt", [], "an evaluation needs at least 2 prompts, not 1"),
-        ("nothing", [], "there is no prompt_set nothing: give one of pocket"),
+        ("nothing", [], "there is no prompt set nothing: give one of pocket"),
         ("my_colours:COLOURS", [], "my_colours:COLOURS is no prompt set"),
         ("prompts.txt", ["--scenes", "12"], "--scenes is no option of the prompt set prompts.txt"),
         ("prompts.txt", ["--prompts", "2"], "--prompts is no option of the prompt set prompts.txt"),
