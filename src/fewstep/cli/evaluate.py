@@ -36,7 +36,7 @@ def whole(hint: Any, tokens: Sequence[Token]) -> int:
 
 
 def wholes(hint: Any, tokens: Sequence[Token]) -> list[int]:
-    """Read several."""
+    """Read several whole numbers."""
     return [int(token.value) for token in tokens]
 
 
@@ -73,15 +73,15 @@ def evaluate(
             or an import path module:Class. May be given several times.
         seeds: Images per prompt.
         first_seed: Seed of the first image; the others count up from it.
-        prompts: Pocket: how many prompts, half of them from pairs that were never trained on (200).
+        prompts: Pocket: how many prompts, half of them from pairs that were never trained on (default 200).
         scenes: Pocket: how many prompts of scenes to score besides, one image each: a multiple of 12, or 0
-            for none (120).
+            for none (default 120).
         detector: Pocket: folder of the scene detector, from `fewstep train scene-detector`
-            (models/scene-detector).
+            (default models/scene-detector).
         human_prompts: Pocket: measure prompts that people wrote besides, one image each. Lines of a prompt,
             a tab, and the concepts of which one is expected, with | between them.
         data: Pocket: folder that `fewstep data stickers` filled; keeps the features of its renderings too
-            (data/stickers).
+            (default data/stickers).
     """
     if not models:
         raise UserError("name at least one model, as in: fewstep evaluate pocket@4 -o results")
