@@ -211,17 +211,20 @@ def _figures(
     from fewstep.evaluate.run import evaluate
     from fewstep.pocket import stickers
     from fewstep.pocket.geneval import load
+    from fewstep.pocket.prompt_sets import pocket
 
     candidates = {number: candidate(Spec(str(output / str(number)), steps)) for number in rungs}
     results = evaluate(
         list(candidates.values()),
-        stickers.references(data),
+        pocket.build(
+            stickers.references(data),
+            prompts,
+            scenes=load(data, detector, scenes) if scenes else None,
+            cache=data / "features",
+        ),
         output / "measured",
         teacher=candidates[FULL].label,
-        prompts=prompts,
         seeds=pictures,
-        scenes=load(data, detector, scenes) if scenes else None,
-        shared=data / "features",
         on_progress=lambda label, done, total: progress(f"measuring {label}", done, total),
     )
     by_label = {row.label: row.figures for row in results.rows}
