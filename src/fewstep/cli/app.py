@@ -26,7 +26,7 @@ from fewstep.core import signals
 # Before main() handles signals, a signal prints a traceback. So slow modules are imported later.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import NoReturn
 
     from cyclopts import App
@@ -60,6 +60,9 @@ COMMANDS = {
     "bench": ("fewstep.cli.bench:bench", "Measure speed and memory beside the diffusers baseline."),
 }
 """By command: where its function is, and what the list of commands says."""
+
+GROUPS = ("data", "train", "distill")
+"""Commands that have commands of their own."""
 
 COMPLETION = "Install completion of commands and options in a shell."
 
@@ -158,7 +161,7 @@ def _run(tokens: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _our_warnings(warnings.showwarning)
-            call = application(help_of=tokens[0] if tokens else None)
+            call = application(described=tokens[:1])
             status = call(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except UserError as error:
@@ -210,12 +213,12 @@ def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def application(help_of: str | None = None) -> App:
+def application(described: Collection[str] = ()) -> App:
     """Return the command line. No command is imported yet.
 
     Args:
-        help_of: a command whose own docstring is its help. The others have their line of :data:`COMMANDS`,
-            for the parser takes a docstring only where no help is given.
+        described: commands that have their docstring as help. Others and :data:`GROUPS` have their line of
+            :data:`COMMANDS`.
     """
     from cyclopts import App, Parameter
 
@@ -230,7 +233,7 @@ def application(help_of: str | None = None) -> App:
         default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     )
     for name, (place, text) in COMMANDS.items():
-        app.command(place, name=name, help=None if name == help_of else text)
+        app.command(place, name=name, help=None if name in described and name not in GROUPS else text)
     app.command("fewstep.cli.completion:install", name="--install-completion", help=COMPLETION)
     return app
 

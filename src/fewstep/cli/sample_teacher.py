@@ -113,7 +113,7 @@ def sample_teacher(
 def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]:
     """``number`` prompts of the file in its order, or of the data set by chance."""
     if path is not None:
-        from fewstep.cli.generate import read_prompts
+        from fewstep.cli.options import read_prompts
         from fewstep.core.prompt_text import clean
 
         lines = [clean(line) for line in read_prompts((), str(path))]
