@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# Pocket on a GPU: data, codec, text encoders, teacher, its walks, student, table of all methods, bundle. Run it again
-# and it goes on where it stopped (gpu/README.md).
+# Train Pocket on a GPU: data, VAE, text encoders, teacher, teacher samples, student, comparison of methods, bundle.
+# The same command resumes (docs/guides/gpu.md).
 #
-#   gpu/pocket.sh [data] [codec] [text] [teacher] [t5] [walks] [student] [ablate] [export]    all when none is named
+#   gpu/pocket.sh [data] [vae] [text] [teacher] [t5] [teacher-samples] [student] [ablate] [export]    default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-DATA=${DATA:-data/stickers}               # the stickers; made where it holds no shards yet
-RUNS=${RUNS:-runs/gpu}                    # run folders: checkpoints, logs, sheets, models
-OUT=${OUT:-$RUNS/out}                     # what to bring home, in files of less than 16 MiB
-TEACHER=${TEACHER:-models/pocket-teacher} # the teacher to go on from, where it is there
-CODEC=${CODEC:-runs/pocket-vae/model}   # else: the parts to start a new one from
+DATA=${DATA:-data/stickers}               # the stickers, made if the folder holds no shards
+RUNS=${RUNS:-runs/gpu}                    # run folders: checkpoints, logs, image grids, models
+OUT=${OUT:-$RUNS/out}                     # results, in files of less than 16 MiB
+TEACHER=${TEACHER:-models/pocket-teacher} # the teacher to continue, if it exists
+VAE=${VAE:-runs/pocket-vae/model}         # otherwise the parts of a new teacher
 TEXT=${TEXT:-runs/pocket-text/model}
-WHEELS=${WHEELS:-.wheels}                 # carried wheels, for a machine that reaches no package registry
+WHEELS=${WHEELS:-.wheels}                 # wheels for a machine without a package registry
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-auto}
-MINUTES=${MINUTES:-9}                     # a command's time: training stops then, saved
-PICTURES=${PICTURES:-40000}
-CODEC_MINUTES=${CODEC_MINUTES:-1} TEXT_MINUTES=${TEXT_MINUTES:-1.5} TEACHER_MINUTES=${TEACHER_MINUTES:-6} T5_MINUTES=${T5_MINUTES:-0.6}
-CODEC_STEPS=${CODEC_STEPS:-100000} CODEC_BATCH=${CODEC_BATCH:-64} CODEC_LR=${CODEC_LR:-1e-3}
+MINUTES=${MINUTES:-9}                     # time of this command; training saves and stops then
+IMAGES=${IMAGES:-40000}
+VAE_MINUTES=${VAE_MINUTES:-1} TEXT_MINUTES=${TEXT_MINUTES:-1.5} TEACHER_MINUTES=${TEACHER_MINUTES:-6} T5_MINUTES=${T5_MINUTES:-0.6}
+VAE_STEPS=${VAE_STEPS:-100000} VAE_BATCH=${VAE_BATCH:-64} VAE_LR=${VAE_LR:-1e-3}
 WORDS=${WORDS:-7000} TEXT_STEPS=${TEXT_STEPS:-100000} TEXT_BATCH=${TEXT_BATCH:-1024} TEXT_LR=${TEXT_LR:-1.5e-3}
-STEPS=${STEPS:-100000} BATCH=${BATCH:-512} LR=${LR:-1.5e-3} COMPILE=${COMPILE---compile}
+TEACHER_STEPS=${TEACHER_STEPS:-100000} TEACHER_BATCH=${TEACHER_BATCH:-512} TEACHER_LR=${TEACHER_LR:-1.5e-3} COMPILE=${COMPILE---compile}
 T5_STEPS=${T5_STEPS:-100000} T5_LR=${T5_LR:-4e-4}
-WALKS=${WALKS:-8000} WALK_STEPS=${WALK_STEPS:-16} GUIDANCE=${GUIDANCE:-2}
-WARM_MINUTES=${WARM_MINUTES:-1} WARM=${WARM:-100000} WARM_BATCH=${WARM_BATCH:-256} WARM_LR=${WARM_LR:-1e-3}
-STUDENT_MINUTES=${STUDENT_MINUTES:-0.7} STUDENT_STEPS=${STUDENT_STEPS:-3000} SPLIT=${SPLIT:-1000}
+SAMPLES=${SAMPLES:-8000} SAMPLE_STEPS=${SAMPLE_STEPS:-16} GUIDANCE=${GUIDANCE:-2}
+WARM_START_MINUTES=${WARM_START_MINUTES:-1} WARM_START_STEPS=${WARM_START_STEPS:-100000}
+WARM_START_BATCH=${WARM_START_BATCH:-256} WARM_START_LR=${WARM_START_LR:-1e-3}
+STUDENT_MINUTES=${STUDENT_MINUTES:-0.7} STUDENT_STEPS=${STUDENT_STEPS:-3000} SPLIT_STEPS=${SPLIT_STEPS:-1000}
 STUDENT_BATCH=${STUDENT_BATCH:-128} STUDENT_LR=${STUDENT_LR:-2e-4}
-SEEDS=${SEEDS:-3} PASSES=${PASSES:-20000} ABLATE_WARM=${ABLATE_WARM:-1000} ABLATE_BATCH=${ABLATE_BATCH:-64}
+SEEDS=${SEEDS:-3} PASSES=${PASSES:-20000} ABLATE_WARM_START_STEPS=${ABLATE_WARM_START_STEPS:-1000} ABLATE_BATCH=${ABLATE_BATCH:-64}
 PROMPTS=${PROMPTS:-200} SCENES=${SCENES:-120}
 STARTED=$SECONDS
-[ ! -d "$TEACHER" ] || CODEC=$TEACHER/vae TEXT=$TEACHER
+[ ! -d "$TEACHER" ] || VAE=$TEACHER/vae TEXT=$TEACHER
 
 setup() {
   mkdir -p "$RUNS" "$OUT"
@@ -50,27 +51,27 @@ setup() {
 
 has() { "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
 
-# Run fewstep until done or until the time is up: `timeout` then sends a Ctrl-C, which saves before it stops.
+# Run fewstep until it is done or the time is over. `timeout` then sends SIGINT, and the training saves and stops.
 timed() {
   local left status=0
   left=$(awk "BEGIN { print int(60 * $MINUTES) - ($SECONDS - $STARTED) }")
-  [ $left -gt 0 ] || later
+  [ $left -gt 0 ] || stop_early
   timeout --foreground --signal=INT $left "$PYTHON" -m fewstep "$@" || status=$?
   case $status in
     0) ;;
-    124) later ;;
+    124) stop_early ;;
     *) exit $status ;;
   esac
 }
 
-later() {
-  echo "gpu/pocket.sh: the time is up and what was learnt is saved; run the same command again" >&2
+stop_early() {
+  echo "gpu/pocket.sh: the time is over and the training is saved: run the same command again" >&2
   exit 75
 }
 
-# What a run has learnt, halved to 16 bits, its logs and last sheet, in parts that a narrow way home lets through.
-#   bring RUN NAME PART...    each a folder or file of RUN/model
-bring() {
+# Archive parts of a run's model in 16 bits, with its logs and last image grid, in files of at most 15 MiB.
+#   archive_model RUN NAME PART...    each part is a folder or file of RUN/model
+archive_model() {
   local run=$1 name=$2 pack
   shift 2
   pack=$(mktemp -d)
@@ -85,113 +86,117 @@ from safetensors.torch import load_file, save_file
 source, target = map(Path, sys.argv[1:3])
 for part in sys.argv[3:]:
     (shutil.copytree if (source / part).is_dir() else shutil.copy)(source / part, target / part)
-if "tokenizer" in sys.argv[3:]:  # both CLIPs of a Pocket read by one vocabulary
+if "tokenizer" in sys.argv[3:]:  # both CLIPs of Pocket share a vocabulary
     shutil.copytree(source / "tokenizer", target / "tokenizer_2")
 for net in target.glob("*/*.safetensors"):
     save_file({k: v.to(torch.float16) for k, v in load_file(net).items()}, net, {"format": "pt"})
 PY
-  notes "$run" "$pack"
+  copy_logs "$run" "$pack"
   cp "$(find "$run" -maxdepth 3 -path '*/sheets/*.png' | sort | tail -n 1)" "$pack/sheet.png"
-  parts "$pack" "$name"
+  archive "$pack" "$name"
   rm -r "$pack"
 }
 
-# Logs, options and figures of a run, or of all runs below it.
-notes() {
+# Copy logs, options and costs of a run, or of all runs below a folder.
+#   copy_logs FROM TO
+copy_logs() {
   local to
   to=$(realpath "$2")
   (cd "$1" && find . -maxdepth 3 \( -name log.jsonl -o -name run.json -o -name merge.json -o -name cost.json \) \
     -exec cp --parents {} "$to" \;)
 }
 
-parts() {
+# Archive a folder in files of at most 15 MiB.
+#   archive FOLDER NAME
+archive() {
   rm -f "$OUT/$2".tar.*
   tar -C "$1" -c . | split -b 15M - "$OUT/$2.tar."
 }
 
 data() {
-  [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --images "$PICTURES"
+  [ -d "$DATA/train" ] && [ -d "$DATA/heldout" ] || "$PYTHON" -m fewstep data stickers -o "$DATA" --images "$IMAGES"
 }
 
-codec() { # a sharper decoder: latents, and all that was trained on them, stay what they are
-  timed train pocket-vae --data "$DATA" --output "$RUNS/codec" --init "$CODEC" --decoder-only \
-    --max-minutes "$CODEC_MINUTES" --steps "$CODEC_STEPS" --batch-size "$CODEC_BATCH" --lr "$CODEC_LR" --device "$DEVICE"
-  mkdir -p "$RUNS/codec/model/vae"
-  mv "$RUNS/codec/model"/*.* "$RUNS/codec/model/vae"
-  bring "$RUNS/codec" codec vae
+vae() { # trains the decoder only: latents stay the same, and so do all nets that were trained on them
+  timed train pocket-vae --data "$DATA" --output "$RUNS/vae" --init "$VAE" --decoder-only \
+    --max-minutes "$VAE_MINUTES" --steps "$VAE_STEPS" --batch-size "$VAE_BATCH" --lr "$VAE_LR" --device "$DEVICE"
+  mkdir -p "$RUNS/vae/model/vae"
+  mv "$RUNS/vae/model"/*.* "$RUNS/vae/model/vae"
+  archive_model "$RUNS/vae" vae vae
 }
 
 text() {
-  local from=(--codec "$CODEC")
+  local from=(--codec "$VAE")
   [ ! -d "$TEACHER" ] || from+=(--init "$TEACHER")
   timed train pocket-text --data "$DATA" --output "$RUNS/text" "${from[@]}" \
     --words "$WORDS" --max-minutes "$TEXT_MINUTES" --steps "$TEXT_STEPS" --batch-size "$TEXT_BATCH" --lr "$TEXT_LR" --device "$DEVICE"
-  bring "$RUNS/text" text tokenizer text_encoder text_encoder_2
-  bring "$RUNS/text" t5-text tokenizer text_encoder_3
+  archive_model "$RUNS/text" text tokenizer text_encoder text_encoder_2
+  archive_model "$RUNS/text" t5-text tokenizer text_encoder_3
 }
 
 teacher() {
   local text=$TEXT
   [ ! -d "$RUNS/text/model" ] || text=$RUNS/text/model
-  local from=(--codec "$CODEC" --text "$text")
+  local from=(--codec "$VAE" --text "$text")
   [ ! -d "$TEACHER/transformer" ] || from+=(--init "$TEACHER")
   timed train pocket-teacher --data "$DATA" --output "$RUNS/teacher" "${from[@]}" \
-    --keep-t5 0 --max-minutes "$TEACHER_MINUTES" --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" $COMPILE --device "$DEVICE"
-  bring "$RUNS/teacher" teacher transformer fewstep.json
+    --keep-t5 0 --max-minutes "$TEACHER_MINUTES" --steps "$TEACHER_STEPS" --batch-size "$TEACHER_BATCH" --lr "$TEACHER_LR" $COMPILE --device "$DEVICE"
+  archive_model "$RUNS/teacher" teacher transformer fewstep.json
 }
 
-t5() { # last the teacher hears T5 now and then: as long as it must hear it, no batch is a compiled one's size
-  # The codec by the name that the teacher's run gave it: latents are kept by their codec's file.
-  timed train pocket-teacher --data "$DATA" --output "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$CODEC" \
-    --keep-t5 0.4 --max-minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch-size "$BATCH" --lr "$T5_LR" --device "$DEVICE"
-  bring "$RUNS/t5" teacher transformer fewstep.json
+t5() { # some captions have T5's tokens, so batch shapes vary and the blocks are not compiled
+  # The same VAE path as in the teacher's run: cached latents belong to the file of their VAE.
+  timed train pocket-teacher --data "$DATA" --output "$RUNS/t5" --init "$RUNS/teacher/model" --codec "$VAE" \
+    --keep-t5 0.4 --max-minutes "$T5_MINUTES" --steps "$T5_STEPS" --batch-size "$TEACHER_BATCH" --lr "$T5_LR" --device "$DEVICE"
+  archive_model "$RUNS/t5" teacher transformer fewstep.json
 }
 
-learnt() { # the teacher that is distilled
+latest_teacher() { # the teacher that is distilled
   local last=$TEACHER run
   for run in teacher t5; do [ ! -d "$RUNS/$run/model" ] || last=$RUNS/$run/model; done
   echo "$last"
 }
 
-walks() {
-  timed sample-teacher --teacher "$(learnt)" --data "$DATA" --output "$RUNS/walks" --num-samples "$WALKS" --steps "$WALK_STEPS" \
+teacher_samples() {
+  timed sample-teacher --teacher "$(latest_teacher)" --data "$DATA" --output "$RUNS/teacher-samples" --num-samples "$SAMPLES" --steps "$SAMPLE_STEPS" \
     --student-steps 4 --guidance "$GUIDANCE" --batch-size 256 --dtype float32 --no-t5 --device "$DEVICE"
 }
 
 student() {
-  timed distill trajectory --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/warm" --max-minutes "$WARM_MINUTES" \
-    --steps "$WARM" --batch-size "$WARM_BATCH" --lr "$WARM_LR" --device "$DEVICE"
-  timed distill flash --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/student" --init "$RUNS/warm/model" --warm-start-steps 0 \
-    --max-minutes "$STUDENT_MINUTES" --steps "$STUDENT_STEPS" --split-steps "$SPLIT" --batch-size "$STUDENT_BATCH" --lr "$STUDENT_LR" \
+  timed distill trajectory --teacher "$(latest_teacher)" --samples "$RUNS/teacher-samples" --output "$RUNS/warm-start" --max-minutes "$WARM_START_MINUTES" \
+    --steps "$WARM_START_STEPS" --batch-size "$WARM_START_BATCH" --lr "$WARM_START_LR" --device "$DEVICE"
+  timed distill flash --teacher "$(latest_teacher)" --samples "$RUNS/teacher-samples" --output "$RUNS/student" --init "$RUNS/warm-start/model" --warm-start-steps 0 \
+    --max-minutes "$STUDENT_MINUTES" --steps "$STUDENT_STEPS" --split-steps "$SPLIT_STEPS" --batch-size "$STUDENT_BATCH" --lr "$STUDENT_LR" \
     --device "$DEVICE"
-  bring "$RUNS/warm" warm transformer fewstep.json model_index.json
-  bring "$RUNS/student" student transformer fewstep.json model_index.json
+  archive_model "$RUNS/warm-start" warm-start transformer fewstep.json model_index.json
+  archive_model "$RUNS/student" student transformer fewstep.json model_index.json
 }
 
 ablate() {
   local pack
-  timed ablate --teacher "$(learnt)" --samples "$RUNS/walks" --output "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
-    --seeds "$SEEDS" --passes "$PASSES" --warm-start-steps "$ABLATE_WARM" --batch-size "$ABLATE_BATCH" \
+  timed ablate --teacher "$(latest_teacher)" --samples "$RUNS/teacher-samples" --output "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
+    --seeds "$SEEDS" --passes "$PASSES" --warm-start-steps "$ABLATE_WARM_START_STEPS" --batch-size "$ABLATE_BATCH" \
     --prompts "$PROMPTS" --scenes "$SCENES" --data "$DATA" --device "$DEVICE"
   pack=$(mktemp -d)
-  notes "$RUNS/ablate" "$pack"
+  copy_logs "$RUNS/ablate" "$pack"
   cp "$RUNS/ablate/results.md" "$RUNS/ablate/measured"/*.json "$RUNS/ablate/measured"/*.png "$pack"
-  parts "$pack" ablate
+  archive "$pack" ablate
   rm -r "$pack"
 }
 
 export_() {
   "$PYTHON" -m fewstep export "$RUNS/student/model" -o "$RUNS/pocket" --license Apache-2.0
-  parts "$RUNS/pocket" bundle
+  archive "$RUNS/pocket" bundle
 }
 
 setup
-[ $# -gt 0 ] || set -- data codec text teacher t5 walks student ablate export
+[ $# -gt 0 ] || set -- data vae text teacher t5 teacher-samples student ablate export
 for stage in "$@"; do
   case $stage in
-    data | codec | text | teacher | t5 | walks | student | ablate) $stage ;;
+    data | vae | text | teacher | t5 | student | ablate) $stage ;;
+    teacher-samples) teacher_samples ;;
     export) export_ ;;
-    *) echo "gpu/pocket.sh: there is no stage $stage: data, codec, text, teacher, t5, walks, student, ablate, export" >&2 && exit 2 ;;
+    *) echo "gpu/pocket.sh: there is no stage $stage: data, vae, text, teacher, t5, teacher-samples, student, ablate, export" >&2 && exit 2 ;;
   esac
 done
 ls -l "$OUT"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import application
+from fewstep.cli.app import application
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

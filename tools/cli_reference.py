@@ -30,11 +30,12 @@ Every command prints the same text with `--help`.
 
 
 def page() -> str:
-    """The reference of all commands that ``--help`` lists, as Markdown."""
-    from fewstep.cli.app import application
+    """Return the reference of all commands that ``--help`` lists, as Markdown."""
+    from fewstep.cli.app import COMMANDS, application
 
-    with patch.object(sys, "argv", ["fewstep"]):  # cyclopts puts the name of this program into usage lines
-        body = application().generate_docs(max_heading_level=3).rstrip() + "\n"
+    with patch.object(sys, "argv", ["fewstep"]):  # cyclopts takes the program's name in usage lines from it
+        body = application(described=COMMANDS).generate_docs(max_heading_level=3).rstrip() + "\n"
+    body = body.replace("(#fewstep-install-completion)", "(#fewstep---install-completion)")
     contents = re.compile(r"^## Table of Contents\n.*?(?=^\*\*Commands\*\*)", re.DOTALL | re.MULTILINE)
     return INTRODUCTION + contents.sub("", body).replace("# fewstep\n", "## fewstep\n", 1)
 

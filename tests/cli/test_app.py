@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -29,6 +30,14 @@ COMMAND = [sys.executable, "-m", "fewstep"]
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": str(SOURCE), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"
 }  # fmt: skip
+
+HELPED = [
+    "", "generate", "show", "models", "data folder", "data stickers", "sample-teacher",
+    "train pocket-vae", "train pocket-text", "train pocket-paraphrases", "train pocket-teacher",
+    "train scene-detector", "distill flash", "distill trajectory", "distill dmd", "distill tdm",
+    "distill ladd", "distill lcm", "estimate-memory", "gradient-noise", "ablate", "export", "quantize",
+    "evaluate", "bench",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +104,7 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         "English only": ["苹果"],
         "steps must be a whole number from 1 to 8": ["a", "--steps", "0"],
         "guidance": ["a", "--guidance", "nan"],
-        "is not a picture": ["a", "--image", __file__],
+        "test_app.py is not": ["a", "--image", __file__],
         "cannot make the folder": ["a", "-o", "/dev/full/x/"],
         "cannot write /dev/full: No space left": ["a", "-o", "/dev/full"],
         "a name is missing in -o ' '": ["a", "-o", " "],
@@ -113,7 +122,7 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         (["a", "--steps", "2.5"], "not a whole number"),
         (["a", "-n", "0"], "n must be"),
         (["a", "--seed", "-1"], "seed must be"),
-        (["a", "--strength", "0.5"], "give a picture"),
+        (["a", "--strength", "0.5"], "strength is for image-to-image"),
         (["a", "--style", "noir"], "the styles of this model: 3D, flat"),
         (["a", "--backend", "torch"], "runs on onnx"),
         (["a", "--backend", "tpu"], "Choose from"),
@@ -220,7 +229,7 @@ def test_a_cut_input_picture(at: Path, tmp_path: Path) -> None:
     inside("a", "-o", str(tmp_path / "whole.png"))
     data = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    assert_one_line(generate("a", "--image", str(tmp_path / "cut.png")), "cut.png is not a picture")
+    assert_one_line(generate("a", "--image", str(tmp_path / "cut.png")), "cut.png is not")
 
 
 def test_a_full_disk_leaves_no_partial_file(at: Path) -> None:
@@ -327,7 +336,7 @@ def test_show_of_other_pictures(at: Path, capsys: Capture) -> None:
 
     Image.new("RGB", (8, 8)).save("plain.png")
     assert cli.run(["show", "plain.png"]) == 2
-    assert "says nothing of how it was made" in capsys.readouterr().err
+    assert "does not say how it was made" in capsys.readouterr().err
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", "a dog\x1b[31m\nSteps: 20")
     Image.new("RGB", (8, 8)).save("other.png", pnginfo=chunks)
@@ -519,7 +528,7 @@ def test_an_input_image_comes_from_standard_input(at: Path) -> None:
         assert (pixels(at / "stream.png") == pixels(at / "file.png")).all()
         record = json.loads(open_info(at / "stream.png"))
         assert (record["image"], record["image_sha256"]) == ("", "")
-    assert_one_line(generate("a", "--image", "-", input="text"), "standard input is not a picture")
+    assert_one_line(generate("a", "--image", "-", input="text"), "standard input is not")
     assert_one_line(generate("-", "--image", "-", input="a"), "holds the prompts or the image")
 
 
@@ -695,19 +704,73 @@ def test_models(capsys: Capture, monkeypatch: pytest.MonkeyPatch, bundle: Path) 
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "size", "steps", "licence", "folder"]
     assert row.split() == ["tiny", "0.0", "MB", "4", "MIT", str(bundle)]
+    assert cli.run(["models", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    size = sum(path.stat().st_size for path in bundle.iterdir())
+    assert 0 < facts.pop("size") <= size
+    assert facts == {"name": "tiny", "steps": 4, "license": "MIT", "folder": str(bundle)}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(
+    tmp_path: Path, shell: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(home := tmp_path / "home"))
+    home.mkdir()
+    script = tmp_path / "script"
+    assert cli.run(["--install-completion", "--shell", shell, "-o", str(script)]) == 0
+    assert capsys.readouterr() == (f"{script}\n", "") and not list(home.iterdir())
+    text = script.read_text(encoding="utf-8")
+    assert "sample-teacher" in text and "gradient-accumulation-steps" in text
+    assert cli.run(["--install-completion", "--shell", shell]) == 0
+    installed = Path(capsys.readouterr().out.rstrip("\n"))
+    assert installed.is_relative_to(home) and installed.read_text(encoding="utf-8") == text
+
+
+def test_an_unknown_shell_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cyclopts.completion import detect
+
+    def fail() -> str:
+        raise detect.ShellDetectionError
+
+    monkeypatch.setattr("cyclopts.completion.detect.detect_shell", fail)
+    monkeypatch.setattr("cyclopts.completion.detect_shell", fail)
+    assert cli.run(["--install-completion"]) == 2
+    assert capsys.readouterr().err.startswith("fewstep: the shell is unknown: give --shell bash")
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
+    assert cli.run(["--install-completion", "--shell", "bash", "-o", str(tmp_path / "script")]) == 0
+    complete = '. ./script; COMP_WORDS=({}); COMP_CWORD={}; _fewstep; echo "${{COMPREPLY[@]}}"'
+    for words, index, expected in (
+        ("fewstep gen", 1, "generate"),
+        ("fewstep generate --neg", 2, "--negative-prompt"),
+        ("fewstep distill fl", 2, "flash"),
+    ):
+        command = ["bash", "-c", complete.format(words, index)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+
+
+def test_help_shows_each_default_once(capsys: Capture) -> None:
+    for command in HELPED:
+        assert cli.run([*command.split(), "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "--empty-" not in text and "default: ()" not in text and "default: False" not in text
+        assert not re.search(r"\[default: [^]]*\]( \[choices: [^]]*\])? \[default", text)
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
     code = """
 import sys
-from fewstep import cli
-for arguments in (["--help"], ["--version"], ["generate", "--help"]):
-    assert cli.run(arguments) == 0
+from fewstep.cli.app import run
+for line in ("--help", "--version", "-V", "generate --help", "--install-completion --help"):
+    assert run(line.split()) == 0
 assert not {"numpy", "PIL", "onnxruntime", "torch"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=True)
     said = done.stdout.decode()
-    assert "Draw pictures of prompts." in said and fewstep.__version__ in said and "--steps" in said
+    assert "Generate images from text prompts." in said and fewstep.__version__ in said and "--steps" in said
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -743,7 +806,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Captu
         (["export", "pocket"], "-o or --output is missing: see fewstep export --help"),
         (["quantize", "pocket"], "-o or --output is missing: see fewstep quantize --help"),
         (["evaluate", "pocket"], "-o or --output is missing: see fewstep evaluate --help"),
-        (["show"], "PICTURE is missing: see fewstep show --help"),
+        (["show"], "IMAGE is missing: see fewstep show --help"),
         (["data", "folder"], "SOURCE is missing: see fewstep data folder --help"),
         (["generate", "a", "--" + "x" * 5000], "there is no option"),
         (["generate", "a", "--steps", "\x1b[31m" * 2000], "is not a whole number"),
@@ -794,7 +857,7 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(
         (["--steps", "0"], "steps must be a whole number from 1 to 100"),
         (["--seed", "-1"], "seed must be"),
         (["-n", "0"], "n must be"),
-        (["--strength", "0.5"], "give a picture"),
+        (["--strength", "0.5"], "strength is for image-to-image"),
         (["--guidance", "nan"], "guidance must be a number"),
         (["--image", "none.png"], "there is no image none.png"),
         (["--image", "broken.png"], "is not a picture"),

@@ -23,9 +23,9 @@ HELP = {
     "train scene-detector": ("--batch-size", "Pictures an update."),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
     "distill flash": ("--trajectory-weight", "Whose features the heads read."),
-    "data stickers": ("--images", "How many training pictures."),
+    "data stickers": ("--images", "Number of training images."),
     "data folder": ("--output", "Folder for the shards."),
-    "sample-teacher": ("--student-steps", "How many samples."),
+    "sample-teacher": ("--student-steps", "Number of samples."),
 }
 SAMPLE_TEACHER = ["sample-teacher", "--teacher", "nosuch", "--output", "x"]
 SAY = """

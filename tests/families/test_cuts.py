@@ -11,11 +11,11 @@ import pytest
 
 import tiny
 import tiny_flux
+from fewstep.core.prompt_text import PromptWarning
 from fewstep.families import common, flux, sd3
 from fewstep.families.base import Family
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket.config import byte_tokenizer
-from fewstep.runtime.tokenizer import PromptWarning
 from fewstep.train.text_cache import encode
 
 LONG = "a red apple on a table " * 40

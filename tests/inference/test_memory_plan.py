@@ -24,10 +24,11 @@ from fewstep.core.guidance import Guided
 from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
+from fewstep.families.lora.alpha import FILE
 from fewstep.inference.load import load
 from fewstep.inference.memory_plan import STAYS, Plan
 from fewstep.inference.options import TorchOptions
-from fewstep.modules.lora import FILE, LoRARoles
+from fewstep.modules.lora import LoRARoles
 
 PROMPT = "a red apple"
 HAVE_AO = importlib.util.find_spec("torchao") is not None

@@ -14,8 +14,9 @@ import tiny
 import tiny_flux
 from fewstep.core.types import Cond, UserError
 from fewstep.families import flux, sd3
+from fewstep.families.lora.alpha import FILE
 from fewstep.modules.block_transforms import checkpoint_activations, compile_block
-from fewstep.modules.lora import FILE, LoRARoles, active_role, use_role
+from fewstep.modules.lora import LoRARoles, active_role, use_role
 
 FAMILIES = [sd3, flux]
 

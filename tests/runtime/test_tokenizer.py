@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewstep.core.prompt_text import negative_prompt
+from fewstep.core.prompt_text import PromptWarning, negative_prompt
 from fewstep.core.types import UserError
-from fewstep.runtime.tokenizer import PromptWarning, Tokens, normalize_text
+from fewstep.runtime.tokenizer import Tokens, normalize_text
 from tiny_bundle import LENGTH, write_bundle
 
 

@@ -1,13 +1,13 @@
-"""The command line: which command, and how errors end it.
+"""The command line: its commands, and the exit status of each ending.
 
-Commands are named by import strings, so that ``fewstep --help`` loads none of them.
+Commands are named by import strings, so that ``fewstep --help`` imports none of them.
 
 ======  ==========================================================================
 status  meaning
 ======  ==========================================================================
 0       done
 2       bad input or a closed pipe; one line on standard error says what was wrong
-129     SIGHUP: the terminal went away
+129     SIGHUP: the terminal was closed
 130     Ctrl-C
 143     SIGTERM
 ======  ==========================================================================
@@ -23,75 +23,85 @@ from contextlib import suppress
 
 from fewstep.core import signals
 
-# Until main() listens to them, a signal ends in Python's own words: all that takes long is imported later.
+# Before main() handles signals, a signal prints a traceback. So slow modules are imported later.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import NoReturn
 
     from cyclopts import App
 
 COMMANDS = {
-    "generate": ("fewstep.cli.generate:generate", "Draw pictures of prompts."),
-    "show": ("fewstep.cli.show:show", "Print how a picture was made."),
-    "models": ("fewstep.cli.show:models", "List the models that are installed."),
+    "generate": ("fewstep.cli.generate:generate", "Generate images from text prompts."),
+    "show": ("fewstep.cli.show:show", "Print how an image was made."),
+    "models": ("fewstep.cli.show:models", "List the installed models."),
     "data": ("fewstep.cli.data:app", "Make training data."),
     "sample-teacher": (
         "fewstep.cli.sample_teacher:sample_teacher",
-        "Write a teacher's samples as shards.",
+        "Write a teacher's samples as training data.",
     ),
-    "train": ("fewstep.cli.train:train", "Train Pocket's parts, and what judges scenes."),
+    "train": ("fewstep.cli.train:train", "Train the parts of Pocket, and the scene detector."),
     "distill": ("fewstep.cli.train:distill", "Distil a few-step student from a teacher."),
     "estimate-memory": (
         "fewstep.distill.memory_estimate:estimate_memory",
-        "Print the GPU memory that a distillation's step needs.",
+        "Estimate the GPU memory of a distillation step.",
     ),
     "gradient-noise": (
         "fewstep.experiments.gradient_noise:gradient_noise",
-        "Measure how noisy the gradient of matching is.",
+        "Measure the noise of the gradient of distribution matching.",
     ),
-    "ablate": ("fewstep.experiments.ablate:ablate", "Compare all methods of distillation in one table."),
-    "export": ("fewstep.cli.export:export", "Write a trained model for the program that shall run it."),
+    "ablate": ("fewstep.experiments.ablate:ablate", "Compare the distillation methods in one table."),
+    "export": ("fewstep.cli.export:export", "Export a model to another format or runtime."),
     "quantize": (
         "fewstep.experiments.quantize_report:quantize",
-        "Write a model in fewer bits, and what that costs.",
+        "Quantize a model, and report size, speed and quality.",
     ),
-    "evaluate": ("fewstep.cli.evaluate:evaluate", "Measure what a model draws."),
-    "bench": ("fewstep.cli.bench:bench", "Time a generation against stock diffusers."),
+    "evaluate": ("fewstep.cli.evaluate:evaluate", "Measure the quality of generated images."),
+    "bench": ("fewstep.cli.bench:bench", "Measure speed and memory beside the diffusers baseline."),
 }
+"""By command: where its function is, and what the list of commands says."""
+
+GROUPS = ("data", "train", "distill")
+"""Commands that have commands of their own."""
+
+COMPLETION = "Install completion of commands and options in a shell."
 
 
-class _Dash(str):
-    """A bare ``-``: a value, which the parser would take for an option by how it starts."""
+class _LoneDash(str):
+    """A lone ``-`` that is a value. The parser takes any string that starts with a dash for an option.
+
+    The parser has a setting that lets an option take such values, but then ``--seed --steps 3`` would
+    take ``--steps`` for the seed.
+    """
 
     def startswith(self, *_: object) -> bool:
         return False
 
 
 def main() -> NoReturn:
-    """The program ``fewstep``: run its arguments, then leave."""
+    """Run the program ``fewstep`` with the arguments of this process, and exit."""
     generating = sys.argv[1:2] == ["generate"]
     if generating:
-        gc.set_threshold(100_000)  # imports allocate much and free little: 15 ms of looking in vain
+        gc.set_threshold(100_000)  # imports free little memory: garbage collection would cost 15 ms
     try:
-        signals.listen()  # trainings have handlers of their own
+        signals.listen()  # training has its own handlers
         status = run(sys.argv[1:])
         signals.unlisten()
-    except signals.Stop as stop:  # after the command, or before it
+    except signals.Stop as stop:  # before or after the command
         status = stop.status
     if not generating:
         sys.exit(status)
     with suppress(OSError):
         sys.stderr.flush()
-    # Taking onnxruntime and numpy apart at exit would cost 50 ms more; every file is closed by now.
+    # Every file is closed by now. Unloading onnxruntime and numpy would cost 50 ms.
     os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``fewstep`` with ``arguments`` in this process and return its exit status."""
-    if sys.stderr is None:  # closed by whoever started us
+    if sys.stderr is None:  # the parent process closed it
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a sign is told its number
+    if isinstance(sys.stdout, io.TextIOWrapper):  # print the code of a character that a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _stoppable(list(arguments))
@@ -99,17 +109,17 @@ def run(arguments: Sequence[str]) -> int:
         stop = error if isinstance(error, signals.Stop) else signals.Stop()
         status = _end(stop.word, stop.status)
     except BrokenPipeError:
-        status = 2  # nobody is left to tell
+        status = 2  # nothing can be printed any more
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        status = 2  # the same: the printer of --help turns one into the other
+        status = 2  # rich exits so when the pipe of --help is closed
     except OSError as error:
         from fewstep.core.atomic import FULL
 
         if error.errno in FULL:
             status = _end(f"cannot write {error.filename or 'to standard output'}: {error.strerror}", 2)
-        elif error.filename is not None:  # a path of the user's that nobody checked before
+        elif error.filename is not None:  # a path that was not checked before
             status = _end(f"{str(error.filename)[:200]}: {error.strerror}", 2)
         else:
             raise
@@ -117,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _stoppable(tokens: list[str]) -> int:
-    """Run ``tokens``. An error after a signal is what some library made of it: the signal is raised again."""
+    """Run ``tokens``. If a library turned a signal into another error, raise the signal again."""
     try:
         return _run(tokens)
     except Exception:
@@ -126,7 +136,7 @@ def _stoppable(tokens: list[str]) -> int:
 
 
 def _flush(status: int) -> int:
-    """Write what was printed, or give it up: Python would complain in its own words at exit."""
+    """Write what was printed, or drop it. Otherwise Python prints a traceback at exit."""
     try:
         print(end="", flush=True)
     except OSError as error:
@@ -142,42 +152,46 @@ def _run(tokens: list[str]) -> int:
 
     from cyclopts import CycloptsError
 
-    from fewstep.core.optional import missing_extra
     from fewstep.core.types import UserError
     from fewstep.pipeline.loading import quiet_loggers
 
     quiet_loggers()
-    _calm()
-    tokens = [_Dash(token) if token == "-" else token for token in tokens]
+    _quiet_libraries()
+    tokens = [_LoneDash(token) if token == "-" else token for token in tokens]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _our_warnings(warnings.showwarning)
-            call = application()
+            call = application(described=tokens[:1])
             status = call(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except UserError as error:
-        return _end(str(error), 2)
+        from fewstep.cli.renamed import new_name
+
+        return _end(new_name(tokens) or str(error), 2)
     except CycloptsError as error:
         from fewstep.cli.errors import explain
+        from fewstep.cli.renamed import new_name
 
-        return _end(explain(error, list(COMMANDS)), 2)
+        return _end(new_name(tokens) or explain(error, list(COMMANDS)), 2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, and torch may not be installed
             raise
         return _end(
             "the GPU's memory is full: generate --memory and fewstep estimate-memory say what fits", 2
         )
     except ImportError as error:
+        from fewstep.core.optional import missing_extra
+
         missing = missing_extra(error)
         if missing is None:
             raise
         return _end(str(missing), 2)
 
 
-def _calm() -> None:
-    """Let libraries that are imported later print errors alone, here and in processes of ours.
+def _quiet_libraries() -> None:
+    """Let libraries print errors only, in this process and its children.
 
-    What they say of their own insides reads like a failure of what was asked for.
+    Their messages about their own internals read like a failure of the command.
     """
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -186,7 +200,7 @@ def _calm() -> None:
 
 
 def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
-    """Print our own warnings as one line, and of libraries' those about numbers; ``python -W`` shows all."""
+    """Print our warnings as one line, and only numerical ones of libraries. ``python -W`` shows all."""
 
     def show(message: Warning | str, category: type[Warning], *more: object, **named: object) -> None:
         from fewstep.core.progress import say
@@ -199,22 +213,36 @@ def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def application() -> App:
-    """The command line, nothing imported yet."""
-    from cyclopts import App
+def application(described: Collection[str] = ()) -> App:
+    """Return the command line. No command is imported yet.
+
+    Args:
+        described: commands that have their docstring as help. Others and :data:`GROUPS` have their line of
+            :data:`COMMANDS`.
+    """
+    from cyclopts import App, Parameter
 
     from fewstep import __version__
 
     app = App(
         name="fewstep",
-        help="Few-step image generation: a prompt to a picture in four steps, and how to distil for it.",
+        help="Generate images in a few steps with rectified-flow models, and distil such models.",
         version=__version__,
-        version_flags="--version",
+        version_flags=["--version", "-V"],
         suppress_keyboard_interrupt=False,
+        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     )
     for name, (place, text) in COMMANDS.items():
-        app.command(place, name=name, help=text)
+        app.command(place, name=name, help=None if name in described and name not in GROUPS else text)
+    app.command("fewstep.cli.completion:install", name="--install-completion", help=COMPLETION)
     return app
+
+
+def _shown_default(value: object) -> str | None:
+    """Return a default as help shows it: nothing for a flag that is off and an empty list."""
+    if value is None or value is False or value == ():
+        return None
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _end(message: str, status: int) -> int:

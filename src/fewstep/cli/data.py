@@ -1,42 +1,41 @@
-"""``fewstep data``: pictures to learn from."""
+"""The commands ``data stickers`` and ``data folder``."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
+from fewstep.cli.options import Output
 from fewstep.core.atomic import held
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress, emit
 from fewstep.core.types import UserError
 
-app = App(name="data", help="Pictures to learn from: stickers and scenes, your own folders, latents.")
-Out = Annotated[Path, Parameter(name=["--output", "-o"])]
+app = App(name="data")
 
 
 @app.command
 def stickers(
     *,
-    output: Out = Path("data/stickers"),
+    output: Output = Path("data/stickers"),
     size: int = 128,
     images: int = 40_000,
     scenes: float = 0.2,
     seed: int = 0,
     workers: int = 0,
 ) -> None:
-    """Fetch openly licensed emoji, rasterise them and write captioned stickers and scenes as shards.
+    """Download openly licensed emoji, and write captioned stickers and scenes as shards.
 
     Args:
-        output: Folder of the data set; an interrupted run goes on where it stopped.
-        size: Side of the pictures, pixels.
-        images: How many training pictures.
-        scenes: Share of pictures with several things.
-        seed: Another seed, another set.
-        workers: Processes; 0 takes one a core.
+        output: Folder of the data set. An interrupted run resumes.
+        size: Side of the images in pixels: 64, 128 or 256.
+        images: Number of training images.
+        scenes: Share of images with several objects, 0 to 1.
+        seed: Seed of the data set.
+        workers: Processes. 0 takes one per core.
     """
     from fewstep.pocket.sources import check_npm
     from fewstep.pocket.stickers import build
@@ -61,13 +60,13 @@ def stickers(
 
 
 @app.command
-def folder(source: Path, *, output: Out, size: int = 128) -> None:
-    """Write shards of a folder of pictures with a .txt caption beside each.
+def folder(source: Path, *, output: Output, size: int = 128) -> None:
+    """Write a folder of images, each with its caption in a .txt file, as shards.
 
     Args:
-        source: The folder, searched with its subfolders.
+        source: The folder. Subfolders are searched, too.
         output: Folder for the shards.
-        size: Side of the square that each picture is cropped and resized to, pixels.
+        size: Side in pixels of the square to which each image is cropped and resized.
     """
     from fewstep.data.shards import write_folder
 

@@ -1,4 +1,4 @@
-"""What the command line's parser refuses, in one line each."""
+"""One line for each error of the command line's parser."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
     from cyclopts import CycloptsError
 
-ALIKE = 0.7
-"""Ratio of :func:`difflib.get_close_matches` from which an option may have been meant."""
+MIN_SIMILARITY = 0.7
+"""Cutoff of :func:`difflib.get_close_matches` for an option that may have been meant."""
 
 KINDS = {int: "a whole number", float: "a number"}
 
 
 def explain(error: CycloptsError, commands: Sequence[str]) -> str:
-    """A line for what the parser refused: what was wrong, and what to do.
+    """Return a line that says what is wrong and what to do.
 
     Args:
-        error: what it raised.
-        commands: the names of all commands, so that none of them has to be imported.
+        error: what the parser raised.
+        commands: the names of all commands. The parser would import every command to find them.
     """
     import cyclopts as c
 
@@ -45,7 +45,7 @@ def _help(error: CycloptsError) -> str:
 
 
 def _command(error: CycloptsError, word: str, commands: Sequence[str]) -> str:
-    """cyclopts' own text would import every command, and PyTorch with it, to name one."""
+    """Name the nearest command. The parser's own text would import every command, and PyTorch with it."""
     group = " ".join(error.command_chain or ())
     if word.startswith("-"):
         return f"there is no option {word}: {_help(error)}"
@@ -62,7 +62,9 @@ def _option(error: Any) -> str:
     if word.startswith("--no-") and plain in names:
         return f"there is no option {word}: leave {plain} out instead"
     bare = {name.lstrip("-"): name for name in names if name.startswith("--")}
-    near = get_close_matches(word.lstrip("-"), bare, n=1, cutoff=ALIKE) if word.startswith("--") else []
+    near = (
+        get_close_matches(word.lstrip("-"), bare, n=1, cutoff=MIN_SIMILARITY) if word.startswith("--") else []
+    )
     return f"there is no option {word}" + (
         f". Did you mean {bare[near[0]]}?" if near else f": {_help(error)}"
     )
@@ -79,13 +81,13 @@ def _missing(error: Any, argument: Any) -> str:
 
 def _value(error: Any, token: Any) -> str:
     name = token.keyword or (error.argument.name.lstrip("-").upper() if error.argument is not None else "")
-    said, kind = f"{name}: {token.value[:60]!r}", error.target_type
+    shown, kind = f"{name}: {token.value[:60]!r}", error.target_type
     if error.msg is not None:
         return f"{name}: {error.msg}"
     if get_origin(kind) is not None and (choices := [str(choice) for choice in get_args(kind)]):
         near = get_close_matches(token.value, choices, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{said} is none of its values. Choose from {', '.join(choices)}.{hint}"
+        return f"{shown} is none of its values. Choose from {', '.join(choices)}.{hint}"
     if kind is bool:
         return f"{name} takes no value: give {name} alone, or leave it out"
-    return f"{said} is not {KINDS.get(kind, 'a value that it takes')}"
+    return f"{shown} is not {KINDS.get(kind, 'a value that it takes')}"

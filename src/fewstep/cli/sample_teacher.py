@@ -1,19 +1,17 @@
-"""``fewstep sample-teacher``: a teacher's samples as training data."""
+"""The command ``sample-teacher``."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
-
+from fewstep.cli.options import Flag, Output, read_prompts
 from fewstep.core.cpu import threads as counted_threads
 from fewstep.core.progress import stage
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples.progress import Ranks, progress_printer, ranks_from_env
-from fewstep.pocket.assemble import Out
 
 if TYPE_CHECKING:
     from fewstep.families.base import Family
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 def sample_teacher(
     *,
     teacher: str,
-    output: Out,
+    output: Output,
     num_samples: int,
     data: Path = Path("data/stickers"),
     prompts: Path | None = None,
@@ -30,7 +28,7 @@ def sample_teacher(
     steps: int | None = None,
     student_steps: int = 0,
     t5: bool | None = None,
-    images: Annotated[bool, Parameter(negative="")] = False,
+    images: Flag = False,
     batch_size: int = 32,
     per_shard: int = 128,
     seed: int = 0,
@@ -38,29 +36,29 @@ def sample_teacher(
     dtype: str = "auto",
     threads: int = 0,
 ) -> None:
-    """Write a guided teacher's samples, and its walks to them, as shards; stopped, the same command goes on.
+    """Write the samples of a guided teacher as shards. The same command resumes a run that stopped.
 
     Under torchrun every process writes its share of the shards.
 
     Args:
         teacher: The teacher: a diffusers folder or a hub name.
         output: Folder for the shards.
-        num_samples: How many samples.
-        data: The data set whose training captions are the prompts, in an order by chance.
-        prompts: A text file with one prompt a line instead; begun again where it has fewer than
+        num_samples: Number of samples.
+        data: Data set whose training captions are the prompts, in random order.
+        prompts: A text file with one prompt per line instead. Its lines repeat if there are fewer than
             --num-samples.
-        guidance: The teacher's guidance scale; 1 is none. [default: the teacher's own]
-        steps: The teacher's steps. [default: the teacher's own]
-        student_steps: Keep each walk at the times of a student of so many steps, which must divide --steps; 0
-            keeps the latents alone.
-        t5: Encode captions with T5 too, or without. [default: with, where the teacher has it]
-        images: Keep the decoded pictures too: the shards then are a data set of pictures.
-        batch_size: Samples walked at once.
-        per_shard: Samples a shard: what an interruption costs at most.
-        seed: Sample i starts from the noise of seed + i; also of the prompts' order.
+        guidance: The teacher's guidance scale. 1 is no guidance. [default: the teacher's own]
+        steps: The teacher's solver steps. [default: the teacher's own]
+        student_steps: Keep each sampling trajectory at the times of a student of this many steps, which must
+            divide --steps. 0 keeps only the latents.
+        t5: Encode captions with T5, or without it. [default: with T5, if the teacher has it]
+        images: Keep the decoded images, too. The shards then are a data set of images.
+        batch_size: Samples per batch.
+        per_shard: Samples per shard. An interruption loses at most one shard.
+        seed: Seed of the prompts' order. Sample i starts from the noise of SEED + i.
         device: auto, cpu or cuda.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
-        threads: Torch threads; 0 leaves torch's choice.
+        dtype: float32, bfloat16, float16 or auto, which is bfloat16 on a GPU and float32 elsewhere.
+        threads: Torch threads. 0 leaves torch's choice.
     """
     require_positive(num_samples=num_samples, batch_size=batch_size, per_shard=per_shard)
     if steps is not None:
@@ -111,9 +109,8 @@ def sample_teacher(
 
 
 def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]:
-    """``number`` prompts of the file in its order, or of the data set by chance."""
+    """Return ``number`` prompts: of the file in its order, or of the data set in random order."""
     if path is not None:
-        from fewstep.cli.generate import read_prompts
         from fewstep.core.prompt_text import clean
 
         lines = [clean(line) for line in read_prompts((), str(path))]
@@ -127,15 +124,16 @@ def _prompts(path: Path | None, data: Path, number: int, seed: int) -> list[str]
 def _load(
     teacher: str, guidance: float | None, t5: bool | None, device: str, dtype: str, ranks: Ranks
 ) -> Family:
-    """The teacher, at the guidance scale asked for."""
+    """Load the teacher with a guidance scale."""
     from fewstep.core.validate import check_float
     from fewstep.pipeline.loading import load_family
     from fewstep.train.device import resolve_device
 
-    place = resolve_device(device)
-    kind = dtype if dtype != "auto" else "bfloat16" if place == "cuda" else "float32"
+    kind = resolve_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" else "float32"
     scale = None if guidance is None else check_float("guidance", guidance, 0, 100)
     family = load_family(
-        teacher, device=f"cuda:{ranks.local}" if place == "cuda" else place, dtype=kind, t5=t5
+        teacher, device=f"cuda:{ranks.local}" if kind == "cuda" else kind, dtype=dtype, t5=t5
     )
     return family if scale is None else family.with_guidance(scale)

@@ -65,7 +65,7 @@ def gradient_noise(
     Args:
         config: Shared.
         proxy_updates: Updates of the proxy for each of the student's.
-        every: Updates between two measurements. [default: before, halfway and after]
+        every: Updates between two measurements; 0 measures before, halfway and after.
         draws: Gradients a measurement.
     """
     require_positive(proxy_updates=proxy_updates, steps=config.steps)

@@ -93,11 +93,11 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     Raises:
         ArgumentError: there is one. The line names the nearest that there is.
     """
-    from difflib import get_close_matches
-
     names = list(known)
     for name in given:
         if name not in names:
+            from difflib import get_close_matches
+
             near = [INSTEAD[name]] if INSTEAD.get(name) in names else get_close_matches(name, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
             raise ArgumentError(f"{what} takes no {name}: {hint}")
