@@ -860,7 +860,7 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(
         (["--strength", "0.5"], "strength is for image-to-image"),
         (["--guidance", "nan"], "guidance must be a number"),
         (["--image", "none.png"], "there is no image none.png"),
-        (["--image", "broken.png"], "is not a picture"),
+        (["--image", "broken.png"], "is not an image"),
         ([""], "a prompt is empty"),
     ):
         assert cli.run(["generate", "a", "--model", "org/name", *more]) == 2
