@@ -239,10 +239,10 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
         replace(made, student=tmp_path / "model"), student_steps=2, samples=made.student.parent / "walks"
     )
     batch = run.batches(0, WHOLE)
-    assert batch.states.shape == (4, 3, *sd3.load(made.teacher).latent)
-    four = student(made).batches(0, WHOLE).states
-    assert torch.equal(batch.states, four[:, [0, 2, 4]])
-    assert not batch.states.requires_grad
+    assert batch.trajectory.shape == (4, 3, *sd3.load(made.teacher).latent)
+    four = student(made).batches(0, WHOLE).trajectory
+    assert torch.equal(batch.trajectory, four[:, [0, 2, 4]])
+    assert not batch.trajectory.requires_grad
 
 
 @pytest.mark.parametrize(("steps", "told"), [(0, "no walks, latents alone"), (3, "walks at 3 steps")])
@@ -274,11 +274,11 @@ def test_captions_that_the_tokenizer_cannot_read_are_told() -> None:
     from transformers import AutoTokenizer
 
     from fewstep.pocket.config import byte_tokenizer
-    from fewstep.pocket.train_teacher import _warn_of_unknown
+    from fewstep.pocket.train_teacher import _warn_about_unknown_words
 
     pocket = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "models/pocket-teacher/tokenizer")
     captions = ["a red apple", "красное яблоко", "rote Äpfel auf dem Tisch", "a cat"]
     with pytest.warns(PromptWarning, match="^2 of 4 captions .* may not know: красное, яблоко$"):
-        _warn_of_unknown(pocket, captions)
-    _warn_of_unknown(pocket, captions[::3])
-    _warn_of_unknown(byte_tokenizer(), captions)  # all is bytes to it
+        _warn_about_unknown_words(pocket, captions)
+    _warn_about_unknown_words(pocket, captions[::3])
+    _warn_about_unknown_words(byte_tokenizer(), captions)  # all is bytes to it

@@ -21,9 +21,9 @@ from fewstep.evaluate.run import evaluate as run
 from fewstep.export.common.output_paths import check_folder
 from fewstep.pipeline.loading import parse_family, resolve
 from fewstep.pocket import render, stickers
-from fewstep.pocket.assemble import check_counts
 from fewstep.pocket.ceilings import ceiling_sources
 from fewstep.pocket.detector import check as check_detector
+from fewstep.pocket.evaluation_inputs import check_prompt_counts
 from fewstep.pocket.geneval import load as load_scenes
 from fewstep.pocket.geneval_prompts import prompts as scene_prompts
 from fewstep.pocket.human_prompts import load as load_written
@@ -85,7 +85,7 @@ def evaluate(
     typed += ["--data", str(data), "-o", str(output)]
     own = [parse(teacher)] if teacher else []
     specs = [*own, *expand(models, steps)]
-    check_counts(prompts, scenes)
+    check_prompt_counts(prompts, scenes)
     check_seeds(prompts, seeds, first_seed)
     for spec in specs:
         _check(spec)

@@ -13,7 +13,7 @@ from fewstep.core.progress import stage
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples.progress import Ranks, progress_printer, ranks_from_env
-from fewstep.pocket.assemble import Out
+from fewstep.pocket.options import OutputFolder
 
 if TYPE_CHECKING:
     from fewstep.families.base import Family
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def sample_teacher(
     *,
     teacher: str,
-    output: Out,
+    output: OutputFolder,
     num_samples: int,
     data: Path = Path("data/stickers"),
     prompts: Path | None = None,
