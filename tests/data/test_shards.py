@@ -332,7 +332,9 @@ def test_stickers_take_nothing_of_others_for_theirs(tmp_path: Path, name: str) -
     other.parent.mkdir(exist_ok=True)
     other.write_bytes(b"of somebody else")
     with pytest.raises(UserError, match="was not made by fewstep data stickers"):
-        stickers.build(tmp_path, size=128, pictures=1, scenes=0, seed=0, workers=1, progress=lambda *_: None)
+        stickers.build(
+            tmp_path, size=128, num_images=1, scenes=0, seed=0, workers=1, progress=lambda *_: None
+        )
     assert other.read_bytes() == b"of somebody else" and len(list(tmp_path.iterdir())) == 1
 
 

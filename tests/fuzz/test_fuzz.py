@@ -400,7 +400,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_facts_in_a_shard(tmp_path: Path) -> None:
     from fewstep.data import shards
     from fewstep.pocket.concepts import Concept
-    from fewstep.pocket.labelled_captions import captions
+    from fewstep.pocket.labelled_captions import load
 
     truth = {"prompt": "a cat", "objects": [{"concept": "cat", "style": "3d"}], "ground": "white"}
     (tmp_path / "x.json").write_text(json.dumps(truth))
@@ -412,7 +412,7 @@ def test_facts_in_a_shard(tmp_path: Path) -> None:
     pack()
     cats = [Concept("cat", ("kitty",), (), "1", "animal", ("3d",))]
     Format(
-        tmp_path, ("x.json",), lambda: captions([tmp_path / "a.tar"], 9, cats, ["w"]).table() is None, pack
+        tmp_path, ("x.json",), lambda: load([tmp_path / "a.tar"], 9, cats, ["w"]).label_table() is None, pack
     ).check(100)
 
 

@@ -25,7 +25,7 @@ def make(folder: Path, pictures: int = 24) -> Path:
     (folder / f"renderings-{SIZE}.json").write_text(
         json.dumps({"concepts": concepts, "pairs": drawn.pairs, "size": SIZE})
     )
-    np.save(folder / f"renderings-{SIZE}.npy", drawn.pictures)
+    np.save(folder / f"renderings-{SIZE}.npy", drawn.images)
     read = load(folder, SIZE)
     for name, training, many in (("train", True, pictures), ("heldout", False, 6)):
         composer = Composer(read, SIZE, seed=int(not training), scenes=0.2, training=training)

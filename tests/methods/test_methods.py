@@ -20,7 +20,7 @@ from fewstep.methods.base import Method
 from fewstep.methods.flow_matching import Finetune
 from fewstep.methods.trajectory import Trajectory
 from fewstep.pocket import config as pocket
-from fewstep.pocket.vae_loss import CodecMethod
+from fewstep.pocket.vae_loss import AutoencoderTraining
 from fewstep.train.train_step import draw
 from mixture import energy_distance, ring
 from points import GRID, net, none
@@ -167,7 +167,7 @@ def test_the_codecs_losses_are_nought_for_a_perfect_copy_but_for_the_divergence(
         def decode(self, z: Any) -> Any:
             return type("Decoded", (), {"sample": z})
 
-    told = CodecMethod(Copy(), divergence=1.0).losses(images, draw(0, 0, 0))
+    told = AutoencoderTraining(Copy(), divergence=1.0).losses(images, draw(0, 0, 0))
     assert all(float(told[name]) < 1e-5 for name in ("absolute", "square", "edges", "colour"))
     expected = 0.5 * (images.square() + np.exp(-30) - 1 + 30).mean()
     assert float(told["divergence"]) == pytest.approx(float(expected), rel=1e-4)
@@ -184,7 +184,7 @@ def test_a_shift_of_colour_costs_where_edges_are_blind() -> None:
         def decode(self, z: Any) -> Any:
             return type("Decoded", (), {"sample": z + 0.5})
 
-    told = CodecMethod(Off()).losses(torch.zeros(1, 3, 16, 16), draw(0, 0, 0))
+    told = AutoencoderTraining(Off()).losses(torch.zeros(1, 3, 16, 16), draw(0, 0, 0))
     assert float(told["edges"]) < 1e-5
     assert float(told["colour"]) == pytest.approx(2.0 * (0.5 + 2 * 0.25), rel=1e-4)
 
@@ -193,7 +193,7 @@ def test_a_shift_of_colour_costs_where_edges_are_blind() -> None:
 def test_the_decoder_alone_has_gradients_when_the_encoder_shall_stay(decoder_only: bool) -> None:
     vae = pocket.autoencoder()
     images = torch.zeros(1, 3, 16, 16)
-    told = CodecMethod(vae, decoder_only).losses(images, draw(0, 0, 0))
+    told = AutoencoderTraining(vae, decoder_only).losses(images, draw(0, 0, 0))
     sum(value for value in told.values() if value.requires_grad).backward()
     assert all(p.grad is not None for p in vae.decoder.parameters())
     assert all((p.grad is None) == decoder_only for p in vae.encoder.parameters())

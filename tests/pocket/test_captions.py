@@ -7,14 +7,14 @@ import pytest
 
 from fewstep.pocket import captions
 from fewstep.pocket.captions import COLOURS, STYLE_WORDS, Background
-from fewstep.pocket.concepts import Concept, bare, held_out
+from fewstep.pocket.concepts import Concept, held_out, normalize_code
 
 APPLE = Concept("red apple", ("ripe",), ("fruit", "ripe"), "1f34e", "food-fruit", ("3d", "flat"))
 
 
 def lines(many: int = 400) -> list[str]:
     rng = np.random.Generator(np.random.Philox(key=1))
-    return [captions.sticker(APPLE, "3d", Background("pale blue"), rng) for _ in range(many)]
+    return [captions.sticker_caption(APPLE, "3d", Background("pale blue"), rng) for _ in range(many)]
 
 
 def test_captions_name_the_thing_and_vary() -> None:
@@ -39,7 +39,7 @@ def test_plurals(one: str, many: str) -> None:
 
 
 def test_plain_prompts_carry_the_first_style_word() -> None:
-    assert captions.plain(APPLE, "3d") == "red apple, 3D style"
+    assert captions.plain_prompt(APPLE, "3d") == "red apple, 3D style"
     assert set(STYLE_WORDS) == {"3d", "flat", "noto", "twemoji"}
 
 
@@ -50,6 +50,6 @@ def test_colours_are_apart() -> None:
 
 
 def test_codes_and_the_split_are_stable() -> None:
-    assert bare("2764-FE0F-200D-1F525") == "2764-200d-1f525"
+    assert normalize_code("2764-FE0F-200D-1F525") == "2764-200d-1f525"
     share = np.mean([held_out(f"thing {i}", "3d") for i in range(4000)])
     assert abs(share - 0.2) < 0.02

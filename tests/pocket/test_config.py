@@ -47,7 +47,7 @@ def test_a_seed_is_its_weights_and_leaves_the_global_state(family: Family) -> No
 def test_own_codec_and_text_encoders_are_used(family: Family) -> None:
     codec = pocket.autoencoder()
     texts = (family.parts["text_encoder"], family.parts["text_encoder_2"], None)
-    other = pocket.build(codec=codec, tokenizer=family.parts["tokenizer"], texts=texts)
+    other = pocket.build(codec=codec, tokenizer=family.parts["tokenizer"], text_encoders=texts)
     assert other.parts["vae"] is codec
     assert torch.equal(other.text(PROMPTS).context, family.text(PROMPTS).context[:, : pocket.LENGTH])
 

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.methods.base import StepRandom
 from fewstep.pocket import config as pocket
-from fewstep.pocket.text_distillation import PICTURE, TextBatch, TextEncoderDistillation
+from fewstep.pocket.text_distillation import LATENT_WEIGHT, TextBatch, TextEncoderDistillation
 from fewstep.pocket.text_encoder import TextEncodersWithHeads, patchify, unpatchify
 
 DRAW = StepRandom(np.random.default_rng(0), torch.Generator())
@@ -51,8 +51,8 @@ def batch(drawn: list[float]) -> TextBatch:
 def test_a_caption_without_a_picture_foretells_nothing() -> None:
     student, asked = learner(), batch([1.0, 0.0])
     off = TextEncoderDistillation(student).losses(asked, DRAW)["picture"]
-    expected = ((student(asked.ids)[1][0] - asked.picture[0]) ** 2).mean()
-    torch.testing.assert_close(off, PICTURE * expected)
+    expected = ((student(asked.ids)[1][0] - asked.latents[0]) ** 2).mean()
+    torch.testing.assert_close(off, LATENT_WEIGHT * expected)
 
 
 def test_the_cells_have_read_the_whole_prompt() -> None:
@@ -80,5 +80,5 @@ def test_the_clips_learn_the_mean_of_what_a_caption_may_mean() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    expected = asked.picture.mean(0)
+    expected = asked.latents.mean(0)
     assert ((student(asked.ids)[1][0] - expected) ** 2).mean() < 0.05 * (expected**2).mean()

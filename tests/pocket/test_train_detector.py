@@ -12,11 +12,11 @@ from tests.helpers import tiny_stickers
 
 from fewstep.methods.base import StepRandom
 from fewstep.pocket import render
-from fewstep.pocket.assemble import ComputeOptions
 from fewstep.pocket.detector import BoxDetector
-from fewstep.pocket.detector_data import DetectionDataset, Found
+from fewstep.pocket.detector_data import DetectionDataset, ObjectBox
 from fewstep.pocket.detector_loss import DetectorTraining
 from fewstep.pocket.detector_net import STRIDE
+from fewstep.pocket.options import ComputeOptions
 from fewstep.pocket.train_detector import collate, scene_detector
 from fewstep.runtime.ort import Graph
 from fewstep.train.trainer import train
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_targets_lead_back_to_the_things() -> None:
-    things = [Found(0.3, 0.7, 0.4), Found(0.9, 0.2, 0.25)]
+    things = [ObjectBox(0.3, 0.7, 0.4), ObjectBox(0.9, 0.2, 0.25)]
     page = np.zeros((128, 128, 3), np.uint8)
     batch = collate([(page, things), (page, things[:1])])
     side = 128 // STRIDE
@@ -59,7 +59,7 @@ def test_perfect_maps_cost_nothing(data: Path) -> None:
 
 
 def test_the_recipe_leaves_a_graph_that_says_what_the_net_says(data: Path, tmp_path: Path) -> None:
-    run = scene_detector(data=data, output=tmp_path, steps=2, batch_size=2, means=ComputeOptions(threads=1))
+    run = scene_detector(data=data, output=tmp_path, steps=2, batch_size=2, compute=ComputeOptions(threads=1))
     train(run)
     assert json.loads((tmp_path / "model/detector.json").read_text())["size"] == 128
     pictures = np.stack([DetectionDataset(render.load(data, 128))(i)[0].transpose(2, 0, 1) for i in range(3)])

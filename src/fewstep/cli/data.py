@@ -50,7 +50,7 @@ def stickers(
         build(
             output,
             size=size,
-            pictures=images,
+            num_images=images,
             scenes=scenes,
             seed=seed,
             workers=workers or os.cpu_count() or 1,

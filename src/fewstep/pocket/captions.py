@@ -1,16 +1,17 @@
-"""What people say for a picture: many phrasings, synonyms, cases and slips, drawn at random."""
+"""Random captions of stickers and scenes, as users write prompts: phrasings, synonyms, cases and typos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from fewstep.pocket.concepts import Concept
 
 Rng = np.random.Generator
+T = TypeVar("T")
 
 STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "3d": ("3D style", "3D", "3D render", "in 3D", "3D style", "glossy 3D style", "fluent 3D style"),
@@ -18,7 +19,7 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "noto": ("Noto style", "noto", "Noto emoji style", "in noto style", "Noto style", "google noto style"),
     "twemoji": ("Twemoji style", "twemoji", "in twemoji style", "Twemoji style", "twitter emoji style"),
 }
-"""Style -> ways to ask for it. The first is the one that the command line's ``--style`` uses."""
+"""Style -> phrases that ask for it. The first one is what the ``--style`` option adds to a prompt."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -86,7 +87,7 @@ _CLOSERS = (
     " drawing",
     " picture",
 )
-MOODS = (
+FILLER_ADJECTIVES = (
     "cute",
     "little",
     "big",
@@ -104,8 +105,8 @@ MOODS = (
     "typical",
     "classic",
 )
-"""Words that people add and that change nothing."""
-_WITHOUT = (
+"""Adjectives that leave the image unchanged."""
+_NEGATIONS = (
     "no text",
     "without text",
     "no people",
@@ -116,7 +117,7 @@ _WITHOUT = (
     "no words please",
     "not a photo",
 )
-_OTHERS = (
+_NEGATED_OBJECTS = (
     "a cat",
     "a dog",
     "a car",
@@ -134,8 +135,8 @@ _OTHERS = (
     "a flower",
     "a person",
 )
-"""What is named only to say that it is not wanted."""
-_ON = (
+"""Objects that a caption names only to exclude them."""
+_BACKGROUND_TEMPLATES = (
     "on a {} background",
     "on {} background",
     "with a {} background",
@@ -144,7 +145,7 @@ _ON = (
     "{} background",
     "in front of a {} backdrop",
 )
-NUMBERS = {2: ("two", "2", "a pair of", "two"), 3: ("three", "3", "three"), 4: ("four", "4", "four")}
+NUMBER_WORDS = {2: ("two", "2", "a pair of", "two"), 3: ("three", "3", "three"), 4: ("four", "4", "four")}
 _IRREGULAR = {
     "person": "people",
     "man": "men",
@@ -166,47 +167,51 @@ _IRREGULAR = {
 
 @dataclass(frozen=True)
 class Background:
-    """A background: one colour or, when ``second`` is set, a gradient to it. ``None`` names: plain white."""
+    """A background: one colour, or a vertical gradient from ``first`` to ``second``.
+
+    The colours are keys of :data:`COLOURS`. ``first=None`` is plain white.
+    """
 
     first: str | None = None
     second: str | None = None
 
     @property
-    def words(self) -> str | None:
+    def description(self) -> str | None:
+        """The colours in words; ``None`` for plain white."""
         return self.first if self.second is None else f"{self.first} to {self.second} gradient"
 
 
-def sticker(concept: Concept, style: str, ground: Background, rng: Rng) -> str:
-    """A caption of one sticker; about one in six names no style."""
-    thing = article(_name(concept, rng), rng)
-    look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
-    return finish(arrange(thing, look, background(ground, rng), rng), rng)
+def sticker_caption(concept: Concept, style: str, background: Background, rng: Rng) -> str:
+    """Return a caption of one sticker. About one in six names no style."""
+    subject = with_article(_name(concept, rng), rng)
+    style_phrase = choose(STYLE_WORDS[style], rng) if rng.random() < 0.84 else None
+    return add_variation(join_phrases(subject, style_phrase, background_phrase(background, rng), rng), rng)
 
 
-def things(
-    names: Sequence[str], relation: str | None, style: str | None, ground: Background, rng: Rng
+def scene_caption(
+    names: Sequence[str], relation: str | None, style: str | None, background: Background, rng: Rng
 ) -> str:
-    """A caption of a scene of two or more different things: ``names`` joined by ``relation`` or "and"."""
-    parts = [article(name, rng) for name in names]
+    """Return a caption of two or more objects, whose ``names`` are joined by ``relation`` or by "and"."""
+    parts = [with_article(name, rng) for name in names]
     joined = f" {relation} ".join(parts) if relation else ", ".join(parts[:-1]) + " and " + parts[-1]
-    look = pick(STYLE_WORDS[style], rng) if style and rng.random() < 0.7 else None
-    return finish(arrange(joined, look, background(ground, rng), rng), rng)
+    style_phrase = choose(STYLE_WORDS[style], rng) if style and rng.random() < 0.7 else None
+    return add_variation(join_phrases(joined, style_phrase, background_phrase(background, rng), rng), rng)
 
 
-def counted(concept: Concept, count: int, style: str, ground: Background, rng: Rng) -> str:
-    """A caption of two to four of one thing."""
-    look = pick(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
-    thing = f"{pick(NUMBERS[count], rng)} {plural(_name(concept, rng))}"
-    return finish(arrange(thing, look, background(ground, rng), rng), rng)
+def counted_caption(concept: Concept, count: int, style: str, background: Background, rng: Rng) -> str:
+    """Return a caption of ``count`` copies of one concept; ``count`` is 2 to 4."""
+    style_phrase = choose(STYLE_WORDS[style], rng) if rng.random() < 0.7 else None
+    subject = f"{choose(NUMBER_WORDS[count], rng)} {plural(_name(concept, rng))}"
+    return add_variation(join_phrases(subject, style_phrase, background_phrase(background, rng), rng), rng)
 
 
-def plain(concept: Concept, style: str) -> str:
-    """The canonical prompt of a pair: "red apple, 3D style"."""
+def plain_prompt(concept: Concept, style: str) -> str:
+    """Return the plain prompt of a concept in a style, such as "red apple, 3D style"."""
     return f"{concept.name}, {STYLE_WORDS[style][0]}"
 
 
 def plural(name: str) -> str:
-    """English plural of the last word; good enough for emoji labels."""
+    """Return ``name`` with its last word in the plural, by rules that suffice for emoji labels."""
     head, _, last = name.rpartition(" ")
     if last.lower() in _IRREGULAR:
         last = _IRREGULAR[last.lower()]
@@ -220,20 +225,20 @@ def plural(name: str) -> str:
 
 
 def _name(concept: Concept, rng: Rng) -> str:
-    """The label mostly, a synonym now and then, or both."""
+    """Return the concept's name (in 64 % of the cases), a synonym, or both."""
     draw = rng.random()
     if not concept.synonyms or draw < 0.64:
         return concept.name
-    synonym = pick(concept.synonyms, rng)
+    synonym = choose(concept.synonyms, rng)
     if draw < 0.9:
         return synonym
     return f"{concept.name} ({synonym})" if draw < 0.94 else f"{synonym} {concept.name}"
 
 
-def article(name: str, rng: Rng) -> str:
-    """The name with an article or without, now and then with a word that changes nothing."""
+def with_article(name: str, rng: Rng) -> str:
+    """Return the name with a random article or none, and in 8 % of the cases with a filler adjective."""
     if rng.random() < 0.08:
-        name = f"{pick(MOODS, rng)} {name}"
+        name = f"{choose(FILLER_ADJECTIVES, rng)} {name}"
     draw = rng.random()
     if draw < 0.45:
         return name
@@ -242,44 +247,49 @@ def article(name: str, rng: Rng) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def background(ground: Background, rng: Rng) -> str | None:
-    """A way to ask for the ground; plain white mostly needs none."""
-    if ground.first is None:
-        return pick(_ON, rng).format(pick(("white", "plain"), rng)) if rng.random() < 0.06 else None
-    return pick(_ON, rng).format(ground.words)
-
-
-def arrange(thing: str, look: str | None, ground: str | None, rng: Rng) -> str:
-    """Word order: the thing, its look and its ground, however people put them."""
-    comma = ", " if rng.random() < 0.6 else " "
-    if look is None:
+def background_phrase(background: Background, rng: Rng) -> str | None:
+    """Return a phrase that asks for the background, or ``None``. Plain white is mostly left unsaid."""
+    if background.first is None:
         return (
-            f"{ground}{comma}{thing}"
-            if ground and rng.random() < 0.1
-            else " ".join(filter(None, (thing, ground)))
+            choose(_BACKGROUND_TEMPLATES, rng).format(choose(("white", "plain"), rng))
+            if rng.random() < 0.06
+            else None
         )
-    tail = f"{comma}{ground}" if ground and rng.random() < 0.5 else f" {ground}" if ground else ""
+    return choose(_BACKGROUND_TEMPLATES, rng).format(background.description)
+
+
+def join_phrases(subject: str, style: str | None, background: str | None, rng: Rng) -> str:
+    """Join the subject, the style and the background in a random order, with or without commas."""
+    comma = ", " if rng.random() < 0.6 else " "
+    if style is None:
+        if background and rng.random() < 0.1:
+            return f"{background}{comma}{subject}"
+        return f"{subject} {background}" if background else subject
+    tail = ""
+    if background:
+        tail = f"{comma}{background}" if rng.random() < 0.5 else f" {background}"
     draw = rng.random()
-    if draw < 0.6 or look.startswith("in "):
-        return f"{thing}{comma}{look}{tail}" if rng.random() < 0.7 else f"{thing}{tail}{comma}{look}"
+    if draw < 0.6 or style.startswith("in "):
+        return f"{subject}{comma}{style}{tail}" if rng.random() < 0.7 else f"{subject}{tail}{comma}{style}"
     if draw < 0.8:
-        return f"{look} {thing}{tail}"
-    return f"{look}: {thing}{tail}" if draw < 0.87 else f"{thing}{tail} {look}"
+        return f"{style} {subject}{tail}"
+    return f"{style}: {subject}{tail}" if draw < 0.87 else f"{subject}{tail} {style}"
 
 
-def finish(text: str, rng: Rng) -> str:
-    """What people put around a caption: how they begin and end it, their cases and slips."""
-    text = pick(_OPENERS, rng) + text
+def add_variation(text: str, rng: Rng) -> str:
+    """Add random openers, closers, negations, upper case, typos and full stops to a caption."""
+    text = choose(_OPENERS, rng) + text
     draw = rng.random()
     if draw < 0.05:
-        text += pick(_CLOSERS, rng)
+        text += choose(_CLOSERS, rng)
     elif draw < 0.08:
-        text += f", {pick(_WITHOUT, rng)}"
+        text += f", {choose(_NEGATIONS, rng)}"
     elif draw < 0.09:
-        text += f"{pick((', not', ', and not', ' instead of', ' without'), rng)} {pick(_OTHERS, rng)}"
+        negation = choose((", not", ", and not", " instead of", " without"), rng)
+        text += f"{negation} {choose(_NEGATED_OBJECTS, rng)}"
     draw = rng.random()
     if draw < 0.03:
-        text = slip(text, rng)
+        text = add_typo(text, rng)
     elif draw < 0.06:
         text = text.upper()
     elif draw < 0.12:
@@ -287,8 +297,8 @@ def finish(text: str, rng: Rng) -> str:
     return text + ("." if rng.random() < 0.04 else "")
 
 
-def slip(text: str, rng: Rng) -> str:
-    """One typing slip: two neighbours swapped, a letter dropped or doubled."""
+def add_typo(text: str, rng: Rng) -> str:
+    """Return the text with one typo: two letters swapped, or one letter dropped or doubled."""
     at = int(rng.integers(0, max(1, len(text) - 1)))
     kind = int(rng.integers(3))
     if kind == 0:
@@ -296,6 +306,6 @@ def slip(text: str, rng: Rng) -> str:
     return text[:at] + text[at + 1 :] if kind == 1 else text[:at] + text[at : at + 1] + text[at:]
 
 
-def pick(options: Sequence[Any], rng: Rng) -> Any:
-    """One of the options, each as likely."""
+def choose(options: Sequence[T], rng: Rng) -> T:
+    """Return one of the options, drawn uniformly."""
     return options[int(rng.integers(len(options)))]

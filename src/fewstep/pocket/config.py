@@ -1,6 +1,6 @@
-"""Pocket: an SD3 of small configuration, 128 px, made to be trained on a laptop.
+"""The configuration of Pocket, a small SD3 for images of 128 px that trains on a laptop.
 
-It is not another model: the same classes, and ``sd3.load`` and ``sd3.save`` serve it.
+Its parts are the classes of SD3: ``sd3.load`` and ``sd3.save`` work for it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from fewstep.families.base import Family
 from fewstep.families.sd3 import assemble
 
 LENGTH = 32
-"""Tokens of a prompt, for each of the three encoders."""
+"""Tokens per prompt, the same for each of the three text encoders."""
 
 CELLS = 16
-"""The last positions of a prompt, one for each cell of a 4 x 4 grid laid over the picture.
+"""Number of prompt positions, the last ones, that predict one cell each of a 4 x 4 grid over the image.
 
-A CLIP reads from left to right, so what stands after the last word has read the whole prompt. There the two
-CLIPs say where they expect what (:mod:`fewstep.pocket.text_encoder`). Few prompts are so long as to reach
-them.
+A CLIP's attention is causal, so the positions after the last word depend on the whole prompt. Few prompts are
+so long that their words reach the last positions. See :mod:`fewstep.pocket.text_encoder`.
 """
 
 TOKENS = 64 + 2 * LENGTH
-"""What the MMDiT attends to at most: a picture of 128 px, and the words of the CLIPs and of T5."""
+"""Longest sequence of the MMDiT: the patches of a 128 px image, and the tokens of the CLIPs and of T5."""
 
 VOCAB = 8192
+"""Size of the tokenizer's vocabulary."""
 
 
 def byte_tokenizer(length: int = LENGTH) -> Any:
-    """A CLIP tokenizer whose vocabulary is the 256 bytes, plain and word-final: before any BPE is learnt."""
+    """Return a CLIP tokenizer whose vocabulary is the 256 bytes, plain and word-final, without merges."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -40,7 +40,7 @@ def byte_tokenizer(length: int = LENGTH) -> Any:
 
 
 def transformer() -> Any:
-    """The MMDiT: 8 layers of width 256, patches of 2 x 2 latents; positions reach to 256 px."""
+    """Return a fresh MMDiT of 8 layers of width 256, with patches of 2 x 2 latents, for up to 256 px."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -59,8 +59,8 @@ def transformer() -> Any:
     )
 
 
-def clip(tokenizer: Any, act: str) -> Any:
-    """One of the two CLIP text encoders, 192 wide; ``act`` is its activation."""
+def clip(tokenizer: Any, activation: str) -> Any:
+    """Return a fresh CLIP text encoder of width 192; ``act`` is its activation."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(
@@ -72,7 +72,7 @@ def clip(tokenizer: Any, act: str) -> Any:
             num_hidden_layers=4,
             num_attention_heads=3,
             max_position_embeddings=LENGTH,
-            hidden_act=act,
+            hidden_act=activation,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -81,7 +81,7 @@ def clip(tokenizer: Any, act: str) -> Any:
 
 
 def t5(tokenizer: Any) -> Any:
-    """The T5 encoder, 384 wide; it can be left out."""
+    """Return a fresh T5 encoder of width 384."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -100,21 +100,21 @@ def t5(tokenizer: Any) -> Any:
         )
     )
     with torch.no_grad():
-        encoder.shared.weight.mul_(0.05)  # embeddings of unit size, T5's own start, hardly move at our rates
+        encoder.shared.weight.mul_(0.05)  # embeddings of unit size hardly change at Pocket's rates
     return encoder
 
 
 def autoencoder() -> Any:
-    """A light KL autoencoder, f8 with 16 channels as SD3's."""
+    """Return a fresh KL autoencoder that downscales by 8 to 16 channels, as SD3's."""
     from diffusers import AutoencoderKL
 
-    shape: dict[str, Any] = {
+    blocks: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "block_out_channels": (16, 32, 64, 128),
     }
     return AutoencoderKL(
-        **shape,
+        **blocks,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=8,
@@ -132,15 +132,15 @@ def build(
     *,
     codec: Any = None,
     tokenizer: Any = None,
-    texts: tuple[Any, Any, Any] | None = None,
+    text_encoders: tuple[Any, Any, Any] | None = None,
 ) -> Family:
-    """A Pocket with fresh random weights.
+    """Return a Pocket with fresh weights.
 
     Args:
-        seed: of the weights; torch's global random state stays as it was.
+        seed: seed of the weights; torch's global random state is unchanged.
         codec: an ``AutoencoderKL`` or ``AutoencoderTiny``; by default :func:`autoencoder`.
-        tokenizer: shared by the encoders; by default :func:`byte_tokenizer`.
-        texts: the two CLIPs and T5 (or ``None`` for no T5); by default fresh ones.
+        tokenizer: shared by the text encoders; by default :func:`byte_tokenizer`.
+        text_encoders: the two CLIPs and T5 (or ``None`` for no T5); by default fresh ones.
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -150,7 +150,7 @@ def build(
         torch.manual_seed(seed)
         net = transformer()
         vae = codec or autoencoder()
-        first, second, third = texts or (
+        text_encoder, text_encoder_2, text_encoder_3 = text_encoders or (
             clip(tokenizer, "quick_gelu"),
             clip(tokenizer, "gelu"),
             t5(tokenizer),
@@ -161,10 +161,10 @@ def build(
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
-        "tokenizer_3": tokenizer if third is not None else None,
-        "text_encoder": first,
-        "text_encoder_2": second,
-        "text_encoder_3": third,
+        "tokenizer_3": tokenizer if text_encoder_3 is not None else None,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "text_encoder_3": text_encoder_3,
     }
     return assemble(parts, name="pocket")
 
@@ -172,13 +172,13 @@ def build(
 def zero_gates(net: Any) -> None:
     """Zero the modulations and the last layer in place, so that every block starts as the identity.
 
-    The start of training from scratch (adaLN-Zero: Peebles and Xie, arXiv 2212.09748, section 3.2).
+    This is the initialization adaLN-Zero (Peebles and Xie, arXiv 2212.09748, section 3.2).
     """
     import torch
 
-    starts = [net.norm_out.linear, net.proj_out]
+    layers = [net.norm_out.linear, net.proj_out]
     for block in net.transformer_blocks:
-        starts += [block.norm1.linear, block.norm1_context.linear]
-    for layer in starts:
+        layers += [block.norm1.linear, block.norm1_context.linear]
+    for layer in layers:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)

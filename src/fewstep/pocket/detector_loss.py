@@ -1,42 +1,49 @@
-"""The detector of the scene score: where things are, and how large."""
+"""The training loss of the scene detector."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.methods.base import Losses, StepRandom, Update
 
+if TYPE_CHECKING:
+    import torch
+
+    from fewstep.pocket.detector_net import Detector
+
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures and their things.
+class DetectionBatch:
+    """Images with the detector's targets.
 
     Attributes:
         images: float32 ``[B, 3, h, w]`` in 0..255.
-        heat: 1 at the cell of every centre, falling off around it, ``[B, 1, H, W]``.
+        heat: target of the heat map, ``[B, 1, H, W]``: 1 at the cell of every centre, less around it.
         cells: the cells of the N centres as ``b * H * W + row * W + column``, int64 ``[N]``.
         boxes: offset of the centre from its cell's (x, y; in cells) and log of the side, ``[N, 3]``.
     """
 
-    images: Any
-    heat: Any
-    cells: Any
-    boxes: Any
+    images: torch.Tensor
+    heat: torch.Tensor
+    cells: torch.Tensor
+    boxes: torch.Tensor
 
 
 @dataclass(frozen=True)
 class DetectorTraining:
-    """The focal loss of the heat (arXiv 1904.07850, equation 1) and the error of boxes.
+    """Train the detector with a focal loss on the heat map and an absolute error on the boxes.
+
+    Source: Zhou, Wang and Krähenbühl, arXiv 1904.07850, equation 1.
 
     Attributes:
-        net: a :class:`fewstep.pocket.detector_net.Detector`.
-        heat: weight of the heat's loss.
-        box: weight of the boxes' absolute error.
+        net: the detector.
+        heat: weight of the focal loss.
+        box: weight of the boxes' error.
     """
 
-    net: Any
+    net: Detector
     heat: float = 1.0
     box: float = 1.0
 
@@ -47,26 +54,26 @@ class DetectorTraining:
     def turns(self, step: int) -> Sequence[Update]:
         return [Update("net", self.losses)]
 
-    def losses(self, batch: Pictures, draw: StepRandom) -> Losses:
-        """Boxes are learnt at the centres alone."""
+    def losses(self, batch: DetectionBatch, draw: StepRandom) -> Losses:
+        """Return the weighted losses. The error of boxes counts at the objects' centres alone."""
         import torch
 
         images = batch.images.contiguous(memory_format=torch.channels_last)
         heat, box = self.net.maps(images)
-        seen = box.permute(0, 2, 3, 1).flatten(0, 2)[batch.cells].float()
+        predicted = box.permute(0, 2, 3, 1).flatten(0, 2)[batch.cells].float()
         return {
             "heat": self.heat * _focal(heat.float(), batch.heat) / len(batch.cells),
-            "box": self.box * (seen - batch.boxes).abs().mean(),
+            "box": self.box * (predicted - batch.boxes).abs().mean(),
         }
 
 
-def _focal(logits: Any, target: Any) -> Any:
-    """Penalty-reduced focal loss, alpha 2 and beta 4, summed; near a centre a false peak costs little."""
+def _focal(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the summed focal loss, alpha 2 and beta 4. False peaks near a centre cost little."""
     import torch
     import torch.nn.functional as F
 
-    chance = torch.sigmoid(logits)
-    there = (target == 1).float()
-    hit = -F.logsigmoid(logits) * (1 - chance) ** 2 * there
-    miss = -F.logsigmoid(-logits) * chance**2 * (1 - target) ** 4 * (1 - there)
-    return (hit + miss).sum()
+    probability = torch.sigmoid(logits)
+    is_centre = (target == 1).float()
+    positive = -F.logsigmoid(logits) * (1 - probability) ** 2 * is_centre
+    negative = -F.logsigmoid(-logits) * probability**2 * (1 - target) ** 4 * (1 - is_centre)
+    return (positive + negative).sum()

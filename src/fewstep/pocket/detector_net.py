@@ -1,7 +1,7 @@
-"""A small detector of things on a plain ground: where they are and how large, not what (floor 2, torch).
+"""A small class-agnostic detector of objects on a plain background.
 
-After CenterNet (Zhou, Wang and Krähenbühl, *Objects as Points*, arXiv 1904.07850): a thing is a peak of a
-heat map, and its box is read at the peak.
+It follows CenterNet (Zhou, Wang and Krähenbühl, *Objects as Points*, arXiv 1904.07850): an object is a peak
+of a heat map, and its box is predicted at the peak.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 STRIDE = 8
-"""Pixels of the picture a cell of the maps, either way."""
+"""Pixels per cell of the maps, in height and in width."""
 
 
 class Detector(nn.Module):
-    """Pictures to maps of cells, three quarters of a million weights."""
+    """Predict a heat map of object centres and a map of boxes. It has 0.75 M weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,18 +27,21 @@ class Detector(nn.Module):
         nn.init.constant_(self.heat.bias, -4.0)  # few cells are centres
 
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B, 3, h, w]`` in 0..255 -> logits of the heat ``[B, 1, H, W]`` and boxes ``[B, 3, H, W]``.
+        """Return the logits of the heat map ``[B, 1, H, W]`` and the boxes ``[B, 3, H, W]``.
 
-        A box is the offset of its centre from the cell's (x, y; in cells), and the log of its side in units
-        of the picture's.
+        A box is the offset of its centre from the cell's centre (x, y; in cells), and the log of its side
+        relative to the image's side.
+
+        Args:
+            images: ``[B, 3, h, w]`` in 0..255.
         """
         fine = self.fine(images / 64 - 2)
-        wide = nn.functional.interpolate(self.up(self.coarse(fine)), scale_factor=2.0, mode="bilinear")
-        joined = self.joined(torch.relu(self.across(fine) + wide))
+        coarse = nn.functional.interpolate(self.up(self.coarse(fine)), scale_factor=2.0, mode="bilinear")
+        joined = self.joined(torch.relu(self.across(fine) + coarse))
         return self.heat(joined), self.box(joined)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the graph has it: heat in 0..1, and boxes."""
+        """Return what the exported graph returns: the heat map in 0..1, and the boxes."""
         heat, box = self.maps(images)
         return torch.sigmoid(heat), box
 
@@ -55,7 +58,9 @@ class _Block(nn.Module):
         return torch.relu(x + self.second(self.first(x)))
 
 
-def _conv(wide: int, out: int, stride: int = 1) -> nn.Sequential:
+def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(wide, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
     )

@@ -1,4 +1,4 @@
-"""Captions with their truth, and the words of the language: what text encoders are made from."""
+"""Captions with labels of what they ask for: the training texts of Pocket's text encoders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.core.types import UserError
 from fewstep.data.captions import truths_of
@@ -16,59 +17,81 @@ from fewstep.pocket.captions import COLOURS
 from fewstep.pocket.concepts import Concept
 from fewstep.pocket.sources import STYLES
 
-HINTS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
-"""Style -> letters that each of its wordings holds, in lower case."""
+STYLE_SUBSTRINGS = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
+"""Style -> a substring of each of its phrases, in lower case."""
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Texts, and rows of what they ask for: indices into ``labels``; ``None`` where nobody knows."""
+class LabelledCaptions:
+    """Captions and their labels.
+
+    Attributes:
+        texts: the captions.
+        label_ids: for each caption the indices of its labels into ``label_names``; ``None`` if unknown.
+        label_names: the names of all concepts, styles and background colours.
+    """
 
     texts: list[str]
-    asked: list[list[int] | None]
-    labels: list[str]
+    label_ids: list[list[int] | None]
+    label_names: list[str]
 
-    def table(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Each text's labels, ``[N, most]``: behind the last one, and where nobody knows, ``len(labels)``."""
-        most = max(len(asked or ()) for asked in self.asked)
-        table = np.full((len(self.texts), most), len(self.labels))
-        for row, asked in zip(table, self.asked, strict=True):
-            row[: len(asked or ())] = asked or ()
+    def label_table(self) -> NDArray[np.int64]:
+        """Return the label indices of each text, ``[N, most]``, padded with ``len(label_names)``."""
+        most = max(len(ids or ()) for ids in self.label_ids)
+        table = np.full((len(self.texts), most), len(self.label_names))
+        for row, ids in zip(table, self.label_ids, strict=True):
+            row[: len(ids or ())] = ids or ()
         return table
 
 
-def captions(
-    shards: Sequence[Path], many: int, concepts: Sequence[Concept], words: Sequence[str]
-) -> Captions:
-    """``many`` captions of the shards, then every name and synonym alone, then ``words`` of unknown truth."""
-    labels = [c.name for c in concepts] + [f"style {s}" for s in STYLES] + [f"ground {c}" for c in COLOURS]
-    place = {label: i for i, label in enumerate(labels)}
+def load(
+    shards: Sequence[Path], count: int, concepts: Sequence[Concept], words: Sequence[str]
+) -> LabelledCaptions:
+    """Return captions of the shards, then every concept's name and synonyms, then ``words`` without labels.
+
+    Args:
+        shards: Shards of the stickers data set.
+        count: Number of captions to read from them.
+        concepts: The concepts of the renderings.
+        words: Words whose labels are unknown.
+
+    Raises:
+        UserError: A shard is broken, or its ground truth does not match ``concepts``.
+    """
+    label_names = (
+        [c.name for c in concepts] + [f"style {s}" for s in STYLES] + [f"ground {c}" for c in COLOURS]
+    )
+    label_index = {label: i for i, label in enumerate(label_names)}
     texts: list[str] = []
-    asked: list[list[int] | None] = []
-    for truth in islice(truths_of(shards), many):
+    label_ids: list[list[int] | None] = []
+    for truth in islice(truths_of(shards), count):
         texts.append(truth["prompt"])
-        asked.append(_asked(truth, place) if "objects" in truth else None)
+        label_ids.append(_labels_in_caption(truth, label_index) if "objects" in truth else None)
     for concept in concepts:
         for name in (concept.name, *concept.synonyms):
             texts.append(name)
-            asked.append([place[concept.name]])
+            label_ids.append([label_index[concept.name]])
     texts += words
-    asked += [None] * len(words)
-    return Captions(texts, asked, labels)
+    label_ids += [None] * len(words)
+    return LabelledCaptions(texts, label_ids, label_names)
 
 
-def _asked(truth: dict[str, Any], place: dict[str, int]) -> list[int]:
-    """Concepts always; styles and grounds only where the caption says them (else nobody could know)."""
-    said = truth["prompt"].lower()
-    objects, ground = truth["objects"], truth.get("ground")
-    if ground is None:
+def _labels_in_caption(truth: dict[str, Any], label_index: dict[str, int]) -> list[int]:
+    """Return the labels of a sample's concepts, and of the styles and backgrounds that its caption names."""
+    caption = truth["prompt"].lower()
+    objects, background = truth["objects"], truth.get("ground")
+    if background is None:
         raise UserError("the shards say what is there, but not on which ground: make them again")
-    for each in objects:
-        if each["concept"] not in place or each["style"] not in HINTS:
-            what = f"{each['concept'][:40]!r} of style {each['style'][:40]!r}"
-            raise UserError(f"the shards show {what}, of which there is no rendering: make them again")
-    found = {place[o["concept"]] for o in objects}
-    found |= {place[f"style {o['style']}"] for o in objects if HINTS[o["style"]] in said}
-    grounds = ground.removesuffix(" gradient").split(" to ")
-    found |= {place[f"ground {g}"] for g in grounds if g in COLOURS and g in said}
-    return sorted(found)
+    for placed in objects:
+        if placed["concept"] not in label_index or placed["style"] not in STYLE_SUBSTRINGS:
+            pair = f"{placed['concept'][:40]!r} of style {placed['style'][:40]!r}"
+            raise UserError(f"the shards show {pair}, of which there is no rendering: make them again")
+    labels = {label_index[placed["concept"]] for placed in objects}
+    labels |= {
+        label_index[f"style {placed['style']}"]
+        for placed in objects
+        if STYLE_SUBSTRINGS[placed["style"]] in caption
+    }
+    colours = background.removesuffix(" gradient").split(" to ")
+    labels |= {label_index[f"ground {c}"] for c in colours if c in COLOURS and c in caption}
+    return sorted(labels)

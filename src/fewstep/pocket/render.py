@@ -1,4 +1,4 @@
-"""Emoji to RGBA pictures, once, into one memory-mapped array."""
+"""Render emoji to RGBA images, kept in one memory-mapped array."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from fewstep.pocket.sources import STYLES, read_json
 
 @dataclass(frozen=True)
 class Renderings:
-    """Every (concept, style) pair as a picture.
+    """The images of all (concept, style) pairs.
 
     Attributes:
-        concepts: what they show.
+        concepts: the concepts.
         pairs: row -> (index of the concept, style).
-        pictures: uint8 ``[N, size, size, 4]``, straight alpha.
+        images: uint8 ``[N, size, size, 4]``, straight alpha.
     """
 
     concepts: list[Concept]
     pairs: list[tuple[int, str]]
-    pictures: np.ndarray[Any, np.dtype[np.uint8]]
+    images: np.ndarray[Any, np.dtype[np.uint8]]
 
     @property
     def size(self) -> int:
-        return int(self.pictures.shape[1])
+        return int(self.images.shape[1])
 
 
 @dataclass(frozen=True)
@@ -55,47 +55,56 @@ def render_all(
     workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Renderings:
-    """Rasterise all pairs into ``folder/renderings-SIZE.npy`` (kept when it is there) and open it."""
+    """Render all pairs into ``folder/renderings-SIZE.npy``, unless they are there, and open the file.
+
+    Args:
+        packages: Style -> folder of the unpacked package.
+        concepts: The concepts to render.
+        folder: Where the files go.
+        size: Side of the images, pixels.
+        workers: Number of processes.
+        progress: Called with the number of images rendered and their total.
+    """
     pairs = [(i, style) for style in STYLES for i, c in enumerate(concepts) if style in c.styles]
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
-    wanted = {"concepts": [asdict(c) for c in concepts], "pairs": pairs, "size": size}
-    if not (store.exists() and index.exists() and read_json(index) == json.loads(json.dumps(wanted))):
+    expected = {"concepts": [asdict(c) for c in concepts], "pairs": pairs, "size": size}
+    if not (store.exists() and index.exists() and read_json(index) == json.loads(json.dumps(expected))):
         jobs = _jobs(packages, concepts, pairs, size)
         with replacing_file(store) as fresh, pool(workers) as executor:
             out = np.lib.format.open_memmap(fresh, "w+", np.uint8, (len(jobs), size, size, 4))
-            for row, picture in enumerate(executor.map(_draw, jobs, chunksize=32)):
-                out[row] = picture
+            for row, image in enumerate(executor.map(_render_one, jobs, chunksize=32)):
+                out[row] = image
                 progress(row + 1, len(jobs))
             out.flush()
-        write(index, json.dumps(wanted).encode())
-    return _opened(concepts, pairs, store, size)
+        write(index, json.dumps(expected).encode())
+    return _open(concepts, pairs, store, size)
 
 
 def load(folder: Path, size: int) -> Renderings:
-    """Open what :func:`render_all` wrote.
+    """Open the files that :func:`render_all` wrote.
 
     Raises:
-        UserError: nothing was rendered there at this size, or a file is damaged.
+        UserError: The folder has no renderings of this size, or a file is damaged.
     """
     index, store = folder / f"renderings-{size}.json", folder / f"renderings-{size}.npy"
     if not (store.exists() and index.exists()):
         raise UserError(f"{folder} holds no renderings at {size} px; run: fewstep data stickers -o {folder}")
-    read: _Index = read_json(index, _Index)
-    return _opened(read.concepts, read.pairs, store, size)
+    contents: _Index = read_json(index, _Index)
+    return _open(contents.concepts, contents.pairs, store, size)
 
 
-def _opened(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, size: int) -> Renderings:
-    """The renderings in ``store``.
+def _open(concepts: list[Concept], pairs: list[tuple[int, str]], store: Path, size: int) -> Renderings:
+    """Open the array ``store``.
 
     Raises:
-        UserError: it holds other arrays, or pairs of what is no concept.
+        UserError: The array has another shape or type, or a pair is of an unknown concept or style.
     """
-    again = "delete it and run fewstep data stickers again"
+    advice = "delete it and run fewstep data stickers again"
     images = read_array(store)
     if images.shape != (len(pairs), size, size, 4) or images.dtype != np.uint8:
-        raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {again}")
-    if any(not 0 <= place < len(concepts) or style not in STYLES for place, style in pairs):
-        raise UserError(f"{store.with_suffix('.json')} names pairs of unknown concepts; {again}")
+        raise UserError(f"{store} holds {images.dtype} {images.shape}, not its pairs' renderings; {advice}")
+    if any(not 0 <= index < len(concepts) or style not in STYLES for index, style in pairs):
+        raise UserError(f"{store.with_suffix('.json')} names pairs of unknown concepts; {advice}")
     return Renderings(concepts, pairs, images)
 
 
@@ -116,7 +125,7 @@ def _jobs(
 
 
 def _svg(icons: dict[str, Any], name: str, size: int) -> str:
-    """A complete drawing, its longer side ``size`` pixels."""
+    """Return an icon as a complete SVG whose longer side is ``size`` pixels."""
     icon = icons["icons"][name]
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
     left, top, scale = icon.get("left", 0), icon.get("top", 0), size / max(width, height)
@@ -127,14 +136,14 @@ def _svg(icons: dict[str, Any], name: str, size: int) -> str:
     )
 
 
-def _draw(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _render_one(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     kind, data, size = job
-    picture = (
+    image = (
         _rasterise(data.decode())
         if kind == "svg"
         else decode(data, "a rendering of a package").convert("RGBA")
     )
-    return np.asarray(_trim(picture).resize((size, size), Image.Resampling.LANCZOS), np.uint8)
+    return np.asarray(_trim(image).resize((size, size), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _rasterise(svg: str) -> Image.Image:
@@ -145,13 +154,13 @@ def _rasterise(svg: str) -> Image.Image:
     return decode(resvg.render(tree, identity), "resvg's PNG").convert("RGBA")
 
 
-def _trim(picture: Image.Image) -> Image.Image:
-    """Crop to what is visible and centre it on a transparent square, so that styles agree on size."""
-    box = picture.getchannel("A").point([255 * (a > 8) for a in range(256)]).getbbox()
+def _trim(image: Image.Image) -> Image.Image:
+    """Crop to the visible pixels and centre them on a transparent square, so that styles agree in size."""
+    box = image.getchannel("A").point([255 * (a > 8) for a in range(256)]).getbbox()
     if box is None:
-        return picture
-    cut = picture.crop(box)
-    side = max(cut.size)
+        return image
+    cropped = image.crop(box)
+    side = max(cropped.size)
     square = Image.new("RGBA", (side, side))
-    square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    square.paste(cropped, ((side - cropped.width) // 2, (side - cropped.height) // 2))
     return square

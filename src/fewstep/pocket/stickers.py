@@ -1,4 +1,4 @@
-"""The stickers data set, whole: fetch, rasterise, compose, write; and evaluation's references."""
+"""Build the stickers data set, and the reference images of its evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """One rendering, plain and centred, with its prompt; ``image`` uint8 ``[3, size, size]``."""
+    """A rendering centred on plain white, with its plain prompt; ``image`` is uint8 ``[3, size, size]``."""
 
     concept: str
     style: str
@@ -31,81 +31,92 @@ class Reference:
 
 
 def build(
-    folder: Path, *, size: int, pictures: int, scenes: float, seed: int, workers: int, progress: Progress
+    folder: Path, *, size: int, num_images: int, scenes: float, seed: int, workers: int, progress: Progress
 ) -> None:
-    """Make the data set in ``folder``; what an interrupted run left is kept and gone on from.
+    """Fetch, render and compose the data set into ``folder``. An interrupted build continues.
+
+    Args:
+        folder: Where the data set goes.
+        size: Side of the images, pixels.
+        num_images: Training images; a twentieth as many, at least 256, are held out.
+        scenes: Share of images with more than one object.
+        seed: Seed of the training images; the held-out images use the next one.
+        workers: Number of processes.
+        progress: Called with a stage, the items done and their total.
 
     Raises:
-        UserError: the folder holds a data set of other options, or a package cannot be fetched.
+        UserError: The folder holds a data set of other options, or a package cannot be fetched.
     """
     options = {
         "size": size,
-        "pictures": pictures,
+        "pictures": num_images,
         "scenes": scenes,
         "seed": seed,
         "composer": compose.VERSION,
         "packages": {p.name: p.version for p in sources.PACKAGES.values()},
     }
-    _claim(folder, options)
+    _check_options(folder, options)
     packages = sources.fetch(folder / "packages", lambda line: progress(line, 0, 0))
     write(folder / "LICENCES.md", sources.licence_table().encode())
-    found = concepts.load(packages)
+    all_concepts = concepts.load(packages)
     rendered = render.render_all(
-        packages, found, folder, size, workers, lambda d, t: progress("rasterising emoji", d, t)
+        packages, all_concepts, folder, size, workers, lambda d, t: progress("rasterising emoji", d, t)
     )
     train = Composer(rendered, size, seed, scenes)
     write_shards.write(
         train,
         folder / "train",
         "train",
-        pictures,
+        num_images,
         1000,
         workers,
         lambda d, t: progress("writing training shards", d, t),
     )
-    held = Composer(rendered, size, seed + 1, scenes, training=False)
-    many = max(256, pictures // 20)
+    heldout = Composer(rendered, size, seed + 1, scenes, training=False)
+    num_heldout = max(256, num_images // 20)
     write_shards.write(
-        held,
+        heldout,
         folder / "heldout",
         "heldout",
-        many,
+        num_heldout,
         1000,
         workers,
         lambda d, t: progress("writing held-out shards", d, t),
     )
 
 
-def _claim(folder: Path, options: dict[str, Any]) -> None:
-    """Refuse to mix two data sets in one folder, or ours with what somebody else has there."""
+def _check_options(folder: Path, options: dict[str, Any]) -> None:
+    """Check that ``folder`` holds no data set of other options and no other files of these names."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "stickers.json"
+    options_file = folder / "stickers.json"
     names = ("LICENCES.md", "renderings-*", "train/train-*.tar", "heldout/heldout-*.tar")
-    others = [path for name in names for path in folder.glob(name)]
-    if others and not note.exists():
+    existing = [path for name in names for path in folder.glob(name)]
+    if existing and not options_file.exists():
         raise UserError(
-            f"{others[0]} was not made by fewstep data stickers (there is no {note.name}); "
+            f"{existing[0]} was not made by fewstep data stickers (there is no {options_file.name}); "
             "choose another folder with -o"
         )
-    if note.exists() and (there := sources.read_json(note, dict[str, Any])) != options:
-        changed = ", ".join(k for k in options if there.get(k) != options[k])
+    if options_file.exists() and (saved := sources.read_json(options_file, dict[str, Any])) != options:
+        changed = ", ".join(k for k in options if saved.get(k) != options[k])
         raise UserError(f"{folder} holds stickers made with another {changed}; choose another folder with -o")
-    write(note, json.dumps(options, indent=1).encode())
+    write(options_file, json.dumps(options, indent=1).encode())
 
 
 def references(folder: Path, size: int = 128) -> list[Reference]:
-    """All renderings on plain white, as the canonical prompt of each pair asks for them.
+    """Return all renderings on plain white, with the plain prompt of each pair.
 
     Raises:
-        UserError: nothing was rendered there at this size.
+        UserError: The folder has no renderings of this size.
     """
     rendered = render.load(folder, size)
     composer = Composer(rendered, size)
-    out: list[Reference] = []
+    result: list[Reference] = []
     for row, (index, style) in enumerate(rendered.pairs):
         concept = rendered.concepts[index]
         rng = np.random.Generator(np.random.Philox(key=[7, row]))
-        picture = np.asarray(composer.sticker(row, rng, Background()).image).transpose(2, 0, 1)
-        held = concepts.held_out(concept.name, style)
-        out.append(Reference(concept.name, style, held, picture, captions.plain(concept, style)))
-    return out
+        image = np.asarray(composer.sticker(row, rng, Background()).image).transpose(2, 0, 1)
+        is_held_out = concepts.held_out(concept.name, style)
+        result.append(
+            Reference(concept.name, style, is_held_out, image, captions.plain_prompt(concept, style))
+        )
+    return result

@@ -51,7 +51,7 @@ class TemplateBank:
     def __init__(self, renderings: Renderings) -> None:
         self.concepts = {concept.name: place for place, concept in enumerate(renderings.concepts)}
         self._at = np.array([index for index, _ in renderings.pairs])
-        cells = np.stack([_cells(picture) for picture in renderings.pictures])
+        cells = np.stack([_cells(picture) for picture in renderings.images])
         self._colour = np.ascontiguousarray(cells[..., :3].transpose(0, 3, 1, 2)).reshape(len(cells), -1)
         self._cover = cells[..., 3].reshape(len(cells), -1)
         # |x|^2 of a rendering x = colour - cover * ground is a polynomial in the ground.

@@ -1,78 +1,87 @@
-"""Small text encoders that learn what a large one knows.
+"""Distillation of a sentence encoder into Pocket's small text encoders.
 
-SD3's encoders come trained; Pocket's are made here. Each is asked for the meaning that a pretrained sentence
-encoder sees in the caption (distillation), and for what the picture truly holds: concepts, styles, ground.
-The CLIPs together foretell the picture besides. Their best guess is the mean of all pictures of that caption:
-just what a flow needs to know for its step out of pure noise, where v = eps - E[x_0 | caption].
+Each encoder learns to predict the embedding that the sentence encoder gives a caption, and the caption's
+labels: concepts, styles and background colours. The two CLIPs together also predict the image's latents.
+Their best prediction is the mean over all images of that caption, E[x_0 | caption]. This is what the
+velocity needs in the step from pure noise, where v = eps - E[x_0 | caption].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.methods.base import Losses, StepRandom, Update
 
-PICTURE = 10.0
-"""Weight of the cells' squared error."""
+if TYPE_CHECKING:
+    import torch
+
+    from fewstep.pocket.text_encoder import TextEncodersWithHeads
+
+LATENT_WEIGHT = 10.0
+"""Weight of the squared error of the predicted latents."""
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Captions and what they mean.
+    """Captions with their targets.
 
     Attributes:
-        ids: one entry an encoder, int64 ``[B, L]``; an encoder that learns less gets the first rows only.
-        meaning: unit vectors of the sentence encoder, ``[B, M]``.
-        truth: multi-hot over concepts, styles and grounds, ``[B, K]``.
-        known: 1 where the truth is known, else 0, ``[B]``.
-        picture: the picture's latents, cut into cells, ``[B, N, V]``.
-        drawn: 1 where there is a picture, else 0, ``[B]``.
+        ids: token ids for each encoder, int64 ``[B, L]``; T5 may get only the first rows.
+        embedding: unit embeddings of the sentence encoder, ``[B, M]``.
+        labels: multi-hot over concepts, styles and background colours, ``[B, K]``.
+        has_labels: 1 where the labels are known, else 0, ``[B]``.
+        latents: the image's latents, cut into cells, ``[B, N, V]``.
+        has_image: 1 where the caption has an image, else 0, ``[B]``.
     """
 
-    ids: Sequence[Any]
-    meaning: Any
-    truth: Any
-    known: Any
-    picture: Any
-    drawn: Any
+    ids: Sequence[torch.Tensor]
+    embedding: torch.Tensor
+    labels: torch.Tensor
+    has_labels: torch.Tensor
+    latents: torch.Tensor
+    has_image: torch.Tensor
 
 
 @dataclass(frozen=True)
 class TextEncoderDistillation:
-    """All encoders learn at once, each through heads of its own that are thrown away afterwards.
+    """Train all encoders at once, each through prediction heads that are discarded afterwards.
 
     Attributes:
-        student: a module that maps ``ids`` to views and cells
-            (:class:`fewstep.pocket.text_encoder.TextEncodersWithHeads`).
+        student: the encoders with their heads.
     """
 
-    student: Any
+    student: TextEncodersWithHeads
 
     @property
-    def nets(self) -> dict[str, Any]:
+    def nets(self) -> dict[str, TextEncodersWithHeads]:
         return {"student": self.student}
 
     def turns(self, step: int) -> Sequence[Update]:
         return [Update("student", self.losses)]
 
     def losses(self, batch: TextBatch, draw: StepRandom) -> Losses:
-        """For every view the cosine distance to the meaning and the cross-entropy of the truth; for the cells
-        the squared error. The weights bring the three to one size at the start."""
+        """Return three losses, weighted to be of similar size at the start of training.
+
+        They are the cosine distance to the embedding and the binary cross-entropy of the labels, both
+        averaged over the heads, and the squared error of the predicted latents.
+        """
         import torch.nn.functional as F
 
-        views, cells = self.student(batch.ids)
-        meaning, truth = 0.0, 0.0
-        for view in views:
-            n = len(view.meaning)
-            meaning += 1 - F.cosine_similarity(view.meaning, batch.meaning[:n]).mean()
-            wrong = F.binary_cross_entropy_with_logits(view.truth, batch.truth[:n], reduction="none").sum(1)
-            truth += (wrong * batch.known[:n]).mean()
-        off = ((cells - batch.picture) ** 2).mean((1, 2))
-        picture = (off * batch.drawn).sum() / batch.drawn.sum().clamp(min=1)
+        outputs, cells = self.student(batch.ids)
+        embedding_loss, label_loss = 0.0, 0.0
+        for output in outputs:
+            n = len(output.embedding)
+            embedding_loss += 1 - F.cosine_similarity(output.embedding, batch.embedding[:n]).mean()
+            cross_entropy = F.binary_cross_entropy_with_logits(
+                output.label_logits, batch.labels[:n], reduction="none"
+            ).sum(1)
+            label_loss += (cross_entropy * batch.has_labels[:n]).mean()
+        errors = ((cells - batch.latents) ** 2).mean((1, 2))
+        latent_loss = (errors * batch.has_image).sum() / batch.has_image.sum().clamp(min=1)
         return {
-            "meaning": 4 * meaning / len(views),
-            "truth": truth / len(views),
-            "picture": PICTURE * picture,
+            "meaning": 4 * embedding_loss / len(outputs),
+            "truth": label_loss / len(outputs),
+            "picture": LATENT_WEIGHT * latent_loss,
         }

@@ -1,4 +1,4 @@
-"""People's own words for Pocket: its encoders learn to answer any phrasing as they do the plain prompt."""
+"""Train Pocket's CLIPs on paraphrases, such that they encode them as they do the plain prompts."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ import numpy as np
 
 from fewstep.core.types import BatchSlice
 from fewstep.core.validate import require_at_least, require_positive
-from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, pocket_folder
+from fewstep.pocket.assemble import check_pocket_folder
 from fewstep.pocket.config import CELLS, LENGTH
+from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.run import Run, TrainOptions
 
-CAPTIONS = 2
-"""Of so many rows one is a caption of the data set, of which what is said shall stay."""
+CAPTION_INTERVAL = 2
+"""One of so many rows of a batch is a caption of the data set, whose encoding is kept."""
 
-KEPT = 15.0
-"""Weight of the captions."""
+CAPTION_WEIGHT = 15.0
+"""Weight of the captions' loss."""
 
-KINDS = (0.3, 0.3, 0.4)
-"""Shares of the captions: plain prompts, for what phrases mean must itself stay; stickers; scenes, which are
-the first to suffer."""
+CAPTION_SHARES = (0.3, 0.3, 0.4)
+"""Shares of plain prompts, sticker captions and scene captions; scene captions degrade first."""
 
-EMPTY = 0.02
-"""Share of the captions that are the empty prompt, which guidance leads away from."""
+EMPTY_SHARE = 0.02
+"""Share of the captions that are the empty prompt, the unconditional input of guidance."""
 
 
 def pocket_paraphrases(
     *,
     init: Path = Path("models/pocket-teacher"),
     data: Path = Path("data/stickers"),
-    output: Out = Path("runs/pocket-paraphrases"),
+    output: OutputFolder = Path("runs/pocket-paraphrases"),
     steps: int = 9000,
     batch_size: int = 128,
     words: int = 20_000,
     num_pairs: int = 60_000,
     layers: int = 2,
     lr: float = 6e-4,
-    means: ComputeOptions = MEANS,
+    compute: ComputeOptions = DEFAULT_COMPUTE,
 ) -> Run:
-    """Teach the CLIPs of a trained Pocket more ways to say a thing. Its MMDiT stays valid.
+    """Train the CLIPs of a trained Pocket on paraphrases. Its MMDiT stays valid.
 
     Args:
-        init: The Pocket whose tokenizer and CLIPs learn on.
+        init: The Pocket whose tokenizer and CLIPs are taken.
         data: The stickers data set, made by `fewstep data stickers`.
         output: Run folder; the encoders are written to its subfolder `model`.
-        steps: Updates in all.
-        batch_size: Prompts an update; half are captions, which the encoders shall read as before.
-        words: How many of the sentence encoder's own words to learn with.
-        num_pairs: How many pairs of words to try as names.
-        layers: Layers that are laid below those of the CLIPs. They and the embeddings learn; the others,
-            which know the pictures, stay.
+        steps: Training steps.
+        batch_size: Prompts per step; half are captions, whose encoding is kept.
+        words: Number of words from the sentence encoder's vocabulary.
+        num_pairs: Number of word pairs to try as names.
+        layers: New layers below those of each CLIP. They and the token embeddings are trained; the other
+            layers are frozen.
         lr: Learning rate.
-        means: How long, and on what.
+        compute: Time limit, seed and hardware.
     """
-    options = TrainOptions(steps, lr, **asdict(means), ema=0.99, tokens=LENGTH)
+    options = TrainOptions(steps, lr, **asdict(compute), ema=0.99, tokens=LENGTH)
     require_at_least(2, batch_size=batch_size)
     require_positive(words=words, num_pairs=num_pairs, layers=layers)
-    pocket_folder(init)
+    check_pocket_folder(init)
 
     import torch
 
@@ -70,52 +70,63 @@ def pocket_paraphrases(
     from fewstep.families import sd3
     from fewstep.families.common import fingerprint, tokenize
     from fewstep.pocket import captions, render, sentence_encoder
-    from fewstep.pocket.paraphrase import ParaphraseDistillation, PhraseBatch
-    from fewstep.pocket.paraphrases import Phrases, captions_of, other_names, pairs
+    from fewstep.pocket.paraphrase_data import (
+        ParaphraseSampler,
+        alternative_names,
+        random_word_pairs,
+        split_captions,
+    )
+    from fewstep.pocket.paraphrase_distillation import ParaphraseBatch, ParaphraseDistillation
     from fewstep.pocket.text_encoder import ClipPair
     from fewstep.train.device import resolve_device
 
-    place = resolve_device(means.device)
+    device = resolve_device(compute.device)
     concepts = render.load(data, 128).concepts
-    told, several, bare = captions_of(shards.find(data / "train"), concepts)
-    plain = [captions.plain(concept, style) for concept in concepts for style in concept.styles]
-    family = sd3.load(init, device=place, t5=False)
+    styled, several, unstyled = split_captions(shards.find(data / "train"), concepts)
+    plain = [captions.plain_prompt(concept, style) for concept in concepts for style in concept.styles]
+    family = sd3.load(init, device=device, t5=False)
     tokenizer = family.parts["tokenizer"]
-    before = ClipPair([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
+    teacher = ClipPair([family.parts[part] for part in ("text_encoder", "text_encoder_2")])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(means.seed)
-        student = before.with_new_layers(layers).to(place).requires_grad_(False)
+        torch.manual_seed(compute.seed)
+        student = teacher.with_new_layers(layers).to(device).requires_grad_(False)
     output.mkdir(parents=True, exist_ok=True)
-    chosen = sentence_encoder.vocabulary(output / f"words-{words}-{means.seed}.txt", words, means.seed)
-    tried = pairs(concepts, chosen, num_pairs, np.random.Generator(np.random.Philox(key=means.seed)))
-    called = [*dict.fromkeys([n for c in concepts for n in (c.name, *c.synonyms)] + chosen + tried)]
-    mark = hashlib.sha256("\n".join(called).encode()).hexdigest()[:12]
+    vocabulary = sentence_encoder.vocabulary(
+        output / f"words-{words}-{compute.seed}.txt", words, compute.seed
+    )
+    word_pairs = random_word_pairs(
+        concepts, vocabulary, num_pairs, np.random.Generator(np.random.Philox(key=compute.seed))
+    )
+    names = [*dict.fromkeys([n for c in concepts for n in (c.name, *c.synonyms)] + vocabulary + word_pairs)]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
     vectors = dict(
-        zip(called, sentence_encoder.embed_sentences(output / f"meaning-{mark}.npy", called), strict=True)
+        zip(names, sentence_encoder.embed_sentences(output / f"meaning-{digest}.npy", names), strict=True)
     )
-    counts = {said for words in captions.NUMBERS.values() for said in words}
-    phrases = Phrases(
+    number_words = {word for words in captions.NUMBER_WORDS.values() for word in words}
+    sampler = ParaphraseSampler(
         concepts,
-        other_names(concepts, vectors, chosen),
-        other_names(concepts, vectors, tried),
-        [word for word in chosen if word not in counts],
-        bare,
+        alternative_names(concepts, vectors, vocabulary),
+        alternative_names(concepts, vectors, word_pairs),
+        [word for word in vocabulary if word not in number_words],
+        unstyled,
     )
 
-    def said_as_ever(rng: captions.Rng) -> str:
-        if rng.random() < EMPTY:
+    def random_caption(rng: captions.Rng) -> str:
+        if rng.random() < EMPTY_SHARE:
             return ""
-        return captions.pick((plain, told, several)[rng.choice(3, p=KINDS)], rng)
+        return captions.choose((plain, styled, several)[rng.choice(3, p=CAPTION_SHARES)], rng)
 
-    def batches(step: int, share: BatchSlice) -> PhraseBatch:
-        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
-        kept = [said_as_ever(rng) for _ in range(batch_size // CAPTIONS)]
-        drawn = [phrases.draw(rng) for _ in range(batch_size - len(kept))]
-        drawn, kept = drawn[share.slice_of(len(drawn))], kept[share.slice_of(len(kept))]
-        said = [phrase.said for phrase in drawn] + kept
-        meant = [phrase.meant for phrase in drawn] + kept
-        ids = [tokenize(tokenizer, prompts, LENGTH).to(place) for prompts in (said, meant)]
-        return PhraseBatch(ids[0], ids[1], len(drawn))
+    def batches(step: int, part: BatchSlice) -> ParaphraseBatch:
+        rng = np.random.Generator(np.random.Philox(key=[compute.seed, step]))
+        kept_captions = [random_caption(rng) for _ in range(batch_size // CAPTION_INTERVAL)]
+        paraphrases = [sampler.draw(rng) for _ in range(batch_size - len(kept_captions))]
+        paraphrases = paraphrases[part.slice_of(len(paraphrases))]
+        kept_captions = kept_captions[part.slice_of(len(kept_captions))]
+        prompts = [paraphrase.prompt for paraphrase in paraphrases] + kept_captions
+        targets = [paraphrase.plain_prompt for paraphrase in paraphrases] + kept_captions
+        prompt_ids = tokenize(tokenizer, prompts, LENGTH).to(device)
+        target_ids = tokenize(tokenizer, targets, LENGTH).to(device)
+        return ParaphraseBatch(prompt_ids, target_ids, len(paraphrases))
 
     def finish(nets: dict[str, Any]) -> None:
         with replacing_folder(output / "model") as folder:
@@ -130,14 +141,19 @@ def pocket_paraphrases(
         "init": str(init),
         "batch": batch_size,
         "layers": layers,
-        "made_of": {"text encoders": fingerprint(before), "words": mark},
+        "made_of": {"text encoders": fingerprint(teacher), "words": digest},
     }
     method = ParaphraseDistillation(
-        student.lowest(layers), student, before, CELLS, partial(_heard, family.net), KEPT
+        student.lowest_layers(layers),
+        student,
+        teacher,
+        CELLS,
+        partial(_project_text, family.net),
+        CAPTION_WEIGHT,
     )
     return Run("pocket-paraphrases", output, method, batches, options, about, finish=finish)
 
 
-def _heard(net: Any, states: Any, pooled: Any) -> tuple[Any, Any]:
-    """What SD3's MMDiT makes of states and pooled states first of all."""
+def _project_text(net: Any, states: Any, pooled: Any) -> tuple[Any, Any]:
+    """Return the MMDiT's input projections of the states and the pooled states."""
     return net.context_embedder(states), net.time_text_embed.text_embedder(pooled)

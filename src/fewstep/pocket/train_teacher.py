@@ -1,4 +1,4 @@
-"""Pocket's teacher: flow matching on the stickers' latents, guided by dropped captions."""
+"""Train Pocket's teacher by flow matching, with dropped captions for classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 
 from fewstep.core.types import Batch, BatchSlice
 from fewstep.core.validate import require_fraction, require_positive
-from fewstep.pocket.assemble import MEANS, ComputeOptions, Out, pocket_folder
+from fewstep.pocket.assemble import check_pocket_folder
 from fewstep.pocket.config import TOKENS
+from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
 
 SHIFT = 3.0
-"""Of the training times, towards noise."""
+"""Shift of the training times towards noise."""
 
 
 def pocket_teacher(
     *,
     data: Path = Path("data/stickers"),
-    output: Out = Path("runs/pocket-teacher"),
+    output: OutputFolder = Path("runs/pocket-teacher"),
     init: Path | None = None,
     codec: Path | None = None,
     text: Path | None = None,
@@ -34,31 +35,31 @@ def pocket_teacher(
     drop_caption: float = 0.1,
     keep_t5: float = 0.15,
     compile: bool = False,
-    means: ComputeOptions = MEANS,
+    compute: ComputeOptions = DEFAULT_COMPUTE,
 ) -> Run:
     """Train Pocket's MMDiT.
 
     Args:
         data: The stickers data set; its latents are computed once and kept there.
-        output: Run folder; the whole model is written to its subfolder `model` as a diffusers folder.
-        init: Go on from the MMDiT of this Pocket (a diffusers folder) instead of a fresh one.
+        output: Run folder; the model is written to its subfolder `model` as a diffusers folder.
+        init: Diffusers folder of the Pocket whose MMDiT to start from, instead of a fresh one.
         codec: Autoencoder, from `fewstep train pocket-vae`.
             [default: that of --init, else runs/pocket-vae/model]
         text: Tokenizer and text encoders, from `fewstep train pocket-text`.
             [default: those of --init, else runs/pocket-text/model]
-        steps: Updates in all.
-        batch_size: Pictures an update.
+        steps: Training steps.
+        batch_size: Images per step.
         lr: Learning rate.
         drop_caption: Share of captions that are dropped, for classifier-free guidance.
-        keep_t5: Share of the batches that see T5's tokens; without them the model learns to do without T5.
+        keep_t5: Share of the batches with T5's tokens; the others train the model to work without T5.
         compile: Compile the blocks.
-        means: How long, and on what.
+        compute: Time limit, seed and hardware.
     """
     options = TrainOptions(
         steps,
         lr,
         warmup=200,
-        **asdict(means),
+        **asdict(compute),
         ema=0.998,
         preview_every=500,
         tokens=TOKENS,
@@ -66,7 +67,7 @@ def pocket_teacher(
     )
     require_positive(batch_size=batch_size)
     if init is not None:
-        pocket_folder(init)
+        check_pocket_folder(init)
     require_fraction(drop_caption=drop_caption, keep_t5=keep_t5)
 
     from fewstep.core import schedule
@@ -74,30 +75,35 @@ def pocket_teacher(
     from fewstep.families import sd3
     from fewstep.families.common import fingerprint
     from fewstep.methods.flow_matching import Finetune
-    from fewstep.pocket.assemble import assemble_pocket, contact_sheet, encoded, weights_of
+    from fewstep.pocket.assemble import assemble_pocket, contact_sheet, encode_prompts, weights_file
     from fewstep.train import text_cache
     from fewstep.train.device import resolve_device, rows_on_device
     from fewstep.train.latent_cache import encode
 
-    sources, place = training_shards(data), resolve_device(means.device)
+    sources, device = training_shards(data), resolve_device(compute.device)
     codec = codec or (init / "vae" if init else Path("runs/pocket-vae/model"))
-    family = assemble_pocket(codec, text or init or Path("runs/pocket-text/model"), init, means.seed, place)
+    family = assemble_pocket(
+        codec, text or init or Path("runs/pocket-text/model"), init, compute.seed, device
+    )
     size = family.downscale * family.latent[1]
-    latents = encode(family, weights_of(codec), sources, data / "latents", size)
+    latents = encode(family, weights_file(codec), sources, data / "latents", size)
 
-    _warn_of_unknown(family.parts["tokenizer"], latents.prompts)
-    lines = [*latents.prompts, ""]
-    mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
-    kept = text_cache.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
-    seen, heard = rows_on_device(latents.values, place), kept.held(place)
+    _warn_about_unknown_words(family.parts["tokenizer"], latents.prompts)
+    captions = [*latents.prompts, ""]
+    digest = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
+    text_embeddings = text_cache.encode(
+        partial(encode_prompts, family, t5=False), digest, captions, data / "captions"
+    )
+    latents_of, cond_of = rows_on_device(latents.values, device), text_embeddings.held(device)
 
-    def batches(step: int, share: BatchSlice) -> Batch:
-        rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))
-        rows = latents.rows(step, batch_size, means.seed)
-        said = [r if rng.random() >= drop_caption else len(latents) for r in rows][share.slice_of(batch_size)]
-        prompts, rows = [lines[r] for r in said], rows[share.slice_of(batch_size)]
-        cond = encoded(family, prompts, t5=True) if rng.random() < keep_t5 else heard(said)
-        return Batch(seen(rows), cond, prompts)
+    def batches(step: int, part: BatchSlice) -> Batch:
+        rng = np.random.Generator(np.random.Philox(key=[compute.seed, step]))
+        rows = latents.rows(step, batch_size, compute.seed)
+        caption_rows = [row if rng.random() >= drop_caption else len(latents) for row in rows]
+        rows, caption_rows = rows[part.slice_of(batch_size)], caption_rows[part.slice_of(batch_size)]
+        prompts = [captions[row] for row in caption_rows]
+        cond = encode_prompts(family, prompts, t5=True) if rng.random() < keep_t5 else cond_of(caption_rows)
+        return Batch(latents_of(rows), cond, prompts)
 
     def sheet(nets: dict[str, Any]) -> Any:
         return contact_sheet(family, nets["net"], SHOWN, steps=16, guidance=4.0)
@@ -118,12 +124,11 @@ def pocket_teacher(
         "pictures": len(latents),
         "drop_caption": drop_caption,
         "keep_t5": keep_t5,
-        "made_of": {"codec": fingerprint(family.parts["vae"]), "text encoder": mark},
+        "made_of": {"codec": fingerprint(family.parts["vae"]), "text encoder": digest},
     }
-    # What the caption decides is decided near pure noise: on these latents the loss with the right caption
-    # is below the loss with none by .27 at t = .99, .04 at .9 and .002 at .5. Text encoders that foretell the
-    # picture tell the net most of it, and what is left is edges: a quarter of the times lies above .9 and a
-    # quarter below .5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
+    # The caption matters most near pure noise: on these latents it lowers the loss by 0.27 at t = 0.99, by
+    # 0.04 at 0.9 and by 0.002 at 0.5. With this shift a quarter of the times lies above 0.9 and a quarter
+    # below 0.5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
     method = Finetune(family.net, family.velocity, schedule.shifted(schedule.uniform, SHIFT))
     return Run(
         "pocket-teacher",
@@ -138,10 +143,10 @@ def pocket_teacher(
     )
 
 
-def _warn_of_unknown(tokenizer: Any, captions: Sequence[str]) -> None:
-    """Say how many captions hold words that Pocket's tokenizer breaks up, such as those of other scripts.
+def _warn_about_unknown_words(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Warn about captions with words that Pocket's tokenizer splits up, such as those of other scripts.
 
-    A bundle warns of the same words in prompts, and leaves other scripts out.
+    A bundle warns about the same words in prompts.
     """
     import warnings
 
@@ -155,11 +160,12 @@ def _warn_of_unknown(tokenizer: Any, captions: Sequence[str]) -> None:
     def count(word: str) -> int:
         return len(tokenizer.tokenize(word))
 
-    found = [words for line in captions if (words := unknown_words(line, count))]
-    if found:
-        some = ", ".join(found[0][:6])
+    unknown = [words for caption in captions if (words := unknown_words(caption, count))]
+    if unknown:
+        examples = ", ".join(unknown[0][:6])
         warnings.warn(
-            f"{len(found)} of {len(captions)} captions have words that the tokenizer may not know: {some}",
+            f"{len(unknown)} of {len(captions)} captions have words "
+            f"that the tokenizer may not know: {examples}",
             PromptWarning,
             stacklevel=2,
         )

@@ -8,9 +8,9 @@ from pathlib import Path
 from fewstep.core.types import UserError
 from fewstep.evaluate.prompt_set import PromptGroup, PromptSet
 from fewstep.pocket import geneval, geneval_run, render, rendering_prompts, stickers
-from fewstep.pocket.assemble import check_counts
 from fewstep.pocket.ceilings import Redraw, ceiling_sources
 from fewstep.pocket.detector import check as check_detector
+from fewstep.pocket.evaluation_inputs import check_prompt_counts
 from fewstep.pocket.geneval import GenEvalTest
 from fewstep.pocket.geneval_prompts import prompts as scene_prompts
 from fewstep.pocket.human_prompts import HumanPrompt
@@ -39,7 +39,7 @@ def load(
     Raises:
         UserError: numbers that allow no measurement, or a file or folder without what it should hold.
     """
-    check_counts(prompts, scenes)
+    check_prompt_counts(prompts, scenes)
     rendered = render.load(data, 128)
     if scenes:
         check_detector(detector)

@@ -11,14 +11,21 @@ import numpy as np
 
 from fewstep.pocket.captions import COLOURS, STYLE_WORDS
 from fewstep.pocket.concepts import Concept, held_out
-from fewstep.pocket.paraphrases import Paraphrase, Phrases, captions_of, default_style, other_names, pairs
+from fewstep.pocket.paraphrase_data import (
+    Paraphrase,
+    ParaphraseSampler,
+    alternative_names,
+    default_style,
+    random_word_pairs,
+    split_captions,
+)
 
 STYLES = ("3d", "flat", "noto", "twemoji")
 KNOWN = [
     Concept(name, (synonym,), ("animal",), code, "animal", STYLES)
     for name, synonym, code in (("dog", "puppy", "1"), ("cat", "pussy", "2"), ("owl", "night bird", "3"))
 ]
-PHRASES = Phrases(KNOWN, [["puppy", "doggo"], ["kitty"], []], [[], ["soft purr"], []], ["zzyx"], [])
+PHRASES = ParaphraseSampler(KNOWN, [["puppy", "doggo"], ["kitty"], []], [[], ["soft purr"], []], ["zzyx"], [])
 
 
 def test_what_is_meant_is_a_plain_prompt_of_what_is_said() -> None:
@@ -26,13 +33,13 @@ def test_what_is_meant_is_a_plain_prompt_of_what_is_said() -> None:
     drawn = [PHRASES.draw(rng) for _ in range(400)]
     plain = {f"{c.name}, {words[0]}" for c in KNOWN for words in STYLE_WORDS.values()}
     for phrase in drawn:
-        meant, _, ground = phrase.meant.partition(" on a ")
+        meant, _, ground = phrase.plain_prompt.partition(" on a ")
         assert meant in plain
         assert not ground or ground.removesuffix(" background") in COLOURS
-    assert len({phrase.said for phrase in drawn}) > 300
-    assert any("doggo" in phrase.said and phrase.meant.startswith("dog, ") for phrase in drawn)
-    assert any("soft purr" in phrase.said and phrase.meant.startswith("cat, ") for phrase in drawn)
-    assert any("zzyx" in phrase.said for phrase in drawn)
+    assert len({phrase.prompt for phrase in drawn}) > 300
+    assert any("doggo" in phrase.prompt and phrase.plain_prompt.startswith("dog, ") for phrase in drawn)
+    assert any("soft purr" in phrase.prompt and phrase.plain_prompt.startswith("cat, ") for phrase in drawn)
+    assert any("zzyx" in phrase.prompt for phrase in drawn)
 
 
 def test_a_style_that_is_named_is_meant_and_else_the_usual_one() -> None:
@@ -40,10 +47,10 @@ def test_a_style_that_is_named_is_meant_and_else_the_usual_one() -> None:
     hints = {"3d": "3d", "flat": "flat", "noto": "noto", "twemoji": "tw"}
     right = 0
     for phrase in (PHRASES.draw(rng) for _ in range(300)):
-        name, _, rest = phrase.meant.partition(", ")
+        name, _, rest = phrase.plain_prompt.partition(", ")
         style = next(s for s, words in STYLE_WORDS.items() if rest.startswith(words[0]))
         concept = next(c for c in KNOWN if c.name == name)
-        right += hints[style] in phrase.said.lower() or style == default_style(concept)
+        right += hints[style] in phrase.prompt.lower() or style == default_style(concept)
     assert right >= 295  # a typing slip may hit the style
 
 
@@ -67,12 +74,12 @@ def test_words_near_a_name_are_names_and_others_are_not() -> None:
         "night bird": at(4),
     }
     vectors |= {"hound": at(0.1), "feline": at(1.9), "tax": at(5.2), "Dog": at(0)}
-    found = other_names(KNOWN, vectors, ["hound", "feline", "tax", "puppy"])
+    found = alternative_names(KNOWN, vectors, ["hound", "feline", "tax", "puppy"])
     assert found == [["puppy", "hound"], ["pussy", "feline"], ["night bird"]]
 
 
 def test_pairs_are_of_a_concepts_tag_and_another_word_each_once() -> None:
-    found = pairs(KNOWN, ["zzyx"], 200, np.random.default_rng(0))
+    found = random_word_pairs(KNOWN, ["zzyx"], 200, np.random.default_rng(0))
     assert len(found) == len(set(found)) > 3
     tags = {"animal", "dog", "cat", "owl"}
     assert all(len(p.split()) == 2 and tags & set(p.split()) and len(set(p.split())) == 2 for p in found)
@@ -93,7 +100,7 @@ def test_a_caption_of_one_thing_that_names_no_style_means_the_usual_one(tmp_path
             entry = tarfile.TarInfo(f"{row}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    told, several, bare = captions_of([tmp_path / "0.tar"], KNOWN)
+    told, several, bare = split_captions([tmp_path / "0.tar"], KNOWN)
     assert (told, several) == (["Noto puppy"], ["two dogs"])
     plain = f"dog, {STYLE_WORDS[default_style(KNOWN[0])][0]}"
     assert bare == [
@@ -104,7 +111,7 @@ def test_a_caption_of_one_thing_that_names_no_style_means_the_usual_one(tmp_path
 
 def test_a_colour_beside_a_thing_that_exists_in_colours_is_not_said_in_vain() -> None:
     books = [Concept(name, ("book",), (), name, "object", STYLES) for name in ("blue book", "green book")]
-    coloured = Phrases([*books, KNOWN[0]], [["book"], ["book"], []], [[], [], []], ["zzyx"], [])
-    said = [coloured.draw(np.random.default_rng(seed)).said.lower() for seed in range(600)]
+    coloured = ParaphraseSampler([*books, KNOWN[0]], [["book"], ["book"], []], [[], [], []], ["zzyx"], [])
+    said = [coloured.draw(np.random.default_rng(seed)).prompt.lower() for seed in range(600)]
     assert not any(f"{colour} book" in one for one in said for colour in ("red", "teal", "black"))
     assert any(f"{colour} dog" in one for one in said for colour in COLOURS)
