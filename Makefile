@@ -1,5 +1,7 @@
 # make demo    a picture, from a fresh clone, without PyTorch
-# make test    lint, types, tests (installs everything into .venv first)
+# make check   lint, types and fast tests: a minute and a half
+# make test    lint, types and all tests but those of whole systems (installs everything into .venv first)
+# make test-system       tests with a browser, a database, load or foreign clients, and the site of the docs
 # make setup   the same environment, for working on fewstep
 # make docs    the documentation as a site, in build/docs
 # make test-executorch   the tests that need ExecuTorch, which has an environment of its own (minutes)
@@ -9,7 +11,7 @@ PROMPT ?= a red apple, 3D style
 PIP = -m pip -qq --disable-pip-version-check
 INSTALL = install --constraint constraints.txt
 
-.PHONY: demo test test-executorch setup lint types docs clean
+.PHONY: demo check test test-system test-executorch setup lint types docs clean
 
 demo: .venv-demo/ready
 	@.venv-demo/bin/fewstep generate "$(PROMPT)" -o demo.png
@@ -35,8 +37,16 @@ lint: setup
 types: setup
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
 
+PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+check: lint types
+	$(PYTEST) -m "not slow and not system and not gpu and not executorch"
+
 test: lint types
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not system and not gpu and not executorch"
+
+test-system: setup
+	$(PYTEST) -m "system and not gpu"
 
 docs: setup
 	.venv/bin/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
@@ -48,7 +58,7 @@ docs: setup
 	@touch $@
 
 test-executorch: .venv-executorch/ready
-	.venv-executorch/bin/python -m pytest tests/export/test_executorch.py
+	.venv-executorch/bin/python -m pytest -m executorch tests/export/test_executorch.py
 
 clean:
 	rm -rf .venv .venv-demo .venv-executorch demo.png

@@ -31,8 +31,9 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from fewstep.families.presets import SD35_MEDIUM
 from fewstep.families.safetensors_reader import Weights, tied
-from fewstep.families.spec import SD35_MEDIUM, ModelSpec
+from fewstep.families.spec import ModelSpec
 from fewstep.images.psnr import psnr
 from fewstep.inference.load import staged
 from fewstep.inference.meta_init import init_from_config, init_on_meta
@@ -149,7 +150,7 @@ def fewstep_pipeline(spec: ModelSpec, side: int, **options: Any) -> tuple[Callab
     text: Any = loaded.model.text
 
     def draw() -> Any:
-        text.forget()  # the baseline encodes the prompt in each call, too
+        text.clear_cache()  # the baseline encodes the prompt in each call, too
         return pipe(PROMPT, seed=0)
 
     return draw, facts

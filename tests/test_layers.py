@@ -1,4 +1,4 @@
-"""The house's floors: imports only go down, and the base install carries no torch."""
+"""The layers of docs/architecture.md: imports go down, and no file is part of a circle."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ import pytest
 import fewstep
 
 ROOT = Path(fewstep.__file__).parent
-FLOORS = {
-    0: ("types", "flow"),
-    1: ("times", "sample", "guide", "losses", "files", "formats", "progress", "signals", "workers", "extras"),
-    2: ("runtime", "nets", "text", "families", "data", "picture", "request", "metadata"),
-    3: ("methods", "deploy", "staged", "pipeline", "source"),
-    4: ("train", "evaluate", "bench", "serve", "study", "output"),
-    5: ("recipes", "cli", "cli_errors", "generate", "show", "__main__", "__init__"),
-}
-FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-COMMAND = "command"
-"""A room's ``command.py`` is its piece of the command line: floor 5, wherever it lies."""
+LAYERS = (
+    ("core",),
+    ("images", "runtime", "modules", "families", "client"),
+    ("scorers", "data", "methods", "inference"),
+    ("pipeline", "export"),
+    ("train", "evaluate", "bench", "serve", "study", "site"),
+    ("distill", "pocket"),
+    ("experiments",),
+    ("__init__", "cli", "__main__"),
+)
+"""A package imports from lower layers, and within its own from packages that stand before it."""
 
-ENGINE_COMMON = {"__init__", COMMAND, "common"}
-"""Modules of ``deploy/`` that are no engine."""
+ALONE = 5
+"""In this layer, counted from 1, no package imports another."""
 
-NAMES = frozenset({"__version__"})
-"""What any floor may take from the package itself."""
+PLACES = {package: (layer, i) for layer, names in enumerate(LAYERS, 1) for i, package in enumerate(names)}
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -38,7 +37,7 @@ def module_of(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def targets(path: Path, root: Path) -> Iterator[str]:
+def imports(path: Path, root: Path) -> Iterator[str]:
     """Modules of fewstep that a file imports, anywhere in it, without the leading ``fewstep.``."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -50,12 +49,12 @@ def targets(path: Path, root: Path) -> Iterator[str]:
             continue
         for name in names:
             package, _, rest = name.partition(".")
-            if package == "fewstep" and rest not in NAMES:
+            if package == "fewstep" and rest != "__version__":
                 yield _existing(rest, root)
 
 
 def _existing(dotted: str, root: Path) -> str:
-    """The longest part of a dotted name that is a module: ``flow.mix`` is in ``flow``."""
+    """Return the longest part of a dotted name that is a module: ``core.flow`` of ``core.flow.mix``."""
     parts = dotted.split(".") if dotted else []
     while parts:
         place = root.joinpath(*parts)
@@ -65,75 +64,112 @@ def _existing(dotted: str, root: Path) -> str:
     return "__init__"
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def floor(module: str) -> int:
-    if module.split(".")[-1] == COMMAND:
-        return 5
-    assert room(module) in FLOOR, f"{module} has no floor: give it one here and in docs/architecture.md"
-    return FLOOR[room(module)]
-
-
-def faults(root: Path) -> list[str]:
-    """Every import under ``root`` that the plan of the house forbids."""
+def violations(root: Path) -> list[str]:
+    """Return a line for every import under ``root`` that the layers forbid."""
     found: list[str] = []
     for path in sorted(root.rglob("*.py")):
         source = module_of(path, root)
-        for target in targets(path, root):
-            at, to = floor(source), floor(target)
-            if to > at:
-                found.append(f"{source} (floor {at}) imports {target} (floor {to})")
-            elif at == to == 4 and room(source) != room(target):
-                found.append(f"{source} imports its sibling {target}")
-            elif room(source) == room(target) == "deploy" and _engine(source) and _engine(target):
-                if source != target:
-                    found.append(f"engine {source} imports engine {target}")
+        for target in imports(path, root):
+            one, other = package_of(source), package_of(target)
+            (layer, position), (below, before) = PLACES[one], PLACES[other]
+            if below > layer:
+                found.append(f"{source} (layer {layer}) imports {target} (layer {below})")
+            elif one != other and below == layer and (layer == ALONE or before > position):
+                found.append(f"{source} imports its neighbour {target}")
+            elif one == other == "export" and _target(source) and _target(target) and source != target:
+                found.append(f"target {source} imports target {target}")
     return found
 
 
-def _engine(module: str) -> bool:
-    return "." in module and module.split(".")[1] not in ENGINE_COMMON
+def _target(module: str) -> bool:
+    """Return whether a module of ``export`` is an export target."""
+    path = ROOT / "export" / f"{module.partition('.')[2]}.py"
+    return path.is_file() and "\nBITS" in path.read_text(encoding="utf-8")
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Return the groups of files that import each other, directly or over others."""
+    graph: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        module = module_of(path, root)
+        if module not in ("__init__", "__main__"):
+            graph[module] = {name for name in imports(path, root) if name not in (module, "__init__")}
+    reached = {module: _reachable(graph, module) for module in graph}
+    groups = {
+        tuple(sorted(n for n in reach if module in reached.get(n, ()))) for module, reach in reached.items()
+    }
+    return sorted(list(group) for group in groups if group)
+
+
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += graph.get(module, ())
+    return seen
 
 
 def test_imports_only_go_down() -> None:
-    assert faults(ROOT) == []
+    assert violations(ROOT) == []
 
 
-def test_every_module_has_its_floor() -> None:
-    for path in ROOT.rglob("*.py"):
-        floor(module_of(path, ROOT))
+def test_no_file_is_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_every_package_has_its_layer() -> None:
+    assert {package_of(module_of(path, ROOT)) for path in ROOT.rglob("*.py")} <= set(PLACES)
 
 
 @pytest.mark.parametrize(
-    ("files", "fault"),
+    ("files", "line"),
     [
         (
-            {"flow.py": "from fewstep.core.schedule import grid", "times.py": ""},
-            "flow imports times",
+            {"core/flow.py": "from fewstep.cli import app", "cli/app.py": ""},
+            "core.flow (layer 1) imports cli.app",
         ),
-        ({"flow.py": "from fewstep import cli", "cli.py": ""}, "flow imports cli"),
-        ({"flow.py": "import fewstep.cli.app", "cli.py": ""}, "flow imports cli"),
-        ({"flow.py": "def f():\n    import fewstep.cli.app", "cli.py": ""}, "flow imports cli"),
-        ({"flow.py": "import fewstep"}, "flow imports __init__"),
-        ({"train/a.py": "from fewstep.evaluate import b", "evaluate/b.py": ""}, "its sibling evaluate.b"),
-        ({"export/onnx.py": "import fewstep.export.coreml", "export/coreml.py": ""}, "imports engine"),
+        ({"core/flow.py": "import fewstep.cli.app", "cli/app.py": ""}, "core.flow (layer 1) imports cli.app"),
+        (
+            {"core/flow.py": "def f():\n    import fewstep.cli", "cli/app.py": ""},
+            "core.flow (layer 1) imports cli",
+        ),
+        ({"core/flow.py": "import fewstep"}, "core.flow (layer 1) imports __init__"),
+        ({"train/a.py": "from fewstep.evaluate import b", "evaluate/b.py": ""}, "its neighbour evaluate.b"),
+        ({"images/a.py": "from fewstep.families import b", "families/b.py": ""}, "its neighbour families.b"),
+        ({"export/onnx.py": "import fewstep.export.coreml", "export/coreml.py": ""}, "imports target"),
     ],
 )
-def test_a_forbidden_import_is_found(tmp_path: Path, files: dict[str, str], fault: str) -> None:
+def test_a_forbidden_import_is_found(tmp_path: Path, files: dict[str, str], line: str) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert any(fault in line for line in faults(tmp_path))
+    assert any(line in found for found in violations(tmp_path))
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")):
+        (tmp_path / "core").mkdir(exist_ok=True)
+        (tmp_path / "core" / f"{name}.py").write_text(f"def f():\n    from fewstep.core.{other} import x")
+    assert circles(tmp_path) == [["core.a", "core.b", "core.c"]]
 
 
 def test_allowed_imports_pass(tmp_path: Path) -> None:
-    (tmp_path / "flow.py").write_text("import numpy\nfrom fewstep import __version__")
-    (tmp_path / "cli.py").write_text(
-        "from fewstep import flow\nfrom fewstep.core.flow import mix\nimport fewstep"
-    )
-    assert faults(tmp_path) == []
+    for name, text in {
+        "core/flow.py": "import numpy\nfrom fewstep import __version__",
+        "families/a.py": "from fewstep.images import b\nfrom fewstep.core.flow import interpolate",
+        "images/b.py": "",
+        "cli/app.py": "from fewstep.core import flow\nimport fewstep",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert violations(tmp_path) == circles(tmp_path) == []
 
 
 HEAVY = ("torch", "diffusers", "transformers", "scipy")
@@ -149,8 +185,8 @@ def test_the_base_install_loads_no_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_floors_zero_and_one_load_numpy_alone() -> None:
-    rooms = ", ".join(f"fewstep.{room}" for floor in (0, 1) for room in FLOORS[floor])
-    code = f"import sys, {rooms}; print([n for n in {(*HEAVY, 'PIL', 'onnxruntime')} if n in sys.modules])"
+def test_core_loads_numpy_alone() -> None:
+    modules = ", ".join(f"fewstep.{module_of(path, ROOT)}" for path in sorted((ROOT / "core").glob("*.py")))
+    code = f"import sys, {modules}; print([n for n in {(*HEAVY, 'PIL', 'onnxruntime')} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 import tiny
 from fewstep.bench import plot, roofline
 from fewstep.bench.hardware import DevicePeak
-from fewstep.bench.run import psnr
+from fewstep.bench.run import first_psnr
 from fewstep.cli.app import run
 from fewstep.core.optional import install
 from fewstep.families import sd3
@@ -213,8 +214,8 @@ def test_names_that_matplotlib_would_take_for_formulas_are_drawn(tmp_path: Path)
 
 def test_equal_pictures_have_no_noise_and_one_step_off_has_48_dB() -> None:
     picture = np.full((1, 4, 4, 3), 7, np.uint8)
-    assert psnr(picture, picture) is None
-    assert psnr(picture, picture + 1) == pytest.approx(48.13, abs=0.01)
+    assert first_psnr(picture, picture) is None
+    assert first_psnr(picture, picture + 1) == pytest.approx(48.13, abs=0.01)
 
 
 def test_a_torch_model_runs_as_it_is_asked_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -261,3 +262,72 @@ def test_a_lora_is_measured_with_the_model_that_it_is_added_to(
     for other in ([base, "--baseline", base], [base, "--end-to-end", "--baseline", base], []):
         assert run(["bench", *other, *words]) == 2
         assert "--lora is" in capsys.readouterr().err
+
+
+ENGINE = """
+import numpy as np
+
+from fewstep.bench.engines import EngineInfo
+from fewstep.core.sampling import batch_noise
+
+
+class Engine:
+    def __init__(self, spec):
+        self.spec = spec
+
+    @property
+    def info(self):
+        return EngineInfo("outside", None, self.spec.steps or 4, None, (32, 32))
+
+    def generate(self, prompt, seeds, timer):
+        noise = timer("text", lambda: batch_noise(seeds, (3, 32, 32)))
+        levels = timer("steps", lambda: (127 + 40 * noise).clip(0, 255).astype(np.uint8))
+        return levels.transpose(0, 2, 3, 1)
+
+
+load = Engine
+"""
+
+
+@pytest.mark.parametrize("suffix", ["", ":load", ":Engine"])
+def test_an_engine_from_outside_takes_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    name = f"engines_outside.of_test{len(suffix)}"
+    (tmp_path / "engines_outside").mkdir()
+    (tmp_path / name.replace(".", "/")).with_suffix(".py").write_text(ENGINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    write_bundle(tmp_path / "tiny")
+    (tmp_path / "theirs").write_bytes(b"12345")
+    out = tmp_path / "b.jsonl"
+    words = ["--baseline", str(tmp_path / "theirs"), "--engine", name + suffix, "--rounds", "1"]
+    assert run(["bench", str(tmp_path / "tiny"), *words, "--batch-size", "2", "-o", str(out)]) == 0
+    ours, theirs = records(out)
+    assert (ours["engine"], theirs["engine"]) == ("fewstep onnx", "outside")
+    assert set(theirs["seconds"]) == {"text", "steps", "whole"}
+    assert (theirs["steps"], theirs["bits"], theirs["disk"], theirs["floor"]) == (4, None, 5, {})
+    assert theirs["psnr"] < 30 and theirs["times_faster"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "genai"], "name its folder with --baseline"),
+        (["--engine", "fewstep", "--baseline", "x"], "give the model without --baseline"),
+        (["--engine", "other", "--baseline", "x"], "there is no bench engine other: give one of diffusers, "),
+        (
+            ["--engine", "no_such.module", "--baseline", "x"],
+            "cannot import the bench engine no_such",
+        ),
+        (["--engine", "json.decoder", "--baseline", "x"], "json.decoder has no function load"),
+        (["--engine", "json:loads", "--baseline", "x"], "--baseline x: there is no such file or folder"),
+        (["--engine", "json:loads", "--baseline", "x", "--end-to-end"], "--end-to-end takes no"),
+    ],
+)
+def test_an_engine_that_is_none_is_one_clear_line(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *words]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fewstep: ") and message in last

@@ -131,7 +131,7 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
         (["a", "-o", "-", "--json"], "standard output takes one image"),
         (["a", "-o", "{word}.png"], "cannot read the pattern"),
         (["a", "--prompts", "nowhere.txt"], "cannot read the prompts in nowhere.txt"),
-        (["--from", "nowhere.png"], " nowhere.png"),
+        (["--from", "nowhere.png"], "there is no image nowhere.png"),
         (["a", "--steps"], "requires an argument"),
     ],
 )
@@ -487,7 +487,7 @@ def test_show_of_a_sheet(at: Path, capsys: Capture) -> None:
 def test_a_sheet_that_is_too_large_is_refused_before_it_is_drawn(
     at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.images.io.SHEET_PIXELS", 75 * 75)
+    monkeypatch.setattr("fewstep.images.grid.SHEET_PIXELS", 75 * 75)
     monkeypatch.setattr("fewstep.cli.generate.draw", lambda *_: pytest.fail("drawn"))
     assert inside("a", "-n", "5", "--grid", "-o", "x.jpg") == 2
     assert "a sheet of 112 x 76 pixels is too large for .jpg" in capsys.readouterr().err
@@ -546,7 +546,7 @@ def open_info(path: Path) -> str:
         (["a", "--guidance", "-"], "--guidance: '-' is not a number"),
         (["a", "--backend", "-"], "--backend: '-' is none of its values"),
         (["a", "--prompts", "-"], "cannot read the prompts in -: No such file"),
-        (["--from", "-"], "there is no "),
+        (["--from", "-"], "there is no image -"),
         (["a", "--model", "-"], "there is no model '-'"),
     ],
 )
@@ -859,8 +859,8 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(
         (["-n", "0"], "n must be"),
         (["--strength", "0.5"], "strength is for image-to-image"),
         (["--guidance", "nan"], "guidance must be a number"),
-        (["--image", "none.png"], " none.png"),
-        (["--image", "broken.png"], "broken.png is not"),
+        (["--image", "none.png"], "there is no image none.png"),
+        (["--image", "broken.png"], "is not an image"),
         ([""], "a prompt is empty"),
     ):
         assert cli.run(["generate", "a", "--model", "org/name", *more]) == 2

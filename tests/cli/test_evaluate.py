@@ -174,7 +174,7 @@ def test_a_setting_that_is_not_for_a_model_is_one_line(
     [
         (["--prompts", "1"], "--prompts must be at least 2"),
         (["--seeds", "0"], "seeds must be a whole number from 1"),
-        (["--first-seed", "-1"], "the seeds of all pictures must lie from 0"),
+        (["--first-seed", "-1"], "the seeds of all images must lie from 0"),
         (["--scenes", "-12"], "--scenes must be a multiple of 12"),
         (["--steps", "0"], "steps must be a whole number from 1"),
         (["--human-prompts", "none.tsv"], "--human-prompts none.tsv: no such file"),

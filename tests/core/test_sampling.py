@@ -68,7 +68,11 @@ def test_on_step_sees_the_clean_estimate() -> None:
         np.testing.assert_allclose(x0, target, atol=1e-5)
 
     sampling.sample_flow(
-        straight(target), sampling.batch_noise([1, 2, 3], SHAPE), schedule.grid(4), EMPTY, on_step=look
+        straight(target),
+        sampling.batch_noise([1, 2, 3], SHAPE),
+        schedule.grid(4),
+        EMPTY,
+        hooks=sampling.Hooks(on_step=look),
     )
     assert [i for i, _ in seen] == [0, 1, 2, 3]
     assert [t for _, t in seen] == schedule.grid(4)[1:]

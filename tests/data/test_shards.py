@@ -155,7 +155,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="caption"):
         shards.write_folder(source, tmp_path / "out", 48, 100)
     (source / "b.txt").write_text("a thing")
-    with pytest.raises(UserError, match="not a picture that can be read"):
+    with pytest.raises(UserError, match="not an image that can be read"):
         shards.write_folder(source, tmp_path / "out", 48, 100)
     assert not list((tmp_path / "out").glob("*.tar"))
 

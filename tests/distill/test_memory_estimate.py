@@ -16,20 +16,26 @@ import tiny
 import tiny_flux
 from fewstep.cli import app as cli
 from fewstep.distill import memory_estimate
-from fewstep.distill.dry_run import PRESETS, FakeSetup, NetSpec, fake_net, read_spec
+from fewstep.distill.dry_run import FakeSetup, fake_net
 from fewstep.families import sd3
+from fewstep.families.presets import FLUX_DEV, PRESETS, SD35_MEDIUM, read_spec
+from fewstep.families.spec import ModelSpec
 from fewstep.modules.memory_tracker import KINDS, MemoryTracker
 from fewstep.train import memory
 
-SD3 = NetSpec("tiny", "sd3", tiny.SMALL | {"num_layers": 2}, clip=24, t5=24, guidance=3.0, side=64)
-FLUX = NetSpec(
-    "tiny-flux", "flux", tiny_flux.NET | {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
-    clip=0, t5=24, guidance=3.5, side=64,
-)  # fmt: skip
+
+def narrow(spec: ModelSpec, net: dict[str, Any]) -> ModelSpec:
+    """The same parts with another transformer, and 24 tokens of each text encoder."""
+    tokens = dict.fromkeys(spec.max_tokens, tiny.LENGTH)
+    return replace(spec, configs={**spec.configs, "transformer": net}, max_tokens=tokens)
+
+
+SD3 = narrow(SD35_MEDIUM, tiny.SMALL | {"num_layers": 2})
+FLUX = narrow(FLUX_DEV, tiny_flux.NET | {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True})
 SETTINGS = [(2, True), (2, False), (0, True), (0, False)]
 
 
-def setting(shape: NetSpec, lora: int, recompute: bool) -> FakeSetup:
+def setting(shape: ModelSpec, lora: int, recompute: bool) -> FakeSetup:
     dtype: Any = "bfloat16" if lora else "float32"
     return FakeSetup(
         shape=shape, side=64, batch_size=2, student_steps=2, lora=lora, activation_checkpointing=recompute,
@@ -52,7 +58,9 @@ def test_so_it_is_with_flux() -> None:
     assert_as_real(FLUX, predicted("flux", 2, True), 2, True)
 
 
-def assert_as_real(shape: NetSpec, told: memory_estimate.MemoryEstimate, lora: int, recompute: bool) -> None:
+def assert_as_real(
+    shape: ModelSpec, told: memory_estimate.MemoryEstimate, lora: int, recompute: bool
+) -> None:
     with warnings.catch_warnings(), MemoryTracker() as ledger:
         warnings.simplefilter("ignore")  # torch's, about mixed precision on a CPU
         peaks = memory.profile_steps(
@@ -99,9 +107,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folders_shape_is_its_models(folder: Path) -> None:
     shape, family = read_spec(str(folder)), sd3.load(folder)
-    assert (shape.latents, shape.side // shape.downscale) == family.latent[:2]
-    assert family.text([""]).context.shape[1] == shape.clip + shape.t5
-    assert shape.clip == family.clip_length and shape.downscale == family.downscale
+    assert shape.architecture.latent_channels(shape.net) == family.latent[0]
+    assert shape.side // shape.downscale == family.latent[1] and shape.downscale == family.downscale
+    cond = family.text([""])
+    assert cond.context.shape[1:] == shape.context_shape and cond.pooled.shape[1] == shape.pooled_dim
     assert sum(p.numel() for p in fake_net(shape, "float32").parameters()) == sum(
         p.numel() for p in family.net.parameters()
     )

@@ -63,7 +63,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         family = sd3.assemble(tiny.parts(), name="teacher", guidance=3.0)
     else:
         family = flux.assemble(tiny_flux.parts("dev"), name="teacher", side=8)
-    family.module.save(family, root / "teacher")
+    family.save(root / "teacher")
     loaded = load_family(str(root / "teacher"))
     plan = manifest.make(
         loaded, PROMPTS, guidance=3.0, steps=4, student_steps=4, weights=fingerprint(loaded.net),

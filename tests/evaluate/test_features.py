@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from fewstep.evaluate.features import NAME, OpenNsfwPool
-from fewstep.evaluate.kid import kid
+from fewstep.evaluate.metrics.kid import kid
 from painted import COLOURS, SHAPES, STYLES, picture
 
 Images = NDArray[np.uint8]

@@ -76,7 +76,9 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
     for bits in ("8", "4"):
         taken = sum(weight["bytes"][str(weight["given"][bits])] for weight in told)
         least = sum(min(weight["bytes"].values()) for weight in told)
-        assert taken <= max(least, sum(weight["size"] for weight in told) * sensitivity.HELD[int(bits)] / 8)
+        assert taken <= max(
+            least, sum(weight["size"] for weight in told) * sensitivity.BUDGET_BITS[int(bits)] / 8
+        )
     assert f"Calibrated on {len(SHOWN)} prompts of the sheet" in report
     observed = [weight for weight in told if weight["name"] in OBSERVED[weight["graph"]]]
     assert {weight["graph"] for weight in observed} == {weight["graph"] for weight in told}

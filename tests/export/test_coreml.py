@@ -29,7 +29,6 @@ from fewstep.cli.app import run
 from fewstep.core import sampling, schedule
 from fewstep.core.optional import install
 from fewstep.core.types import Cond, UserError
-from fewstep.distill.dry_run import PRESETS
 from fewstep.export import coreml
 from fewstep.export.base import ExportMetadata
 from fewstep.export.common.fp16_norms import HalfGroupNorm, HalfRMSNorm, with_fp16_norms
@@ -37,6 +36,7 @@ from fewstep.export.common.graphs import GraphSpec, parts
 from fewstep.export.common.wrappers import DecoderModule, ModulationModule, TextModule, TransformerModule
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
+from fewstep.families.presets import PRESETS
 
 try:
     coreml._check_tools()

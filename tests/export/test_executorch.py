@@ -93,7 +93,7 @@ def test_a_bundle_draws_what_its_family_draws(small: Family, bundle: Bundle) -> 
     assert psnr(theirs, ours) > 60
 
 
-def test_in_8_bits_it_is_smaller_and_nearly_the_same_and_the_same_alone(
+def test_quantized_it_is_smaller_and_nearly_the_same_and_the_same_alone(
     small: Family, bundle: Bundle, tmp_path: Path
 ) -> None:
     executorch.export(small, tmp_path / "b", 8, ExportMetadata())

@@ -18,8 +18,9 @@ if missing := [name for name in ("openvino_genai", "nncf") if find_spec(name) is
     pytest.skip(f"{' and '.join(missing)}: not installed", allow_module_level=True)
 
 import tiny
-from fewstep.bench.genai import GenAI
-from fewstep.bench.worker import StageTimer
+from fewstep.bench.engines import Spec
+from fewstep.bench.engines import genai as genai_engine
+from fewstep.bench.timer import StageTimer
 from fewstep.cli.app import run
 from fewstep.core import sampling, schedule
 from fewstep.core.guidance import Guided
@@ -48,7 +49,7 @@ def folders(small: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     """Of 16 and 8 bits, as the command line writes them; tracing, which takes seconds, is done once."""
     folder = tmp_path_factory.mktemp("genai")
     sd3.save(small, folder / "model")
-    parts = diffusers_graphs.stock_parts(small, genai.timesteps(small.steps, small.shift))
+    parts = diffusers_graphs.diffusers_parts(small, genai.timesteps(small.steps, small.shift))
     kept = iter([graphs.trace(part) for part in parts.values()] * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openvino_ir, "trace", lambda part: next(kept))
@@ -74,8 +75,8 @@ def drawn(family: Family, prompt: str) -> np.ndarray:
 def test_genai_draws_what_the_family_draws(small: Family, folders: dict[int, Path], prompt: str) -> None:
     """The same tokens, noise, grid and guidance; a prompt too long is cut as it is elsewhere."""
     assert len(small.parts["tokenizer"](LONG).input_ids) > tiny.LENGTH
-    engine, stages = GenAI(str(folders[16]), None, 1), StageTimer()
-    theirs, ours = drawn(small, prompt), engine([prompt] * 2, 5, stages)
+    engine, stages = genai_engine.load(Spec(str(folders[16]), None, 2, threads=1)), StageTimer()
+    theirs, ours = drawn(small, prompt), engine.generate(prompt, [5, 6], stages)
     assert theirs.std() > 5
     assert psnr(theirs, ours) > 50
     assert set(stages.seconds) == {"text", "steps", "decode"}
@@ -103,7 +104,8 @@ def test_the_scheduler_walks_our_grid(steps: int, shift: float) -> None:
 def test_fewer_bits_are_fewer_bytes(folders: dict[int, Path]) -> None:
     sizes = {bits: sum(f.stat().st_size for f in folders[bits].rglob("*model.bin")) for bits in folders}
     assert sizes[16] > sizes[8]
-    assert len(GenAI(str(folders[8]), None, 1)([PROMPT], 0, StageTimer())) == 1
+    engine = genai_engine.load(Spec(str(folders[8]), None, 1, threads=1))
+    assert len(engine.generate(PROMPT, [0], StageTimer())) == 1
 
 
 def test_genai_takes_its_turn_beside_fewstep(folders: dict[int, Path], tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_genai_takes_its_turn_beside_fewstep(folders: dict[int, Path], tmp_path:
 
 def test_another_number_of_steps_is_another_export(folders: dict[int, Path]) -> None:
     with pytest.raises(UserError, match="it is for 2 steps: export another with --steps 3"):
-        GenAI(str(folders[16]), 3, 1)
+        genai_engine.load(Spec(str(folders[16]), 3, 1, threads=1))
 
 
 def test_what_cannot_be_written_is_one_clear_line(small: Family, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_what_cannot_be_written_is_one_clear_line(small: Family, tmp_path: Path)
     for family, place, told in (
         (small, "mine", "exists and is no export of fewstep for GenAI"),
         (replace(small, sampler="renoise"), "b", "GenAI has no sampler renoise"),
-        (replace(small, shift=2.5), "b", "GenAI cannot walk 2 steps at shift 2.5"),
+        (replace(small, shift=2.5), "b", "GenAI cannot take 2 steps at shift 2.5"),
         (swapped, "b", "GenAI wants an AutoencoderKL"),
     ):
         with pytest.raises(UserError, match=told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,10 @@ def family(**options: Any) -> Family:
     return sd3.assemble(tiny.parts(with_t5=False, **options), name="small", steps=4, guidance=None)
 
 
-@pytest.fixture(scope="module")
-def small() -> Family:
-    return family()
-
-
-@pytest.fixture(scope="module")
-def traced(small: Family) -> dict[str, Any]:
-    """The graphs in full precision; the tests below share them, since tracing takes seconds."""
-    return {stem: graphs.trace(part) for stem, part in graphs.parts(small).items()}
-
-
 @pytest.fixture
-def export(small: Family, traced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+def export(small: Family, trace_once: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``engine.export`` of the small family, its graphs traced once; gives the bundle."""
-    kept = iter(list(traced.values()) * 9)
-    monkeypatch.setattr(engine, "trace", lambda part: next(kept))
+    monkeypatch.setattr(engine, "trace", trace_once)
 
     def export(out: Path, bits: int = 8, **facts: Any) -> Bundle:
         engine.export(small, out, bits, ExportMetadata(license="Apache-2.0", **facts))
@@ -219,10 +208,21 @@ def reading() -> Family:
     return sd3.assemble(tiny.parts(with_t5=True), name="reading", steps=4, guidance=None)
 
 
-def test_a_bundle_keeps_t5(reading: Family, small: Family, tmp_path: Path) -> None:
-    engine.export(reading, tmp_path / "b", 32, ExportMetadata())
-    bundle = read(tmp_path / "b")
-    model = open_bundle(bundle, threads=1)
+@pytest.fixture(scope="module")
+def with_t5(reading: Family, trace_once: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Its bundle. All graphs but the net's and T5's are those of the small family."""
+    folder = tmp_path_factory.mktemp("t5") / "b"
+    own = [("velocity",), ("context",)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine, "trace", lambda part: (graphs.trace if part.outputs in own else trace_once)(part)
+        )
+        engine.export(reading, folder, 32, ExportMetadata())
+    return read(folder)
+
+
+def test_a_bundle_keeps_t5(reading: Family, with_t5: Bundle, small: Family) -> None:
+    bundle, model = with_t5, open_bundle(with_t5, threads=1)
     assert bundle.t5_length == 24 and {"t5.onnx", "tokenizer_3.json"} <= bundle.files.keys()
     assert model.text(["x"]).context.shape[1] == bundle.length + bundle.t5_length
     theirs = draw(reading)
@@ -233,15 +233,15 @@ def test_a_bundle_keeps_t5(reading: Family, small: Family, tmp_path: Path) -> No
 def test_t5_has_bits_of_its_own(reading: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(engine, "trace", lambda part: None)
-    monkeypatch.setattr(engine, "shrink", lambda model, bits: asked.append(bits))
+    monkeypatch.setattr(engine, "quantize_weights", lambda model, bits: asked.append(bits))
     monkeypatch.setattr(engine, "write_graph", lambda model, path: path.touch())
     engine.export(reading, tmp_path / "b", 16, ExportMetadata(), t5_bits=8)
     assert asked == [16, 8, 16, 16, 16, 16]
 
 
-def test_a_bundle_whose_t5_is_missing_is_refused(reading: Family, tmp_path: Path) -> None:
+def test_a_bundle_whose_t5_is_missing_is_refused(with_t5: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "b"
-    engine.export(reading, folder, 32, ExportMetadata())
+    shutil.copytree(with_t5.folder, folder)
     told = json.loads((folder / "bundle.json").read_text())
     del told["files"]["tokenizer_3.json"]
     (folder / "bundle.json").write_text(json.dumps(told))

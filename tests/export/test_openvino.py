@@ -47,19 +47,12 @@ INTEGERS = "avx512_vnni" in hardware.describe()["instructions"]
 
 
 @pytest.fixture(scope="module")
-def small() -> Family:
-    return sd3.assemble(tiny.parts(with_t5=False), name="small", steps=4, guidance=None)
-
-
-@pytest.fixture(scope="module")
-def bundles(small: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Bundle]:
-    """Of 16, 8 and 4 bits, as the command line writes them; the tests below share them and what they are
-    made of, since tracing takes seconds."""
+def bundles(small: Family, trace_once: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Bundle]:
+    """Of 16, 8 and 4 bits, as the command line writes them."""
     folder = tmp_path_factory.mktemp("openvino")
     sd3.save(small, folder / "run" / "model")
-    kept = iter([graphs.trace(part) for part in graphs.parts(small).values()] * len(engine.BITS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_ir, "trace", lambda part: next(kept))
+        patch.setattr(openvino_ir, "trace", trace_once)
         for bits in engine.BITS:
             words = ["export", str(folder / "run"), "--to", "openvino", "--bits", str(bits)]
             assert run([*words, "-o", str(folder / str(bits))]) == 0
@@ -87,12 +80,19 @@ def test_a_picture_does_not_depend_on_its_batch(bundles: dict[int, Bundle], bits
 
 
 @pytest.fixture(scope="module", params=[(16, "bfloat16"), (8, "int8")], ids=["bfloat16", "int8"])
-def coarse(small: Family, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Bundle:
+def coarse(
+    bundles: dict[int, Bundle],
+    trace_once: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Bundle:
     """To be computed in less than float32, as the command line writes it."""
     folder, (bits, compute) = tmp_path_factory.mktemp("coarse"), request.param
-    sd3.save(small, folder / "model")
-    words = ["export", str(folder / "model"), "--to", "openvino", "--bits", str(bits), "--compute", compute]
-    assert run([*words, "-o", str(folder / "out")]) == 0
+    model = str(bundles[bits].folder.parent / "run")
+    words = ["export", model, "--to", "openvino", "--bits", str(bits), "--compute", compute]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_ir, "trace", trace_once)
+        assert run([*words, "-o", str(folder / "out")]) == 0
     return read(folder / "out")
 
 
@@ -147,8 +147,13 @@ def test_of_a_bundle_in_int8_texts_stay_float32() -> None:
 
 
 def test_of_a_bundle_in_int8_texts_have_16_bits_and_modulations_8(
-    small: Family, bundles: dict[int, Bundle], tmp_path: Path
+    small: Family,
+    bundles: dict[int, Bundle],
+    trace_once: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(openvino_ir, "trace", trace_once)
     engine.export(small, tmp_path / "b", 4, ExportMetadata(compute="int8"))
     bundle = read(tmp_path / "b")
     sizes = {stem: bundle.files[f"{stem}.bin"].bytes for stem in ("text", "modulation", "transformer")}
@@ -318,7 +323,7 @@ def test_what_is_not_installed_is_named(
     for name in ("fewstep.runtime.openvino", "fewstep.export.openvino", "fewstep.export.common.openvino_ir"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(fewstep.runtime, "openvino")
-    monkeypatch.delattr(common, "ir")
+    monkeypatch.delattr(common, "openvino_ir")
     expected = f"fewstep: this needs {module}, which is not installed: {install(extra)}\n"
     model = str(bundles[8].folder.parent / "run")
     capsys.readouterr()
@@ -365,8 +370,11 @@ def test_an_interrupted_export_leaves_what_was_there(
     assert read(tmp_path / "b").digest == bundles[8].digest
 
 
-def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+def test_a_weight_too_large_for_float16_is_refused(
+    trace_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OpenVINO would cut it off without a word."""
+    monkeypatch.setattr(openvino_ir, "trace", trace_once)
     large = sd3.assemble(tiny.parts(with_t5=False), name="large")
     with torch.no_grad():
         large.net.proj_out.weight[0, 0] = 1e5
@@ -440,8 +448,11 @@ sys.exit(run([*words, "-o", {str(tmp_path / "b")!r}]))
     assert 20 * np.log10(255 / np.sqrt(np.square(pictures[0] - pictures[1]).mean())) > 40
 
 
-def test_weights_of_any_bits_are_unpacked_as_onnxruntime_does(small: Family, tmp_path: Path) -> None:
+def test_weights_of_any_bits_are_unpacked_as_onnxruntime_does(
+    small: Family, trace_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OpenVINO reads their packed codes as well, and draws something else."""
+    monkeypatch.setattr(onnx, "trace", trace_once)
     for bits in (4, 8):
         onnx.export(small, tmp_path / f"onnx{bits}", bits, ExportMetadata())
         assert convert(str(tmp_path / f"onnx{bits}"), tmp_path / f"ov{bits}") == 0

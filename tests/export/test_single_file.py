@@ -251,7 +251,7 @@ def test_an_interruption_leaves_nothing(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(single_file, "told", fail)
+    monkeypatch.setattr(single_file, "file_metadata", fail)
     with pytest.raises(KeyboardInterrupt):
         single_file.export(written[0], tmp_path / "f.safetensors", 32, FACTS)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,8 @@ import tiny
 from fewstep.cli.app import run
 from fewstep.core.types import UserError
 from fewstep.families import diffusers_io, sd3
-from fewstep.families.config_check import KNOWN, PARTS, check_class, is_plain
+from fewstep.families.config_check import check_class, is_plain
+from fewstep.families.registry import built_in
 from fewstep.pipeline import loading
 
 
@@ -167,7 +168,7 @@ ALL_PARTS = (
 def test_no_reader_imports_a_library_that_a_folder_names(
     model: Path, tmp_path: Path, canary: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
-    from fewstep.bench.worker import DiffusersEngine
+    from fewstep.bench.engines import DIFFUSERS, Spec, find
 
     for library in LIBRARIES:
         for name in ("SD3Transformer2DModel", ""):
@@ -177,7 +178,7 @@ def test_no_reader_imports_a_library_that_a_folder_names(
             assert last.startswith("fewstep: ") and "model_index.json" in last
             for reader in (
                 lambda: loading.load_family(str(model)),
-                lambda: DiffusersEngine(str(model), 1, 0, "float32", {}),
+                lambda: find(DIFFUSERS)(Spec(str(model), 1, 1)),
             ):
                 with pytest.raises(UserError, match=r"model_index\.json"):
                     reader()
@@ -185,7 +186,7 @@ def test_no_reader_imports_a_library_that_a_folder_names(
 
 
 def test_no_outline_makes_a_net_of_another_library(canary: Path) -> None:
-    from fewstep.families.spec import SD35_MEDIUM
+    from fewstep.families.presets import SD35_MEDIUM
     from fewstep.inference.meta_init import init_from_config
 
     for library in LIBRARIES:
@@ -234,9 +235,10 @@ def test_another_pipelines_classes_are_refused_by_name(
 )
 def test_each_family_has_its_own_classes(pipeline: str, part: str, name: str) -> None:
     library = "diffusers" if part == "transformer" else "transformers"
+    family = next(each for each in built_in().values() if each.pipeline == pipeline)
     with pytest.raises(UserError, match=f"{name} for {part} of a {pipeline}"):
-        check_class((library, name), part, "index", pipeline)
-    check_class((library, PARTS[pipeline][part][0]), part, "index", pipeline)
+        check_class((library, name), part, "index", family)
+    check_class((library, family.nets[part][0]), part, "index", family)
 
 
 def test_pipelines_with_more_in_them_are_not_plain() -> None:
@@ -274,7 +276,9 @@ def test_an_index_names_files_in_its_folder_alone(model: Path) -> None:
 
 
 def test_every_class_of_the_families_has_a_shape() -> None:
-    assert {part for part, _ in KNOWN.values()} == {"transformer", "vae", "text_encoder"}
+    for family in built_in().values():
+        assert {each.part for each in family.net_classes.values()} == {"transformer", "vae", "text_encoder"}
+        assert {name for names in family.nets.values() for name in names} <= family.net_classes.keys()
 
 
 def test_a_full_disk_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ import tiny_flux
 from fewstep.cli import app as cli
 from fewstep.core import flow, sampling, schedule
 from fewstep.core.types import Batch, Codec, TextEncoder, UserError, Velocity
-from fewstep.families import base as families
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
+from fewstep.families.registry import architecture_of
 from fewstep.families.schedulers import schedule_shift
 from fewstep.images import io as image_io
+from fewstep.images.pixels import to_pil, to_uint8
+from fewstep.images.record import Record
 from fewstep.methods.base import Method
 from fewstep.methods.flow_matching import Finetune
 from fewstep.methods.trajectory import Trajectory
@@ -210,8 +212,8 @@ def test_the_other_familys_folder_is_one_clear_line(saved: tuple[Family, Path], 
 
 
 def test_a_folder_finds_its_family(saved: tuple[Family, Path], sd3_folder: Path, tmp_path: Path) -> None:
-    assert families.family_of(saved[1]) is flux
-    assert families.family_of(sd3_folder) is sd3
+    assert architecture_of(saved[1]) is flux.ARCHITECTURE
+    assert architecture_of(sd3_folder) is sd3.ARCHITECTURE
     for kind in ("Flux2Pipeline", "FluxFillPipeline", "PixArtAlphaPipeline", None):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
         with pytest.raises(UserError, match=rf"holds a {kind}; .*FluxPipeline or a Stable") as caught:
@@ -223,7 +225,7 @@ def test_a_hub_model_finds_its_family_by_its_index(
     saved: tuple[Family, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(saved[1] / file))
-    assert loading._family("org/model", Path("org/model")) is flux
+    assert loading._family("org/model", Path("org/model")) is flux.ARCHITECTURE
     monkeypatch.undo()
     with pytest.raises(UserError, match="the hub cannot be asked"):
         loading._family("nobody/nothing", Path("nobody/nothing"))
@@ -266,7 +268,7 @@ def test_a_folder_draws_pictures(saved: tuple[Family, Path]) -> None:
     with torch.no_grad():
         x = family.from_numpy(sampling.batch_noise([1, 1], family.latent))
         x = sampling.sample_flow(family.velocity, x, schedule.grid(2, family.shift), family.text(PROMPTS))
-        expected = image_io.to_images(family.to_numpy(family.codec.decode(x)))
+        expected = to_pil(to_uint8(family.to_numpy(family.codec.decode(x))))
     for image, other in zip(images, expected, strict=True):
         assert image.size == (64, 64)
         assert abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
@@ -289,12 +291,12 @@ def test_embedded_guidance_is_a_dial(tmp_path: Path, options: Any) -> None:
             noise = family.from_numpy(sampling.batch_noise([1], family.latent))
             grid, cond = schedule.grid(3, family.shift), family.text(PROMPTS[:1])
             x = sampling.sample_flow(family.with_guidance(scale).velocity, noise, grid, cond)
-            expected = np.asarray(image_io.to_images(family.to_numpy(family.codec.decode(x)))[0]).astype(int)
+            expected = np.asarray(to_pil(to_uint8(family.to_numpy(family.codec.decode(x))))[0]).astype(int)
         assert abs(number - expected).max() <= 1
 
 
-def _record(image: Any) -> image_io.Record:
-    return image_io.Record.parse(image.info["fewstep"])
+def _record(image: Any) -> Record:
+    return Record.parse(image.info["fewstep"])
 
 
 def test_embedded_guidance_starts_from_what_the_folder_says(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
     path = tmp_path / "cat.png"
     asked = ["generate", "a cat", "--model", str(tmp_path / "m"), "--seed", "1", "-o", str(path)]
     assert cli.run(asked) == 0
-    record = image_io.Record.parse(image_io.open_image(path).info["fewstep"])
+    record = Record.parse(image_io.open_image(path).info["fewstep"])
     assert (record.steps, record.guidance, record.size) == (28, 3.5, (64, 64))
 
 

@@ -20,6 +20,7 @@ from fewstep.families.lora import adapters
 from fewstep.families.lora.alpha import FILE, PEFT_CONFIG, PEFT_FILE
 from fewstep.families.lora.file import read
 from fewstep.families.lora.layers import resolve
+from fewstep.families.registry import built_in
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj")
 BLOCK = (*ATTENTION, "attn.add_v_proj", "attn.to_add_out", "ff.net.2", "norm1_context.linear")
@@ -42,7 +43,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 def deltas(path: Path, kind: str = "sd3", weight: float = 1.0) -> dict[str, torch.Tensor]:
     """What a file adds to a model's weights: ``part.layer`` -> ``[out, in]``."""
     parts = MODELS[kind]
-    updates = adapters.updates_of([f"{path}:{weight}"], kind, parts.get)
+    updates = adapters.updates_of([f"{path}:{weight}"], built_in()[kind], parts.get)
     return {
         f"{part}.{layer}": adapters.added(torch.zeros(parts[part][layer]), each, torch.float32)
         for part, layers in updates.items()
@@ -292,13 +293,15 @@ def test_a_convolution(tmp_path: Path) -> None:
     expected = weight + torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
     tensors = {"lora_unet_x_embedder_proj.lora_down.weight": a, "lora_unet_x_embedder_proj.lora_up.weight": b}
     path = layouts.write(tmp_path / "a.safetensors", tensors)
-    update = adapters.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"]["pos_embed.proj"]
+    update = adapters.updates_of([f"{path}:1"], built_in()["sd3"], MODELS["sd3"].get)["transformer"][
+        "pos_embed.proj"
+    ]
     assert torch.allclose(adapters.added(weight, update, torch.float32), expected, atol=1e-5)
 
 
 def test_rows_are_added_piece_by_piece_to_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(one()[0]))
-    update = adapters.updates_of([f"{path}:1"], "sd3", MODELS["sd3"].get)["transformer"][LAYER]
+    update = adapters.updates_of([f"{path}:1"], built_in()["sd3"], MODELS["sd3"].get)["transformer"][LAYER]
     weight = torch.randn(16, 16).bfloat16()
     whole = {kind: adapters.added(weight.clone(), update, kind) for kind in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(adapters, "CHUNK", 40)
@@ -682,7 +685,7 @@ def test_any_file_is_read_or_refused(tensors: Any, header: Any, config: Any, tmp
     path = raw(folder / PEFT_FILE, {"__metadata__": header, **entries}, bytes(end))
     (folder / PEFT_CONFIG).write_text(json.dumps(config))
     try:
-        resolve(read(path), "sd3", MODELS["sd3"].get)
+        resolve(read(path), built_in()["sd3"], MODELS["sd3"].get)
     except UserError as error:
         assert "\n" not in str(error)
 

@@ -47,7 +47,7 @@ def plain(folder: Path) -> Model:
 
 
 def staged(folder: Path) -> Model:
-    return load_staged(folder, "sd3", TorchOptions(device="cpu", bits=32)).model
+    return load_staged(folder, sd3.ARCHITECTURE, TorchOptions(device="cpu", bits=32)).model
 
 
 readers = pytest.mark.parametrize("reader", [plain, staged])

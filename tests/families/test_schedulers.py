@@ -21,6 +21,7 @@ from fewstep.core.types import UserError
 from fewstep.export.common import sd3_keys
 from fewstep.families import flux, schedulers, sd3
 from fewstep.families.diffusers_io import name_of
+from fewstep.families.registry import built_in
 from fewstep.inference.load import load as load_staged
 from fewstep.inference.options import TorchOptions
 from fewstep.pipeline.loading import load_family
@@ -86,7 +87,7 @@ def test_what_is_not_followed_is_refused_by_every_reader(
         assert "\n" not in str(caught.value)
     student = TorchOptions(student=str(folder), device="cpu", bits=32)
     with pytest.raises(UserError, match=words):
-        load_staged(bases[family], family, student)
+        load_staged(bases[family], built_in()[family], student)
 
 
 def test_a_single_files_configuration_is_followed_or_refused_as_well(
@@ -118,7 +119,7 @@ def test_parts_in_python_are_checked_too() -> None:
 
 def drawn(folder: Path, family: str) -> torch.Tensor:
     """Latents by our grid and steps."""
-    model = load_staged(folder, family, TorchOptions(device="cpu", bits=32)).model
+    model = load_staged(folder, built_in()[family], TorchOptions(device="cpu", bits=32)).model
     plain = load_family(str(folder))
     assert (plain.shift, plain.sampler) == (model.shift, model.sampler)
     noise = model.from_numpy(sampling.batch_noise([1], model.latent))
@@ -168,7 +169,9 @@ def test_what_is_followed_is_stock_diffusers_image(
 def test_a_students_own_schedule_is_followed(tmp_path: Path, bases: dict[str, Path]) -> None:
     base = said(bases["sd3"], tmp_path / "base", shift=3.0)
     student = said(bases["sd3"], tmp_path / "student", LCM, **DYNAMIC)
-    model = load_staged(base, "sd3", TorchOptions(student=str(student), device="cpu", bits=32)).model
+    model = load_staged(
+        base, sd3.ARCHITECTURE, TorchOptions(student=str(student), device="cpu", bits=32)
+    ).model
     alone = load_family(str(student))
     assert (model.sampler, model.shift) == (alone.sampler, alone.shift) == ("renoise", alone.shift)
     assert model.shift != 3.0

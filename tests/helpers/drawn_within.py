@@ -86,7 +86,7 @@ def low() -> None:
 
 def draw(folder: Path, memory: str) -> dict[str, Any]:
     low()
-    staged = load(folder, "sd3", TorchOptions(memory=memory))
+    staged = load(folder, sd3.ARCHITECTURE, TorchOptions(memory=memory))
     Pipeline(staged.model)("a red apple", seed=0)
     measured = high() - (staged.plan.base - STARTING)  # which the first picture of all has taken
     return {"planned": staged.plan.peak, "measured": measured, **vars(staged.plan.config)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fewstep.families.lora.original_names import layer_table, swapped
+from fewstep.families.registry import built_in
 
 RANK, ALPHA = 4, 6.0
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -48,9 +48,10 @@ def diffusers(factors: Factors, scale: float = 1.0, part: str = "transformer") -
 
 def original(kind: str, shapes: Mapping[str, tuple[int, int]], seed: int = 0) -> tuple[Factors, Factors]:
     """Random factors of layers as the authors' code has them, and the same of diffusers' layers."""
+    names = built_in()[kind].lora_names
     theirs = {
         name: layers
-        for name, layers in layer_table(kind, shapes).items()
+        for name, layers in names.table(shapes).items()
         if all(layer in shapes for layer in layers)
     }
     whole = {
@@ -58,7 +59,7 @@ def original(kind: str, shapes: Mapping[str, tuple[int, int]], seed: int = 0) ->
         for name, layers in theirs.items()
     }
     drawn = draw(whole, seed)
-    swap = swapped(kind, shapes)
+    swap = names.swapped(shapes)
     parts: dict[str, Any] = {}
     for name, (a, b) in drawn.items():
         b = torch.cat(b.chunk(2)[::-1]) if name in swap else b

@@ -1,14 +1,17 @@
-"""Small pictures drawn by rule, and a cheap extractor, so that tests know the truth."""
+"""Small images drawn by rule, and a cheap extractor, so that tests know the truth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fewstep.evaluate import Candidate, Reference
+from fewstep.evaluate import Candidate, PromptSet
+from fewstep.pocket.prompt_sets import pocket
+from fewstep.pocket.stickers import Reference
 
 SIZE = 48
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -49,8 +52,13 @@ def references(seed: int = 0, size: int = SIZE) -> list[Reference]:
     return made
 
 
+def prompt_set(prompts: int = 200, **parts: Any) -> PromptSet:
+    """Pocket's prompt set of the drawn renderings."""
+    return pocket.build(references(), prompts, **parts)
+
+
 class Pixels:
-    """Features that are the picture itself at 12 x 12: exact copies are at distance zero."""
+    """Features that are the image itself at 12 x 12: exact copies are at distance zero."""
 
     name = "pixels-12x12"
 
@@ -64,7 +72,7 @@ class Pixels:
 
 
 class Painter:
-    """A model that draws what is asked: with a fresh place for each seed, or always the same."""
+    """A model that draws what a prompt says: with a fresh place for each seed, or always the same."""
 
     def __init__(self, moves: bool = True, break_after: int | None = None) -> None:
         self.moves = moves

@@ -23,6 +23,9 @@ from fewstep.cli import app as cli
 from fewstep.core.types import UserError
 from fewstep.data import shards
 from fewstep.images import io as image_io
+from fewstep.images.decode import decode, to_rgb
+from fewstep.images.metadata import PARAMETERS
+from fewstep.images.record import read_info
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary) print\nshowpage\n%%EOF\n"
 WMF = struct.pack("<IHhhhhHIH", 0x9AC6CDD7, 0, 0, 0, 100, 100, 72, 0, 0) + b"\x01\0\x09\0" + bytes(64)
@@ -76,14 +79,14 @@ def test_what_is_no_image_of_ours_starts_nothing(
     monkeypatch.setattr(subprocess, "Popen", started)
     file = tmp_path / f"a.{ending}"
     file.write_bytes(HOSTILE[kind])
-    with pytest.raises(UserError, match=f"a.{ending} is not a picture that can be read"):
+    with pytest.raises(UserError, match=f"a.{ending} is not an image that can be read"):
         image_io.open_image(file)
     if ending != "eps":
-        with pytest.raises(UserError, match=r"s\.tar: a is not a picture that can be read"):
+        with pytest.raises(UserError, match=r"s\.tar: a is not an image that can be read"):
             list(shards.read(shard(tmp_path / "s.tar", {f"a.{ending}": HOSTILE[kind], "a.txt": b"a"})))
         (tmp_path / "in").mkdir()
         file.rename(tmp_path / "in" / file.name).with_suffix(".txt").write_text("a")
-        with pytest.raises(UserError, match=f"a.{ending} is not a picture that can be read"):
+        with pytest.raises(UserError, match=f"a.{ending} is not an image that can be read"):
             shards.write_folder(tmp_path / "in", tmp_path / "out", 32, 10)
     assert not canary.exists()
 
@@ -102,7 +105,7 @@ def test_the_command_line_starts_nothing(
     ):
         assert cli.run(command) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "a.png is not a picture that can be read" in said
+        assert "a.png is not an image that can be read" in said
     assert not canary.exists() and not (tmp_path / "x.png").exists()
 
 
@@ -115,7 +118,7 @@ def test_images_are_opened_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "open"
         and isinstance(node.value, ast.Name) and node.value.id == "Image"
     ]  # fmt: skip
-    assert {*found} == {"images/io.py"}
+    assert {*found} == {"images/decode.py"}
 
 
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
@@ -126,14 +129,14 @@ def test_formats_are_told_by_content_and_damage_is_one_line(tmp_path: Path, kind
     data = png(SMALL, kind)
     file = tmp_path / "a.png"
     file.write_bytes(data)
-    assert image_io.to_rgb(image_io.open_image(file)).size == (30, 40)
+    assert to_rgb(image_io.open_image(file)).size == (30, 40)
     rng = np.random.default_rng(1)
     for _ in range(40):
         broken = bytearray(data[: rng.integers(1, len(data))] if rng.random() < 0.5 else data)
         for at in rng.integers(0, len(broken), 6):
             broken[at] = rng.integers(256)
         try:
-            image_io.to_rgb(image_io.decode(bytes(broken), "it"))
+            to_rgb(decode(bytes(broken), "it"))
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -147,14 +150,14 @@ def test_a_decoder_may_raise_what_it_likes(monkeypatch: pytest.MonkeyPatch) -> N
             raise error
 
         monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fails)
-        with pytest.raises(UserError, match="it is not a picture that can be read: "):
-            image_io.decode(png(SMALL), "it")
+        with pytest.raises(UserError, match="it is not an image that can be read: "):
+            decode(png(SMALL), "it")
 
 
 def _levels(pixels: Any, kind: str = "TIFF", **options: Any) -> np.ndarray:
     """What an image's file of these pixels is as RGB: levels ``[h, w, 3]``."""
     image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    return np.asarray(image_io.to_rgb(image_io.decode(png(image, kind, **options), "it")), int)
+    return np.asarray(to_rgb(decode(png(image, kind, **options), "it")), int)
 
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
@@ -185,7 +188,7 @@ def test_twelve_bits_are_twelve_bits(tmp_path: Path) -> None:
         struct.pack("<HHII", tag, kind, 1, at) for tag, kind, at in tags
     )
     data = b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\x00" + ifd + bytes(4)
-    levels = np.asarray(image_io.to_rgb(image_io.decode(data, "it")))
+    levels = np.asarray(to_rgb(decode(data, "it")))
     assert levels[0, :, 0].tolist() == [0, 255]
 
 
@@ -219,14 +222,14 @@ def test_other_colours_are_right_or_refused() -> None:
     grey = np.array([[5, 40_000]], np.uint16)
     assert _levels(grey, "PNG", transparency=5)[0, :, 0].tolist() == [255, round(40_000 / 257)]
     with pytest.raises(UserError, match="its colours are LAB"):
-        image_io.to_rgb(Image.new("LAB", (2, 2)))
+        to_rgb(Image.new("LAB", (2, 2)))
 
 
 def test_images_in_parts_are_those_in_one() -> None:
     rng = np.random.default_rng(2)
     image = Image.fromarray(rng.integers(0, 256, (1100, 4200, 4), dtype=np.uint8))
     whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    assert np.array_equal(np.asarray(image_io.to_rgb(image)), np.asarray(whole))
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(whole))
 
 
 def _bomb(width: int, height: int) -> bytes:
@@ -243,39 +246,38 @@ def _bomb(width: int, height: int) -> bytes:
 
 def test_large_images_are_refused_by_their_declared_size() -> None:
     with pytest.raises(UserError, match=r"it has 81 megapixels \(9000 x 9000\), and at most 67 are read"):
-        image_io.decode(_bomb(9000, 9000), "it")
-    with pytest.raises(UserError, match="it is not a picture that can be read"):
-        image_io.decode(_bomb(60_000, 60_000), "it")
+        decode(_bomb(9000, 9000), "it")
+    with pytest.raises(UserError, match="it is not an image that can be read"):
+        decode(_bomb(60_000, 60_000), "it")
 
 
 def test_a_large_contact_sheet_still_tells_how_it_was_made(tmp_path: Path) -> None:
     sheet = Image.new("L", (9000, 8000))
-    sheet.info[image_io.PARAMETERS] = "a cat\nSteps: 4"
+    sheet.info[PARAMETERS] = "a cat\nSteps: 4"
     image_io.save(sheet, tmp_path / "a.png")
-    assert image_io.read_info(tmp_path / "a.png") == {image_io.PARAMETERS: "a cat\nSteps: 4"}
+    assert read_info(tmp_path / "a.png") == {PARAMETERS: "a cat\nSteps: 4"}
     with pytest.raises(UserError, match="it has 72 megapixels"):
-        image_io.decode((tmp_path / "a.png").read_bytes(), "it")
+        decode((tmp_path / "a.png").read_bytes(), "it")
 
 
 def test_a_large_jpeg_is_halved_and_a_progressive_one_refused() -> None:
     large = Image.new("L", (10_000, 8_000), 90)
-    assert image_io.decode(png(large, "JPEG"), "it").size == (5_000, 4_000)
+    assert decode(png(large, "JPEG"), "it").size == (5_000, 4_000)
     with pytest.raises(UserError, match="it has 80 megapixels"):
-        image_io.decode(png(large, "JPEG", progressive=True), "it")
+        decode(png(large, "JPEG", progressive=True), "it")
 
 
 def test_a_file_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_io, "MOST_BYTES", 2**20)
-    with pytest.raises(
-        UserError, match="/dev/zero is not a picture that can be read: it has more than 1 MiB"
-    ):
+    with pytest.raises(UserError, match="/dev/zero is not an image that can be read: it has more than 1 MiB"):
         image_io.read("/dev/zero")
 
 
 MEASURE = """
 import re, sys
-from fewstep.images import io as picture
-picture.center_crop_resize(picture.open_image(sys.argv[1]), (128, 128))
+from fewstep.images.io import open_image
+from fewstep.images.pixels import center_crop_resize
+center_crop_resize(open_image(sys.argv[1]), (128, 128))
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 

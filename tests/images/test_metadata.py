@@ -18,7 +18,9 @@ from PIL import Image
 from fewstep.core.types import UserError
 from fewstep.images import io as image_io
 from fewstep.images import metadata
+from fewstep.images.decode import decode
 from fewstep.images.metadata import CHUNK, PARAMETERS
+from fewstep.images.record import SHEET, Record, RecordWarning, read_json, read_records, records_of
 
 KINDS = ("PNG", "JPEG", "WEBP")
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -27,12 +29,12 @@ quick = settings(max_examples=100, deadline=None, derandomize=True)
 def written(texts: dict[str, str], kind: str, **more: Any) -> bytes:
     image = Image.new("RGB", (8, 8), "red")
     data = io.BytesIO()
-    image.save(data, kind, **{**metadata.options(texts, kind), **more})
+    image.save(data, kind, **{**metadata.save_options(texts, kind), **more})
     return data.getvalue()
 
 
 def read(data: bytes) -> dict[str, str]:
-    return metadata.texts(image_io.decode(data, "x"))
+    return metadata.texts(decode(data, "x"))
 
 
 # A mark of the byte order in front of a text is no part of it.
@@ -146,16 +148,16 @@ def test_extended_xmp_with_a_part_missing_counts_as_none() -> None:
 
 
 def test_the_record_of_a_sheet_of_thousands_fits_every_format(tmp_path: Path) -> None:
-    record = image_io.Record("字" * 200, 1, 4, "pocket", "ab", (8, 8))
-    text = json.dumps({image_io.SHEET: [json.loads(record.json())] * 3000})
+    record = Record("字" * 200, 1, 4, "pocket", "ab", (8, 8))
+    text = json.dumps({SHEET: [json.loads(record.json())] * 3000})
     for suffix in image_io.SUFFIXES:
         image = Image.new("RGB", (8, 8))
         image.info[CHUNK] = text
         image_io.save(image, tmp_path / f"a{suffix}")
-        assert image_io.read_records(tmp_path / f"a{suffix}") == [record] * 3000
+        assert read_records(tmp_path / f"a{suffix}") == [record] * 3000
 
 
-RECORD = json.loads(image_io.Record("a cat", 1, 4, "pocket", "ab", (8, 8), guidance=4.5, negative="b").json())
+RECORD = json.loads(Record("a cat", 1, 4, "pocket", "ab", (8, 8), guidance=4.5, negative="b").json())
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*RECORD, "sheet"]), inner),
@@ -176,10 +178,10 @@ def test_any_record_is_read_or_refused_in_one_line(
         text = json.dumps(each)
         for damaged in (text, text[:cut]):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", image_io.RecordWarning)
+                warnings.simplefilter("ignore", RecordWarning)
                 try:
-                    for record in image_io.records_of(image_io.read_json(damaged, "x"), "x"):
-                        assert image_io.Record.parse(record.json()) == record
+                    for record in records_of(read_json(damaged, "x"), "x"):
+                        assert Record.parse(record.json()) == record
                         record.parameters()
                 except UserError as error:
                     assert "\n" not in str(error)
@@ -203,8 +205,8 @@ def test_any_file_is_read_or_refused_in_one_line(
     with TemporaryDirectory() as folder:
         (path := Path(folder, "x")).write_bytes(damaged)
         try:
-            image_io.read_records(path)
+            read_records(path)
         except UserError as error:
             assert "\n" not in str(error)
-        except image_io.RecordWarning:  # a field's name was changed
+        except RecordWarning:  # a field's name was changed
             pass

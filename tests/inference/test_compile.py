@@ -366,7 +366,7 @@ def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
 
 def test_only_what_stays_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sd3.save(sd3.assemble(tiny.parts(), name="base", steps=3, guidance=None), tmp_path / "base")
-    base = read(tmp_path / "base", "sd3")
+    base = read(tmp_path / "base", sd3.ARCHITECTURE)
     family = build_family(base, None)
     assemble = importlib.import_module("fewstep.inference.build")
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
@@ -388,13 +388,13 @@ def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
 ) -> None:
     assemble = importlib.import_module("fewstep.inference.build")
     sd3.save(sd3.assemble(tiny.parts(), name="base", steps=3, guidance=2.0), tmp_path / "base")
-    plain = Pipeline(load(tmp_path / "base", "sd3", TorchOptions()).model)
+    plain = Pipeline(load(tmp_path / "base", sd3.ARCHITECTURE, TorchOptions()).model)
     expected = np.asarray(plain("a red apple", seed=1)[0], int)
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)  # what is compiled is another test's
     monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", (stay,))
     monkeypatch.setattr(Plan, "filled", lambda plan, layers: plan)
-    model: Any = load(tmp_path / "base", "sd3", TorchOptions(memory="64GiB", compile=True)).model
+    model: Any = load(tmp_path / "base", sd3.ARCHITECTURE, TorchOptions(memory="64GiB", compile=True)).model
     ours = Pipeline(model)
     for _ in range(3):
         assert abs(np.asarray(ours("a red apple", seed=1)[0], int) - expected).max() <= 1

@@ -83,7 +83,7 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
     monkeypatch.setattr(Plan, "filled", lambda plan, layers: replace(plan, staying=staying))
     plain = plainly(folder)
     expected = walked(plain, guidance)
-    made = load(folder, "sd3", TorchOptions(memory="64GiB"))
+    made = load(folder, sd3.ARCHITECTURE, TorchOptions(memory="64GiB"))
     assert made.plan.config.residency == stay and made.plan.config.bits == 32
     latents = walked(made.model, guidance)
     assert latents.std() > 0.1
@@ -103,14 +103,14 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
 def test_flux_is_staged_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", ("none",))
     flux.save(flux.assemble(tiny_flux.parts("dev"), name="small", steps=3, side=8), tmp_path / "m")
-    made = load(tmp_path / "m", "flux", TorchOptions(memory="64GiB"))
+    made = load(tmp_path / "m", flux.ARCHITECTURE, TorchOptions(memory="64GiB"))
     assert torch.equal(walked(made.model, None), walked(plainly(tmp_path / "m", flux), None))
 
 
 @pytest.mark.parametrize("size", ["64x32", "32x96", "16"])
 def test_other_sizes_see_their_own_positions(folder: Path, size: str) -> None:
     plain = plainly(folder)
-    made = load(folder, "sd3", TorchOptions(size=size))
+    made = load(folder, sd3.ARCHITECTURE, TorchOptions(size=size))
     width, height = (int(side) // 8 for side in (size.split("x") * 2)[:2])
     assert made.model.latent == (4, height, width)
     expected = walked(replace(plain, latent=(4, height, width)), None)
@@ -120,7 +120,7 @@ def test_other_sizes_see_their_own_positions(folder: Path, size: str) -> None:
 
 
 def test_a_prompt_is_read_once(folder: Path) -> None:
-    text: Any = load(folder, "sd3", TorchOptions()).model.text
+    text: Any = load(folder, sd3.ARCHITECTURE, TorchOptions()).model.text
     first = text([PROMPT, "a cat"])
     alone: Any = plainly(folder).text
     assert torch.equal(first.context[1:], alone(["a cat"]).context)
@@ -148,7 +148,7 @@ def student_of(base: Path, place: Path, **options: Any) -> Family:
 
 def test_a_students_net_steps_and_guidance_are_laid_over(folder: Path, tmp_path: Path) -> None:
     student_of(folder, tmp_path / "run" / "model", t5=False)
-    made = load(folder, "sd3", TorchOptions(student=str(tmp_path / "run")))
+    made = load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / "run")))
     model = made.model
     assert (model.name, model.steps, model.guidance, model.sampler) == ("student", 2, None, "euler")
     assert "text_encoder_3" not in model.velocity.place.parts  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ def lora_of(base: Path, place: Path, rank: int = 2, **facts: Any) -> dict[str, t
 def test_a_lora_is_added_as_the_run_merges_it(folder: Path, tmp_path: Path) -> None:
     merged = lora_of(folder, tmp_path / "run" / "lora", steps=4, sampler="renoise", t5=False)
     for name in ("run", "run/lora", f"run/lora/{FILE}"):
-        model = load(folder, "sd3", TorchOptions(student=str(tmp_path / name))).model
+        model = load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / name))).model
         assert (model.steps, model.guidance, model.sampler) == (4, None, "renoise")
     velocity: Any = model.velocity
     held = velocity.velocity.net.state_dict()
@@ -184,8 +184,8 @@ def test_a_lora_is_added_as_the_run_merges_it(folder: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(not HAVE_AO, reason="torchao is not installed")
 def test_a_lora_in_8_bits_loses_no_more_than_one_beside_the_weights(folder: Path, tmp_path: Path) -> None:
     merged = lora_of(folder, tmp_path / "lora", steps=4)
-    bits8 = load(folder, "sd3", TorchOptions(student=str(tmp_path / "lora"), bits=8)).model
-    plain8 = load(folder, "sd3", TorchOptions(bits=8)).model
+    bits8 = load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / "lora"), bits=8)).model
+    plain8 = load(folder, sd3.ARCHITECTURE, TorchOptions(bits=8)).model
     base = sd3.load(folder).net.state_dict()
     fused, beside = 0.0, 0.0
     for key, weight in bits8.velocity.velocity.net.named_parameters():  # type: ignore[attr-defined]
@@ -203,7 +203,7 @@ def test_a_lora_in_8_bits_loses_no_more_than_one_beside_the_weights(folder: Path
 @pytest.mark.skipif(not HAVE_AO, reason="torchao is not installed")
 def test_weights_of_8_bits_leave_and_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", ("none",))
-    model = load(folder, "sd3", TorchOptions(bits=8, memory="64GiB")).model
+    model = load(folder, sd3.ARCHITECTURE, TorchOptions(bits=8, memory="64GiB")).model
     first = walked(model, None)
     pixels(model, first)
     assert torch.equal(walked(model, None), first)
@@ -215,7 +215,7 @@ def test_weights_of_8_bits_leave_and_come_back(folder: Path, monkeypatch: pytest
 def test_a_tiny_decoder_decodes_and_the_own_autoencoder_encodes(folder: Path, tmp_path: Path) -> None:
     vae = tiny.tiny_vae(4)
     vae.save_pretrained(tmp_path / "taesd")
-    model = load(folder, "sd3", TorchOptions(tiny_decoder=str(tmp_path / "taesd"))).model
+    model = load(folder, sd3.ARCHITECTURE, TorchOptions(tiny_decoder=str(tmp_path / "taesd"))).model
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = vae.eval().decode(latents).sample
@@ -227,7 +227,7 @@ def test_a_tiny_decoder_decodes_and_the_own_autoencoder_encodes(folder: Path, tm
 
 def test_tiles_are_near_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.inference.memory_plan.TILES", (2,))
-    model = load(folder, "sd3", TorchOptions(memory="64GiB")).model
+    model = load(folder, sd3.ARCHITECTURE, TorchOptions(memory="64GiB")).model
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = sd3.load(folder)
     assert model.codec.decode(latents).shape == (1, 3, 64, 64)
@@ -255,7 +255,7 @@ def test_other_sizes_compile_nothing_anew(folder: Path) -> None:
     def graphs(height: int, width: int) -> int:
         x = torch.from_numpy(sampling.batch_noise([1, 2], (4, height, width)))
         with torch.no_grad():
-            made = modulation.each([family.velocity.embedded(t, cond.pooled)])[0]  # type: ignore[attr-defined]
+            made = modulation.each([family.velocity.embedder_inputs(t, cond.pooled)])[0]  # type: ignore[attr-defined]
             v = velocity(x, t, replace(cond, pooled=made))
             assert (v - family.velocity(x, t, cond)).abs().max() < 1e-4
         return counters["stats"]["unique_graphs"]
@@ -347,10 +347,10 @@ def test_a_lora_of_another_rank_or_shape_is_refused(folder: Path, tmp_path: Path
     ):
         save_file(good | change, file)
         with pytest.raises(UserError, match=words):
-            load(folder, "sd3", TorchOptions(student=str(tmp_path / "lora")))
+            load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / "lora")))
     file.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="not a whole"):
-        load(folder, "sd3", TorchOptions(student=str(tmp_path / "lora")))
+        load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / "lora")))
 
 
 def test_weights_that_are_missing_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -358,22 +358,22 @@ def test_weights_that_are_missing_are_one_line(folder: Path, tmp_path: Path) -> 
     file = tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(UserError, match="cut off"):
-        load(tmp_path / "m", "sd3", TorchOptions())
+        load(tmp_path / "m", sd3.ARCHITECTURE, TorchOptions())
     file.unlink()
     with pytest.raises(UserError, match="has no weights"):
-        load(tmp_path / "m", "sd3", TorchOptions())
+        load(tmp_path / "m", sd3.ARCHITECTURE, TorchOptions())
 
 
 def test_hub_names_take_a_family_in_front() -> None:
-    from fewstep.pipeline.loading import FAMILIES, parse_family
+    from fewstep.families.registry import built_in
+    from fewstep.pipeline.loading import parse_family
 
     assert parse_family("sd3:stabilityai/stable-diffusion-3.5-medium") == (
         "sd3",
         "stabilityai/stable-diffusion-3.5-medium",
     )
     assert parse_family("C:/models/a") == (None, "C:/models/a")
-    for name in FAMILIES:
-        assert importlib.import_module(f"fewstep.families.base.{name}").PIPELINE
+    assert list(built_in()) == ["flux", "sd3"]
 
 
 def test_pictures_do_not_depend_on_the_memory(folder: Path) -> None:

@@ -91,13 +91,13 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from fewstep.families import sd3
-    from fewstep.families.spec import SD35_MEDIUM
+    from fewstep.families.presets import SD35_MEDIUM
     from fewstep.inference.memory_profile import MemoryProfiler
 
     tokens = {f"tokenizer{which}": byte_tokenizer(77) for which in ("", "_2", "_3")}
     others = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), **tokens}
     outline = replace(SD35_MEDIUM, others=others)
-    family = sd3.assemble(outline.parts(), name="m", steps=4, guidance=None)
+    family = sd3.assemble(outline.stand_ins(), name="m", steps=4, guidance=None)
     bits = (16, 8, 4)
     asked = PlanConstraints(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
     rehearsal = MemoryProfiler(outline, family, asked)

@@ -22,7 +22,7 @@ from fewstep.core import sampling
 from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
 from fewstep.families.lora.adapters import LoraWarning
-from fewstep.images.io import read_record
+from fewstep.images.record import read_records
 from fewstep.inference.load import load
 from fewstep.inference.options import TorchOptions
 
@@ -263,7 +263,8 @@ def test_weights_in_16_bits_keep_what_a_small_lora_adds(models: Any, nets: Any, 
     sd3.save(half, tmp_path / "half")
     factors = {layer: (a * 0.02, b * 0.02) for layer, (a, b) in attention("sd3", nets).items()}
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(factors))
-    model: Any = load(tmp_path / "half", "sd3", TorchOptions(lora=(str(path),), bits=32, device="cpu")).model
+    options = TorchOptions(lora=(str(path),), bits=32, device="cpu")
+    model: Any = load(tmp_path / "half", sd3.ARCHITECTURE, options).model
     layer, (a, b) = next(iter(factors.items()))
     stored = half.net.get_submodule(layer).weight.float()
     held = model.velocity.velocity.net.get_submodule(layer).weight
@@ -302,11 +303,11 @@ def test_a_record_names_loras_and_makes_the_image_again(models: Any, nets: Any, 
     loras = ("--lora", f"{paths[0]}:0.3", "--lora", str(paths[1]))
     model = ("--model", str(models["sd3"]))
     assert run(["generate", PROMPT, "--seed", "1", *model, *loras, "-o", str(first)]) == 0
-    assert read_record(first).lora == (f"{paths[0]}:0.3", f"{paths[1]}:1.0")
+    assert read_records(first)[0].lora == (f"{paths[0]}:0.3", f"{paths[1]}:1.0")
     assert run(["generate", "--from", str(first), "-o", str(again)]) == 0
     assert again.read_bytes() == first.read_bytes()
     assert run(["generate", PROMPT, "--seed", "1", *model, "-o", str(without)]) == 0
-    assert read_record(without).lora is None
+    assert read_records(without)[0].lora is None
     assert psnr(*(np.asarray(fewstep.images.io.open_image(at), float) for at in (first, without))) < 40  # type: ignore[attr-defined]
 
 

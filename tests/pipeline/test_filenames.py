@@ -10,7 +10,7 @@ from PIL import Image
 
 from at_once import WAYS, draw_at_once
 from fewstep.core.types import UserError
-from fewstep.images.io import Record
+from fewstep.images.record import Record
 from fewstep.pipeline.filenames import FilenamePattern, names, numbered, slug
 from tiny_bundle import write_bundle
 

@@ -16,6 +16,8 @@ import fewstep
 from fewstep.core import flow, sampling, schedule
 from fewstep.core.types import UserError
 from fewstep.images import io as image_io
+from fewstep.images.pixels import center_crop_resize, to_pil, to_uint8
+from fewstep.images.record import Record, read_info, read_records
 from fewstep.pipeline.pipeline import Pipeline
 from tiny_bundle import write_bundle
 
@@ -50,7 +52,7 @@ def test_the_picture_is_the_walk_of_its_seed(pipe: Pipeline) -> None:
     model = pipe.model
     x = sampling.batch_noise([7], model.latent)
     x = sampling.sample_flow(model.velocity, x, schedule.grid(4, model.shift), model.text([PROMPT]))
-    expected = image_io.to_images(model.codec.decode(x))[0]
+    expected = to_pil(to_uint8(model.codec.decode(x)))[0]
     (image,) = pipe(PROMPT, seed=7)
     assert image.size == (32, 32) and image.mode == "RGB"
     assert same(image, expected)
@@ -85,15 +87,15 @@ def test_a_model_that_renoises_draws_fresh_noise_of_the_seed(pipe: Pipeline, tmp
 
 def test_a_seed_is_drawn_and_recorded(pipe: Pipeline) -> None:
     (image,) = pipe(PROMPT)
-    record = image_io.Record.parse(image.info["fewstep"])
+    record = Record.parse(image.info["fewstep"])
     assert same(image, pipe(PROMPT, seed=record.seed)[0])
-    assert image_io.Record.parse(pipe(PROMPT)[0].info["fewstep"]).seed != record.seed
+    assert Record.parse(pipe(PROMPT)[0].info["fewstep"]).seed != record.seed
 
 
 def test_strength_0_is_the_codec_alone(pipe: Pipeline, photo: Image.Image) -> None:
     (image,) = pipe(PROMPT, image=photo, strength=0, seed=3)
     codec = pipe.model.codec
-    trip = image_io.to_images(codec.decode(codec.encode(image_io.center_crop_resize(photo, (32, 32)))))[0]
+    trip = to_pil(to_uint8(codec.decode(codec.encode(center_crop_resize(photo, (32, 32))))))[0]
     assert same(image, trip)
 
 
@@ -105,10 +107,10 @@ def test_between_it_starts_from_the_mixture(pipe: Pipeline, photo: Image.Image, 
     model, path = pipe.model, tmp_path / "photo.png"
     photo.save(path)
     grid = schedule.strength_grid(4, 0.5, model.shift)
-    start = model.codec.encode(image_io.center_crop_resize(photo, (32, 32)))
+    start = model.codec.encode(center_crop_resize(photo, (32, 32)))
     x = flow.interpolate(start, sampling.batch_noise([3], model.latent), grid[0])
     x = sampling.sample_flow(model.velocity, x, grid, model.text([PROMPT]))
-    expected = image_io.to_images(model.codec.decode(x))[0]
+    expected = to_pil(to_uint8(model.codec.decode(x)))[0]
     for image in (photo, path, str(path)):
         assert same(pipe(PROMPT, image=image, strength=0.5, seed=3)[0], expected)
 
@@ -137,7 +139,7 @@ def test_guidance_steers(guided: Pipeline) -> None:
         return away + 2.5 * (model.velocity(x, t, cond) - away)
 
     x = sampling.sample_flow(velocity, x, schedule.grid(4, model.shift), cond)
-    expected = pixels(image_io.to_images(model.codec.decode(x))[0]).astype(int)
+    expected = pixels(to_pil(to_uint8(model.codec.decode(x)))[0]).astype(int)
     (image,) = guided(PROMPT, seed=0, guidance=2.5, negative="a dog")
     assert abs(pixels(image) - expected).max() <= 1
     assert same(guided(PROMPT, seed=0)[0], guided(PROMPT, seed=0, guidance=3.0)[0])
@@ -172,7 +174,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "photo.png", "strength": float("nan")}, "strength must be"),
     ({"image": "photo.png", "strength": 1.5}, "strength must be"),
     ({"image": "photo.png", "strength": "much"}, "strength must be"),
-    ({"image": "nowhere.png"}, "there is no picture nowhere.png"),
+    ({"image": "nowhere.png"}, "there is no image nowhere.png"),
     ({"image": __file__}, "not a picture"),
     ({"prompts": "\u200b\ufeff"}, "prompt is empty"),
     ({"prompts": "。。。"}, "prompt is empty"),
@@ -212,13 +214,13 @@ def test_a_guided_model_may_take_many_steps(guided: Pipeline) -> None:
 def test_metadata_survives_the_file(pipe: Pipeline, tmp_path: Path) -> None:
     (image,) = pipe("a café cat, 3D style", seed=4, steps=2)
     image_io.save(image, tmp_path / "cat.png")
-    record = image_io.read_record(tmp_path / "cat.png")
+    record = read_records(tmp_path / "cat.png")[0]
     assert (record.prompt, record.seed, record.steps) == ("a café cat, 3D style", 4, 2)
     assert pipe.bundle is not None and record.hash == pipe.bundle.digest
-    text = image_io.read_info(tmp_path / "cat.png")["parameters"]
+    text = read_info(tmp_path / "cat.png")["parameters"]
     assert text.splitlines()[0] == "a café cat, 3D style"
     assert "Steps: 2, Sampler: Euler, CFG scale: 1, Seed: 4, Size: 32x32" in text
-    assert image_io.Record.parse(record.json()) == record
+    assert Record.parse(record.json()) == record
 
 
 @pytest.mark.parametrize(
@@ -229,17 +231,17 @@ def test_foreign_metadata_is_refused(tmp_path: Path, text: str) -> None:
     image.info["fewstep"] = text
     image_io.save(image, tmp_path / "odd.png")
     with pytest.raises(UserError, match=r"the metadata of .*odd\.png is damaged"):
-        image_io.read_record(tmp_path / "odd.png")
+        read_records(tmp_path / "odd.png")[0]
 
 
 def test_input_pictures_are_cropped_and_laid_on_white() -> None:
-    clear = image_io.center_crop_resize(Image.new("RGBA", (50, 20), (0, 0, 0, 0)), (32, 32))
+    clear = center_crop_resize(Image.new("RGBA", (50, 20), (0, 0, 0, 0)), (32, 32))
     assert clear.shape == (1, 3, 32, 32) and clear.dtype == np.float32
     np.testing.assert_array_equal(clear, 1)
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("white", (30, 0, 60, 30))
     assert (
-        image_io.center_crop_resize(wide, (32, 32)).min() > 0.9
+        center_crop_resize(wide, (32, 32)).min() > 0.9
     )  # the filter sees a little over the edge of the crop
 
 
@@ -288,7 +290,7 @@ def test_records_list_what_a_picture_depends_on(pipe: Pipeline, photo: Image.Ima
     (image,) = pipe(PROMPT, seed=0, image=photo, strength=0.5)
     facts = json.loads(image.info["fewstep"])
     assert facts["strength"] == 0.5 and facts["batch"] == 1
-    assert set(facts) < {field.name for field in dataclasses.fields(image_io.Record)}
+    assert set(facts) < {field.name for field in dataclasses.fields(Record)}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -386,7 +388,7 @@ def test_diffusers_names_are_checked(pipe: Pipeline, options: dict[str, Any], me
 
 def test_another_size_of_a_model_that_can_is_asked_for_at_loading(pipe: Pipeline) -> None:
     able = dataclasses.replace(pipe, record_fields={"bits": 16})
-    with pytest.raises(UserError, match=r'not 768x512: fewstep.load\(..., size="768x512"\) draws that'):
+    with pytest.raises(UserError, match=r'not 768x512: fewstep.load\(..., size="768x512"\) does that'):
         able.request(PROMPT, width=768, height=512)
 
 

@@ -14,7 +14,8 @@ import fewstep
 from fewstep.core import sampling, schedule
 from fewstep.core.guidance import Guided
 from fewstep.families import sd3
-from fewstep.images import io as image_io
+from fewstep.images.pixels import center_crop_resize, to_pil, to_uint8
+from fewstep.images.record import Record
 from fewstep.pipeline.pipeline import Pipeline
 
 
@@ -43,10 +44,10 @@ def test_the_picture_is_the_guided_walk(pipe: Pipeline) -> None:
     velocity = Guided(model.velocity, model.text(["a dog"]), 2.0)
     x = model.from_numpy(sampling.batch_noise([7], model.latent))
     x = sampling.sample_flow(velocity, x, schedule.grid(3, model.shift), model.text(["a cat"]))
-    expected = image_io.to_images(model.to_numpy(model.codec.decode(x)))[0]
+    expected = to_pil(to_uint8(model.to_numpy(model.codec.decode(x))))[0]
     (image,) = pipe("a cat", seed=7, negative="a dog")
     assert abs(levels(image) - levels(expected)).max() <= 1
-    record = image_io.Record.parse(image.info["fewstep"])
+    record = Record.parse(image.info["fewstep"])
     assert (record.guidance, record.negative, record.hash) == (2.0, "a dog", "")
 
 
@@ -61,7 +62,7 @@ def test_batches_agree(pipe: Pipeline) -> None:
 def test_strength_0_is_the_codec_alone(pipe: Pipeline) -> None:
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     model = pipe.model
-    latents = model.codec.encode(model.from_numpy(image_io.center_crop_resize(photo, pipe.size)))
-    trip = image_io.to_images(model.to_numpy(model.codec.decode(latents)))[0]
+    latents = model.codec.encode(model.from_numpy(center_crop_resize(photo, pipe.size)))
+    trip = to_pil(to_uint8(model.to_numpy(model.codec.decode(latents))))[0]
     (image,) = pipe("a cat", seed=0, image=photo, strength=0)
     assert abs(levels(image) - levels(trip)).max() <= 1

@@ -23,7 +23,7 @@ from fewstep.pocket.geneval import GenEvalTest, Verdict, judge, measure, relatio
 from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, pictures, prompts
 from fewstep.pocket.render import Renderings
 from fewstep.pocket.template_matching import FILLED, GRID, Box, TemplateBank, cut
-from painted import Pixels, painter, picture, references
+from painted import Pixels, painter, picture, prompt_set
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "models/scene-detector"
@@ -178,7 +178,7 @@ def small_test(many: int = 24) -> GenEvalTest:
 
 def test_in_the_harness(tmp_path: Path) -> None:
     test = small_test()
-    by_prompt = dict(zip(test.prompts(), test.real, strict=True))
+    by_prompt = dict(zip([scene.prompt for scene in test.scenes], test.real, strict=True))
     asked_seeds: list[int] = []
 
     def draw(words: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
@@ -194,8 +194,8 @@ def test_in_the_harness(tmp_path: Path) -> None:
         return images
 
     models = [Candidate("copier", draw, "1"), Candidate("half", halves, "2")]
-    options = {"teacher": "copier", "prompts": 6, "seeds": 1, "scenes": test, "extractor": Pixels()}
-    got = evaluate(models, references(), tmp_path, **options)
+    options = {"teacher": "copier", "seeds": 1, "extractor": Pixels()}
+    got = evaluate(models, prompt_set(6, scenes=test), tmp_path, **options)
     rows = {row.label: row.figures for row in got.rows}
     assert list(rows) == ["real scenes", "copier", "half"]
     for label in ("real scenes", "copier"):
@@ -203,8 +203,7 @@ def test_in_the_harness(tmp_path: Path) -> None:
         assert "scene_ratio" not in rows[label]
     assert rows["half"]["scene"].value == rows["half"]["scene_ratio"].value == 0.5
     assert {"seen_top1", "scene_seen"} <= rows["half"].keys()
-    assert asked_seeds == test.seeds() * 2
-    assert min(asked_seeds) >= 1_000_000
+    assert asked_seeds == [*range(1_000_000, 1_000_024)] * 2
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["scenes"], results["detector"]) == (24, "teller")
     table = (tmp_path / "results.md").read_text()
@@ -215,15 +214,15 @@ def test_in_the_harness(tmp_path: Path) -> None:
             assert sheet.width > 100
     # Everything is kept: a second run draws nothing.
     asked_seeds.clear()
-    evaluate(models, references(), tmp_path, **options)
+    evaluate(models, prompt_set(6, scenes=test), tmp_path, **options)
     assert asked_seeds == []
 
 
 def test_scenes_change_no_other_figure(tmp_path: Path) -> None:
-    small = {"prompts": 6, "seeds": 2, "extractor": Pixels()}
-    without = evaluate([painter()], references(), tmp_path, **small).rows[0].figures
+    small = {"seeds": 2, "extractor": Pixels()}
+    without = evaluate([painter()], prompt_set(6), tmp_path, **small).rows[0].figures
     blank = Candidate("painter", lambda words, seeds: _blank_or_painted(words, seeds), painter().identity)
-    with_scenes = evaluate([blank], references(), tmp_path, scenes=small_test(12), **small).rows[1].figures
+    with_scenes = evaluate([blank], prompt_set(6, scenes=small_test(12)), tmp_path, **small).rows[1].figures
     assert with_scenes.items() >= without.items()
     assert with_scenes["scene"].value == 0
 

@@ -1,4 +1,4 @@
-"""Engines in turn, each in a process of its own, and a record of each."""
+"""Runs engines in turn, each in its own process, and makes a record of each."""
 
 from __future__ import annotations
 
@@ -9,65 +9,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.bench import roofline
+from fewstep.bench.engines import DIFFUSERS, FEWSTEP, Spec
 from fewstep.bench.hardware import DevicePeak
 from fewstep.core.types import UserError
 from fewstep.data.folders import list_files
-from fewstep.images import psnr as likeness
+from fewstep.images.psnr import psnr
 
 
 @dataclass(frozen=True)
-class Spec:
-    """One engine at one setting.
+class BenchRecord:
+    """The measurement of one engine.
 
     Attributes:
-        model: as ``fewstep generate --model`` takes it; for the stock pipeline a diffusers folder, for
-            OpenVINO GenAI's an export.
-        steps: of the walk; the model's own where ``None``.
-        batch: pictures at once.
-        stock: dtype of the stock pipeline; ``None`` is another engine.
-        genai: whether it is OpenVINO GenAI's pipeline; where neither, it is fewstep.
-        wish: how a PyTorch model shall run (fields of :class:`fewstep.inference.options.TorchOptions`);
-            on the CPU in float32 by default.
-    """
-
-    model: str
-    steps: int | None
-    batch: int
-    stock: str | None = None
-    genai: bool = False
-    wish: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one engine did.
-
-    Attributes:
-        model: as asked for.
+        model: the model as the user named it.
         engine: what ran it.
-        bits: of a weight, as stored.
-        steps: of the walk.
-        guidance: its scale, where there is one.
-        batch: pictures at once.
+        bits: of a stored weight.
+        steps: sampling steps.
+        guidance: guidance scale, if any.
+        batch: images in one batch.
         size: width and height in pixels.
-        cold: seconds from the start of its process to its first pictures.
-        seconds: stage -> median, least and most over the rounds, warm, of a whole batch.
-        peak: most memory of its process, bytes.
-        device_peak: most that its tensors took of a GPU, bytes; 0 where it used none.
-        disk: bytes of its model's files.
-        floor: stage -> least seconds that this device could take, where the graph was counted.
-        psnr: of its first picture to the first engine's, dB; ``None`` for itself, where they are equal, and
-            where sizes or steps differ.
-        times_faster: the first engine of the stock pipeline over this one, median over paired rounds;
-            ``None`` where it walks another number of steps.
+        cold: seconds from the start of the process to its first images.
+        seconds: stage -> median, minimum and maximum over the rounds, warm, of a whole batch.
+        peak: peak memory of the process in bytes.
+        device_peak: peak memory of tensors on a GPU in bytes; 0 without a GPU.
+        disk: bytes of the model's files.
+        floor: stage -> roofline bound of this device in seconds, for graphs that can be counted.
+        psnr: of the first image to the first engine's, dB; ``None`` for the first engine, for equal images,
+            and if sizes or steps differ.
+        times_faster: time of the first diffusers baseline over this engine's, median over paired rounds;
+            ``None`` if the number of steps differs.
     """
 
     model: str
@@ -90,28 +68,30 @@ class Record:
 class Worker:
     """A process of :mod:`fewstep.bench.worker`."""
 
-    def __init__(self, spec: Spec, threads: int) -> None:
+    def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        told = asdict(spec) | {"threads": threads, "begun": time.time()}
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill, and stop it
-        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
+        arguments = asdict(spec) | {"started": time.time()}
+        self.errors = tempfile.TemporaryFile("w+")  # an unread pipe would fill and block the process
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        threads = dict.fromkeys(names, str(spec.threads)) if spec.threads else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fewstep.bench.worker", json.dumps(told)],
+            [sys.executable, "-m", "fewstep.bench.worker", json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env=os.environ | counts | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | threads | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
 
-    def draw(self, prompt: str, save: Path | None = None) -> dict[str, Any]:
-        """Draw a batch, and tell what it took.
+    def generate(self, prompt: str, save: Path | None = None) -> dict[str, Any]:
+        """Generate a batch, and return what the process reports.
 
         Raises:
-            UserError: it failed; its last line is told.
+            UserError: the process failed; the message quotes its last line.
         """
         process = self.process
         assert process.stdin is not None and process.stdout is not None
-        job = {"prompts": [prompt] * self.spec.batch, "seed": 0, "save": str(save) if save else None}
+        seeds = list(range(self.spec.batch))
+        request = {"prompt": prompt, "seeds": seeds, "save": str(save) if save else None}
         try:
-            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -119,11 +99,12 @@ class Worker:
         if not line:
             process.wait()
             self.errors.seek(0)
-            last = (self.errors.read().strip().splitlines() or ["no word"])[-1]
+            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{self.spec.model} failed: {last.rpartition('UserError: ')[2]}")
         return json.loads(line)
 
     def close(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.communicate()
         self.errors.close()
@@ -133,79 +114,78 @@ def measure(
     specs: Sequence[Spec],
     prompt: str,
     rounds: int,
-    threads: int,
-    rates: DevicePeak,
-    told: Callable[[str, int, int], None],
-) -> list[Record]:
-    """Let all draw the same in turn, ``rounds`` times after one that is not counted.
+    peak: DevicePeak,
+    on_progress: Callable[[str, int, int], None],
+) -> list[BenchRecord]:
+    """Run all engines on the same images in turn, ``rounds`` times after one round that is not counted.
 
     Args:
-        specs: who.
-        prompt: what; picture ``i`` of a batch has seed ``i``.
+        specs: the engines.
+        prompt: of all images; image ``i`` of a batch has seed ``i``.
         rounds: at least 1.
-        threads: processor threads of each; 0 leaves their choice.
-        rates: of the device, for the floors.
-        told: called with what is being done, how much of it is done, and of how much (0: not known).
+        peak: peak rates of the device, for roofline bounds.
+        on_progress: called with the current activity, how much is done, and of how much (0: unknown).
 
     Raises:
-        UserError: one of them failed.
+        UserError: an engine failed.
     """
     workers: list[Worker] = []
     try:
         with tempfile.TemporaryDirectory() as work:
             first: list[dict[str, Any]] = []
             for index, spec in enumerate(specs):
-                told(f"{spec.model}{f', diffusers {spec.stock}' if spec.stock else ''}: first picture", 0, 0)
-                workers.append(Worker(spec, threads))
-                first.append(workers[-1].draw(prompt, Path(work) / f"{index}.npy"))
-            pictures = [np.load(Path(work) / f"{index}.npy") for index in range(len(specs))]
-        floors = [_floor(spec, one["steps"]) for spec, one in zip(specs, first, strict=True)]
+                engine = "" if spec.engine == FEWSTEP else f", {spec.engine} {spec.dtype}"
+                on_progress(f"{spec.model}{engine}: first image", 0, 0)
+                workers.append(Worker(spec))
+                first.append(workers[-1].generate(prompt, Path(work) / f"{index}.npy"))
+            images = [np.load(Path(work) / f"{index}.npy") for index in range(len(specs))]
+        bounds = [_bounds(spec, one["steps"]) for spec, one in zip(specs, first, strict=True)]
         turns: list[list[dict[str, Any]]] = []
         for number in range(rounds + 1):
-            told("rounds in turn", number, rounds + 1)
-            turns.append([worker.draw(prompt) for worker in workers])
+            on_progress("rounds in turn", number, rounds + 1)
+            turns.append([worker.generate(prompt) for worker in workers])
     finally:
         for worker in workers:
             worker.close()
     del turns[0]
-    stock = next((index for index, spec in enumerate(specs) if spec.stock), None)
+    baseline = next((index for index, spec in enumerate(specs) if spec.engine == DIFFUSERS), None)
     return [
         _record(
             spec, first[i], [turn[i] for turn in turns],
-            {stage: work.seconds(rates) for stage, work in floors[i].items()},
-            psnr(pictures[0], pictures[i]) if i and first[i]["steps"] == first[0]["steps"] else None,
-            [] if stock is None else [turn[stock] for turn in turns],
+            {stage: cost.seconds(peak) for stage, cost in bounds[i].items()},
+            first_psnr(images[0], images[i]) if i and first[i]["steps"] == first[0]["steps"] else None,
+            [] if baseline is None else [turn[baseline] for turn in turns],
         )
         for i, spec in enumerate(specs)
     ]  # fmt: skip
 
 
-def _floor(spec: Spec, steps: int) -> dict[str, roofline.GraphCost]:
-    place = _place(spec)
-    return roofline.bundle_cost(place, spec.batch, steps) if (place / "bundle.json").is_file() else {}
+def _bounds(spec: Spec, steps: int) -> dict[str, roofline.GraphCost]:
+    path = _path(spec)
+    return roofline.bundle_cost(path, spec.batch, steps) if (path / "bundle.json").is_file() else {}
 
 
 def _record(
     spec: Spec,
     first: dict[str, Any],
     turns: Sequence[dict[str, Any]],
-    floors: dict[str, float],
-    alike: float | None,
-    stock: Sequence[dict[str, Any]],
-) -> Record:
+    bounds: dict[str, float],
+    first_psnr: float | None,
+    baseline: Sequence[dict[str, Any]],
+) -> BenchRecord:
     last = turns[-1]
     seconds: dict[str, list[float]] = {}
     for stage in last["seconds"]:
         times = [turn["seconds"][stage] for turn in turns]
         seconds[stage] = [statistics.median(times), min(times), max(times)]
-    place = _place(spec)
+    path = _path(spec)
     ratios = [
-        theirs["seconds"]["whole"] / ours["seconds"]["whole"]
-        for theirs, ours in zip(stock, turns, strict=bool(stock))
-        if theirs["steps"] == ours["steps"]
+        theirs["seconds"]["whole"] / own["seconds"]["whole"]
+        for theirs, own in zip(baseline, turns, strict=bool(baseline))
+        if theirs["steps"] == own["steps"]
     ]
-    files = [place] if place.is_file() else [path for path in list_files(place).files if path.is_file()]
-    return Record(
+    files = [path] if path.is_file() else [file for file in list_files(path).files if file.is_file()]
+    return BenchRecord(
         model=spec.model,
         engine=last["engine"],
         bits=last["bits"],
@@ -217,23 +197,25 @@ def _record(
         seconds=seconds,
         peak=last["peak"],
         device_peak=last["device_peak"],
-        disk=sum(path.stat().st_size for path in files),
-        floor=floors,
-        psnr=alike,
+        disk=sum(file.stat().st_size for file in files),
+        floor=bounds,
+        psnr=first_psnr,
         times_faster=statistics.median(ratios) if ratios else None,
     )
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Of the first pictures of two batches, uint8 ``[B, h, w, 3]``, dB; ``None`` where they are equal or of
-    other sizes."""
+def first_psnr(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Return the PSNR of the first images of two batches in dB.
+
+    Both are uint8 ``[B, h, w, 3]``. It is ``None`` for equal images and for other sizes.
+    """
     if one.shape[1:] != other.shape[1:]:
         return None
-    found = likeness.psnr(one[0], other[0])
-    return None if found == float("inf") else found
+    value = psnr(one[0], other[0])
+    return None if value == float("inf") else value
 
 
-def _place(spec: Spec) -> Path:
+def _path(spec: Spec) -> Path:
     from fewstep.pipeline.loading import parse_family, resolve
 
-    return Path(spec.model) if spec.stock or spec.genai else resolve(parse_family(spec.model)[1])
+    return resolve(parse_family(spec.model)[1]) if spec.engine == FEWSTEP else Path(spec.model)

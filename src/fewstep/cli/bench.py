@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,8 @@ from fewstep.core.validate import parse_bytes
 from fewstep.inference.options import TorchOptions
 
 if TYPE_CHECKING:
-    from fewstep.bench.run import Record, Spec
+    from fewstep.bench.engines import Spec
+    from fewstep.bench.run import BenchRecord
 
 PLAIN = TorchOptions()
 
@@ -30,6 +31,7 @@ PLAIN = TorchOptions()
 def bench(
     *models: str,
     baseline: tuple[Path, ...] = (),
+    engine: str | None = None,
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",),
     prompt: str = "a red apple, 3D style",
     steps: tuple[int, ...] = (),
@@ -44,133 +46,145 @@ def bench(
     metric: str = "kid_teacher",
     torch: TorchOptions = PLAIN,
 ) -> None:
-    """Measure what generation costs here, stage by stage, all engines in turn; or draw what was measured.
+    """Measure time and memory of generation on this device, stage by stage, or plot measurements.
 
-    Every engine is a process of its own and draws the same pictures as the others, one after the other. A
-    record each, with this device's description, is added to a file of JSON lines.
+    Every engine runs in its own process. All generate the same images, in turn. A record of each engine, with
+    a description of the device, is added to a file of JSON lines.
 
     Args:
-        models: The models, as generate takes them. [default: the one that ships]
-        baseline: A diffusers folder for the stock pipeline in eager mode, or what `fewstep export --to genai`
-            wrote for OpenVINO GenAI's pipeline; several take their turns.
-        dtypes: Of the stock pipeline.
-        prompt: What to draw.
+        models: The models, as generate takes them. [default: the model that ships with fewstep]
+        baseline: A diffusers folder for the diffusers baseline, a folder of `fewstep export --to genai` for
+            OpenVINO GenAI, or what --engine reads; several are measured in turn.
+        engine: Engine of the baselines: diffusers, genai, or an import path of your own, such as
+            my.module:load. [default: by the folder]
+        dtypes: Floating-point types of the diffusers baseline.
+        prompt: The text prompt.
         steps: Sampling steps; several are measured one after the other. [default: each model's own]
-        batch_size: Pictures at once; several are measured one after the other.
+        batch_size: Images in one batch; several are measured one after the other.
         rounds: Counted rounds, after one that is not counted.
-        threads: Processor threads of each; 0 takes one a core.
+        threads: Processor threads of each engine; 0 takes one per core.
         output: The file that the records are added to.
-        end_to_end: Time whole processes from a prompt to a PNG instead, ours in turn with the stock
-            pipeline's.
-        plot: A folder for latency.png and quality.png of records that are there; nothing is measured.
-        records: Their files. [default: --output]
+        end_to_end: Time whole processes from a prompt to a PNG instead, in turn with the diffusers baseline.
+        plot: A folder for latency.png and quality.png of existing records; nothing is measured.
+        records: Files of records to plot. [default: --output]
         quality: A results.json of `fewstep evaluate`, for quality.png.
-        metric: Which of its figures.
-        torch: How a PyTorch model shall run, and the stock pipeline where; without any of these words both do
-            in float32 (or --dtypes) on the CPU.
+        metric: The figure of the results to plot.
+        torch: How a PyTorch model runs, and the device of the diffusers baseline. Without these options both
+            run in float32 (or --dtypes) on the CPU.
     """
     if plot is not None:
-        _draw(plot, records or (output,), quality, metric)
+        _plot(plot, records or (output,), quality, metric)
         return
     if rounds < 1 or min(*steps, *batch_size, 1) < 1 or not batch_size:
         raise UserError("--rounds, --steps and --batch-size must be at least 1")
     counted_threads(threads)
-    if end_to_end and (dtypes != ("float32",) or batch_size != (1,) or len(steps) > 1):
-        raise UserError("--end-to-end takes no --dtypes and no --batch-size, and --steps once")
+    if end_to_end and (dtypes != ("float32",) or batch_size != (1,) or len(steps) > 1 or engine is not None):
+        raise UserError("--end-to-end takes no --dtypes, --engine or --batch-size, and --steps once")
     if torch.memory is not None:
         parse_bytes(torch.memory)
-    others = _check(models, baseline)
-    torch = replace(torch, lora=_loras(torch.lora, models, others, end_to_end))
+    baselines = _check(models, baseline, engine)
+    torch = replace(torch, lora=_loras(torch.lora, models, baselines, end_to_end))
     if end_to_end:
-        _whole(models, others, prompt, steps[0] if steps else 4, rounds, threads)
+        _end_to_end(models, baselines, prompt, steps[0] if steps else 4, rounds, threads)
         return
+    from fewstep.bench.engines import Spec
     from fewstep.bench.hardware import describe, rates
-    from fewstep.bench.run import Spec, measure
+    from fewstep.bench.run import measure
     from fewstep.pipeline.loading import DEFAULT, bundle_of
 
     new = not output.exists()
-    _append(output, [])  # what cannot be written is said before anything is measured
+    _append(output, [])  # an output that cannot be written is reported before the measurement
     if new:
         output.unlink()
-    told: dict[str, Any] = {"device": describe(), "threads": threads}
+    setting: dict[str, Any] = {"device": describe(), "threads": threads}
     with Progress(bars=False) as progress:  # bars would take time of the cores that are measured
         progress("measuring the processor")
-        device = rates(threads or told["device"]["cores"])
-        name, operations, reads = told["device"]["processor"], device.operations / 1e9, device.bytes / 1e9
+        peak = rates(threads or setting["device"]["cores"])
+        name, operations, reads = setting["device"]["processor"], peak.operations / 1e9, peak.bytes / 1e9
         print(f"{name}: {operations:.0f} GFLOP/s, {reads:.1f} GB/s")
         for number in steps or (None,):
-            for many in batch_size:
-                said = vars(replace(torch, batch=many)) if set(torch.named()) - {"--lora"} else {}
-                wish = {**said, **({"lora": torch.lora} if torch.lora else {})}
+            for batch in batch_size:
+                named = vars(replace(torch, batch=batch)) if set(torch.named()) - {"--lora"} else {}
+                options = {**named, **({"lora": torch.lora} if torch.lora else {})}
                 specs = [
-                    Spec(model, number, many, wish={} if bundle_of(model) else wish)
+                    Spec(model, number, batch, threads=threads, options={} if bundle_of(model) else options)
                     for model in models or (DEFAULT,)
                 ]
-                for folder in others:
-                    specs += _others(folder, number, many, dtypes, wish)
-                made = measure(specs, prompt, rounds, threads, device, progress)
-                print(_table(made))
-                lines = [
-                    told | {"rates": asdict(device), "time": time.time()} | asdict(record) for record in made
-                ]
-                _append(output, lines)
+                for folder in baselines:
+                    common = Spec(str(folder), number, batch, threads=threads, options=options)
+                    specs += _baselines(common, engine, dtypes)
+                measured = measure(specs, prompt, rounds, peak, progress)
+                print(_table(measured))
+                shared = setting | {"rates": asdict(peak), "time": time.time()}
+                _append(output, [shared | asdict(record) for record in measured])
     emit(str(output))
 
 
-def _check(models: Sequence[str], against: Sequence[Path]) -> list[Path]:
-    """Refuse models that are not there, before anything is measured, and a missing library.
+def _check(models: Sequence[str], baselines: Sequence[Path], engine: str | None) -> list[Path]:
+    """Refuse missing models, engines and libraries, before anything is measured.
 
     Returns:
-        The folders of ``against``; of a run's folder its model.
+        The folders of the baselines; for the folder of a run its model.
     """
+    from fewstep.bench.engines import DIFFUSERS, FEWSTEP, GENAI, find
     from fewstep.pipeline.loading import parse_family, resolve
 
     need("onnx", extra="bench")
     for model in models:
         resolve(parse_family(model)[1])
-    if against:
+    if engine is not None and not baselines:
+        raise UserError("--engine is of a baseline: name its folder with --baseline")
+    if engine == FEWSTEP:
+        raise UserError("--engine fewstep: give the model without --baseline")
+    if engine not in (None, DIFFUSERS, GENAI):
+        find(engine)
+        if missing := [path for path in baselines if not path.exists()]:
+            raise UserError(f"--baseline {missing[0]}: there is no such file or folder")
+        return list(baselines)
+    if baselines:
         need("torch", "diffusers", "transformers")
-    others = [resolve(str(folder)) if folder.is_dir() else folder for folder in against]
-    if strange := [folder for folder in others if not (folder / "model_index.json").is_file()]:
-        raise UserError(f"--baseline {strange[0]}: not a diffusers folder (no model_index.json)")
-    return others
+    folders = [resolve(str(folder)) if folder.is_dir() else folder for folder in baselines]
+    if wrong := [folder for folder in folders if not (folder / "model_index.json").is_file()]:
+        raise UserError(f"--baseline {wrong[0]}: not a diffusers folder (no model_index.json)")
+    return folders
 
 
 def _loras(
-    given: Sequence[str], models: Sequence[str], against: Sequence[Path], whole: bool
+    given: Sequence[str], models: Sequence[str], baselines: Sequence[Path], end_to_end: bool
 ) -> tuple[str, ...]:
-    """LoRAs that all engines can be given.
+    """Return the LoRAs for all engines.
 
     Raises:
-        UserError: one of the engines would draw without them.
+        UserError: one of the engines would run without them.
     """
     if not given:
         return ()
     from fewstep.families.lora.adapters import specs
     from fewstep.pipeline.loading import bundle_of
 
-    if against or whole:
-        raise UserError("--lora is added to our own models alone: leave out --baseline and --end-to-end")
+    if baselines or end_to_end:
+        raise UserError("--lora is for fewstep's own models: leave out --baseline and --end-to-end")
     for model in models or (None,):
         if model is None or bundle_of(model):
-            raise UserError("--lora is for PyTorch models, and a bundle is to be measured: leave it out")
+            raise UserError("--lora is for PyTorch models, and a bundle is measured too: leave it out")
     return specs(given)
 
 
-def _others(
-    folder: Path, steps: int | None, batch: int, dtypes: Sequence[str], wish: Mapping[str, Any]
-) -> list[Spec]:
-    """Engines of others for what lies in ``folder``."""
-    from fewstep.bench.run import Spec
+def _baselines(common: Spec, engine: str | None, dtypes: Sequence[str]) -> list[Spec]:
+    """Return the engines of one baseline folder: one per type for diffusers."""
+    from fewstep.bench.engines import DIFFUSERS, GENAI
     from fewstep.export.genai import is_ours
 
-    if is_ours(folder):
-        return [Spec(str(folder), steps, batch, genai=True)]
-    return [Spec(str(folder), steps, batch, dtype, wish=wish) for dtype in dtypes]
+    name = engine or (GENAI if is_ours(Path(common.model)) else DIFFUSERS)
+    if name == GENAI:
+        return [replace(common, engine=name, options={})]
+    if name != DIFFUSERS:
+        return [replace(common, engine=name)]
+    return [replace(common, engine=name, dtype=dtype) for dtype in dtypes]
 
 
-def _table(records: Sequence[Record]) -> str:
-    """Records as a Markdown table; of every stage the share of the floor."""
+def _table(records: Sequence[BenchRecord]) -> str:
+    """Return records as a Markdown table; in brackets the roofline bound's share of each stage."""
     stages = ("text", "modulation", "steps", "decode", "whole")
     titles = ["", *(f"{stage}, ms" for stage in stages)]
     titles += ["spread", "cold, s", "peak, MB", "disk, MB", "PSNR, dB", "times faster"]
@@ -191,7 +205,7 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Add lines at once: a reader never sees half of one."""
+    """Append lines in one write, so that a reader never sees half a line."""
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +218,7 @@ def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         os.close(handle)
 
 
-def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str) -> None:
+def _plot(folder: Path, files: Sequence[Path], results: Path | None, figure: str) -> None:
     need("matplotlib")
     from fewstep.bench import plot
 
@@ -216,28 +230,27 @@ def _draw(folder: Path, files: Sequence[Path], results: Path | None, figure: str
         emit(str(folder / "quality.png"))
 
 
-def _whole(
-    models: Sequence[str], against: Sequence[Path], prompt: str, steps: int, rounds: int, threads: int
+def _end_to_end(
+    models: Sequence[str], baselines: Sequence[Path], prompt: str, steps: int, rounds: int, threads: int
 ) -> None:
-    """Whole processes of one model and the stock pipeline, in turn."""
+    """Time whole processes of one model and the diffusers baseline, in turn."""
     from fewstep.bench.diffusers_process import run_pairs
     from fewstep.families import sd3
-    from fewstep.families.diffusers_io import read_index
 
-    if len(against) != 1 or len(models) > 1:
-        raise UserError("--end-to-end compares one model with the stock pipeline: name it with --baseline")
-    read_index(against[0], sd3.PIPELINE, sd3.REQUIRED)
+    if len(baselines) != 1 or len(models) > 1:
+        raise UserError("--end-to-end compares one model with one diffusers folder: name it with --baseline")
+    sd3.ARCHITECTURE.read_index(baselines[0])
     cores = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as work, Progress(bars=False) as progress:
         progress("timing whole processes")
         result = run_pairs(
-            models[0] if models else None, against[0], prompt, steps, rounds, cores, Path(work)
+            models[0] if models else None, baselines[0], prompt, steps, rounds, cores, Path(work)
         )
     print(f"{'whole process':16}{'seconds (min, median, max)':>30}{'peak memory':>14}")
-    for name, side in (("fewstep", result.ours), ("stock diffusers", result.stock)):
+    for name, side in (("fewstep", result.fewstep), ("diffusers", result.baseline)):
         print(f"{name:16}{_spread([c.seconds for c in side]):>30}{max(c.megabytes for c in side):>11.0f} MB")
-    print(f"ours is {result.ratio:.1f} times faster (median of {rounds} pairs)")
-    print(f"the two pictures agree to {result.psnr:.1f} dB PSNR")
+    print(f"fewstep is {result.ratio:.1f} times faster (median of {rounds} pairs)")
+    print(f"PSNR between the two images: {result.psnr:.1f} dB")
 
 
 def _spread(values: Sequence[float]) -> str:

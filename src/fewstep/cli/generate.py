@@ -29,7 +29,7 @@ from fewstep.pipeline.loading import is_bundle, load
 from fewstep.pipeline.writing import StandardOutput, draw, standard_output, write, write_grid
 
 if TYPE_CHECKING:
-    from fewstep.images.io import Record
+    from fewstep.images.record import Record
     from fewstep.pipeline.filenames import FilenamePattern
 
 BATCH_SIZE = 8
@@ -100,7 +100,7 @@ def generate(
     texts = read_prompts(prompts, prompts_file)
     record, is_grid = None, False
     if source is not None:
-        from fewstep.images.io import read_records
+        from fewstep.images.record import read_records
         from fewstep.pipeline.repeat import prompts_of, restore_request, restore_torch_options
 
         records = read_records(source)
@@ -128,7 +128,7 @@ def generate(
 
         warnings.warn("the model is not the one that made that image", ModelWarning, stacklevel=1)
     if grid:
-        from fewstep.images.io import check_sheet
+        from fewstep.images.grid import check_sheet
 
         check_sheet(len(request.jobs), pipe.size, target.suffix)
     printed: Path | None = None

@@ -100,7 +100,8 @@ def read_input_image(image: str | None, prompts: Sequence[str]) -> str | Image.I
     """
     if image != STREAM:
         return image
-    from fewstep.images.io import MOST_BYTES, decode
+    from fewstep.images.decode import decode
+    from fewstep.images.io import MOST_BYTES
 
     if STREAM in prompts:
         raise UserError("standard input holds the prompts or the image: give one of them otherwise")

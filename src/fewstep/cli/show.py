@@ -21,7 +21,8 @@ def show(image: str, /, *, json: JsonFlag = False) -> None:
         image: An image of fewstep, or of a program that writes "parameters" as AUTOMATIC1111 does.
         json: Print the metadata of fewstep only, as one line of JSON.
     """
-    from fewstep.images.io import CHUNK, PARAMETERS, SHEET, read_info, read_json, records_of
+    from fewstep.images.metadata import CHUNK, PARAMETERS
+    from fewstep.images.record import SHEET, read_info, read_json, records_of
 
     info = read_info(image)
     if CHUNK not in info and (json or PARAMETERS not in info):

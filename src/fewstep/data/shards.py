@@ -31,7 +31,8 @@ from fewstep.core.atomic import write as write_file
 from fewstep.core.prompt_text import decode_caption
 from fewstep.core.types import UserError
 from fewstep.data.folders import list_files, say_passed_over
-from fewstep.images.io import MOST_BYTES, decode, to_rgb
+from fewstep.images.decode import decode, to_rgb
+from fewstep.images.io import MOST_BYTES
 from fewstep.images.io import read as read_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")

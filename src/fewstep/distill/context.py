@@ -278,9 +278,9 @@ class DistillContext:
                 cond = family.text(prompts)
             if self.config.t5_dropout > 0:
                 cond = self.samples.without_t5(cond)
-            noise = family.from_numpy(sampling.batch_noise(seeds, family.latent))
-            step = sampling.step_rule(self.sampler, seeds, family.from_numpy)
-            return sampling.sample_flow(velocity, noise, self.grid, cond, step)
+            return sampling.generate_latents(
+                family, cond, seeds, self.grid, velocity=velocity, sampler=self.sampler
+            )
 
     def preview(self, nets: Mapping[str, Any]) -> Any:
         """Pictures of fixed prompts and seeds."""
@@ -329,7 +329,7 @@ class DistillContext:
             family = common.with_renoise_sampler(family)
         licence = Path(self.config.teacher) / "LICENSE"
         with replacing_folder(self.folder / "model") as fresh:
-            family.module.save(family, fresh)
+            family.save(fresh)
             if licence.is_file():
                 shutil.copyfile(licence, fresh / "LICENSE")
 

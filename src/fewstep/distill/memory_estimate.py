@@ -15,7 +15,9 @@ from fewstep.core.optional import need
 from fewstep.core.types import UserError
 from fewstep.core.validate import parse_bytes as memory_of
 from fewstep.core.validate import require_positive
-from fewstep.distill.dry_run import PATCH, FakeSetup, NetSpec, read_spec
+from fewstep.distill.dry_run import FakeSetup
+from fewstep.families.presets import read_spec
+from fewstep.families.spec import ModelSpec
 from fewstep.inference.memory_plan import CONTEXT, FRAGMENTS
 
 if TYPE_CHECKING:
@@ -175,7 +177,7 @@ def row(line: MemoryEstimate) -> str:
     return "| " + " | ".join([line.name, *cells, line.turn, f"**{line.peak / GIB:.2f}**", *end]) + " |"
 
 
-def verdict(lines: Sequence[MemoryEstimate], limit: float, shape: NetSpec, batch: int) -> list[str]:
+def verdict(lines: Sequence[MemoryEstimate], limit: float, shape: ModelSpec, batch: int) -> list[str]:
     """What to say below the table."""
     told = [
         f"peak: what torch's allocator gives out, with {lines[0].workspace / GIB:.2f} for the workspaces of "
@@ -196,15 +198,25 @@ def verdict(lines: Sequence[MemoryEstimate], limit: float, shape: NetSpec, batch
             *("a smaller --size", "fewer --student-steps"),
         ]
         told.append("what may help: " + ", ".join(ways))
-    if shape.beside:
-        bf16 = ", ".join(f"{name} {2 * many / GIB:.2f}" for name, many in shape.beside.items())
-        told.append(f"not counted, for sheets and scores alone bring them to the device, in bf16: {bf16}")
+    others = ", ".join(f"{part} {2 * many / GIB:.2f}" for part, many in _other_parts(shape).items())
+    told.append(f"not counted, for sheets and scores alone bring them to the device, in bf16: {others}")
     return told
 
 
-def _side(shape: NetSpec, size: int | None) -> int:
-    side, unit = size or shape.side, shape.downscale * PATCH
-    most = int(shape.net.get("pos_embed_max_size", 512)) * unit
+def _other_parts(shape: ModelSpec) -> dict[str, int]:
+    """Return the number of parameters of each net but the transformer."""
+    import torch
+
+    from fewstep.inference.meta_init import init_on_meta
+
+    nets = {
+        part: init_on_meta(shape, part, torch.bfloat16) for part in shape.configs if part != "transformer"
+    }
+    return {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
+
+
+def _side(shape: ModelSpec, size: int | None) -> int:
+    side, unit, most = size or shape.side, shape.downscale * shape.patch, shape.max_side
     if side % unit or not 0 < side <= most or size == 0:
         raise UserError(f"--size must be a multiple of {unit} up to {most}, not {size}")
     return side

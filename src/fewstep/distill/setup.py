@@ -77,7 +77,7 @@ def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False
     students = ("early", "late") if split else ("student",)
     names = (*students, "proxy")
     roles = LoRARoles(
-        teacher.net, names, rank=setting.lora, targets=teacher.module.TARGETS, seed=setting.seed
+        teacher.net, names, rank=setting.lora, targets=teacher.architecture.lora_targets, seed=setting.seed
     )
     if setting.init:
         for name in students:

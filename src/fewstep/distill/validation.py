@@ -31,7 +31,7 @@ class KidToTeacher:
 
     def __call__(self, velocity: Any) -> float:
         """The score of a student, given as a velocity."""
-        from fewstep.evaluate.kid import kid
+        from fewstep.evaluate.metrics.kid import kid
 
         prompts = self._prompts
         seeds = range(2**31, 2**31 + len(prompts))

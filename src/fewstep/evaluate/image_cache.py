@@ -1,4 +1,4 @@
-"""Pictures of candidates and features of pictures, made in chunks that are kept as they come."""
+"""Images of candidates and features of images, computed and cached in chunks."""
 
 from __future__ import annotations
 
@@ -11,93 +11,96 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.evaluate.array_cache import Arrays, Cache
-from fewstep.evaluate.candidates import Candidate, Plan
+from fewstep.evaluate.candidates import Candidate
 from fewstep.evaluate.features import Extractor
-from fewstep.pocket.stickers import Reference
+from fewstep.evaluate.metric import ImageBatch
 
 CHUNK = 32
-"""Pictures made, measured and kept at a time: what an interruption can cost."""
+"""Images per chunk: the most that an interruption can lose."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many pictures are done, and of how many."""
+"""Called with the name of the work, the number of images done, and their total number."""
 
 
 def silent(_label: str, _done: int, _total: int) -> None:
-    """Progress that nobody looks at."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures uint8 ``[N, 3, h, w]`` and their features ``[N, d]``."""
-
-    images: NDArray[np.uint8]
-    features: NDArray[np.float32]
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Makes what an evaluation measures, or takes it from the cache.
+    """Computes images and features, or takes them from the cache.
 
-    Chunks have fixed borders, so that an interrupted run and a whole one compute the very same thing.
+    Chunks have fixed borders, so that an interrupted run computes the same as a whole one.
+
+    Attributes:
+        extractor: computes features; ``None`` where no metric needs them.
+        cache: for images, and for the features of generated images.
+        shared: for the features of real images, which several runs may share.
+        progress: called before each chunk.
     """
 
-    extractor: Extractor
+    extractor: Extractor | None
     cache: Cache
     shared: Cache
-    """For the features of real renderings, which several runs may share."""
     progress: Progress
 
-    def generated(self, candidate: Candidate, plan: Plan) -> Pictures:
-        """All pictures of a candidate, in the order of `Plan.rows`."""
-        return self.images(candidate, *plan.rows(), candidate.label)
+    def generated(
+        self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str, *, features: bool
+    ) -> ImageBatch:
+        """Return a candidate's images, one per prompt and seed.
 
-    def images(
-        self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str
-    ) -> Pictures:
-        """Pictures of a candidate and their features, one of each prompt and seed; ``name`` is shown."""
+        Args:
+            candidate: the model.
+            prompts: ``[N]``.
+            seeds: ``[N]``.
+            name: of the work, for progress.
+            features: whether to compute features.
+        """
+        extractor = self._extractor() if features else None
 
-        def part(at: int, to: int) -> Arrays:
-            origin = [candidate.identity, self.extractor.name, prompts[at:to], seeds[at:to]]
-            return self.cache.get(slug(candidate.label), origin, lambda: make(at, to))
+        def part(start: int, end: int) -> Arrays:
+            extracted = [extractor.name] if extractor else []
+            origin = [candidate.identity, *extracted, prompts[start:end], seeds[start:end]]
+            return self.cache.get(slug(candidate.label), origin, lambda: generate(start, end))
 
-        def make(at: int, to: int) -> Arrays:
-            images = _checked(candidate, prompts[at:to], seeds[at:to])
-            return {"images": images, "features": self.extractor(images)}
+        def generate(start: int, end: int) -> Arrays:
+            images = _checked(candidate, prompts[start:end], seeds[start:end])
+            return {"images": images, **({"features": extractor(images)} if extractor else {})}
 
         parts = self._chunks(name, len(prompts), part)
-        return Pictures(*(np.concatenate([part[key] for part in parts]) for key in ("images", "features")))
+        images = np.concatenate([part["images"] for part in parts])
+        if not features:
+            return without_features(images)
+        return ImageBatch(images, np.concatenate([part["features"] for part in parts]))
 
-    def generate(
-        self, candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], name: str
-    ) -> NDArray[np.uint8]:
-        """Pictures of a candidate that need no features, uint8 ``[N, 3, h, w]``; ``name`` is shown."""
+    def real(self, images: Sequence[NDArray[np.uint8]], name: str) -> NDArray[np.float32]:
+        """Return the features ``[M, d]`` of real images ``[3, h, w]`` of one size; cached by ``name``."""
+        extractor = self._extractor()
 
-        def part(at: int, to: int) -> Arrays:
-            origin = [candidate.identity, prompts[at:to], seeds[at:to]]
-            return self.cache.get(slug(candidate.label), origin, lambda: make(at, to))
+        def part(start: int, end: int) -> Arrays:
+            chunk = np.stack(images[start:end])
+            origin = [extractor.name, list(chunk.shape), hashlib.sha256(chunk.tobytes()).hexdigest()]
+            return self.shared.get(slug(name), origin, lambda: {"features": extractor(chunk)})
 
-        def make(at: int, to: int) -> Arrays:
-            return {"images": _checked(candidate, prompts[at:to], seeds[at:to])}
+        return np.concatenate([part["features"] for part in self._chunks(name, len(images), part)])
 
-        return np.concatenate([part["images"] for part in self._chunks(name, len(prompts), part)])
-
-    def real(self, references: Sequence[Reference], name: str) -> NDArray[np.float32]:
-        """Features of renderings, ``[M, d]``."""
-
-        def part(at: int, to: int) -> Arrays:
-            images = np.stack([reference.image for reference in references[at:to]])
-            origin = [self.extractor.name, list(images.shape), hashlib.sha256(images.tobytes()).hexdigest()]
-            return self.shared.get(slug(name), origin, lambda: {"features": self.extractor(images)})
-
-        return np.concatenate([part["features"] for part in self._chunks(name, len(references), part)])
+    def _extractor(self) -> Extractor:
+        if self.extractor is None:
+            raise ValueError("this cache was made without a feature extractor")
+        return self.extractor
 
     def _chunks(self, label: str, total: int, part: Callable[[int, int], Arrays]) -> list[Arrays]:
         parts: list[Arrays] = []
-        for at in range(0, total, CHUNK):
-            self.progress(label, at, total)
-            parts.append(part(at, min(at + CHUNK, total)))
+        for start in range(0, total, CHUNK):
+            self.progress(label, start, total)
+            parts.append(part(start, min(start + CHUNK, total)))
         self.progress(label, total, total)
         return parts
+
+
+def without_features(pixels: NDArray[np.uint8]) -> ImageBatch:
+    """Return images uint8 ``[N, 3, h, w]`` as a batch whose features are ``[N, 0]``."""
+    return ImageBatch(pixels, np.zeros((len(pixels), 0), np.float32))
 
 
 def _checked(candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
@@ -109,5 +112,5 @@ def _checked(candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int])
 
 
 def slug(label: str) -> str:
-    """A label as a file name."""
+    """Return a label as a file name."""
     return re.sub(r"[^A-Za-z0-9.@]+", "-", label).strip("-.") or "model"

@@ -1,180 +1,200 @@
-"""One run over several candidates: the same prompts, seeds and extractor, one set of results."""
+"""A run over several candidates: the same prompts, seeds and extractor, one set of results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL.Image import Image
 
 from fewstep.core.types import UserError
 from fewstep.evaluate.array_cache import Cache
-from fewstep.evaluate.candidates import Candidate, Plan, choose
+from fewstep.evaluate.candidates import Candidate
 from fewstep.evaluate.features import Extractor, OpenNsfwPool
-from fewstep.evaluate.image_cache import ImageCache, Pictures, Progress, silent, slug
-from fewstep.evaluate.metrics import compare_to_teacher, measure
-from fewstep.evaluate.report import Results, Row, versions, write
-from fewstep.images.grid import sheet
-from fewstep.pocket import human_prompts
-from fewstep.pocket.ceilings import Redraw
-from fewstep.pocket.geneval import GenEvalTest
-from fewstep.pocket.geneval_run import merge_rows, score
-from fewstep.pocket.human_prompts import HumanPrompt
-from fewstep.pocket.stickers import Reference
+from fewstep.evaluate.group_run import GroupPlan, measure
+from fewstep.evaluate.image_cache import ImageCache, Progress, silent, slug
+from fewstep.evaluate.metric import FEATURES, REFERENCES, TEACHER, TRUTH, MetricFactory
+from fewstep.evaluate.metrics.diversity import Diversity
+from fewstep.evaluate.metrics.kid import Kid
+from fewstep.evaluate.metrics.kid_to_teacher import KidToTeacher
+from fewstep.evaluate.metrics.retrieval import Retrieval
+from fewstep.evaluate.prompt_set import PromptGroup, PromptSet, Table
+from fewstep.evaluate.report import GroupTables, Results, Row, versions, write
 
-SHEET_PROMPTS = 12
-SHEET_SEEDS = 4
+DEFAULT: tuple[MetricFactory, ...] = (Retrieval, Diversity, Kid, KidToTeacher)
+"""The metrics of a group that names none, as far as their needs are met."""
+
+MOST_SEEDS = 1000
+LAST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before any image is generated; `plan` makes it."""
+
+    prompt_set: PromptSet
+    groups: tuple[GroupPlan, ...]
+    seeds: int
+    first_seed: int
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether any metric reads features."""
+        return any(group.needs_features for group in self.groups)
+
+
+def plan(
+    prompt_set: PromptSet,
+    *,
+    metrics: Sequence[MetricFactory] = (),
+    with_teacher: bool = False,
+    seeds: int = 4,
+    first_seed: int = 0,
+) -> Plan:
+    """Return what a run measures; the arguments are those of `evaluate`.
+
+    Raises:
+        UserError: numbers that allow no measurement, or a metric whose needs the prompt set does not meet.
+    """
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"seeds must be a whole number from 1 to {MOST_SEEDS}, not {seeds}")
+    groups: list[GroupPlan] = []
+    for index, group in enumerate(prompt_set.groups):
+        if len(group.prompts) < 2:
+            raise UserError(f"an evaluation needs at least 2 prompts, not {len(group.prompts)}")
+        own = _metrics(prompt_set.name, group, metrics if index == 0 else (), with_teacher)
+        per_prompt = group.images_per_prompt or seeds
+        first = first_seed + group.seed_offset
+        if not 0 <= first <= LAST_SEED + 1 - len(group.prompts) * per_prompt or first_seed < 0:
+            raise UserError(f"the seeds of all images must lie from 0 to {LAST_SEED}, not from {first}")
+        groups.append(GroupPlan(group, own, per_prompt, first))
+    return Plan(prompt_set, tuple(groups), seeds, first_seed)
 
 
 def evaluate(
     candidates: Sequence[Candidate],
-    references: Sequence[Reference],
+    prompt_set: PromptSet,
     folder: Path,
     *,
     teacher: str | None = None,
-    prompts: int = 200,
+    metrics: Sequence[MetricFactory] = (),
     seeds: int = 4,
     first_seed: int = 0,
-    ceilings: Mapping[str, Redraw] | None = None,
-    scenes: GenEvalTest | None = None,
-    prose: Sequence[HumanPrompt] = (),
     extractor: Extractor | None = None,
-    shared: Path | None = None,
     command: str = "",
     on_progress: Progress = silent,
 ) -> Results:
-    """Measure candidates against real renderings and, where there is a teacher, against its pictures.
+    """Measure candidates on a prompt set and, where there is a teacher, against its images.
+
+    Every image has a seed of its own, the same for every candidate. So candidates are compared on the same
+    noise, while images of different prompts never share any.
 
     Args:
         candidates: the models, labels unique.
-        references: the renderings to retrieve among, all of one size; the prompts are drawn from them.
-        folder: receives ``results.json``, ``results.md``, a ``sheet-LABEL.png`` each (with scenes, a
-            ``scenes-LABEL.png`` too, and a ``written-LABEL.png`` with written prompts), and ``cache/``.
+        prompt_set: the prompts, with their truth and real images.
+        folder: receives ``results.json``, ``results.md``, an image grid per model and group
+            (``sheet-LABEL.png``, ``GROUP-LABEL.png``), and ``cache/``.
         teacher: label of the candidate that the others are compared with.
-        prompts: how many prompts, half from seen and half from held-out pairs.
-        seeds: pictures a prompt.
-        first_seed: seed of the first picture; the others count up from it.
-        ceilings: by label, what draws real renderings of the same pairs; measured as if they were generated.
-        scenes: prompts of scenes to score besides, from :func:`fewstep.pocket.geneval.load`.
-        prose: prompts that people wrote, to measure besides.
-        extractor: features; the open_nsfw pool when absent.
-        shared: where the features of renderings are kept, for several runs; ``folder/cache`` when absent.
-        command: what was typed, for the record.
-        on_progress: told about every chunk.
+        metrics: measured on the first group of prompts; the prompt set's own when empty.
+        seeds: images per prompt, where the prompt set does not say.
+        first_seed: seed of the first image; the others count up from it.
+        extractor: computes features; `OpenNsfwPool` when absent.
+        command: the command line, for the results.
+        on_progress: called before every chunk of images.
 
     Raises:
-        UserError: no references, labels that clash, an unknown teacher, or a folder that cannot be written.
+        UserError: labels that clash, an unknown teacher, numbers that allow no measurement, a metric whose
+            needs are not met, or a folder that cannot be written.
     """
     labels = [candidate.label for candidate in candidates]
-    _check(labels, teacher)
+    _check_labels(labels, teacher)
+    planned = plan(
+        prompt_set, metrics=metrics, with_teacher=teacher is not None, seeds=seeds, first_seed=first_seed
+    )
+    features = (extractor or OpenNsfwPool()) if planned.needs_features else None
     cache = Cache(folder / "cache")
-    real = Cache(shared) if shared else cache
-    producer = ImageCache(extractor or OpenNsfwPool(), cache, real, on_progress)
-    plan = choose(references, prompts, seeds, first_seed)
-    gallery = producer.real(references, "references")
-    made = {candidate.label: producer.generated(candidate, plan) for candidate in candidates}
-    rows = _ceilings(ceilings or {}, plan, gallery, references, producer)
-    rows += _rows(made, plan, gallery, references, teacher)
-    sheets = {f"sheet-{slug(label)}": _sheet(pictures, plan) for label, pictures in made.items()}
-    if scenes is not None:
-        scored = score(candidates, scenes, producer, teacher, first_seed)
-        rows, pages = merge_rows(rows, scored.rows), scored.sheets
-        sheets |= {f"scenes-{slug(label)}": page for label, page in pages.items()}
-    if prose:
-        own = human_prompts.score(candidates, prose, producer, gallery, references, teacher, first_seed)
-        rows = merge_rows(rows, own.rows)
-        sheets |= {f"written-{slug(label)}": page for label, page in own.sheets.items()}
+    images = ImageCache(features, cache, Cache(prompt_set.cache) if prompt_set.cache else cache, on_progress)
+    measured = [measure(group, candidates, teacher, images) for group in planned.groups]
+    rows = _merge(labels, (row for group in measured for row in group.rows))
+    tables = [
+        GroupTables(_tables(group.plan.group, group.rows, chosen=bool(metrics) and index == 0), group.images)
+        for index, group in enumerate(measured)
+    ]
     results = Results(
-        extractor=producer.extractor.name,
+        extractor=features.name if features else None,
         teacher=teacher,
-        seen=sum(not reference.held_out for reference in plan.chosen),
-        held_out=sum(reference.held_out for reference in plan.chosen),
+        prompt_set=prompt_set.name,
+        description=prompt_set.description,
+        prompts=len(prompt_set.groups[0].prompts),
         seeds=seeds,
         first_seed=first_seed,
-        scenes=0 if scenes is None else len(scenes.scenes),
-        written=len(prose),
-        detector=None if scenes is None else scenes.detector,
-        references=len(references),
-        concepts=len({reference.concept for reference in references}),
-        rows=tuple(rows),
+        facts=prompt_set.facts,
+        rows=rows,
+        tables=tuple(tables),
         command=command,
         versions=versions(),
     )
-    write(results, folder, sheets)
+    grids = {name: grid for group in measured for name, grid in group.grids.items()}
+    write(results, folder, grids)
     return results
 
 
-def _check(labels: list[str], teacher: str | None) -> None:
+def _check_labels(labels: list[str], teacher: str | None) -> None:
     if not labels:
         raise UserError("there is no model to evaluate")
-    # Cache folders and sheets are named after slugs, so it is these that must differ.
+    # Cache folders and image grids are named after slugs, so these must differ.
     if len({slug(label) for label in labels}) < len(labels):
         raise UserError(f"each model can be evaluated once a run: {', '.join(labels)}")
     if teacher is not None and teacher not in labels:
         raise UserError(f"the teacher {teacher} is not among the models of this run: {', '.join(labels)}")
 
 
-def _rows(
-    made: dict[str, Pictures],
-    plan: Plan,
-    gallery: NDArray[np.float32],
-    references: Sequence[Reference],
-    teacher: str | None,
-) -> list[Row]:
-    features = {label: _by_prompt(pictures.features, plan.seeds) for label, pictures in made.items()}
-    measured = {label: measure(features[label], plan.chosen, gallery, references) for label in made}
-    rows: list[Row] = []
-    for label, own in measured.items():
-        figures = dict(own.figures)
-        if teacher is not None and label != teacher:
-            figures |= compare_to_teacher(
-                own, measured[teacher], features[label], features[teacher], plan.chosen
-            )
-        rows.append(Row(label, len(made[label].images), figures))
-    return rows
+def _metrics(
+    name: str, group: PromptGroup, chosen: Sequence[MetricFactory], with_teacher: bool
+) -> tuple[MetricFactory, ...]:
+    """Return the metrics of a group: those chosen, else its own, else the default ones that can run."""
+    met = {
+        FEATURES: True,
+        REFERENCES: len(group.references) > 0,
+        TRUTH: all(prompt.truth is not None for prompt in group.prompts),
+        TEACHER: with_teacher,
+    }
+    for metric in chosen:
+        for need in sorted(metric.needs):
+            if not met[need]:
+                metric_name = getattr(metric, "__name__", type(metric).__name__)
+                lack = "this run has none" if need == TEACHER else f"the prompt set {name} has none"
+                raise UserError(f"the metric {metric_name} needs {_WORDS[need]}: {lack}")
+    wanted = chosen or (DEFAULT if group.metrics is None else group.metrics)
+    runs = tuple(metric for metric in wanted if all(met[need] for need in metric.needs))
+    if not runs:
+        raise UserError(f"no metric has what it needs of the prompt set {name}: name one with --metric")
+    return runs
 
 
-def _ceilings(
-    ceilings: Mapping[str, Redraw],
-    plan: Plan,
-    gallery: NDArray[np.float32],
-    references: Sequence[Reference],
-    producer: ImageCache,
-) -> list[Row]:
-    """A row for each way to draw the plan's own pairs for real."""
-    rows: list[Row] = []
-    for label, redraw in ceilings.items():
-        features = _by_prompt(producer.real(redraw(plan.chosen), label), 1)
-        rows.append(Row(label, len(features), measure(features, plan.chosen, gallery, references).figures))
-    return rows
+_WORDS = {
+    REFERENCES: "reference images",
+    TRUTH: "a truth for every prompt",
+    TEACHER: "a teacher",
+}
 
 
-def _by_prompt(features: NDArray[np.float32], seeds: int) -> NDArray[np.float32]:
-    return features.reshape(-1, seeds, features.shape[-1])
+def _merge(labels: Sequence[str], rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Return one row per label with the figures of all groups, the ceilings before the models."""
+    merged: dict[str, Row] = {}
+    for row in rows:
+        first = merged.get(row.label, Row(row.label, row.images, {}))
+        merged[row.label] = Row(first.label, first.images, first.figures | row.figures)
+    return (
+        *(row for label, row in merged.items() if label not in labels),
+        *(merged[label] for label in labels),
+    )
 
 
-def _sheet(pictures: Pictures, plan: Plan) -> Image:
-    """The first prompts of either kind, a row each: the real rendering, then some seeds."""
-    seen = [i for i, reference in enumerate(plan.chosen) if not reference.held_out]
-    held = [i for i, reference in enumerate(plan.chosen) if reference.held_out]
-    seeds = min(plan.seeds, SHEET_SEEDS)
-    height, width = pictures.images.shape[2:]
-    images: list[NDArray[np.uint8]] = []
-    labels: list[str] = []
-    for index in seen[: SHEET_PROMPTS // 2] + held[: SHEET_PROMPTS // 2]:
-        reference = plan.chosen[index]
-        first = index * plan.seeds
-        images += [_fit(reference.image, height, width), *pictures.images[first : first + seeds]]
-        kind = "held out" if reference.held_out else "seen"
-        labels += [f"real, {kind}", reference.prompt]
-        labels += [f"seed {plan.first_seed + first + k}" for k in range(1, seeds)]
-    return sheet(np.stack(images), labels, 1 + seeds)
-
-
-def _fit(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    from PIL import Image as Pillow
-
-    picture = Pillow.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize((width, height))
-    return np.asarray(picture).transpose(2, 0, 1)
+def _tables(group: PromptGroup, rows: Sequence[Row], *, chosen: bool) -> Sequence[Table]:
+    """Return a group's own tables, and one of all other figures where it has none or metrics were chosen."""
+    if group.tables and not chosen:
+        return group.tables
+    known = {name for table in group.tables for _, name, _ in table.columns}
+    others = dict.fromkeys(name for row in rows for name in row.figures if name not in known)
+    title = "Further figures:" if group.tables else f"{group.name}:".capitalize() if group.name else ""
+    return [*group.tables, Table([(name, name, 1.0) for name in others], title)]

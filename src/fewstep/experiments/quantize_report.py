@@ -94,7 +94,7 @@ def quantize(
     from fewstep.export.common.graphs import parts, trace
     from fewstep.export.common.output_paths import check_folder, write_errors
     from fewstep.export.common.sensitivity import allocate_bits, calibrate
-    from fewstep.export.metadata import facts_of, read_metadata
+    from fewstep.export.metadata import read_metadata, source_metadata
     from fewstep.pipeline.loading import kind_of, load_family, parse_family, resolve
 
     require_positive(rounds=rounds, images_per_prompt=images_per_prompt)
@@ -121,7 +121,7 @@ def quantize(
     captions, told = SHOWN, "prompts of the sheet, without data (see --data)"
     if data or folder.is_dir():
         captions, told = prompts_of(training_shards(folder), CALIBRATED_ON, 0), f"captions of {folder}"
-    facts = facts_of(place, license, more)
+    facts = source_metadata(place, license, more)
     if (kind := kind_of(source)) not in onnx.FAMILIES:
         raise UserError(f"{source} is of the family {kind}, of which there are no bundles")
     with atomic.held(output, "written"), Progress() as progress:
@@ -211,17 +211,20 @@ def _figures(
     from fewstep.evaluate.run import evaluate
     from fewstep.pocket import stickers
     from fewstep.pocket.geneval import load
+    from fewstep.pocket.prompt_sets import pocket
 
     candidates = {number: candidate(Spec(str(output / str(number)), steps)) for number in rungs}
     results = evaluate(
         list(candidates.values()),
-        stickers.references(data),
+        pocket.build(
+            stickers.references(data),
+            prompts,
+            scenes=load(data, detector, scenes) if scenes else None,
+            cache=data / "features",
+        ),
         output / "measured",
         teacher=candidates[FULL].label,
-        prompts=prompts,
         seeds=pictures,
-        scenes=load(data, detector, scenes) if scenes else None,
-        shared=data / "features",
         on_progress=lambda label, done, total: progress(f"measuring {label}", done, total),
     )
     by_label = {row.label: row.figures for row in results.rows}

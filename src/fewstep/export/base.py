@@ -1,6 +1,7 @@
-"""Deployment engines: one file each, and none knows another.
+"""The interface of an export target, and the search for targets.
 
-A module here that has ``BITS`` is a target of ``fewstep export``, by its own name; it is found, not listed.
+A target is one module that writes a model for one engine. Every module of this package that has ``BITS`` is
+one, and no target imports another. A module outside the package is one if it has the same attributes.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+from fewstep.core import plugins
+from fewstep.core.types import UserError
 from fewstep.families.base import Family
 from fewstep.runtime.bundle import Bundle, Compute
+
+PACKAGE = "fewstep.export"
 
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """What an export tells of itself.
+    """Metadata that an export stores.
 
     Attributes:
-        license: of the weights, such as ``Apache-2.0``.
-        license_file: its text, to ship along.
-        about: free facts.
-        card: the model card, to ship along.
-        compute: what its graphs compute in.
+        license: name of the licence of the weights, such as ``Apache-2.0``.
+        license_file: the text of the licence, which is copied.
+        about: further fields, stored as they are.
+        card: the model card, which is copied.
+        compute: number type in which the graphs compute.
     """
 
     license: str = "unknown"
@@ -35,13 +41,14 @@ class ExportMetadata:
     compute: Compute = "float32"
 
 
+@runtime_checkable
 class Target(Protocol):
-    """A module of this room that writes a model for an engine.
+    """A module that writes a model for an engine.
 
     Attributes:
         FAMILIES: kinds of families that it can write.
-        BITS: bits a weight that it can store, its default first.
-        T5: whether it takes T5 along where nobody says.
+        BITS: supported bits per weight, the default first.
+        T5: whether T5 is written by default.
     """
 
     FAMILIES: tuple[str, ...]
@@ -49,54 +56,58 @@ class Target(Protocol):
     T5: bool
 
     def needs(self, bits: int) -> tuple[str, ...]:
-        """Modules that writing so many bits a weight takes, besides PyTorch's."""
+        """Return the modules that this many bits per weight require, besides PyTorch's."""
         ...
 
     def check(self, out: Path) -> None:
-        """Refuse what is known before a model is loaded.
+        """Check the destination and the engine's tools, before a model is loaded.
 
         Raises:
-            UserError: something else lies at ``out``, or it has a wrong name.
+            UserError: something else exists at ``out``, or it has a wrong name.
             ImportError: the engine's tools are not installed.
         """
         ...
 
-    def export(self, family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
-        """Write ``family`` (float32, on the processor) to ``out``, whole or not at all; an earlier export
-        there is replaced.
+    def export(self, family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
+        """Write ``family`` to ``out`` and describe the result in one line.
 
-        Returns:
-            What there is now, in a line.
+        The export is atomic. An earlier export at ``out`` is replaced.
+
+        Args:
+            family: the model, in float32 on the CPU.
+            out: the folder or file to write.
+            bits: bits per weight, one of :attr:`BITS`.
+            metadata: metadata to store.
 
         Raises:
-            UserError: something else lies at ``out``, or this family cannot be written so.
+            UserError: something else exists at ``out``, or the target does not support this family.
         """
         ...
 
 
 @runtime_checkable
 class SupportsT5Bits(Target, Protocol):
-    """A target that can store T5 in bits of its own.
+    """A target that can store T5 with its own number of bits per weight.
 
     Attributes:
-        T5_BITS: those.
+        T5_BITS: supported bits per weight of T5.
     """
 
     T5_BITS: tuple[int, ...]
 
     def export(
-        self, family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None
+        self, family: Family, out: Path, bits: int, metadata: ExportMetadata, *, t5_bits: int | None = None
     ) -> str:
-        """As any target's; ``t5_bits`` a weight of T5, as all others where ``None``."""
+        """Write ``family`` as :meth:`Target.export` does; ``t5_bits`` are ``bits`` where ``None``."""
         ...
 
 
 @runtime_checkable
 class SupportsComputeDtype(Target, Protocol):
-    """A target whose graphs can compute in something else than float32.
+    """A target whose graphs can compute in other number types than float32.
 
     Attributes:
-        COMPUTES: in what, float32 among them.
+        COMPUTES: supported number types, float32 among them.
     """
 
     COMPUTES: tuple[Compute, ...]
@@ -104,25 +115,46 @@ class SupportsComputeDtype(Target, Protocol):
 
 @runtime_checkable
 class ConvertsBundle(Target, Protocol):
-    """A target that can be made of a bundle for onnxruntime as well, without PyTorch."""
+    """A target that can also convert a bundle for onnxruntime, without PyTorch."""
 
-    def convert(self, bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:
-        """Write ``bundle`` anew; the rest as :meth:`Target.export`.
+    def convert(self, bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any]) -> str:
+        """Convert ``bundle`` and describe the result in one line, as :meth:`Target.export` does.
 
         Args:
-            bundle: for onnxruntime.
-            out: where it goes.
-            bits: of ``BITS``, a weight; those of the bundle are rounded once more.
-            told: what it shall tell of itself: the fields of ``bundle.json`` but ``format``, ``files`` and
-                ``engine``.
+            bundle: a bundle for onnxruntime.
+            out: the folder to write.
+            bits: bits per weight, one of :attr:`BITS`. The weights of the bundle are rounded a second time.
+            fields: the fields of the new ``bundle.json`` but ``format``, ``files`` and ``engine``.
         """
         ...
 
 
 def targets() -> dict[str, Target]:
-    """Every target by its name. Importing one is light: engines are imported in functions."""
-    from fewstep import export
-
-    names = sorted(found.name for found in pkgutil.iter_modules(export.__path__) if not found.ispkg)
-    modules = {name.replace("_", "-"): importlib.import_module(f"fewstep.export.{name}") for name in names}
+    """Return the targets of this package by name. They import their engines only when used."""
+    package = importlib.import_module(PACKAGE)
+    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.ispkg)
+    modules = {name.replace("_", "-"): importlib.import_module(f"{PACKAGE}.{name}") for name in names}
     return {name: cast("Target", module) for name, module in modules.items() if hasattr(module, "BITS")}
+
+
+def find_target(name: str) -> Target:
+    """Return the export target of this name.
+
+    Args:
+        name: a target of this package (``single-file``), an import path (``package.module`` or
+            ``package.module:attribute``), or an entry point of the group ``fewstep.target``.
+
+    Raises:
+        UserError: there is no such target, or the import path leads to something else.
+    """
+    known = targets()
+    if name in known:
+        return known[name]
+    installed = sorted(point.name for point in entry_points(group="fewstep.target"))
+    if name not in installed and "." not in name and ":" not in name:
+        names = ", ".join([*known, *installed])
+        raise UserError(f"there is no target {name}: give one of {names}, or an import path")
+    target = plugins.load(name, PACKAGE, "target")
+    if not isinstance(target, Target):
+        raise UserError(f"{name} is no export target: it needs FAMILIES, BITS, T5, needs, check and export")
+    return target

@@ -1,4 +1,4 @@
-"""A torch family as Core ML packages, for Apple's devices."""
+"""Export as Core ML packages for Apple devices."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ MANIFEST = "model.json"
 FORMAT = "fewstep-coreml-1"
 
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"
-"""Of a package, what coremltools writes for its owner's eyes alone; the rest is for all."""
+"""File of a package that coremltools writes without read permission for others."""
 
 GROUP = 64
-"""Output channels that share a palette. A palette of one tensor would do with iOS 16; groups need iOS 18, as
-does the operator for attention. In groups of 16 a 6-bit weight errs 3 % less, and takes twice the time to
-find."""
+"""Output channels that share a palette.
+
+Palettes per group need iOS 18, as does the attention operator; palettes per tensor need iOS 16. Groups of 16
+reduce the error of a 6-bit weight by 3 % and double the export time."""
 
 SMALLEST = 2048
-"""Numbers of a tensor that is worth a palette; what is smaller stays float16."""
+"""Smallest number of elements of a compressed tensor. Smaller tensors stay float16."""
 
 WEIGHTS = ("linear", "conv", "gather")
-"""What the weights with fewer bits are multiplied or looked up by. All else (biases, norms, positions) is
-float16."""
+"""Operators whose weights are compressed. Other weights (biases, norms, position embeddings) stay float16."""
 
 WRITER = "[MIL FileWriter]"
-"""How the errors begin of what writes weights."""
+"""Start of the error messages of the code that writes weights."""
 
-EXACT = ("mul", "expand_dims", "sin", "cos")
-"""What the modulations' graph computes in float32: the sines of a time of up to 1000, where float16 counts
-in halves. All other graphs are float16 through and through."""
+FLOAT32_OPS = ("mul", "expand_dims", "sin", "cos")
+"""Operators of the modulation graph that compute in float32: sines of a time of up to 1000, where float16 has
+steps of a half. All other graphs compute in float16."""
 
 SLICED = "common::scaled_dot_product_attention_sliced_q"
-"""coremltools' own pass for attention over 1280 tokens and more: sixteen slices of the queries in turn, so
-that the table of all against all is never whole."""
+"""coremltools' pass for attention over 1280 tokens and more. It slices the queries, so that the full attention
+matrix is never in memory."""
 
 
 def needs(bits: int) -> tuple[str, ...]:
@@ -63,29 +63,29 @@ def needs(bits: int) -> tuple[str, ...]:
 
 def check(out: Path) -> None:
     """See :class:`fewstep.export.base.Target`."""
-    if out.exists() and not _ours(out):
+    if out.exists() and not _is_export(out):
         raise UserError(f"{out} exists and is no Core ML export of fewstep: choose another place")
     _check_tools()
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` as a folder of ``.mlpackage``: text, modulation, transformer, decoder and encoder.
 
-    Inputs and outputs bear the names of a bundle's graphs (:mod:`fewstep.runtime.bundle`), with a batch of
-    one; ``tokens`` are int32, all else is float32. Beside them lie ``tokenizer.json`` and ``model.json``.
+    Inputs and outputs have the names of a bundle's graphs (:mod:`fewstep.runtime.bundle`) and a batch of one.
+    ``tokens`` are int32, all others float32. The folder also contains ``tokenizer.json`` and ``model.json``.
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the folder.
-        bits: of :data:`BITS`, a weight. 16 is float16, 8 integers with a scale an output channel, 6 and 4
-            are palettes (:func:`quantize`).
-        facts: what it tells of itself.
+        family: an SD3-type family in float32 on the CPU.
+        out: the folder to write.
+        bits: bits per weight, one of :data:`BITS`. 16 is float16, 8 is int8 with a scale per output channel,
+            6 and 4 are palettes (:func:`quantize`).
+        metadata: metadata to store.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the export.
 
     Raises:
-        UserError: something else lies at ``out``, or coremltools does not work here.
+        UserError: something else exists at ``out``, or coremltools does not work with this numpy.
     """
     check(out)
     with _writing(out), replacing_folder(out) as fresh:
@@ -96,17 +96,17 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
             shutil.copymode(package / "Manifest.json", package / PROGRAM)
             shapes[stem] = {"inputs": {name: [1, *x.shape[1:]] for name, x in part.inputs.items()}}
             shapes[stem]["outputs"] = list(part.outputs)
-        told = {"format": FORMAT, **manifest(family, facts, bits), "parts": shapes}
-        (fresh / MANIFEST).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        fields = {"format": FORMAT, **manifest(family, metadata, bits), "parts": shapes}
+        (fresh / MANIFEST).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")
         write_tokenizer(family, fresh / "tokenizer.json")
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, fresh / "LICENSE")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{size / 1e6:.1f} MB, {bits}-bit weights, for iOS 18 and macOS 15"
 
 
 def converted(part: GraphSpec) -> Any:
-    """``part`` as a ``coremltools`` model of float16 for a batch of one."""
+    """Convert ``part`` to a ``coremltools`` model of float16 for a batch of one."""
     import numpy as np
     import torch
 
@@ -114,7 +114,7 @@ def converted(part: GraphSpec) -> Any:
 
     ct: Any = importlib.import_module("coremltools")
     inputs = {name: example[:1] for name, example in part.inputs.items()}
-    kinds: dict[Any, Any] = {torch.int64: np.int32, torch.float32: np.float32}
+    dtypes: dict[Any, Any] = {torch.int64: np.int32, torch.float32: np.float32}
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass(SLICED)
     modulation = "modulation" in part.outputs
@@ -122,7 +122,7 @@ def converted(part: GraphSpec) -> Any:
         traced = torch.jit.trace(with_fp16_norms(part.module), tuple(inputs.values()), check_trace=False)
         return ct.convert(
             traced,
-            inputs=[ct.TensorType(name, x.shape, kinds[x.dtype]) for name, x in inputs.items()],
+            inputs=[ct.TensorType(name, x.shape, dtypes[x.dtype]) for name, x in inputs.items()],
             outputs=[ct.TensorType(name, dtype=np.float32) for name in part.outputs],
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=ct.transform.FP16ComputePrecision(_is_half if modulation else None),
@@ -132,14 +132,14 @@ def converted(part: GraphSpec) -> Any:
 
 
 def _is_half(op: Any) -> bool:
-    return op.op_type not in EXACT
+    return op.op_type not in FLOAT32_OPS
 
 
 def quantize(model: Any, bits: int) -> Any:
-    """``model`` with its matrices, kernels and tables of embeddings in ``bits``.
+    """Compress the matrices, convolution kernels and embeddings of ``model`` to ``bits``.
 
-    A palette is found by k-means among the weights of :data:`GROUP` output channels, or of the whole tensor
-    where it cannot be cut into such groups.
+    A palette is found by k-means over the weights of :data:`GROUP` output channels, or of the whole tensor if
+    the group size does not divide it.
     """
     if bits == 16:
         return model
@@ -156,19 +156,18 @@ def quantize(model: Any, bits: int) -> Any:
                     mode="linear_symmetric", dtype="int8", weight_threshold=SMALLEST
                 )
             else:
-                cut: dict[str, Any] = (
+                groups: dict[str, Any] = (
                     grouped if weight.val.shape[0] % GROUP == 0 else {"granularity": "per_tensor"}
                 )
-                options[name] = cto.OpPalettizerConfig(**palettes, **cut)
+                options[name] = cto.OpPalettizerConfig(**palettes, **groups)
         config = cto.OptimizationConfig(op_name_configs=options)
-        shrink = cto.linear_quantize_weights if bits == 8 else cto.palettize_weights
-        return shrink(model, config)
+        compress = cto.linear_quantize_weights if bits == 8 else cto.palettize_weights
+        return compress(model, config)
 
 
 @contextlib.contextmanager
 def _writing(out: Path) -> Generator[None]:
-    """Say that ``out`` could not be written, where coremltools' C++ says so; it writes to the folder of
-    temporary files first."""
+    """Turn write errors of coremltools' C++ code into one line. It writes to the temporary folder first."""
     try:
         yield
     except RuntimeError as error:
@@ -177,7 +176,7 @@ def _writing(out: Path) -> Generator[None]:
         raise UserError(f"cannot write {out}, or the folder of temporary files: {error}") from error
 
 
-def _ours(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     try:
         return json_io.read(folder / MANIFEST).get("format") == FORMAT
     except UserError:
@@ -185,10 +184,10 @@ def _ours(folder: Path) -> bool:
 
 
 def _check_tools() -> None:
-    """Import what converts, in silence; it complains of a torch newer than itself, and of not being on a Mac.
+    """Import coremltools without its warnings about newer torch versions and other systems than macOS.
 
     Raises:
-        UserError: it does not work with this numpy.
+        UserError: coremltools does not work with this numpy.
         ImportError: it is not installed.
     """
     import numpy as np
@@ -196,14 +195,14 @@ def _check_tools() -> None:
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with _quiet():
         version: str = importlib.import_module("coremltools").__version__
-        importlib.import_module("sklearn")  # finds the palettes; coremltools imports it late
+        importlib.import_module("sklearn")  # the k-means of the palettes; coremltools imports it lazily
     if version.startswith("9.0") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         raise UserError(f"coremltools 9.0 does not work with numpy {np.__version__}: {install('coreml')}")
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silence bars of progress, and warnings that what is traced holds for these shapes only, as it shall."""
+    """Silence progress bars and tracer warnings about fixed shapes, which are intended."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""A torch family as a diffusers folder, which the stock pipeline and other programs load."""
+"""Export as a diffusers folder, which the diffusers pipelines and other programs load."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
-    """Write ``family`` where its own stock pipeline's ``from_pretrained`` finds it.
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
+    """Write ``family`` as a folder for ``from_pretrained`` of its diffusers pipeline.
 
     Raises:
-        UserError: something else lies at ``out``.
+        UserError: something else exists at ``out``.
     """
-    family.module.save(family, out)
-    return "for stock diffusers"
+    family.save(out)
+    return "for diffusers"

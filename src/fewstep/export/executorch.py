@@ -1,4 +1,4 @@
-"""A torch family as a bundle of ExecuTorch programs, for phones: XNNPACK runs them."""
+"""Export as a bundle of ExecuTorch programs for phones, with XNNPACK as the backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILIES = ("sd3",)
 BITS = (32, 8)
 T5 = False
 QUANTIZED = ("modulation", "transformer")
-"""Graphs whose linear layers have 8 bits. The text encoders lose too much; the codec has few."""
+"""Graphs whose linear layers get 8 bits. Text encoders lose too much, and the VAE has few such layers."""
 
 
 def needs(bits: int) -> tuple[str, ...]:
@@ -35,21 +35,21 @@ def check(out: Path) -> None:
     import_module("executorch")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write ``family`` as a bundle for ExecuTorch (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight: 32 throughout; at 8 those of :data:`QUANTIZED` are int8 with a scale
-            a row, and meet activations of 8 bits with a scale a token.
-        facts: what it tells of itself.
+        family: an SD3-type family in float32 on the CPU.
+        out: the folder of the bundle.
+        bits: bits per weight, one of :data:`BITS`. At 8, the graphs of :data:`QUANTIZED` have int8 weights
+            with a scale per row and int8 activations with a scale per token.
+        metadata: metadata to store.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the export.
 
     Raises:
-        UserError: something else lies at ``out``.
+        UserError: something else exists at ``out``.
         ImportError: ExecuTorch is not installed.
     """
     with _quiet():
@@ -60,22 +60,22 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
             with _quiet():
-                edge = lowered(in_8_bits(part) if bits == 8 and stem in QUANTIZED else part)
+                edge = lowered(quantized(part) if bits == 8 and stem in QUANTIZED else part)
                 counts.append(count_delegated(edge))
                 with (folder / f"{stem}.pte").open("wb") as file:
                     edge.to_executorch().write_to_file(file)
 
-    line = write_bundle(family, out, bits, facts, "executorch", write)
-    theirs, all_of_them = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return f"{line}, {theirs} of {all_of_them} operators on XNNPACK"
+    line = write_bundle(family, out, bits, metadata, "executorch", write)
+    delegated, total = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return f"{line}, {delegated} of {total} operators on XNNPACK"
 
 
-def in_8_bits(part: GraphSpec) -> GraphSpec:
-    """``part`` with the products of its linear layers in integers, as XNNPACK does them."""
+def quantized(part: GraphSpec) -> GraphSpec:
+    """Return a copy of ``part`` whose linear layers multiply int8 weights and activations."""
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
 
-    module = copy.deepcopy(part.module)  # its weights are the family's
+    module = copy.deepcopy(part.module)  # the weights are shared with the family
     quantize_(
         module, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
     )
@@ -83,7 +83,7 @@ def in_8_bits(part: GraphSpec) -> GraphSpec:
 
 
 def lowered(part: GraphSpec) -> Any:
-    """``part`` for one picture as an ``EdgeProgramManager``, what XNNPACK can do given to it."""
+    """Lower ``part`` for a batch of one to an ``EdgeProgramManager`` that delegates to XNNPACK."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
         XnnpackPartitioner,
@@ -97,7 +97,7 @@ def lowered(part: GraphSpec) -> Any:
 
 
 def count_delegated(edge: Any) -> tuple[int, int]:
-    """Operators of a lowered program that XNNPACK has, and all of them."""
+    """Return the number of operators that XNNPACK runs, and the number of all."""
     from executorch.exir.lowered_backend_module import (  # pyright: ignore[reportMissingImports]
         get_lowered_submodules,
     )
@@ -107,13 +107,13 @@ def count_delegated(edge: Any) -> tuple[int, int]:
 
     outer = edge.exported_program().graph_module
     modules: list[Any] = [module for _, module, _ in get_lowered_submodules(outer)]
-    theirs = sum(operators(module.original_module.graph) for module in modules)
-    return theirs, theirs + operators(outer.graph)
+    delegated = sum(operators(module.original_module.graph) for module in modules)
+    return delegated, delegated + operators(outer.graph)
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silence what ExecuTorch and torchao tell of torch's deprecations and of their own missing kernels."""
+    """Silence warnings of ExecuTorch and torchao about deprecations and missing kernels."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

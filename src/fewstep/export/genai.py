@@ -1,4 +1,4 @@
-"""A torch family as a folder for OpenVINO GenAI, which brings SD3's pipeline itself."""
+"""Export as a folder for OpenVINO GenAI, which implements the SD3 pipeline."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import text_length
 from fewstep.export.common.manifest import manifest
+from fewstep.export.common.token_lengths import text_length
 from fewstep.families.base import Family
 
 FAMILIES = ("sd3",)
@@ -51,28 +51,28 @@ def check(out: Path) -> None:
     import_module("openvino_tokenizers")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
-    """Write ``family`` where ``openvino_genai.Text2ImagePipeline`` and ``Image2ImagePipeline`` find it.
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
+    """Write ``family`` for ``openvino_genai.Text2ImagePipeline`` and ``Image2ImagePipeline``.
 
     Args:
-        family: an SD3-type family in float32 on the processor, without T5.
-        out: the folder.
-        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's.
-        facts: what it tells of itself.
+        family: an SD3-type family in float32 on the CPU, without T5.
+        out: the folder to write.
+        bits: bits per weight, one of :data:`BITS`. 16 is float16; 8 and 4 are compressed by NNCF.
+        metadata: metadata to store.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the export.
 
     Raises:
-        UserError: something else lies at ``out``, float16 has no room for a weight, or GenAI cannot walk as
-            this model does.
+        UserError: something else exists at ``out``, a weight exceeds the range of float16, or GenAI does not
+            support this model's sampler or schedule.
         ImportError: OpenVINO, its tokenizers or NNCF is not installed.
     """
     check(out)
     _check_family(family)
     largest = timesteps(family.steps, family.shift)
     from fewstep.export.common import openvino_ir
-    from fewstep.export.common.diffusers_graphs import stock_parts
+    from fewstep.export.common.diffusers_graphs import diffusers_parts
 
     if bits == 16:
         openvino_ir.check_float16(family.parts, "--bits 8")
@@ -80,7 +80,7 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         for name in ("tokenizer", "tokenizer_2"):
             (fresh / name).mkdir()
             openvino_ir.write_tokenizer(family.parts[name], text_length(family), fresh / name)
-        for name, part in stock_parts(family, largest).items():
+        for name, part in diffusers_parts(family, largest).items():
             (fresh / name).mkdir()
             with openvino_ir.converted(part, fresh.parent) as graph:
                 openvino_ir.write(graph, fresh / name / "openvino_model.xml", bits)
@@ -94,15 +94,15 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
         }
         _write_json(scheduler, fresh / "scheduler" / "scheduler_config.json")
         _write_json(PIPELINE, fresh / "model_index.json")
-        _write_json({"format": FORMAT, **manifest(family, facts, bits)}, fresh / MANIFEST)
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
+        _write_json({"format": FORMAT, **manifest(family, metadata, bits)}, fresh / MANIFEST)
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, fresh / "LICENSE")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{size / 1e6:.1f} MB, {bits}-bit weights, for {family.steps} steps"
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether an earlier export lies there."""
+    """Return whether a folder is an earlier export for GenAI."""
     try:
         return json_io.read(folder / MANIFEST).get("format") == FORMAT
     except UserError:
@@ -110,27 +110,30 @@ def is_ours(folder: Path) -> bool:
 
 
 def timesteps(steps: int, shift: float) -> int:
-    """Training timesteps of a scheduler whose ``steps`` are ours.
+    """Return the number of training timesteps at which GenAI's schedule equals fewstep's.
 
-    GenAI's scheduler walks :func:`fewstep.core.schedule.diffusers_grid`, even times from 1 to the smallest
-    that it
-    was trained on, shifted. The smallest is itself shifted; of ``shift (steps - 1) + 1`` training times it is
-    ``1 / steps``, and the walk is :func:`fewstep.core.schedule.grid`. Of a thousand it would be so small
-    that the last of few steps had nothing left to do.
+    GenAI's scheduler uses :func:`fewstep.core.schedule.diffusers_grid`: evenly spaced times from 1 to the
+    smallest training time, shifted. With ``shift (steps - 1) + 1`` training timesteps the smallest is
+    ``1 / steps``, and the schedule is :func:`fewstep.core.schedule.grid`. With a thousand, the last of few
+    steps would start almost at zero.
 
     Raises:
-        UserError: that is no whole number.
+        UserError: that number is not whole.
     """
     exact = shift * (steps - 1) + 1
     if abs(exact - round(exact)) > 1e-6:
         raise UserError(
-            f"GenAI cannot walk {steps} steps at shift {shift:g}: the shift times (steps - 1) must be whole"
+            f"GenAI cannot take {steps} steps at shift {shift:g}: the shift times (steps - 1) must be whole"
         )
     return round(exact)
 
 
 def _check_family(family: Family) -> None:
-    """What GenAI's pipeline cannot do."""
+    """Check that GenAI's pipeline supports the family.
+
+    Raises:
+        UserError: the sampler or the autoencoder is not supported.
+    """
     from diffusers import AutoencoderKL
 
     if family.sampler != "euler":
@@ -140,8 +143,8 @@ def _check_family(family: Family) -> None:
 
 
 def _config(family: Family, name: str) -> dict[str, Any]:
-    """What GenAI reads of a part's configuration, as diffusers and transformers call it."""
-    known: dict[str, tuple[str, ...]] = {
+    """Return the fields of a part's configuration that GenAI reads, under their diffusers names."""
+    keys: dict[str, tuple[str, ...]] = {
         "text_encoder": ("num_hidden_layers",),
         "transformer": ("patch_size", "in_channels", "joint_attention_dim"),
         "vae": (
@@ -151,13 +154,13 @@ def _config(family: Family, name: str) -> dict[str, Any]:
     }  # fmt: skip
     part = name.removesuffix("_decoder").removesuffix("_encoder") if name.startswith("vae") else name
     config: Any = family.parts[part].config
-    told = {key: getattr(config, key) for key in known[part.removesuffix("_2")]}
+    fields = {key: getattr(config, key) for key in keys[part.removesuffix("_2")]}
     if part == "transformer":
-        told["sample_size"] = family.latent[1]
+        fields["sample_size"] = family.latent[1]
     elif part != "vae":
-        told["max_position_embeddings"] = text_length(family)
-    return told
+        fields["max_position_embeddings"] = text_length(family)
+    return fields
 
 
-def _write_json(told: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""A torch family's net as GGUF, as stable-diffusion.cpp and ComfyUI-GGUF read it."""
+"""Export of the net as GGUF, for stable-diffusion.cpp and ComfyUI-GGUF."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BITS = (8, 4, 16)
 T5 = False
 
 KINDS = {4: "Q4_0", 8: "Q8_0", 16: "F16"}
-"""The format's names of :data:`BITS`; the first two share a scale among 32 weights of a row."""
+"""GGUF type names of :data:`BITS`. The first two share a scale among 32 weights of a row."""
 
 BLOCK = 32
 SMALLEST = 1024
 LARGEST = 65504.0
 OUTER = ("pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
-"""What all tokens share, left at float16: 1 % of SD3.5 Medium's weights, and its table of positions."""
+"""Layers outside the blocks, which stay float16: 1 % of SD3.5 Medium's weights and its position table."""
 
 
 def needs(bits: int) -> tuple[str, ...]:
@@ -34,36 +34,37 @@ def check(out: Path) -> None:
     """See :class:`fewstep.export.base.Target`."""
     import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    check_file(out, ".gguf", _ours)
+    check_file(out, ".gguf", _is_export)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
     """Write the net of ``family`` as a ``.gguf`` file, without text encoders and autoencoder.
 
-    Tensors bear Stability's names without ``model.diffusion_model.``, as nets alone are shipped: with it the
-    longest has 77 letters, and GGML by itself allows 63. Readers that want it put it in front.
+    Tensors have Stability's names without the prefix ``model.diffusion_model.``, as in other files of a net
+    alone. With the prefix the longest name has 77 letters, and GGML allows 63. Readers add it if they need
+    it.
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the file, ending in ``.gguf``.
-        bits: a weight of the blocks' matrices; :func:`kind_of` has the rest.
-        facts: what it tells of itself.
+        family: an SD3-type family in float32 on the CPU.
+        out: the file, with the suffix ``.gguf``.
+        bits: bits per weight of the blocks' matrices; see :func:`kind_of` for other tensors.
+        metadata: metadata to store.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the export.
 
     Raises:
-        UserError: something else lies at ``out``, or the net has a tensor that is not SD3's.
+        UserError: something else exists at ``out``, or the net has a tensor that SD3 does not have.
     """
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
 
-    with fresh_file(out, ".gguf", _ours) as fresh:
-        said = file_metadata(family, facts, bits)
+    with fresh_file(out, ".gguf", _is_export) as fresh:
+        header = file_metadata(family, metadata, bits)
         writer = GGUFWriter(fresh, "sd3")
-        writer.add_name(said["title"])
-        writer.add_license(said["license"])
-        writer.add_description(said["usage_hint"])
-        writer.add_string("fewstep", said["fewstep"])
+        writer.add_name(header["title"])
+        writer.add_license(header["license"])
+        writer.add_description(header["usage_hint"])
+        writer.add_string("fewstep", header["fewstep"])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         writer.add_file_type(LlamaFileType[f"MOSTLY_{KINDS[bits]}"])
         for name, tensor in net_tensors(family.parts).items():
@@ -80,10 +81,10 @@ def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
 
 
 def kind_of(name: str, array: Any, bits: int) -> str:
-    """How a tensor is stored, as the format calls it.
+    """Return the GGUF type of a tensor.
 
-    Vectors stay float32, since readers add them as such. Matrices of the blocks get ``bits`` if their rows
-    can be cut into blocks of 32. All else is float16, or float32 where that cannot hold it.
+    Vectors are float32, which readers expect. Matrices of the blocks get ``bits`` if 32 divides their row
+    length. Other tensors are float16, or float32 if a value exceeds its range.
     """
     if array.ndim == 1 or abs(array).max() > LARGEST:
         return "F32"
@@ -91,10 +92,10 @@ def kind_of(name: str, array: Any, bits: int) -> str:
     return "F16" if small or name.startswith(OUTER) else KINDS[bits]
 
 
-def _ours(path: Path) -> bool:
+def _is_export(path: Path) -> bool:
     from gguf import GGUFReader
 
     try:
         return "fewstep" in GGUFReader(path).fields
-    except (ValueError, IndexError):  # another format, or too short for any
+    except (ValueError, IndexError):  # another format, or a truncated file
         return False

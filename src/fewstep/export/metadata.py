@@ -12,31 +12,30 @@ from fewstep.runtime.bundle import CARD
 
 
 def has_t5(place: Path) -> bool:
-    """Whether a model has T5; of what is no folder nobody knows before it is loaded."""
+    """Return whether a model has T5. A source without a diffusers index is assumed to have it."""
     from fewstep.families.diffusers_io import has_part
 
     return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
 
 
-def read_metadata(about: Path | None) -> dict[str, Any]:
-    """The facts of ``--metadata``.
+def read_metadata(path: Path | None) -> dict[str, Any]:
+    """Read the file of ``--metadata``; ``None`` gives no metadata.
 
     Raises:
-        UserError: the file is no JSON object, or its styles are no words.
+        UserError: the file is no JSON object, or its styles are no list of texts.
     """
     from fewstep.families.diffusers_io import read_json
 
-    told = {} if about is None else read_json(about)
-    styles = told.get("styles", [])
+    about = {} if path is None else read_json(path)
+    styles = about.get("styles", [])
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
-        raise UserError(f'{about}: "styles" must be a list of words')
-    return told
+        raise UserError(f'{path}: "styles" must be a list of words')
+    return about
 
 
-def facts_of(place: Path, license: str | None, told: Mapping[str, Any]) -> ExportMetadata:
-    """What an export of the model at ``place`` tells of itself."""
-    text = place / "LICENSE"
-    given = text if text.is_file() else None
-    card = place / CARD
-    name = license or ("unknown" if given is None else "see LICENSE")
-    return ExportMetadata(name, given, told, card if card.is_file() else None)
+def source_metadata(place: Path, license: str | None, about: Mapping[str, Any]) -> ExportMetadata:
+    """Return the metadata of an export of the model at ``place``, with its licence and model card."""
+    file, card = place / "LICENSE", place / CARD
+    license_file = file if file.is_file() else None
+    name = license or ("unknown" if license_file is None else "see LICENSE")
+    return ExportMetadata(name, license_file, about, card if card.is_file() else None)

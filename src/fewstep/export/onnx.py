@@ -1,4 +1,4 @@
-"""A torch family as a bundle of ONNX graphs, which generates without torch."""
+"""Export as a bundle of ONNX graphs for onnxruntime, which generates without PyTorch."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ def check(out: Path) -> None:
     check_place(out)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
+def export(
+    family: Family, out: Path, bits: int, metadata: ExportMetadata, *, t5_bits: int | None = None
+) -> str:
     """Write ``family`` as a bundle for onnxruntime (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight (:mod:`fewstep.export.common.onnx_quantize`).
-        facts: what it tells of itself.
-        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; ``bits`` where ``None``.
+        family: an SD3-type family in float32 on the CPU.
+        out: the folder of the bundle.
+        bits: bits per weight, one of :data:`BITS` (:mod:`fewstep.export.common.onnx_quantize`).
+        metadata: metadata to store.
+        t5_bits: bits per weight of T5, one of :data:`T5_BITS`; ``None`` is ``bits``.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the bundle.
 
     Raises:
-        UserError: something else lies at ``out``.
+        UserError: something else exists at ``out``.
     """
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
-            own = t5_bits or bits if stem == "t5" else bits
-            write_graph(quantize_weights(trace(part), own), folder / f"{stem}.onnx")
+            part_bits = t5_bits or bits if stem == "t5" else bits
+            write_graph(quantize_weights(trace(part), part_bits), folder / f"{stem}.onnx")
 
-    return write_bundle(family, out, bits, facts, "onnx", write)
+    return write_bundle(family, out, bits, metadata, "onnx", write)
 
 
 def write_traced(
@@ -58,13 +60,16 @@ def write_traced(
     traced: Mapping[str, Any],
     out: Path,
     bits: int,
-    facts: ExportMetadata,
+    metadata: ExportMetadata,
     choose: Choose | None = None,
 ) -> str:
-    """The same of graphs that are traced already, some weights stored in another way (see ``shrink``)."""
+    """Write a bundle of graphs that are already traced, as :func:`export` does.
+
+    ``choose`` is as in :func:`fewstep.export.common.onnx_quantize.quantize_weights`.
+    """
 
     def write(folder: Path) -> None:
         for stem, model in traced.items():
             write_graph(quantize_weights(model, bits, choose), folder / f"{stem}.onnx")
 
-    return write_bundle(family, out, bits, facts, "onnx", write)
+    return write_bundle(family, out, bits, metadata, "onnx", write)

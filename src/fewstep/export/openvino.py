@@ -1,5 +1,7 @@
-"""A torch family, or a bundle for onnxruntime, as a bundle of OpenVINO graphs, which generates without torch
-(floor 3)."""
+"""Export as a bundle of OpenVINO graphs, which generates without PyTorch.
+
+The source is a PyTorch family or a bundle for onnxruntime.
+"""
 
 from __future__ import annotations
 
@@ -33,53 +35,58 @@ def check(out: Path) -> None:
     import_module("fewstep.runtime.openvino")
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata, *, t5_bits: int | None = None) -> str:
+def export(
+    family: Family, out: Path, bits: int, metadata: ExportMetadata, *, t5_bits: int | None = None
+) -> str:
     """Write ``family`` as a bundle for OpenVINO (:func:`fewstep.export.common.bundle.write_bundle`).
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the folder where the bundle goes.
-        bits: of :data:`BITS`, a weight: 16 is float16 throughout, 8 and 4 are NNCF's. Where
-            ``facts.compute`` is int8 text encoders (T5 too, unless told otherwise) have 16, modulations 8.
-        facts: what it tells of itself.
-        t5_bits: of :data:`T5_BITS`, a weight of T5 where the family has it; those of the other texts where
-            ``None``.
+        family: an SD3-type family in float32 on the CPU.
+        out: the folder of the bundle.
+        bits: bits per weight, one of :data:`BITS`. 16 is float16; 8 and 4 are compressed by NNCF. Where
+            ``metadata.compute`` is int8 the text encoders have 16 and the modulations 8.
+        metadata: metadata to store.
+        t5_bits: bits per weight of T5, one of :data:`T5_BITS`; ``None`` is those of the text encoders.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the bundle.
 
     Raises:
-        UserError: something else lies at ``out``, float16 has no room for a weight, or int8 is asked of
-            weights of 16 bits.
+        UserError: something else exists at ``out``, a weight exceeds the range of float16, or int8 is
+            requested with weights of 16 bits.
         ImportError: OpenVINO or NNCF is not installed.
     """
     from fewstep.export.common import openvino_ir
 
-    own = _bits(bits, facts.compute) | ({"t5": t5_bits} if t5_bits else {})
-    of_part = {"text_encoder": own["text"], "text_encoder_2": own["text"], "text_encoder_3": own["t5"]}
-    halves = {name: part for name, part in family.parts.items() if of_part.get(name, bits) == 16}
-    other = "--compute float32" if facts.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
-    openvino_ir.check_float16(halves, other)
+    graph_bits = _graph_bits(bits, metadata.compute) | ({"t5": t5_bits} if t5_bits else {})
+    encoder_bits = {
+        "text_encoder": graph_bits["text"],
+        "text_encoder_2": graph_bits["text"],
+        "text_encoder_3": graph_bits["t5"],
+    }
+    in_float16 = {name: part for name, part in family.parts.items() if encoder_bits.get(name, bits) == 16}
+    advice = "--compute float32" if metadata.compute == "int8" else "--bits 8" if bits == 16 else "--t5 8"
+    openvino_ir.check_float16(in_float16, advice)
 
     def write(folder: Path) -> None:
         for stem, part in parts(family).items():
             with openvino_ir.converted(part, folder.parent) as graph:
-                openvino_ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
+                openvino_ir.write(graph, folder / f"{stem}.xml", graph_bits.get(stem, bits))
 
-    return write_bundle(family, out, bits, facts, "openvino", write)
+    return write_bundle(family, out, bits, metadata, "openvino", write)
 
 
-def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> str:
+def convert(bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any]) -> str:
     """See :class:`fewstep.export.base.ConvertsBundle`.
 
     Raises:
-        UserError: something else lies at ``out``, int8 is asked of weights of 16 bits, or the bundle is
-            damaged.
-        ImportError: OpenVINO is not installed, or NNCF, which makes fewer bits than 16.
+        UserError: something else exists at ``out``, int8 is requested with weights of 16 bits, or the bundle
+            is damaged.
+        ImportError: OpenVINO is not installed, or NNCF, which fewer bits than 16 require.
     """
     from fewstep.export.common import openvino_ir
 
-    own = _bits(bits, told.get("compute", "float32"))
+    graph_bits = _graph_bits(bits, fields.get("compute", "float32"))
     if bits < 16:
         import_module("nncf")
 
@@ -88,21 +95,21 @@ def convert(bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any]) -> st
             stem, _, ending = name.rpartition(".")
             if ending == "onnx":
                 with openvino_ir.folded(bundle.graph(stem), folder.parent) as graph:
-                    openvino_ir.write(graph, folder / f"{stem}.xml", own.get(stem, bits))
+                    openvino_ir.write(graph, folder / f"{stem}.xml", graph_bits.get(stem, bits))
 
-    return rewrite_bundle(bundle, out, bits, {**told, "engine": "openvino"}, write)
+    return rewrite_bundle(bundle, out, bits, {**fields, "engine": "openvino"}, write)
 
 
-def _bits(bits: int, compute: Compute) -> dict[str, int]:
-    """Of the graphs that have others than the rest.
+def _graph_bits(bits: int, compute: Compute) -> dict[str, int]:
+    """Return the bits per weight of the graphs that may differ from the others.
 
-    What quantizes activations makes levels of a last digit, and texts in fewer bits than 16, modulations in
-    fewer than 8, are not the same to the last digit in every batch.
+    Quantized activations magnify differences in the last digit. With text encoders below 16 bits or
+    modulations below 8, an image would depend on its batch.
 
     Raises:
-        UserError: int8 is asked of weights of 16 bits.
+        UserError: int8 is requested with weights of 16 bits.
     """
     if compute == "int8" and bits == 16:
         raise UserError("--compute int8 multiplies weights of 8 or 4 bits: give --bits 8")
-    texts, modulation = (16, 8) if compute == "int8" else (bits, bits)
-    return {"text": texts, "t5": texts, "modulation": modulation}
+    text, modulation = (16, 8) if compute == "int8" else (bits, bits)
+    return {"text": text, "t5": text, "modulation": modulation}

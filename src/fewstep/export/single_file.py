@@ -1,4 +1,4 @@
-"""A torch family as one file in Stability's key names, as ComfyUI and diffusers read it."""
+"""Export as a single file with Stability's key names, for ComfyUI and diffusers."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ def needs(bits: int) -> tuple[str, ...]:
 
 def check(out: Path) -> None:
     """See :class:`fewstep.export.base.Target`."""
-    check_file(out, ".safetensors", _ours)
+    check_file(out, ".safetensors", _is_export)
 
 
-def export(family: Family, out: Path, bits: int, facts: ExportMetadata) -> str:
-    """Write ``family`` as a ``.safetensors`` file that holds the net, the autoencoder and the text encoders.
+def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> str:
+    """Write ``family`` as a ``.safetensors`` file with the net, the autoencoder and the text encoders.
 
-    Its header tells name, licence, steps, guidance, shift and sampler
-    (:func:`fewstep.export.common.sd3_keys.file_metadata`); :func:`fewstep.families.sd3.load` reads them back.
+    The header contains name, licence, steps, guidance, shift and sampler
+    (:func:`fewstep.export.common.sd3_keys.file_metadata`), which :func:`fewstep.families.sd3.load` reads.
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the file, ending in ``.safetensors``.
-        bits: 16 is float16.
-        facts: what it tells of itself.
+        family: an SD3-type family in float32 on the CPU.
+        out: the file, with the suffix ``.safetensors``.
+        bits: bits per weight, one of :data:`BITS`; 16 is float16.
+        metadata: metadata to store.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the export.
 
     Raises:
-        UserError: something else lies at ``out``, the disk refuses, the family has parts that such a file
-            does not hold, or weights that float16 does not.
+        UserError: something else exists at ``out``, it cannot be written, the format has no place for a part
+            of the family, or a weight exceeds the range of float16.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with fresh_file(out, ".safetensors", _ours) as fresh:
+    with fresh_file(out, ".safetensors", _is_export) as fresh:
         tensors = {name: _stored(name, tensor, bits) for name, tensor in checkpoint(family.parts).items()}
-        said = file_metadata(family, facts, bits)
-        header = {"format": "pt", "fewstep": said.pop("fewstep")}
-        header |= {f"modelspec.{key}": text for key, text in said.items()}
+        text = file_metadata(family, metadata, bits)
+        header = {"format": "pt", "fewstep": text.pop("fewstep")}
+        header |= {f"modelspec.{key}": value for key, value in text.items()}
         try:
             save_file(tensors, fresh, header)
         except SafetensorError as error:
@@ -69,7 +69,7 @@ def _stored(name: str, tensor: Any, bits: int) -> Any:
     return tensor.contiguous()
 
 
-def _ours(path: Path) -> bool:
+def _is_export(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:

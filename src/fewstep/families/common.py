@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.core.prompt_text import PromptWarning, prompt_name
 from fewstep.core.types import Array, TextEncoder, UserError, Velocity
-from fewstep.families.base import Family
+from fewstep.families.base import Architecture, Family
 from fewstep.families.schedulers import of_scheduler
 
 
@@ -158,7 +158,7 @@ class LatentCodec:
 def family_of_parts(
     parts: Mapping[str, Any],
     *,
-    kind: str,
+    architecture: Architecture,
     device: str,
     name: str,
     velocity: Velocity,
@@ -167,7 +167,6 @@ def family_of_parts(
     shift: float,
     steps: int,
     guidance: float | None,
-    blocks: Sequence[Any],
     clip_length: int | None = None,
     embedded_guidance: float | None = None,
 ) -> Family:
@@ -175,7 +174,7 @@ def family_of_parts(
 
     Args:
         parts: components by their diffusers names; the nets are moved, frozen and put into eval mode.
-        kind: name of the family's module.
+        architecture: the family.
         device: torch device.
         name: and those below: see :class:`fewstep.core.types.Model`.
         velocity: the adapter of ``parts["transformer"]``.
@@ -185,7 +184,7 @@ def family_of_parts(
         steps: default number of steps.
         guidance: default guidance scale, or ``None``.
         embedded_guidance: see :class:`fewstep.core.types.Model`.
-        blocks: and those below: see :class:`fewstep.families.base.Family`.
+        clip_length: see :class:`fewstep.families.base.Family`.
     """
     import torch
 
@@ -209,9 +208,9 @@ def family_of_parts(
         from_numpy=lambda array: torch.from_numpy(array).to(device),
         to_numpy=lambda tensor: tensor.detach().float().cpu().numpy(),
         net=parts["transformer"],
-        blocks=blocks,
+        blocks=architecture.blocks(parts["transformer"]),
         parts={**parts, "scheduler": schedule.scheduler()},
-        kind=kind,
+        architecture=architecture,
         clip_length=clip_length,
     )
 

@@ -1,8 +1,8 @@
-"""What a stranger's diffusers folder says, checked before diffusers and transformers act on it.
+"""Checks of a downloaded model folder, made before diffusers and transformers act on it.
 
-Both believe a configuration: they make as many layers and as long tables as it says, and fail far from the
-file where a value has another type. Here each configuration that we read has a shape, and numbers have
-limits.
+Both libraries trust a configuration. They create as many layers and as large tables as it says, and fail far
+from the file where a value has another type. Each configuration that is read here has a declared shape with
+limits (:mod:`fewstep.families.net_classes`).
 """
 
 from __future__ import annotations
@@ -11,314 +11,186 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
+from fewstep.families.net_classes import SHARED_CLASSES, CLIPConfig, NetClass, T5Config
 
-MOST_LAYERS = 128
-MOST_LISTED = 128
-"""Of the values in a list."""
-MOST_WIDTH = 2**20
-"""Of any other number: widths, sides, words of a vocabulary."""
-LEFT_OUT = ("vocab_size", "max_position_embeddings")
-"""What is read of a text encoder's configuration, whose file need not say it."""
-SPARE = 2**20
-"""Weights that a configuration may declare beyond :data:`TIMES` as many as its files hold."""
-TIMES = 2
-"""A table that two parts of a net share is stored once, and which of them has it differs."""
-
-Width = Annotated[int, Meta(ge=1, le=MOST_WIDTH)]
-Layers = Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
-Number = Annotated[int, Meta(ge=-MOST_WIDTH, le=MOST_WIDTH)]
-Side = Annotated[int, Meta(ge=1, le=4096)]
-Real = Annotated[float, Meta(ge=-1e6, le=1e6)]
-Factor = Annotated[float, Meta(gt=0, le=1e6)]
-Names = Annotated[tuple[str, ...], Meta(max_length=MOST_LISTED)]
-Indices = Annotated[tuple[Layers, ...], Meta(max_length=MOST_LISTED)]
-Widths = Annotated[tuple[Width, ...], Meta(min_length=1, max_length=MOST_LISTED)]
-Counts = Annotated[tuple[Layers, ...], Meta(min_length=1, max_length=MOST_LISTED)]
-Token = Number | None
-
-
-@dataclass(frozen=True)
-class _Sd3:
-    sample_size: Side
-    patch_size: Annotated[int, Meta(ge=1, le=64)]
-    in_channels: Width
-    attention_head_dim: Width
-    num_attention_heads: Width
-    joint_attention_dim: Width
-    pos_embed_max_size: Side
-    num_layers: Layers = 18
-    caption_projection_dim: Width = 1152
-    pooled_projection_dim: Width = 2048
-    out_channels: Width | None = 16
-    dual_attention_layers: Indices = ()
-    qk_norm: str | None = None
-
-
-@dataclass(frozen=True)
-class _Flux:
-    in_channels: Width
-    attention_head_dim: Width
-    num_attention_heads: Width
-    joint_attention_dim: Width
-    pooled_projection_dim: Width
-    patch_size: Annotated[int, Meta(ge=1, le=64)] = 1
-    out_channels: Width | None = None
-    num_layers: Layers = 19
-    num_single_layers: Layers = 38
-    guidance_embeds: bool = False
-    axes_dims_rope: Widths = (16, 56, 56)
-
-    def __post_init__(self) -> None:
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(axis % 2 for axis in axes):
-            raise ValueError("axes_dims_rope must be three even numbers whose sum is attention_head_dim")
-
-
-@dataclass(frozen=True)
-class _Kl:
-    block_out_channels: Widths
-    latent_channels: Width
-    in_channels: Width = 3
-    out_channels: Width = 3
-    down_block_types: Names = ()
-    up_block_types: Names = ()
-    layers_per_block: Annotated[int, Meta(ge=1, le=16)] = 1
-    act_fn: str = "silu"
-    norm_num_groups: Width = 32
-    sample_size: Width | Widths = 32
-    scaling_factor: Factor = 0.18215
-    shift_factor: Real | None = None
-    latents_mean: tuple[Real, ...] | None = None
-    latents_std: tuple[Real, ...] | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-
-
-@dataclass(frozen=True)
-class _Tiny:
-    in_channels: Width = 3
-    out_channels: Width = 3
-    encoder_block_out_channels: Widths = (64,)
-    decoder_block_out_channels: Widths = (64,)
-    block_out_channels: Widths = (64,)
-    num_encoder_blocks: Counts = (1,)
-    num_decoder_blocks: Counts = (1,)
-    act_fn: str = "relu"
-    upsample_fn: str = "nearest"
-    upsampling_scaling_factor: Annotated[int, Meta(ge=1, le=8)] = 2
-    latent_channels: Width = 4
-    latent_magnitude: Real = 3
-    latent_shift: Real = 0.5
-    force_upcast: bool = False
-    scaling_factor: Factor = 1.0
-    shift_factor: Real | None = 0.0
-
-
-@dataclass(frozen=True)
-class _Clip:
-    vocab_size: Width = 49408
-    hidden_size: Width = 512
-    intermediate_size: Width = 2048
-    projection_dim: Width = 512
-    num_hidden_layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)] = 12  # the last but one is read
-    num_attention_heads: Width = 8
-    max_position_embeddings: Annotated[int, Meta(ge=1, le=4096)] = 77
-    hidden_act: str = "quick_gelu"
-    bos_token_id: Token = None
-    eos_token_id: Number = 49407
-    pad_token_id: Token = None
-
-
-@dataclass(frozen=True)
-class _T5:
-    vocab_size: Width = 32128
-    d_model: Width = 512
-    d_kv: Width = 64
-    d_ff: Width = 2048
-    num_layers: Layers = 6
-    num_decoder_layers: Layers | None = None
-    num_heads: Width = 8
-    relative_attention_num_buckets: Annotated[int, Meta(ge=2, le=4096)] = 32
-    relative_attention_max_distance: Annotated[int, Meta(ge=1, le=MOST_WIDTH)] = 128
-    feed_forward_proj: str = "relu"
-    bos_token_id: Token = None
-    eos_token_id: Token = None
-    pad_token_id: Token = None
-
-
-@dataclass(frozen=True)
-class _Added:
-    content: Annotated[str, Meta(min_length=1)]
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    model_max_length: Annotated[int, Meta(ge=1)] | Annotated[float, Meta(ge=1)] = 512
-    added_tokens_decoder: dict[Annotated[int, Meta(ge=0, lt=2**24)], _Added] = field(
-        default_factory=dict[Any, Any]
-    )
-
-
-KNOWN: Mapping[str, tuple[str, type]] = {
-    "SD3Transformer2DModel": ("transformer", _Sd3),
-    "FluxTransformer2DModel": ("transformer", _Flux),
-    "AutoencoderKL": ("vae", _Kl),
-    "AutoencoderTiny": ("vae", _Tiny),
-    "CLIPTextModel": ("text_encoder", _Clip),
-    "CLIPTextModelWithProjection": ("text_encoder", _Clip),
-    "T5EncoderModel": ("text_encoder", _T5),
-}
-"""Class of a net -> the part of a model that it can be, and the shape of its configuration."""
-
+OMITTED_FIELDS = ("vocab_size", "max_position_embeddings")
+"""Fields of a text encoder's configuration that are read and that its file may omit."""
+WEIGHT_SLACK = 2**20
+"""Weights that a configuration may declare beyond :data:`WEIGHT_RATIO` times as many as its files hold."""
+WEIGHT_RATIO = 2
+"""Two, because a table that two parts of a net share is stored once, under either name."""
 
 LIBRARIES = ("diffusers", "transformers")
 """The only modules that are imported because a file names them: importing another would run its code."""
 
-_VAES = ("AutoencoderKL", "AutoencoderTiny")
-PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "StableDiffusion3Pipeline": {
-        "transformer": ("SD3Transformer2DModel",),
-        "vae": _VAES,
-        "text_encoder": ("CLIPTextModelWithProjection",),
-        "text_encoder_2": ("CLIPTextModelWithProjection",),
-        "text_encoder_3": ("T5EncoderModel",),
-    },
-    "FluxPipeline": {
-        "transformer": ("FluxTransformer2DModel",),
-        "vae": _VAES,
-        "text_encoder": ("CLIPTextModel",),
-        "text_encoder_2": ("T5EncoderModel",),
-    },
-}
-"""Plain pipeline of a family -> the classes that its nets can be."""
+
+class KnownClasses(Protocol):
+    """The classes that a family's nets can be; every :class:`~fewstep.families.base.Architecture` is one.
+
+    Attributes:
+        pipeline: name of the family's text-to-image pipeline class.
+        nets: part -> the names of classes that it can be.
+        net_classes: name -> class of net.
+    """
+
+    @property
+    def pipeline(self) -> str: ...
+    @property
+    def nets(self) -> Mapping[str, tuple[str, ...]]: ...
+    @property
+    def net_classes(self) -> Mapping[str, NetClass]: ...
 
 
-def is_plain(kind: str, pipeline: str) -> bool:
-    """Whether a pipeline class makes the same images of a text as the plain pipeline of a family.
+def is_plain(class_name: str, pipeline: str) -> bool:
+    """Return whether a pipeline class makes the same images of a text as a family's own pipeline.
 
-    Those that begin with an image or a mask share all parts and the sampling; any other has more in it.
+    The image-to-image and inpainting pipelines share all parts and the sampling. Any other has more in it.
 
     Args:
-        kind: name of the class.
-        pipeline: name of the plain one.
+        class_name: name of the class.
+        pipeline: name of the family's text-to-image pipeline.
     """
     stem = pipeline.removesuffix("Pipeline")
-    return kind in (pipeline, f"{stem}Img2ImgPipeline", f"{stem}InpaintPipeline")
+    return class_name in (pipeline, f"{stem}Img2ImgPipeline", f"{stem}InpaintPipeline")
 
 
-def check_class(entry: tuple[str, str], part: str, where: str, pipeline: str | None = None) -> None:
+def check_class(entry: tuple[str, str], part: str, where: str, known: KnownClasses) -> None:
     """Refuse a class that cannot be that part of a model, by its name alone: nothing is imported.
 
     Args:
         entry: library and class, as the index says.
-        part: by its diffusers name, such as ``text_encoder_2``.
-        where: of the index, for errors.
-        pipeline: the family's plain pipeline; ``None`` where the family is not known.
+        part: diffusers name of the part, such as ``text_encoder_2``.
+        where: name of the index in errors.
+        known: classes of the family.
 
     Raises:
-        UserError: it cannot, or its library is another than :data:`LIBRARIES`.
+        UserError: the class cannot be that part, or its library is not one of :data:`LIBRARIES`.
     """
     library, name = entry
-    if library not in LIBRARIES:
+    own = known.net_classes.get(name)
+    if library not in LIBRARIES and (own is None or own.load is None):
         raise UserError(
             f"{where} names a class of {library[:80] or 'no library'} for {part}: "
             "only diffusers and transformers are known"
         )
     stem = part.rstrip("_123")
-    known = PARTS.get(pipeline or "", {})
-    if part in known:
-        fits = name in known[part]
-    elif stem in {kind for kind, _ in KNOWN.values()}:
-        fits = KNOWN.get(name, ("",))[0] == stem
-    else:  # a tokenizer or a scheduler, or what is never loaded
+    if part in known.nets:
+        fits = name in known.nets[part]
+    elif stem in {each.part for each in known.net_classes.values()}:
+        fits = own is not None and own.part == stem
+    else:  # a tokenizer or a scheduler, or a part that is never loaded
         fits = name.isidentifier()
     if not fits:
-        of = f" of a {pipeline}" if pipeline else ""
-        raise UserError(f"{where} names {name[:80] or 'no class'} for {part}{of}, which cannot be one")
+        raise UserError(
+            f"{where} names {name[:80] or 'no class'} for {part} of a {known.pipeline}, which cannot be one"
+        )
 
 
-def class_of(entry: tuple[str, str], part: str, where: str) -> Any:
-    """The class of a part: the one place where a library is imported because a file names it.
+def class_of(entry: tuple[str, str], part: str, where: str, known: KnownClasses) -> Any:
+    """Return the class of a part. No other function imports a library because a file names it.
 
     Args:
         entry: library and class, as the index says.
-        part: by its diffusers name.
-        where: of the index, for errors.
+        part: diffusers name of the part.
+        where: name of the index in errors.
+        known: classes of the family.
 
     Raises:
         UserError: see :func:`check_class`; or the library has no such class.
     """
-    check_class(entry, part, where)
+    check_class(entry, part, where, known)
     library, name = entry
+    own = known.net_classes.get(name)
+    if own is not None and own.load is not None:
+        return own.load()
     try:
-        kind = getattr(importlib.import_module(library), name, None)
-    except Exception:  # one of the library's modules that needs what is not installed
-        kind = None
-    if kind is None:
+        found = getattr(importlib.import_module(library), name, None)
+    except Exception:  # one of the library's modules needs what is not installed
+        found = None
+    if found is None:
         raise UserError(
             f"{where} names {library}.{name[:80]} for {part}, which the installed {library} does not have"
         )
     tokenizer = part.rstrip("_123") == "tokenizer"
-    if tokenizer != hasattr(kind, "vocab_files_names") or not (tokenizer or name in KNOWN):
+    if tokenizer != hasattr(found, "vocab_files_names") or not (tokenizer or own is not None):
         raise UserError(f"{where} names {name[:80]} for {part}, which cannot be one")
-    return kind
+    return found
 
 
-def check_config(config: Mapping[str, Any], name: str | None, where: str) -> None:
-    """Refuse a configuration that has another shape than its class reads, or numbers beyond the limits.
-
-    Args:
-        config: as the JSON says.
-        name: of the class.
-        where: of the file, for errors.
-
-    Raises:
-        UserError: it is so.
-    """
-    if name is not None and name in KNOWN:
-        json_io.convert(config, KNOWN[name][1], where)
-
-
-def with_defaults(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """A net's configuration with what transformers leaves out where it is the class's default.
+def check_config(
+    config: Mapping[str, Any], name: str | None, where: str, classes: Mapping[str, NetClass] = SHARED_CLASSES
+) -> None:
+    """Refuse a configuration with fields of another type than its class reads, or numbers beyond the limits.
 
     Args:
-        config: as the JSON says.
-        name: of the class.
-    """
-    shape = KNOWN[name][1] if name is not None and name in KNOWN else None
-    told = {key: getattr(shape, key) for key in LEFT_OUT if shape in (_Clip, _T5) and hasattr(shape, key)}
-    return told | dict(config)
-
-
-def longest_prompt(folder: Path) -> float:
-    """Tokens of a prompt that a tokenizer's folder says it is made for; some say a number without an end.
+        config: the parsed JSON.
+        name: name of the class; a class that is not in ``classes`` is not checked.
+        where: name of the file in errors.
+        classes: name -> class of net.
 
     Raises:
-        UserError: its configuration has another shape.
+        UserError: the configuration is not valid.
+    """
+    if name is not None and name in classes:
+        json_io.convert(config, classes[name].config, where)
+
+
+def with_defaults(
+    config: Mapping[str, Any], name: str | None, classes: Mapping[str, NetClass] = SHARED_CLASSES
+) -> dict[str, Any]:
+    """Return a net's configuration with the fields that transformers omits where they have the default.
+
+    Args:
+        config: the parsed JSON.
+        name: name of the class.
+        classes: name -> class of net.
+    """
+    shape = classes[name].config if name is not None and name in classes else None
+    is_text = shape in (CLIPConfig, T5Config)
+    defaults = {key: getattr(shape, key) for key in OMITTED_FIELDS if is_text and hasattr(shape, key)}
+    return defaults | dict(config)
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    content: Annotated[str, Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    model_max_length: Annotated[int, Meta(ge=1)] | Annotated[float, Meta(ge=1)] = 512
+    added_tokens_decoder: dict[Annotated[int, Meta(ge=0, lt=2**24)], _AddedToken] = field(
+        default_factory=dict[Any, Any]
+    )
+
+
+def tokenizer_max_length(folder: Path) -> float:
+    """Return the ``model_max_length`` of a tokenizer's folder; some state a huge number for "no limit".
+
+    Raises:
+        UserError: the tokenizer's configuration is not valid.
     """
     path = folder / "tokenizer_config.json"
-    return json_io.read(path, _Tokenizer).model_max_length if path.is_file() else _Tokenizer.model_max_length
+    config = json_io.read(path, _TokenizerConfig) if path.is_file() else _TokenizerConfig()
+    return config.model_max_length
 
 
 def check_tokenizer(folder: Path) -> None:
     """Refuse a tokenizer's folder whose files the libraries cannot take.
 
     Raises:
-        UserError: a file has another shape, or numbers beyond the limits.
+        UserError: a file is not valid, or has numbers beyond the limits.
     """
     from fewstep.runtime.tokenizer_check import Identifier, check
 
     if (path := folder / "tokenizer_config.json").exists():
-        json_io.read(path, _Tokenizer)
+        json_io.read(path, _TokenizerConfig)
     if (path := folder / "tokenizer.json").exists():
         check(path)
     for name in ("vocab.json", "added_tokens.json"):
@@ -326,25 +198,32 @@ def check_tokenizer(folder: Path) -> None:
             json_io.read(path, dict[str, Identifier])
 
 
-def check_weights(folder: Path, kind: Any, library: str, config: Mapping[str, Any], stored: int) -> None:
+def check_weights(folder: Path, net_class: Any, config: Mapping[str, Any], stored: int) -> None:
     """Refuse a net whose configuration declares far more weights than its files hold.
 
     Args:
-        folder: of the part, for errors.
-        kind: its class.
-        library: of the class.
-        config: of the net.
-        stored: numbers in its files.
+        folder: folder of the part, for errors.
+        net_class: class of the net.
+        config: configuration of the net.
+        stored: upper bound of the numbers in its files.
 
     Raises:
-        UserError: it does.
+        UserError: the configuration does.
     """
     import torch
 
     with torch.device("meta"):  # shapes without memory
-        net = kind.from_config(dict(config)) if library == "diffusers" else kind(kind.config_class(**config))
+        net = make_net(net_class, config)
     declared = sum(tensor.numel() for tensor in net.state_dict().values())
-    if declared > TIMES * stored + SPARE:
+    if declared > WEIGHT_RATIO * stored + WEIGHT_SLACK:
         raise UserError(
             f"{folder} declares {declared} weights in its configuration, and its files hold {stored}"
         )
+
+
+def make_net(net_class: Any, config: Mapping[str, Any]) -> Any:
+    """Return a net of a class of diffusers (which has ``from_config``) or of transformers, not initialized
+    from any file."""
+    if hasattr(net_class, "load_config"):
+        return net_class.from_config(dict(config))
+    return net_class(net_class.config_class(**config))

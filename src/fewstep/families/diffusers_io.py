@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fewstep.core.types import UserError
 from fewstep.core.validate import MANY, check_float, check_int
 from fewstep.families import safetensors_reader, schedulers
 from fewstep.families.config_check import (
+    KnownClasses,
     check_class,
     check_config,
     check_tokenizer,
@@ -22,9 +22,6 @@ from fewstep.families.config_check import (
     class_of,
     is_plain,
 )
-
-T5 = ("tokenizer_3", "text_encoder_3")
-"""The parts of SD3 that may be absent."""
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
 """What makes a CPU multiply bf16 faster than fp32; any other emulates it, slower."""
@@ -125,12 +122,12 @@ def has_part(folder: Path, part: str) -> bool:
     return isinstance(entry, list) and all(entry) and len(entry) == 2
 
 
-def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str, tuple[str, str]]:
+def read_index(folder: Path, known: KnownClasses, required: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The parts that ``model_index.json`` names: ``{part: (library, class)}``, absent ones left out.
 
     Args:
         folder: a folder in diffusers' layout.
-        pipeline: its family's plain pipeline.
+        known: pipeline and classes of its family.
         required: parts that must be there.
 
     Raises:
@@ -138,8 +135,8 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
             its part.
     """
     kind, index = read_pipeline(folder)
-    if not is_plain(kind, pipeline):
-        raise UserError(f"{folder} holds a {kind}, but a {pipeline} is needed")
+    if not is_plain(kind, known.pipeline):
+        raise UserError(f"{folder} holds a {kind}, but a {known.pipeline} is needed")
     named: dict[str, Any] = {}
     for part, entry in index.items():
         items: list[Any] = entry if isinstance(entry, list) else []
@@ -148,7 +145,7 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
     where = str(folder / "model_index.json")
     parts: dict[str, tuple[str, str]] = json_io.convert(named, dict[str, tuple[str, str]], where)
     for part, entry in parts.items():
-        check_class(entry, part, where, pipeline)
+        check_class(entry, part, where, known)
     missing = [part for part in required if part not in parts]
     missing += [part for part in parts if part not in missing and not (folder / part).is_dir()]
     if missing:
@@ -158,7 +155,11 @@ def read_index(folder: Path, pipeline: str, required: Sequence[str]) -> dict[str
 
 
 def read_parts(
-    folder: Path, index: Mapping[str, tuple[str, str]], wanted: Iterable[str], dtype: Any
+    folder: Path,
+    index: Mapping[str, tuple[str, str]],
+    wanted: Iterable[str],
+    known: KnownClasses,
+    dtype: Any,
 ) -> dict[str, Any]:
     """The ``wanted`` parts of a folder's ``index``, nets in the torch ``dtype``.
 
@@ -167,38 +168,39 @@ def read_parts(
     """
     no_net = ("tokenizer", "scheduler")
     return {
-        part: read_part(folder, part, index[part], None if part.startswith(no_net) else dtype)
+        part: read_part(folder, part, index[part], known, None if part.startswith(no_net) else dtype)
         for part in wanted
     }
 
 
-def read_part(folder: Path, part: str, entry: tuple[str, str], dtype: Any = None) -> Any:
+def read_part(folder: Path, part: str, entry: tuple[str, str], known: KnownClasses, dtype: Any = None) -> Any:
     """Load one part through its own class.
 
     Args:
         folder: the diffusers folder.
         part: name of the part, a folder inside.
         entry: ``(library, class)`` from the index.
+        known: classes of the family.
         dtype: torch dtype of a net; ``None`` for tokenizers and schedulers.
 
     Raises:
         UserError: an unknown class, a file that is missing or broken, or weights of another net
             (:func:`fewstep.families.safetensors_reader.resolve`).
     """
-    library, name = entry
+    _, name = entry
     where = folder / part
     if part == "scheduler":
         return schedulers.read(where, name).scheduler()
-    kind = class_of(entry, part, str(folder / "model_index.json"))
+    kind = class_of(entry, part, str(folder / "model_index.json"), known)
     if hasattr(kind, "vocab_files_names"):
         _check_vocabulary(where, kind.vocab_files_names)
         check_tokenizer(where)
     elif (file := where / getattr(kind, "config_name", "config.json")).is_file():
-        check_config(read_json(file), name, str(file))
+        check_config(read_json(file), name, str(file), known.net_classes)
     try:
         if dtype is None:
             return kind.from_pretrained(where)
-        check_weights(where, kind, library, read_json(where / "config.json"), _stored(where))
+        check_weights(where, kind, read_json(where / "config.json"), _stored(where))
         return safetensors_reader.read_net(kind, where, dtype)
     except UserError:
         raise
@@ -237,25 +239,24 @@ def _is_empty(place: Path) -> bool:
 
 
 def write_folder(
-    parts: Mapping[str, Any], folder: str | Path, pipeline: str, facts: Mapping[str, Any]
+    parts: Mapping[str, Any], folder: str | Path, pipeline: Any, facts: Mapping[str, Any]
 ) -> None:
     """Write a diffusers folder with ``facts`` beside, whole or not at all; an earlier one there is replaced.
 
     Args:
         parts: the components by their diffusers names.
         folder: where.
-        pipeline: name of the diffusers class that writes them.
+        pipeline: the pipeline class that writes them.
         facts: what :func:`read_facts` gives back.
 
     Raises:
         UserError: something else is in the way, or the disk refuses.
     """
-    kind = getattr(importlib.import_module("diffusers"), pipeline)
     target = Path(folder)
     check_place(target)
     try:
         with replacing_folder(target) as fresh:
-            kind(**parts).save_pretrained(fresh)
+            pipeline(**parts).save_pretrained(fresh)
             write_facts(facts, fresh)
     except Exception as error:  # safetensors has an error of its own for a full disk
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
@@ -268,12 +269,12 @@ def write_facts(facts: Mapping[str, Any], folder: Path) -> None:
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def fetch(name: str, pipeline: str, without: Mapping[str, None] | None = None) -> Path:
+def fetch(name: str, pipeline: Any, without: Mapping[str, None] | None = None) -> Path:
     """Fetch a hub model through a pipeline class of diffusers, or take it from its cache.
 
     Args:
         name: the hub name.
-        pipeline: name of the class.
+        pipeline: the class.
         without: parts to leave there, each with ``None``.
 
     Raises:
@@ -281,9 +282,8 @@ def fetch(name: str, pipeline: str, without: Mapping[str, None] | None = None) -
     """
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise UserError(f"{name} is neither a folder nor a file here, nor a hub name like owner/model")
-    kind = getattr(importlib.import_module("diffusers"), pipeline)
     try:
-        return Path(kind.download(name, **(without or {})))
+        return Path(pipeline.download(name, **(without or {})))
     except (OSError, ValueError) as error:
         what = f"no folder {name} here, and the hub did not give it"
         raise UserError(f"{what}; check the name, the network and your access") from error

@@ -9,29 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fewstep.core.types import Array, Cond, UserError
 from fewstep.core.validate import check_int
-from fewstep.families.base import Family
+from fewstep.families.base import Architecture, Family, GuidanceKind
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
-from fewstep.families.diffusers_io import (
-    check_device,
-    fetch,
-    name_of,
-    read_facts,
-    read_index,
-    read_parts,
-    torch_dtype,
-    write_folder,
+from fewstep.families.lora import original_names
+from fewstep.families.net_classes import (
+    SHARED_CLASSES,
+    VAE_CLASSES,
+    Layers,
+    NetClass,
+    Patch,
+    Width,
+    Widths,
 )
 from fewstep.families.schedulers import of_scheduler, schedule_shift
 
-PIPELINE = "FluxPipeline"
-"""The plain pipeline class of the family."""
-
-REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 GUIDANCE = 3.5
 """The scale that stock diffusers tells a net with embedded guidance."""
 
@@ -44,10 +39,32 @@ TARGETS = (
 SIDE = 128
 """Latents along a side in stock diffusers: 1024 pixels."""
 
-MOST_SIDE = 1024
+MAX_SIDE = 1024
 
 PATCH = 2
 """Latents along a side of a token."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The configuration of ``FluxTransformer2DModel``."""
+
+    in_channels: Width
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    pooled_projection_dim: Width
+    patch_size: Patch = 1
+    out_channels: Width | None = None
+    num_layers: Layers = 19
+    num_single_layers: Layers = 38
+    guidance_embeds: bool = False
+    axes_dims_rope: Widths = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(axis % 2 for axis in axes):
+            raise ValueError("axes_dims_rope must be three even numbers whose sum is attention_head_dim")
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class NetVelocity:
         """The same velocity at another scale of the embedded guidance."""
         return replace(self, guidance=scale)
 
-    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+    def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
         dtype = self.net.dtype
         scale = [t.new_full(t.shape, self.guidance)] if self.net.config.guidance_embeds else []
@@ -159,109 +176,108 @@ class Text:
         )
 
 
-def assemble(
-    parts: Mapping[str, Any],
-    *,
-    name: str,
-    steps: int | None = None,
-    guidance: float = GUIDANCE,
-    side: int = SIDE,
-    device: str = "cpu",
-) -> Family:
-    """Make a family of diffusers components.
+NETS = {
+    "transformer": ("FluxTransformer2DModel",),
+    "vae": VAE_CLASSES,
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+}
+NET_CLASSES = {**SHARED_CLASSES, "FluxTransformer2DModel": NetClass("transformer", TransformerConfig)}
 
-    The nets are moved to ``device``, frozen and put into eval mode.
 
-    Args:
-        parts: components by their diffusers names.
-        name: what the user calls the model.
-        steps: default number of steps; by default 28 with embedded guidance (dev) and 4 without (schnell).
-        guidance: the scale that a net with embedded guidance is told. The family's own ``guidance`` is
-            ``None``: no second pass.
-        side: latents along a side of a picture, an even number.
-        device: torch device.
+class Flux(Architecture):
+    """The family of FLUX.1 dev and schnell."""
 
-    Raises:
-        UserError: ``side`` is no such number.
-    """
-    if check_int("side", side, PATCH, MOST_SIDE) % PATCH:
-        raise UserError(f"side must be an even number, not {side}")
-    net = parts["transformer"]
-    dev = net.config.guidance_embeds
-    return family_of_parts(
-        parts,
-        kind="flux",
-        device=device,
-        name=name,
-        velocity=NetVelocity(net, guidance),
-        text=Text(parts, 512 if dev else 256),
-        latent=(net.config.in_channels // PATCH**2, side, side),
-        shift=schedule_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
-        steps=steps or (28 if dev else 4),
-        guidance=None,
-        blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
-        embedded_guidance=guidance if dev else None,
+    name = "flux"
+    pipeline = "FluxPipeline"
+    nets = NETS
+    net_classes = NET_CLASSES
+    required = (
+        *("transformer", "vae", "scheduler"),
+        *("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
     )
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+    lora_targets = TARGETS
+    lora_names = original_names.FLUX
+
+    def assemble(
+        self,
+        parts: Mapping[str, Any],
+        *,
+        name: str,
+        steps: int | None = None,
+        guidance: float | None = None,
+        side: int | None = None,
+        device: str = "cpu",
+    ) -> Family:
+        """Return a model made of components; see :meth:`Architecture.assemble`.
+
+        Args:
+            parts: components by their diffusers names.
+            name: the model's name for the user.
+            steps: default number of steps; by default 28 with embedded guidance (dev), 4 without (schnell).
+            guidance: the scale that a net with embedded guidance is given; by default 3.5. The model's own
+                ``guidance`` is ``None``: there is no second pass.
+            side: default side of an image in latent cells, an even number; by default 128.
+            device: torch device.
+
+        Raises:
+            UserError: ``side`` is no such number.
+        """
+        side = SIDE if side is None else side
+        if check_int("side", side, PATCH, MAX_SIDE) % PATCH:
+            raise UserError(f"side must be an even number, not {side}")
+        guidance = GUIDANCE if guidance is None else guidance
+        net = parts["transformer"]
+        dev = net.config.guidance_embeds
+        return family_of_parts(
+            parts,
+            architecture=self,
+            device=device,
+            name=name,
+            velocity=NetVelocity(net, guidance),
+            text=Text(parts, self.t5_length({"guidance_embeds": dev})),
+            latent=(net.config.in_channels // PATCH**2, side, side),
+            shift=schedule_shift(of_scheduler(parts["scheduler"]), (side // PATCH) ** 2),
+            steps=steps or (28 if dev else 4),
+            guidance=None,
+            embedded_guidance=guidance if dev else None,
+        )
+
+    def facts(self, family: Family) -> dict[str, Any]:
+        """Return what a folder says beyond diffusers' files: the embedded scale and the side, too."""
+        velocity = family.velocity
+        scale = velocity.guidance if isinstance(velocity, NetVelocity) else GUIDANCE
+        return {"name": family.name, "steps": family.steps, "guidance": scale, "side": family.latent[1]}
+
+    def assemble_options(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that facts set; a scale of ``None`` is none."""
+        return {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """Return 2: the net's own ``patch_size`` of 1 counts packed tokens."""
+        return PATCH
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Return the channels before packing."""
+        return int(config["in_channels"]) // PATCH**2
+
+    def side(self, config: Mapping[str, Any]) -> int:
+        """Return 128; no configuration says it."""
+        return SIDE
+
+    def t5_length(self, config: Mapping[str, Any]) -> int:
+        """Return the most tokens of T5: 512 for dev, 256 for schnell."""
+        return 512 if config.get("guidance_embeds") else 256
+
+    def context_length(self, tokens: Mapping[str, int]) -> int:
+        """Return the rows of T5; CLIP gives the pooled vector alone."""
+        return tokens["text_encoder_2"]
+
+    def guidance_kind(self, config: Mapping[str, Any]) -> GuidanceKind:
+        """Return ``embedded`` for dev and ``none`` for schnell."""
+        return "embedded" if config.get("guidance_embeds") else "none"
 
 
-def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
-    """The teacher with another net, which needs ``steps`` steps; it is told the guidance that the teacher
-    is."""
-    return assemble(
-        {**teacher.parts, "transformer": net},
-        name=name,
-        steps=steps,
-        guidance=GUIDANCE if teacher.embedded_guidance is None else teacher.embedded_guidance,
-        side=teacher.latent[1],
-        device=str(teacher.net.device),
-    )
-
-
-def load(
-    source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None
-) -> Family:
-    """Load a FLUX.1-type model.
-
-    Args:
-        source: a diffusers folder or a hub name (``owner/model``).
-        device: torch device, e.g. ``cpu`` or ``cuda``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
-        name: what to call the model; by default what the source calls itself.
-
-    Raises:
-        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
-            the device or dtype is unknown.
-    """
-    kind = torch_dtype(dtype)
-    check_device(device)
-    path = Path(source)
-    if path.is_file():
-        raise UserError(f"{path} is a file; FLUX is read from a diffusers folder or a hub name")
-    folder = path if path.is_dir() else fetch(str(source), PIPELINE)
-    parts = read_parts(folder, read_index(folder, PIPELINE, REQUIRED), REQUIRED, kind)
-    facts = read_facts(folder)
-    told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
-    return assemble(parts, name=name or facts.get("name") or name_of(path), device=device, **told)
-
-
-def save(family: Family, folder: str | Path) -> None:
-    """Write a diffusers folder that stock ``FluxPipeline.from_pretrained`` loads.
-
-    It is written beside its place and renamed; an earlier save there is replaced.
-
-    Raises:
-        UserError: something else is in the way, or the disk refuses.
-    """
-    velocity = family.velocity
-    told = velocity.guidance if isinstance(velocity, NetVelocity) else GUIDANCE
-    facts = {"name": family.name, "steps": family.steps, "guidance": told, "side": family.latent[1]}
-    write_folder(family.parts, folder, PIPELINE, facts)
-
-
-def fetched(name: str) -> Path:
-    """The folder of a hub model.
-
-    Raises:
-        UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
-    """
-    return fetch(name, PIPELINE)
+ARCHITECTURE = Flux()
+assemble, load, save = ARCHITECTURE.assemble, ARCHITECTURE.load, ARCHITECTURE.save

@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.types import Array, Cond
-from fewstep.families.base import Family
+from fewstep.families.base import Architecture, Family
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
-from fewstep.families.diffusers_io import (
-    T5,
-    check_device,
-    fetch,
-    name_of,
-    read_facts,
-    read_index,
-    read_parts,
-    torch_dtype,
-    write_folder,
+from fewstep.families.lora import original_names
+from fewstep.families.net_classes import (
+    SHARED_CLASSES,
+    VAE_CLASSES,
+    Indices,
+    Layers,
+    NetClass,
+    Patch,
+    Side,
+    Width,
 )
 from fewstep.families.schedulers import of_scheduler, schedule_shift
 
-PIPELINE = "StableDiffusion3Pipeline"
-"""The plain pipeline class of the family."""
-
 CLIPS = ("", "_2")
-REQUIRED = ("transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+CLIP_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+T5 = ("tokenizer_3", "text_encoder_3")
+"""The parts that may be absent."""
+
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2"),
@@ -41,6 +41,25 @@ TARGETS = (
 
 T5_LENGTH = 256
 """Tokens of T5 in stock diffusers; a tokenizer made for fewer has fewer."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The configuration of ``SD3Transformer2DModel``."""
+
+    sample_size: Side
+    patch_size: Patch
+    in_channels: Width
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    pos_embed_max_size: Side
+    num_layers: Layers = 18
+    caption_projection_dim: Width = 1152
+    pooled_projection_dim: Width = 2048
+    out_channels: Width | None = 16
+    dual_attention_layers: Indices = ()
+    qk_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,137 +144,94 @@ class Text:
         return Reader("T5", tokenizer, min(T5_LENGTH, tokenizer.model_max_length), config.vocab_size)
 
 
-def assemble(
-    parts: Mapping[str, Any],
-    *,
-    name: str,
-    steps: int = 28,
-    guidance: float | None = 4.5,
-    device: str = "cpu",
-) -> Family:
-    """Make a family of diffusers components.
-
-    The nets are moved to ``device``, frozen and put into eval mode.
-
-    Args:
-        parts: components by their diffusers names; ``tokenizer_3`` and ``text_encoder_3`` may be
-            left out or ``None``.
-        name: what the user calls the model.
-        steps: default number of steps.
-        guidance: default guidance scale; ``None`` when guidance is distilled into the net.
-        device: torch device.
-    """
-    parts = {**dict.fromkeys(T5), **parts}
-    net = parts["transformer"]
-    side, text = net.config.sample_size, Text(parts)
-    return family_of_parts(
-        parts,
-        kind="sd3",
-        device=device,
-        name=name,
-        velocity=NetVelocity(net),
-        text=text,
-        latent=(net.config.in_channels, side, side),
-        shift=schedule_shift(of_scheduler(parts["scheduler"]), (side // net.config.patch_size) ** 2),
-        steps=steps,
-        guidance=guidance,
-        blocks=list(net.transformer_blocks),
-        clip_length=text.clip_length,
-    )
+NETS = {
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": VAE_CLASSES,
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+}
+NET_CLASSES = {**SHARED_CLASSES, "SD3Transformer2DModel": NetClass("transformer", TransformerConfig)}
 
 
-def student(teacher: Family, net: Any, name: str, steps: int) -> Family:
-    """The teacher with another MMDiT, which needs ``steps`` steps and no guidance."""
-    parts = {**teacher.parts, "transformer": net}
-    return assemble(parts, name=name, steps=steps, guidance=None, device=str(teacher.net.device))
+class SD3(Architecture):
+    """The family of Stable Diffusion 3 and 3.5."""
 
+    name = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
+    nets = NETS
+    net_classes = NET_CLASSES
+    required = ("transformer", "vae", "scheduler", *CLIP_PARTS)
+    optional = T5
+    hidden_states = frozenset(("text_encoder", "text_encoder_2"))
+    position_table = "pos_embed.pos_embed"
+    lora_targets = TARGETS
+    lora_names = original_names.SD3
+    single_files = True
 
-def without_t5(family: Family) -> Family:
-    """The same model, its context the CLIPs' alone."""
-    parts = {**family.parts, **dict.fromkeys(T5)}
-    return assemble(
-        parts, name=family.name, steps=family.steps, guidance=family.guidance, device=str(family.net.device)
-    )
+    def assemble(
+        self,
+        parts: Mapping[str, Any],
+        *,
+        name: str,
+        steps: int | None = None,
+        guidance: float | None = 4.5,
+        side: int | None = None,
+        device: str = "cpu",
+    ) -> Family:
+        """Return a model made of components; see :meth:`Architecture.assemble`.
 
+        Args:
+            parts: components by their diffusers names; ``tokenizer_3`` and ``text_encoder_3`` may be left
+                out or ``None``.
+            name: the model's name for the user.
+            steps: default number of steps; by default 28.
+            guidance: default guidance scale; ``None`` when guidance is distilled into the net.
+            side: default side of an image in latent cells; by default the net's ``sample_size``.
+            device: torch device.
+        """
+        parts = {**dict.fromkeys(T5), **parts}
+        config, text = parts["transformer"].config, Text(parts)
+        width = side or config.sample_size
+        return family_of_parts(
+            parts,
+            architecture=self,
+            device=device,
+            name=name,
+            velocity=NetVelocity(parts["transformer"]),
+            text=text,
+            latent=(config.in_channels, width, width),
+            shift=schedule_shift(of_scheduler(parts["scheduler"]), (width // config.patch_size) ** 2),
+            steps=steps or 28,
+            guidance=guidance,
+            clip_length=text.clip_length,
+        )
 
-def load(
-    source: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    t5: bool | None = None,
-    name: str | None = None,
-    config: str | Path | None = None,
-) -> Family:
-    """Load an SD3-type model.
-
-    Args:
-        source: a diffusers folder, a hub name (``owner/model``), or a single-file ``.safetensors``
-            checkpoint in Stability's key names.
-        device: torch device, e.g. ``cpu`` or ``cuda``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
-        t5: load T5; ``None`` loads it where it is there.
-        name: what to call the model; by default what the source calls itself.
-        config: for a single file only: the diffusers folder or hub name that gives the configurations,
-            the tokenizers and the text encoders that the file lacks; by default the hub's original.
-
-    Raises:
-        UserError: the source is missing, foreign, incomplete or broken, the hub cannot be reached, or
-            the device or dtype is unknown.
-    """
-    kind = torch_dtype(dtype)
-    check_device(device)
-    path = Path(source)
-    if path.is_file():
+    def read_file(
+        self, path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the components of a single-file checkpoint in Stability's key names, and its facts."""
         from fewstep.families.single_file import read_single
 
-        parts, facts = read_single(path, config, kind, t5)
-    else:
-        folder = path if path.is_dir() else download(str(source), t5)
-        parts = read_folder(folder, kind, t5)
-        facts = read_facts(folder)
-    named = name or facts.get("name") or name_of(path)
-    rest = {key: facts[key] for key in ("steps", "guidance") if key in facts}
-    return assemble(parts, name=named, device=device, **rest)
+        return read_single(self, path, config, dtype, t5)
+
+    def max_patches(self, config: Mapping[str, Any]) -> int:
+        """Return the side of the table of positions."""
+        return int(config.get("pos_embed_max_size") or 512)
+
+    def t5_length(self, config: Mapping[str, Any]) -> int:
+        """Return the most tokens of T5."""
+        return T5_LENGTH
+
+    def context_length(self, tokens: Mapping[str, int]) -> int:
+        """Return the rows of the two CLIPs, which stand side by side, and those of T5."""
+        return min(tokens["text_encoder"], tokens["text_encoder_2"]) + tokens.get("text_encoder_3", 0)
+
+    def few_blocks(self, config: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Return a configuration with few blocks; the first keeps its second attention."""
+        dual = {"dual_attention_layers": (0,)} if config.get("dual_attention_layers") else {}
+        return {**super().few_blocks(config, count), **dual}
 
 
-def save(family: Family, folder: str | Path) -> None:
-    """Write a diffusers folder that stock ``StableDiffusion3Pipeline.from_pretrained`` loads.
-
-    It is written beside its place and renamed; an earlier save there is replaced. Where T5 is absent, stock
-    diffusers asks to be told so: ``from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)``.
-
-    Raises:
-        UserError: something else is in the way, or the disk refuses.
-    """
-    facts = {"name": family.name, "steps": family.steps, "guidance": family.guidance}
-    write_folder(family.parts, folder, PIPELINE, facts)
-
-
-def read_folder(folder: Path, dtype: Any, t5: bool | None) -> dict[str, Any]:
-    """The components of a diffusers folder, nets in the torch ``dtype``.
-
-    Raises:
-        UserError: see :func:`load`.
-    """
-    index = read_index(folder, PIPELINE, REQUIRED if not t5 else (*REQUIRED, *T5))
-    wanted = REQUIRED if t5 is False or any(part not in index for part in T5) else (*REQUIRED, *T5)
-    return read_parts(folder, index, wanted, dtype)
-
-
-def download(name: str, t5: bool | None) -> Path:
-    """Fetch a hub model through diffusers, or take it from its cache.
-
-    Raises:
-        UserError: neither a path nor a hub name, or the hub cannot be reached and nothing is cached.
-    """
-    return fetch(name, PIPELINE, dict.fromkeys(T5) if t5 is False else {})
-
-
-def snapshot_path(name: str) -> Path:
-    """The folder of a hub model.
-
-    Raises:
-        UserError: see :func:`download`.
-    """
-    return download(name, None)
+ARCHITECTURE = SD3()
+assemble, load, save = ARCHITECTURE.assemble, ARCHITECTURE.load, ARCHITECTURE.save

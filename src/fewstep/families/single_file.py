@@ -8,12 +8,13 @@ from typing import Any
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
-from fewstep.families.config_check import class_of
-from fewstep.families.diffusers_io import T5, checked_facts, first_line, read_index, read_part
+from fewstep.families.config_check import KnownClasses, class_of
+from fewstep.families.diffusers_io import checked_facts, first_line, read_index, read_part
 from fewstep.families.safetensors_header import read_header
 from fewstep.families.safetensors_reader import Converted, LoadWarning, Weights, empty, fill, header
 from fewstep.families.schedulers import Schedule
 
+T5 = ("tokenizer_3", "text_encoder_3")
 NET, CODEC = "model.diffusion_model.", "first_stage_model."
 TEXTS = {
     "text_encoder": "text_encoders.clip_l.transformer.",
@@ -30,16 +31,17 @@ PROJECTION = "text_projection.weight"
 
 
 def read_single(
-    path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+    known: KnownClasses, path: Path, config: str | Path | None, dtype: Any, t5: bool | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The components of a single-file checkpoint, and the facts that ``fewstep export`` wrote into its
     header; what the file lacks comes from ``config``.
 
     Args:
+        known: classes of the family.
         path: the ``.safetensors`` file.
         config: a diffusers folder or a hub name; ``None`` is the hub's original of the checkpoint.
         dtype: torch dtype of the nets.
-        t5: see ``sd3.load``.
+        t5: whether to read T5; ``None`` reads it where it is present.
 
     Raises:
         UserError: not such a checkpoint, a broken one, one that holds what no part can use, or the
@@ -56,7 +58,7 @@ def read_single(
     if t5 is False:
         lacking = [part for part in lacking if part not in T5]
     folder = _local(config) or _fetch(path, config, outline, lacking)
-    index = read_index(folder, "StableDiffusion3Pipeline", T5 if t5 else ())
+    index = read_index(folder, known, T5 if t5 else ())
     absent = T5 if t5 is False or any(part not in index for part in T5) else ()
     parts: dict[str, Any] = dict.fromkeys(absent)
     wanted = ["tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", *PREFIXES]
@@ -64,11 +66,11 @@ def read_single(
         if part not in index:
             raise UserError(f"{part} is neither in {path} nor in {folder}")
         if part in lacking:
-            parts[part] = read_part(folder, part, index[part], dtype)
+            parts[part] = read_part(folder, part, index[part], known, dtype)
         elif part in PREFIXES:
-            parts[part] = _net(weights, part, folder, index[part], dtype)
+            parts[part] = _net(weights, part, folder, index[part], known, dtype)
         else:
-            parts[part] = read_part(folder, part, index[part])
+            parts[part] = read_part(folder, part, index[part], known)
     return {**parts, "scheduler": _told(parts["scheduler"], facts)}, facts
 
 
@@ -81,10 +83,12 @@ def _check_prefixes(weights: Weights) -> None:
         raise UserError(f"{what}, so the image may be another: take it out")
 
 
-def _net(weights: Weights, part: str, folder: Path, entry: tuple[str, str], dtype: Any) -> Any:
+def _net(
+    weights: Weights, part: str, folder: Path, entry: tuple[str, str], known: KnownClasses, dtype: Any
+) -> Any:
     """A net with the file's weights and the folder's configuration."""
     prefix, path = PREFIXES[part], weights.folder
-    kind = class_of(entry, part, str(folder / "model_index.json"))
+    kind = class_of(entry, part, str(folder / "model_index.json"), known)
     try:
         net = empty(kind, folder / part)
         tensors = {n.removeprefix(prefix): weights.read(n) for n in weights.entries if n.startswith(prefix)}

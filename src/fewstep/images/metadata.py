@@ -1,4 +1,4 @@
-"""Where the text about an image stands in its file: PNG's text chunks, EXIF and XMP.
+"""Reads and writes the texts about an image in its file: PNG's text chunks, EXIF and XMP.
 
 =============  ==============================  ===================================================
 text           PNG                             JPEG and WebP
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CHUNK = "fewstep"
-"""Our own text: one JSON object."""
+"""Name of fewstep's own text: one JSON object."""
 PARAMETERS = "parameters"
 """The text of AUTOMATIC1111's web UI, which most viewers of generated images read."""
 NAMESPACE = "urn:fewstep:1.0:"
-"""Of our XMP property."""
+"""Namespace of fewstep's XMP property."""
 
 _SEGMENT = 65533
 """Bytes that a segment of a JPEG can hold."""
@@ -32,15 +32,15 @@ _STANDARD = b"http://ns.adobe.com/xap/1.0/\0"
 _EXTENSION = b"http://ns.adobe.com/xmp/extension/\0"
 _NOTE = "http://ns.adobe.com/xmp/note/"
 _PART = 65400
-"""Bytes of extended XMP in a segment, as its specification has it."""
+"""Bytes of extended XMP in a segment, by its specification."""
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE, _OTHERS = b"UNICODE\0", (b"ASCII\0\0\0", bytes(8))
-"""How a UserComment begins: it names its characters, or leaves them undefined."""
+"""Prefixes of a UserComment: they name the character code, or leave it undefined."""
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def options(texts: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """What Pillow's ``save`` is given so that texts stand in the file.
+def save_options(texts: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """Return the options of Pillow's ``save`` that write texts into the file.
 
     Args:
         texts: ``parameters`` and ``fewstep``, both or one or none.
@@ -54,22 +54,22 @@ def options(texts: Mapping[str, str], kind: str) -> dict[str, Any]:
         for name, text in texts.items():
             chunks.add_text(name, text)
         return {"pnginfo": chunks}
-    made: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if PARAMETERS in texts:
         exif = _exif(texts[PARAMETERS])
         # Only prompts of many thousand emoji are longer. The record holds them too.
         if kind != "JPEG" or len(exif) <= _SEGMENT:
-            made["exif"] = exif
+            options["exif"] = exif
     if CHUNK in texts:
         xmp = _xmp(f'xmlns:f="{NAMESPACE}"', f"<f:record>{_escaped(texts[CHUNK])}</f:record>")
-        made |= {"extra": b"".join(_segments(xmp))} if kind == "JPEG" else {"xmp": _packet(xmp)}
-    return made
+        options |= {"extra": b"".join(_segments(xmp))} if kind == "JPEG" else {"xmp": _packet(xmp)}
+    return options
 
 
 def texts(image: Image.Image) -> dict[str, str]:
-    """The texts ``parameters`` and ``fewstep`` of an image that was opened, as far as it has them.
+    """Return the texts ``parameters`` and ``fewstep`` of an opened image, if it has them.
 
-    EXIF and XMP that are damaged, or say something else, count as absent.
+    EXIF and XMP that are damaged, or hold something else, count as absent.
     """
     found = {name: str(image.info[name]) for name in (PARAMETERS, CHUNK) if name in image.info}
     comment = _user_comment(image.info.get("exif"))
@@ -84,7 +84,7 @@ def texts(image: Image.Image) -> dict[str, str]:
 
 
 def _utf8(text: str) -> str:
-    """``text`` without what UTF-8 cannot hold: a path that is no text has lone surrogates."""
+    """Replace what UTF-8 cannot hold: a path that is not UTF-8 has lone surrogates."""
     return text.encode(errors="replace").decode()
 
 
@@ -111,7 +111,7 @@ def _user_comment(exif: Any) -> str | None:
         return None
     prefix, rest = comment[:8], comment[8:]
     if prefix == _UNICODE:
-        # The order of bytes is that of the file or not, as writers please. Latin letters tell it.
+        # Writers use the byte order of the file or another. Latin letters show which.
         order = "utf-16-be" if rest[0::2].count(0) >= rest[1::2].count(0) else "utf-16-le"
         text = rest.decode(order, "replace")
     else:
@@ -140,7 +140,7 @@ def _escaped(text: str) -> str:
 
 
 def _segments(xmp: bytes) -> Iterable[bytes]:
-    """Segments of a JPEG with XMP; what one cannot hold goes on as extended XMP."""
+    """Yield the segments of a JPEG with XMP; the rest of a long one is extended XMP."""
     if len(_STANDARD + _packet(xmp)) <= _SEGMENT:
         yield _segment(_STANDARD + _packet(xmp))
         return
@@ -163,7 +163,7 @@ def _record(xmp: Any, segments: Iterable[bytes]) -> str | None:
 
 
 def _extended(segments: Iterable[bytes], guid: str) -> bytes:
-    """Extended XMP with this hash; empty where a part of it is missing."""
+    """Return the extended XMP with this hash; empty if a part of it is missing."""
     start = _EXTENSION + guid.encode()
     found = [segment[len(start) :] for segment in segments if segment.startswith(start)]
     parts = {part[4:8]: part[8:] for part in found if len(part) > 8}
@@ -172,12 +172,12 @@ def _extended(segments: Iterable[bytes], guid: str) -> bytes:
 
 
 def _property(xmp: bytes, namespace: str, name: str) -> str | None:
-    """A property of a packet, as an element or an attribute; ``None`` where there is none."""
+    """Return a property of a packet, from an element or an attribute; ``None`` without one."""
     from xml.etree import ElementTree
 
     try:
         text = xmp.decode()
-        if "<!" in text:  # XMP declares nothing; entities that grow are a stranger's
+        if "<!" in text:  # XMP has no declarations; growing entities are an attack
             return None
         tree = ElementTree.fromstring(text.strip("\0\ufeff \r\n\t"))
     except (UnicodeDecodeError, ElementTree.ParseError):

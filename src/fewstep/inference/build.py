@@ -80,7 +80,7 @@ class ModelBuilder:
         outline, family, (height, width) = self.outline, self.family, self.asked.latents
         net, source = self._net()
         paths = {id(layer): f"{path}." for path, layer in net.named_modules()}
-        modulation, body = split_modulation(net)
+        modulation, body = split_modulation(net, outline.architecture.modulation)
         if self.compile:
             compile_blocks(body)
         apart = (modulation.embedder, *modulation.layers)
@@ -148,7 +148,7 @@ class ModelBuilder:
         source = self._source("transformer", net, bits, dtype)
         if self.student is not None and self.student.net is not None:
             source = replace(source, weights=Weights.open(self.student.net).matched(net))
-        if self.outline.kind == "sd3":
+        if self.outline.architecture.position_table is not None:
             source = replace(source, window=self._cropped(net))
         return net, source
 

@@ -11,7 +11,7 @@ import torch
 from fewstep.core.types import Model
 from fewstep.core.validate import MOST_AT_ONCE, check_int
 from fewstep.core.validate import parse_bytes as bytes_of
-from fewstep.families.base import Family
+from fewstep.families.base import Architecture, Family
 from fewstep.families.diffusers_io import check_device, prefers_bf16
 from fewstep.families.spec import ModelSpec, read, with_tiny_decoder
 from fewstep.inference.build import ModelBuilder, Opened, on_disk
@@ -44,12 +44,12 @@ class PlannedModel:
     lines: list[str]
 
 
-def load(folder: Path, kind: str, wish: TorchOptions) -> PlannedModel:
+def load(folder: Path, architecture: Architecture, wish: TorchOptions) -> PlannedModel:
     """Load a diffusers folder for generation.
 
     Args:
         folder: the base model.
-        kind: name of its family's module.
+        architecture: its family.
         wish: how to run it.
 
     Raises:
@@ -59,7 +59,7 @@ def load(folder: Path, kind: str, wish: TorchOptions) -> PlannedModel:
     if wish.memory is not None:
         bytes_of(wish.memory)
     check_int("batch", wish.batch, 1, MOST_AT_ONCE)
-    base = read(folder, kind)
+    base = read(folder, architecture)
     return staged(base, None if wish.student is None else load_student(wish.student, base), wish)
 
 

@@ -73,8 +73,7 @@ class MemoryProfiler:
 
     def encoding(self, part: str, bits: int) -> int:
         """While it reads a prompt."""
-        clip = not self.outline.classes[part][1].startswith("T5")
-        hidden = {"output_hidden_states": True} if clip and self.outline.kind == "sd3" else {}
+        hidden = {"output_hidden_states": True} if part in self.outline.architecture.hidden_states else {}
         length = self.outline.max_tokens[part]
         config = self.outline.configs[part]
         kept = length * config["hidden_size"] * max(config["num_hidden_layers"] - FEW, 0) if hidden else 0
@@ -88,24 +87,20 @@ class MemoryProfiler:
         """While it walks: modulations of all steps, and a step."""
         rows, channels = batch * self.asked.rows, self.family.latent[0]
         height, width = self.asked.latents
-        config = self.outline.configs["transformer"]
-        words = self.outline.max_tokens
-        length = sum(words[part] for part in self.outline.encoders if part == self.outline.t5)
-        if self.outline.kind == "sd3":
-            length += min(words[part] for part in self.outline.encoders if part != self.outline.t5)
+        embedder = self.outline.architecture.modulation
 
         def run(net: Any) -> Any:
-            velocity = type(self.family.velocity)(net)
+            velocity = replace(self.family.velocity, net=net)
             x = torch.zeros(rows, channels, height, width)
-            context = torch.zeros(rows, length, config["joint_attention_dim"])
-            cond = Cond(context, torch.zeros(rows, config["pooled_projection_dim"]))
-            steps = PrecomputedAdaLN(velocity).steps([0.5] * self.asked.steps, cond)
+            context = torch.zeros(rows, *self.outline.context_shape)
+            cond = Cond(context, torch.zeros(rows, self.outline.pooled_dim))
+            steps = PrecomputedAdaLN(velocity, embedder).steps([0.5] * self.asked.steps, cond)
             return x, [step(x) for step in steps[:1]]
 
         beside = self._beside("transformer", bits, run)
         # The rehearsed net has few blocks; the real one is given the modulations of all.
         short = split_modulation(
-            init_on_meta(with_few_blocks(self.outline, "transformer"), "transformer", torch.float32)
+            init_on_meta(with_few_blocks(self.outline, "transformer"), "transformer", torch.float32), embedder
         )[0]
         left_out = _made(self.held.modulated[0]) - _made(short)
         beside += self.asked.steps * rows * left_out * self.held.dtype(bits).itemsize
@@ -185,11 +180,11 @@ def _converting(net: Any) -> Generator[None]:
 def with_few_blocks(outline: ModelSpec, part: str) -> ModelSpec:
     """The outline with a net of no more blocks than it has kinds of them; the last of SD3's is a kind."""
     config = dict(outline.configs[part])
-    for name in ("num_layers", "num_hidden_layers", "num_single_layers"):
+    if part == "transformer":
+        config = outline.architecture.few_blocks(config, FEW + 1)
+    for name in ("num_layers", "num_hidden_layers") if part != "transformer" else ():
         if name in config:
-            config[name] = min(int(config[name]), FEW + (part == "transformer"))
-    if config.get("dual_attention_layers"):
-        config["dual_attention_layers"] = (0,)
+            config[name] = min(int(config[name]), FEW)
     return replace(outline, configs={**outline.configs, part: config})
 
 

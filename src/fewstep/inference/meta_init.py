@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.types import UserError
-from fewstep.families.config_check import class_of
+from fewstep.families.config_check import class_of, make_net
 from fewstep.families.diffusers_io import first_line
 from fewstep.families.spec import ModelSpec
 
@@ -23,7 +23,7 @@ def init_on_meta(outline: ModelSpec, part: str, dtype: torch.dtype) -> Any:
 
     # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those
     # of text encoders are counted up when they are made, and in no file.
-    ours = outline.classes[part][0] == "diffusers"
+    ours = hasattr(class_in(outline, part), "load_config")
     with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
         net = init_from_config(outline, part)
     for module in net.modules():
@@ -41,15 +41,22 @@ def init_from_config(outline: ModelSpec, part: str) -> Any:
     Raises:
         UserError: see :func:`init_on_meta`.
     """
-    library, name = outline.classes[part]
-    kind = class_of((library, name), part, str(outline.folder or "the outline"))
-    config = dict(outline.configs[part])
+    net_class = class_in(outline, part)
     try:
-        if library == "diffusers":
-            return kind.from_config(config)
-        return kind(kind.config_class(**config))
+        return make_net(net_class, outline.configs[part])
     except Exception as error:  # of two libraries that believe what they read
+        name = net_class.__name__
         raise UserError(f"the configuration of the {part} makes no {name} ({first_line(error)})") from None
+
+
+def class_in(outline: ModelSpec, part: str) -> Any:
+    """Return the class of a part.
+
+    Raises:
+        UserError: the class is unknown.
+    """
+    where = str(outline.folder or "the outline")
+    return class_of(outline.classes[part], part, where, outline.architecture)
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:

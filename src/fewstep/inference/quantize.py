@@ -149,7 +149,7 @@ def quantizable(outline: ModelSpec, part: str, net: Any) -> frozenset[str]:
     What all tokens share, the modulations and the CLIPs keep theirs: they are small, or leave the device.
     """
     blocks = {
-        "transformer": ("transformer_blocks.", "single_transformer_blocks."),
+        "transformer": tuple(f"{name}." for name in outline.architecture.block_lists),
         str(outline.t5): ("encoder.block.",),
     }.get(part, ())
     return frozenset(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
 from fewstep.core.types import UserError
 from fewstep.families.base import Family
-from fewstep.families.diffusers_io import name_of, read_facts
+from fewstep.families.diffusers_io import read_facts
 from fewstep.families.schedulers import of_scheduler, schedule_shift
 from fewstep.families.spec import ModelSpec
 from fewstep.inference.student_weights import Student
@@ -16,22 +15,15 @@ from fewstep.inference.student_weights import Student
 
 def build_family(outline: ModelSpec, student: Student | None) -> Family:
     """The family with stand-ins for its nets, drawing as the base does or as the student."""
-    module = importlib.import_module(f"fewstep.families.base.{outline.kind}")
-    parts = outline.parts()
+    architecture, parts = outline.architecture, outline.stand_ins()
     facts = {} if outline.folder is None else read_facts(outline.folder)
-    name = str(facts.get("name") or (name_of(outline.folder) if outline.folder else outline.kind))
-    told = {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key, 0) != 0}
-    if outline.kind == "sd3":
-        told.pop("side", None)
-    elif told.get("guidance") is None:
-        told.pop("guidance", None)
+    name = str(facts.get("name") or outline.name)
+    options = architecture.assemble_options(facts)
     if student is not None:
         name = student.name
-        told["steps"] = student.steps
-        if student.guidance is not None or outline.kind == "sd3":
-            told["guidance"] = student.guidance
+        options |= architecture.assemble_options({"steps": student.steps, "guidance": student.guidance})
         parts["scheduler"] = _scheduler(parts["scheduler"], student)
-    return module.assemble(parts, name=name, **told)
+    return architecture.assemble(parts, name=name, **options)
 
 
 def _scheduler(scheduler: Any, student: Student) -> Any:
@@ -51,7 +43,7 @@ def latent_size(size: str | None, outline: ModelSpec, family: Family) -> tuple[i
         return family.latent[1], family.latent[2]
     sides = size.lower().split("x")
     unit = outline.downscale * outline.patch
-    most = unit * int(outline.configs["transformer"].get("pos_embed_max_size") or 512)
+    most = outline.max_side
     if len(sides) > 2 or not all(s.isascii() and s.isdigit() and len(s) < 7 for s in sides):
         raise UserError(f"--size must be pixels such as 1024 or 1344x768, not {size[:40]}")
     width, height = int(sides[0]), int(sides[-1])

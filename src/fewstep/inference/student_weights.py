@@ -26,6 +26,7 @@ from fewstep.families.lora.alpha import FILE, PEFT_FILE
 from fewstep.families.lora.file import read
 from fewstep.families.lora.layers import Shapes, Updates, resolve
 from fewstep.families.lora.layers import shapes_of as shapes_of_net
+from fewstep.families.registry import architecture_of
 from fewstep.families.schedulers import Schedule
 from fewstep.families.spec import ModelSpec, read_config
 
@@ -72,7 +73,7 @@ def loras_of(given: Sequence[str], base: ModelSpec) -> PartUpdates:
     Raises:
         UserError: one is missing, damaged, another model's, or not followed.
     """
-    return adapters.updates_of(given, base.kind, shapes_of(base)) if given else {}
+    return adapters.updates_of(given, base.architecture, shapes_of(base)) if given else {}
 
 
 def shapes_of(base: ModelSpec) -> Callable[[str], Shapes | None]:
@@ -135,14 +136,13 @@ def load_student(name: str, base: ModelSpec) -> Student:
 
 
 def _net(folder: Path, base: ModelSpec) -> Student:
-    from fewstep.families.base import family_of
-
-    kind = family_of(folder).__name__.rpartition(".")[2]
-    if kind != base.kind:
+    ours, its = base.architecture, architecture_of(folder, base.architecture)
+    if its is not ours:
         raise UserError(
-            f"student {folder} is of the family {kind}, the model of {base.kind}: give its own base"
+            f"student {folder} is of the family {its.name}, the model of {ours.name}: give its own base"
         )
-    mine, other = (_shape(c) for c in (base.configs["transformer"], read_config(folder / "transformer")))
+    config = read_config(folder / "transformer", classes=ours.net_classes)
+    mine, other = (_shape(c) for c in (base.configs["transformer"], config))
     unlike = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
     if unlike:
         what = f"its {unlike[0]} is {other.get(unlike[0])}, the model's {mine.get(unlike[0])}"
@@ -162,21 +162,21 @@ def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
     schedule = schedulers.read(folder / "scheduler")
-    clips_alone = base.kind == "sd3" and not has_part(folder, "text_encoder_3")
+    t5 = all(has_part(folder, part) for part in base.architecture.optional)
     return {
         "name": str(facts.get("name") or folder.name),
         "steps": facts["steps"],
         "guidance": facts.get("guidance"),
         "sampler": "renoise" if schedule.stochastic_sampling else "euler",
         "schedule": schedule,
-        "t5": not clips_alone,
+        "t5": t5,
     }
 
 
 def _lora(file: Path, base: ModelSpec) -> Student:
     """A LoRA; how it draws is said beside it, or by the merged student of its run."""
     adapter = read(file)
-    found, left = resolve(adapter, base.kind, shapes_of(base))
+    found, left = resolve(adapter, base.architecture, shapes_of(base))
     if left:
         raise UserError(f"{file} is a LoRA of another net: the model has no layer {left[0]}")
     for note in adapter.notes:

@@ -52,7 +52,9 @@ class WeightMemory:
     @cached_property
     def modulated(self) -> tuple[Any, Any]:
         """The net's modulations, and the net without them."""
-        return split_modulation(init_on_meta(self.outline, "transformer", torch.float32))
+        return split_modulation(
+            init_on_meta(self.outline, "transformer", torch.float32), self.outline.architecture.modulation
+        )
 
     @cached_property
     def tensors(self) -> Mapping[str, list[Weight]]:
@@ -71,7 +73,7 @@ class WeightMemory:
         return [Weight(self._cut(n, t), n in few) for n, t in held if n not in tied]
 
     def _cut(self, name: str, tensor: Any) -> tuple[int, ...]:
-        if name != "pos_embed.pos_embed":
+        if name != self.outline.architecture.position_table:
             return tuple(tensor.shape)
         return (1, self.outline.pos_embed_crop(self.asked.latents) ** 2, tensor.shape[-1])
 

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from fewstep.core.flow import expand_time
 from fewstep.core.types import Array, Cond, Step, Velocity
 
+EMBEDDER = "time_text_embed"
+"""The submodule of diffusers' SD3 and FLUX nets that embeds time and pooled text. All modulation reads it."""
+
 
 class NetVelocity(Velocity, Protocol):
     """A family's velocity: a dataclass around its net."""
@@ -26,7 +29,7 @@ class NetVelocity(Velocity, Protocol):
     @property
     def net(self) -> Any: ...
 
-    def embedded(self, t: Array, pooled: Array) -> tuple[Array, ...]:
+    def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """What the net's embedder is told at ``t [B]``."""
         ...
 
@@ -40,6 +43,7 @@ class PrecomputedAdaLN:
     """
 
     velocity: NetVelocity
+    embedder: str | None = EMBEDDER
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
@@ -48,14 +52,16 @@ class PrecomputedAdaLN:
     def with_guidance(self, scale: float) -> PrecomputedAdaLN:
         """The same velocity at another scale of the embedded guidance, where its net has one."""
         whole: Any = self.velocity
-        return PrecomputedAdaLN(whole.with_guidance(scale))
+        return replace(self, velocity=whole.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
-        modulation, net = split_modulation(self.velocity.net)
+        modulation, net = split_modulation(self.velocity.net, self.embedder)
         whole: Any = self.velocity
         body: Velocity = replace(whole, net=net)
-        made = modulation.each([whole.embedded(expand_time(t, cond.context), cond.pooled) for t in times])
+        made = modulation.each(
+            [whole.embedder_inputs(expand_time(t, cond.context), cond.pooled) for t in times]
+        )
 
         def step(t: float, modulations: Tensor) -> Step:
             return lambda x: body(x, expand_time(t, x), Cond(cond.context, modulations))
@@ -63,15 +69,11 @@ class PrecomputedAdaLN:
         return [step(*pair) for pair in zip(times, made, strict=True)]
 
 
-AtHand = Callable[[nn.Module], AbstractContextManager[object]]
+Resident = Callable[[nn.Module], AbstractContextManager[object]]
 
 
-def _at_hand(layer: nn.Module) -> AbstractContextManager[object]:
+def _resident(layer: nn.Module) -> AbstractContextManager[object]:
     return nullcontext()
-
-
-EMBEDDER = "time_text_embed"
-"""What diffusers' MMDiTs call the embedder of time and pooled text, whose result every modulation reads."""
 
 
 class Modulation(nn.Module):
@@ -86,20 +88,23 @@ class Modulation(nn.Module):
         """What the net's embedder takes, the pooled text ``[B, P]`` last -> ``[B, M]``."""
         return self.each([told])[0]
 
-    def each(self, steps: Sequence[Sequence[Tensor]], at_hand: AtHand = _at_hand) -> list[Tensor]:
-        """The same for several steps; every layer's weights are read once, where they fit a cache.
+    def each(self, steps: Sequence[Sequence[Tensor]], resident: Resident = _resident) -> list[Tensor]:
+        """Return the modulation of several steps. Each layer's weights are read once for all of them.
 
-        Not one product for all steps: its sums could come in another order, and a picture with them.
+        Each step has a matrix product of its own: one product for all could sum in another order and change
+        the image.
 
         Args:
-            steps: what the embedder takes at each of them.
-            at_hand: within its block a layer has its weights; by default all have them.
+            steps: inputs of the embedder at each step.
+            resident: context manager in which a layer has its weights; by default all have them.
         """
-        with at_hand(self.embedder):
-            embeddings = [nn.functional.silu(self.embedder(*told)) for told in steps]
+        if not self.layers:
+            return [inputs[-1] for inputs in steps]
+        with resident(self.embedder):
+            embeddings = [nn.functional.silu(self.embedder(*inputs)) for inputs in steps]
         made: list[list[Tensor]] = []
         for layer in self.layers:
-            with at_hand(layer):
+            with resident(layer):
                 made.append([layer(embedding) for embedding in embeddings])
         return [torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)]
 
@@ -122,31 +127,35 @@ class Slice(nn.Module):
         return modulations.narrow(-1, self.start, self.size)
 
 
-def split_modulation(net: Any) -> tuple[Modulation, Any]:
-    """``net`` in two: its modulations, and itself without them, which takes them for the pooled text.
+def split_modulation(net: Any, embedder: str | None = EMBEDDER) -> tuple[Modulation, Any]:
+    """Split a net into its modulation and the net without it, which takes the modulation as pooled text.
 
     Args:
-        net: an MMDiT of diffusers; it stays as it is.
+        net: a transformer of diffusers; it is not changed.
+        embedder: attribute of the net that embeds time and pooled text. ``None`` splits nothing off: the
+            modulation then is the pooled text, and the net is whole.
 
     Raises:
-        ValueError: it has no such embedder, or nothing that it modulates.
+        ValueError: the net has no such embedder, or nothing that it modulates.
     """
+    if embedder is None:
+        return Modulation(nn.Identity(), []), net
     norms = {
         name: norm
         for name, norm in net.named_modules()
         if isinstance(getattr(norm, "silu", None), nn.SiLU)
         and isinstance(getattr(norm, "linear", None), nn.Module)
     }
-    embedder = getattr(net, EMBEDDER, None)
-    if embedder is None or not norms:
+    embed = getattr(net, embedder, None)
+    if embed is None or not norms:
         raise ValueError(f"{type(net).__name__} has no modulations to take out")
     at = 0
-    instead: dict[str, Any] = {EMBEDDER: _Given()}
+    instead: dict[str, Any] = {embedder: _Given()}
     for name, norm in norms.items():
         size = norm.linear.out_features
         instead |= {f"{name}.linear": Slice(at, size), f"{name}.silu": nn.Identity()}
         at += size
-    return Modulation(embedder, [norm.linear for norm in norms.values()]), with_submodules(net, instead)
+    return Modulation(embed, [norm.linear for norm in norms.values()]), with_submodules(net, instead)
 
 
 def with_submodules(net: Any, instead: Mapping[str, Any]) -> Any:

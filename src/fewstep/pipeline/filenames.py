@@ -17,7 +17,7 @@ from fewstep.core.types import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fewstep.images.io import Record
+    from fewstep.images.record import Record
 
 FIELDS = ("index", "seed", "prompt", "model", "steps")
 DEFAULT = "{prompt}-{seed}.png"

@@ -8,7 +8,6 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fewstep.core.cpu import threads as counted_threads
@@ -21,7 +20,7 @@ from fewstep.pipeline.params import check_known
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from fewstep.families.base import Family
+    from fewstep.families.base import Architecture, Family
     from fewstep.inference.options import TorchOptions, TorchOptionsDict
     from fewstep.pipeline.pipeline import Pipeline
     from fewstep.runtime.bundle import Bundle
@@ -32,9 +31,6 @@ class ShippedWarning(UserWarning):
 
 
 Backend = Literal["onnx", "openvino", "executorch", "torch"]
-FAMILIES = ("sd3", "flux")
-"""What may stand in front of a model's name, with a colon."""
-
 NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that tell, as soon as diffusers finds torchao, of kernels that nobody here asks for."""
 
@@ -64,8 +60,8 @@ def load(
     Args:
         source: name of a model that ships with fewstep (``None``: ``pocket``); a folder with a bundle or a
             diffusers pipeline; the folder of a finished run; a single-file ``.safetensors`` checkpoint; or a
-            hub name, ``org/name``. With ``sd3:`` or ``flux:`` in front it must be a PyTorch model of that
-            family.
+            hub name, ``org/name``. With ``FAMILY:`` in front it must be a PyTorch model of that family:
+            ``sd3``, ``flux``, or the import path of a module that has an ``ARCHITECTURE``.
         backend: ``onnx``, ``openvino`` or ``executorch`` insists on a bundle for that engine, ``torch``
             on a PyTorch pipeline; ``None`` takes what is there.
         threads: processor threads; all cores when ``None``.
@@ -166,9 +162,12 @@ def quiet_loggers() -> None:
 
 
 def parse_family(name: str) -> tuple[str | None, str]:
-    """``sd3:NAME`` or ``flux:NAME`` -> the family and the name; ``None`` and the name where none is said."""
-    family, colon, rest = name.partition(":")
-    return (family, rest) if colon and family in FAMILIES else (None, name)
+    """Split ``FAMILY:NAME`` (:func:`fewstep.families.registry.parse_family`); most names have no family."""
+    if ":" not in name:
+        return None, name
+    from fewstep.families import registry
+
+    return registry.parse_family(name)
 
 
 def is_bundle(name: str | None) -> bool:
@@ -256,25 +255,20 @@ def load_family(
     Raises:
         UserError: there is no such model, it is a bundle, it is damaged, or its family needs T5.
     """
-    from inspect import signature
-
     family, source = parse_family(source)
     place = resolve(source)
-    module = _open_family(source, place, family)
-    choice: dict[str, Any] = {} if t5 is None else {"t5": t5}
-    if not choice.keys() <= signature(module.load).parameters.keys():
-        raise UserError(f"model {source} always reads with T5: say neither --t5 nor --no-t5")
-    return module.load(place if place.exists() else source, device=device, dtype=dtype, **choice)
+    architecture = _open_family(source, place, family)
+    return architecture.load(place if place.exists() else source, device=device, dtype=dtype, t5=t5)
 
 
 def kind_of(source: str) -> str:
-    """The family of a PyTorch model by its module's name, nothing of it loaded.
+    """Return the name of a PyTorch model's family. Nothing of the model is loaded.
 
     Raises:
         UserError: as :func:`load_family`.
     """
     family, source = parse_family(source)
-    return _open_family(source, resolve(source), family).__name__.rpartition(".")[2]
+    return _open_family(source, resolve(source), family).name
 
 
 def _bundle(place: Path) -> Bundle | None:
@@ -309,16 +303,16 @@ def _load_torch(
     try:
         import torch
 
-        module = _family(plain, place, family)
+        architecture = _family(plain, place, family)
         if threads is not None:
             torch.set_num_threads(threads)
         if place.is_file():
-            return _load_single(name, place, module, wish)
+            return _load_single(name, place, architecture, wish)
         wish = wish or TorchOptions(**PLAIN)
         from fewstep.inference.load import load as load_staged
 
-        folder = place if place.exists() else module.fetched(plain)
-        staged = load_staged(folder, module.__name__.rpartition(".")[2], wish)
+        folder = place if place.exists() else architecture.download(plain)
+        staged = load_staged(folder, architecture, wish)
     except ImportError as error:
         raise missing_extra(error) or error from None
     choice = staged.plan.config
@@ -350,7 +344,7 @@ def _check_torch(wish: TorchOptions | None) -> None:
             raise UserError(f"there is no {option} {place}: give a folder or file that is there")
 
 
-def _load_single(name: str, place: Path, module: ModuleType, wish: TorchOptions | None) -> Pipeline:
+def _load_single(name: str, place: Path, architecture: Architecture, wish: TorchOptions | None) -> Pipeline:
     """A single file: read whole, in float32 on the CPU, and LoRAs added."""
     from fewstep.families.lora import adapters
     from fewstep.inference.options import TorchOptions
@@ -362,35 +356,41 @@ def _load_single(name: str, place: Path, module: ModuleType, wish: TorchOptions 
         others = [option for option in wish.named() if option != "--lora"]
         if others:
             raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
-    model = module.load(place)
-    adapters.apply(model.parts, model.kind, given)
+    model = architecture.load(place)
+    adapters.apply(model.parts, architecture, given)
     facts = {"lora": given} if given else {}
-    return Pipeline(
-        replace(model, velocity=PrecomputedAdaLN(model.velocity)), source=name, record_fields=facts
-    )
+    net: Any = model.velocity
+    velocity = PrecomputedAdaLN(net, architecture.modulation)
+    return Pipeline(replace(model, velocity=velocity), source=name, record_fields=facts)
 
 
-def _open_family(source: str, place: Path, wanted: str | None = None) -> ModuleType:
+def _open_family(source: str, place: Path, wanted: str | None = None) -> Architecture:
     if (place / "bundle.json").is_file():
         can = "for generation, and for export --to openvino"
         raise UserError(f"model {source} is a bundle, {can}; give a diffusers folder")
     return _family(source, place, wanted)
 
 
-def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
-    """The module of the family that reads a torch model.
+def _family(name: str, place: Path, wanted: str | None = None) -> Architecture:
+    """Return the family that reads a PyTorch model.
+
+    Args:
+        name: the model's name without a family.
+        place: its folder or file; it does not exist for a hub name.
+        wanted: the family that the caller names.
 
     Raises:
-        UserError: no family does, it is another than ``wanted``, or the hub does not say whose the model is.
+        UserError: no family reads it, it is another than ``wanted``, or the hub does not say whose the
+            model is.
     """
     quiet_loggers()
-    from fewstep.families import sd3
-    from fewstep.families.base import family_of
+    from fewstep.families.registry import architecture, architecture_of, architecture_of_files
 
-    if place.is_file():  # in Stability's key names; a file of any other kind is refused when it is read
-        found = sd3
+    asked = None if wanted is None else architecture(wanted)
+    if place.is_file():  # a file of another layout is refused when it is read
+        found = architecture_of_files(asked)
     elif place.is_dir():
-        found = family_of(place)
+        found = architecture_of(place, asked)
     else:
         from huggingface_hub import hf_hub_download
 
@@ -398,10 +398,9 @@ def _family(name: str, place: Path, wanted: str | None = None) -> ModuleType:
             index = hf_hub_download(name, "model_index.json")
         except Exception as error:
             raise _unreached(name, error) from None
-        found = family_of(Path(index).parent)
-    kind = found.__name__.rpartition(".")[2]
-    if wanted not in (None, kind):
-        raise UserError(f"model {name} is of the family {kind}, not {wanted}: say {kind}:{name}")
+        found = architecture_of(Path(index).parent, asked)
+    if asked not in (None, found):
+        raise UserError(f"model {name} is of the family {found.name}, not {wanted}: say {found.name}:{name}")
     return found
 
 

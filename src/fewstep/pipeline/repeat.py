@@ -13,7 +13,7 @@ from fewstep.images.io import file_hash
 from fewstep.pipeline.loading import builtin_models, parse_family
 
 if TYPE_CHECKING:
-    from fewstep.images.io import Record
+    from fewstep.images.record import Record
     from fewstep.inference.options import TorchOptions
 
 

@@ -16,7 +16,7 @@ from fewstep.core.types import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fewstep.images.io import Record
+    from fewstep.images.record import Record
     from fewstep.pipeline.filenames import FilenamePattern
     from fewstep.pipeline.params import Request
     from fewstep.pipeline.pipeline import OnStep, Pipeline
@@ -41,7 +41,8 @@ def draw(
     Yields:
         image, record, and its share of the time in seconds.
     """
-    from fewstep.images.io import CHUNK, Record
+    from fewstep.images.metadata import CHUNK
+    from fewstep.images.record import Record
 
     single = len(request.jobs) == 1
     if single:
@@ -63,7 +64,9 @@ def write(drawn: Iterator[Drawn], output: FilenamePattern | StandardOutput) -> I
 
 def write_grid(drawn: Iterator[Drawn], output: FilenamePattern | StandardOutput) -> Iterator[Written]:
     """Write all images as one image grid. Its metadata lists the records of the images."""
-    from fewstep.images.io import CHUNK, SHEET, contact_sheet
+    from fewstep.images.grid import contact_sheet
+    from fewstep.images.metadata import CHUNK
+    from fewstep.images.record import SHEET
 
     images, records, seconds = zip(*drawn, strict=True)
     grid = contact_sheet(images)

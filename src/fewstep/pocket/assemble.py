@@ -46,12 +46,11 @@ def pocket_folder(folder: Path) -> None:
         UserError: it is missing, or another family's pipeline.
     """
     from fewstep.families import sd3
-    from fewstep.families.diffusers_io import read_index
 
     if not folder.is_dir():
         raise UserError(f"--init {folder}: no such folder")
     if (folder / "model_index.json").is_file():
-        read_index(folder, sd3.PIPELINE, ())
+        sd3.ARCHITECTURE.read_index(folder, ())
 
 
 def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, device: str) -> Family:
@@ -69,14 +68,16 @@ def assemble_pocket(codec: Path, text: Path, init: Path | None, seed: int, devic
     for folder, recipe in ((codec, "pocket-vae"), (text, "pocket-text")):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing; train it first: fewstep train {recipe}")
-    tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"))
+    tokenizer = read_part(text, "tokenizer", ("transformers", "CLIPTokenizer"), sd3.ARCHITECTURE)
     first, second, third = load_text_encoders(text)
     family = pocket.build(seed, codec=load_vae(codec), tokenizer=tokenizer, texts=(first, second, third))
     with torch.no_grad():
         pocket.zero_gates(family.net)
     parts = {**family.parts}
     if init is not None:
-        net = read_part(init, "transformer", ("diffusers", "SD3Transformer2DModel"), torch.float32)
+        net = read_part(
+            init, "transformer", ("diffusers", "SD3Transformer2DModel"), sd3.ARCHITECTURE, torch.float32
+        )
         widths = (
             ("text", net.config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size),
             ("pooled text", net.config.pooled_projection_dim, _pooled(first) + _pooled(second)),
@@ -101,10 +102,11 @@ def load_text_encoders(folder: Path) -> tuple[Any, Any, Any]:
     """
     import torch
 
+    from fewstep.families import sd3
     from fewstep.families.diffusers_io import read_part
 
     def read(part: str, kind: str) -> Any:
-        return read_part(folder, part, ("transformers", kind), torch.float32)
+        return read_part(folder, part, ("transformers", kind), sd3.ARCHITECTURE, torch.float32)
 
     clips = [read(part, "CLIPTextModelWithProjection") for part in ("text_encoder", "text_encoder_2")]
     t5 = read("text_encoder_3", "T5EncoderModel") if _has_t5(folder) else None
@@ -126,11 +128,13 @@ def load_vae(folder: Path) -> Any:
     """
     import torch
 
+    from fewstep.families import sd3
     from fewstep.families.diffusers_io import read_part
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds an autoencoder")
-    return read_part(folder.parent, folder.name, ("diffusers", "AutoencoderKL"), torch.float32)
+    entry = ("diffusers", "AutoencoderKL")
+    return read_part(folder.parent, folder.name, entry, sd3.ARCHITECTURE, torch.float32)
 
 
 def weights_of(folder: Path) -> Path:
@@ -165,15 +169,16 @@ def contact_sheet(
     from fewstep.families.common import cuts_known
     from fewstep.families.sd3 import NetVelocity
 
-    noise = family.from_numpy(sampling.batch_noise(range(len(prompts)), family.latent))
+    grid = schedule.grid(steps, family.shift)
     velocity: Any = NetVelocity(net)
     with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = Guided(velocity, encoded(family, [""], False), guidance)
-        walked = sampling.sample_flow(
-            velocity, noise, schedule.grid(steps, family.shift), encoded(family, prompts, False)
+        cond = encoded(family, prompts, False)
+        latents = sampling.generate_latents(
+            family, cond, range(len(prompts)), grid, velocity=velocity, sampler="euler"
         )
-    return decode_grid(family, walked, prompts)
+    return decode_grid(family, latents, prompts)
 
 
 def check_evaluation_inputs(data: Path, detector: Path, prompts: int, scenes: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from fewstep.images.io import decode
+from fewstep.images.decode import decode
 from fewstep.pocket.captions import COLOURS
 from fewstep.pocket.render import Renderings
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.core import stats
-from fewstep.evaluate.metrics import Figures, Measured
+from fewstep.core.stats import Interval
 from fewstep.pocket import render
 from fewstep.pocket.detector import BoxDetector, Detection, Detector, ground
 from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, pictures, prompts
@@ -66,13 +66,13 @@ class GenEvalTest:
     detector: str
     real: NDArray[np.uint8]
 
-    def prompts(self) -> list[str]:
-        """The prompt of every picture, ``[N]``."""
-        return [scene.prompt for scene in self.scenes]
 
-    def seeds(self, first_seed: int = 0) -> list[int]:
-        """The seed of every picture, ``[N]``, the same for every candidate."""
-        return [first_seed + FIRST_SEED + row for row in range(len(self.scenes))]
+@dataclass(frozen=True)
+class Measured:
+    """Figures by name, and behind each one number per prompt, ``[P']``."""
+
+    per_prompt: dict[str, NDArray[np.float64]]
+    figures: dict[str, Interval]
 
 
 def load(data: Path, detector: Path, many: int) -> GenEvalTest:
@@ -86,12 +86,20 @@ def load(data: Path, detector: Path, many: int) -> GenEvalTest:
     return GenEvalTest(tuple(scenes), found, found.concepts, found.name, pictures(renderings, scenes))
 
 
-def judge(images: NDArray[np.uint8], test: GenEvalTest) -> list[Verdict]:
-    """A verdict on each picture of the test's prompts, uint8 ``[N, 3, h, w]`` in their order."""
+def judge(
+    images: NDArray[np.uint8], test: GenEvalTest, scenes: Sequence[Scene] | None = None
+) -> list[Verdict]:
+    """Return a verdict on each image.
+
+    Args:
+        images: uint8 ``[N, 3, h, w]``.
+        test: finds the things in them.
+        scenes: what each image should show, ``[N]``; those of the test when ``None``.
+    """
     found = test.find(images)
     return [
         verdict(scene, things, test.concepts, image)
-        for scene, things, image in zip(test.scenes, found, images, strict=True)
+        for scene, things, image in zip(test.scenes if scenes is None else scenes, found, images, strict=True)
     ]
 
 
@@ -150,7 +158,7 @@ def measure(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> Measured:
     return Measured(per_prompt, {name: stats.mean(values) for name, values in per_prompt.items()})
 
 
-def against(student: Measured, teacher: Measured) -> Figures:
+def against(student: Measured, teacher: Measured) -> dict[str, Interval]:
     """``scene_ratio``, the student's share of right pictures to the teacher's over the same prompts; nothing
     where the teacher has none right."""
     ratio = stats.ratio(student.per_prompt["scene"], teacher.per_prompt["scene"])

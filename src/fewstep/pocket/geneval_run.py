@@ -1,76 +1,91 @@
-"""The scene score of a run's candidates: their rows, and contact sheets with a verdict on each picture."""
+"""The scene score as a group of prompts: its metric, its tables, and image grids with a verdict per image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
 
-from fewstep.core.types import UserError
-from fewstep.evaluate.candidates import LAST_SEED, Candidate
-from fewstep.evaluate.image_cache import ImageCache
-from fewstep.evaluate.metrics import Measured
-from fewstep.evaluate.report import Row
+from fewstep.core.stats import Interval
+from fewstep.evaluate.metric import TRUTH, ImageBatch, Prompt
+from fewstep.evaluate.prompt_set import Ceiling, Measured, PromptGroup, Table
 from fewstep.images.grid import sheet
-from fewstep.pocket.geneval import REAL, GenEvalTest, Verdict, against, judge, measure
+from fewstep.pocket.geneval import FIRST_SEED, REAL, GenEvalTest, Verdict, against, judge, measure
+from fewstep.pocket.geneval_prompts import CATEGORIES, Scene
 
 SHOWN = 10
-"""Pictures of each category and half on a sheet."""
+"""Images of each category and half on a grid."""
 
 COLUMNS = 10
 
 
-@dataclass(frozen=True)
-class GenEvalResult:
-    """A row each, the real scenes' first, and a contact sheet each by label."""
+class GenEvalScore:
+    """``scene``, ``scene_seen``, ``scene_held_out`` and ``scene_CATEGORY``; ``scene_ratio`` to the teacher.
 
-    rows: tuple[Row, ...]
-    sheets: dict[str, Image]
-
-
-def score(
-    candidates: Sequence[Candidate],
-    test: GenEvalTest,
-    producer: ImageCache,
-    teacher: str | None,
-    first_seed: int,
-) -> GenEvalResult:
-    """Draw, judge and measure every candidate on the same prompts and seeds, and the real scenes as well.
-
-    Raises:
-        UserError: the seeds would pass the last one there is.
+    Attributes:
+        verdicts: on each image so far.
     """
-    seeds = test.seeds(first_seed)
-    if seeds[-1] > LAST_SEED:
-        raise UserError(f"the seeds of scenes must lie below {LAST_SEED}, so not from {first_seed}")
-    pictures = {REAL: test.real}
-    for candidate in candidates:
-        name = f"{candidate.label}, scenes"
-        pictures[candidate.label] = producer.generate(candidate, test.prompts(), seeds, name)
-    verdicts = {label: judge(images, test) for label, images in pictures.items()}
-    measured = {label: measure(own, test.scenes) for label, own in verdicts.items()}
-    rows = [_row(label, own, measured, teacher) for label, own in measured.items()]
-    return GenEvalResult(
-        tuple(rows),
-        {label: geneval_sheet(images, verdicts[label], test) for label, images in pictures.items()},
+
+    def __init__(self, test: GenEvalTest) -> None:
+        self._test = test
+        self._scenes: list[Scene] = []
+        self.verdicts: list[Verdict] = []
+
+    def update(self, images: ImageBatch, prompts: Sequence[Prompt]) -> None:
+        """Judge the next images; the truth of a prompt is its `Scene`."""
+        scenes = [prompt.truth for prompt in prompts]
+        self.verdicts += judge(images.pixels, self._test, scenes)
+        self._scenes += scenes
+
+    def compute(self) -> Mapping[str, Interval]:
+        return measure(self.verdicts, self._scenes).figures
+
+    def compare(self, teacher: GenEvalScore) -> Mapping[str, Interval]:
+        return against(measure(self.verdicts, self._scenes), measure(teacher.verdicts, teacher._scenes))
+
+
+@dataclass(frozen=True)
+class GenEvalFactory:
+    """Makes a `GenEvalScore` with the detector of ``test``."""
+
+    test: GenEvalTest
+    needs: frozenset[str] = frozenset({TRUTH})
+
+    def __call__(self) -> GenEvalScore:
+        return GenEvalScore(self.test)
+
+
+def group(test: GenEvalTest) -> PromptGroup:
+    """Return the scenes of ``test`` as a group of prompts, one image each."""
+    table = Table(
+        (
+            ("all, %", "scene", 100),
+            *((f"{name}, %", f"scene_{name}", 100) for name in CATEGORIES),
+            ("seen, %", "scene_seen", 100),
+            ("held out, %", "scene_held_out", 100),
+            ("all, % of teacher", "scene_ratio", 100),
+        ),
+        f"Scene score, {len(test.scenes)} prompts with one image each, half of them held out, judged by "
+        f"{test.detector}:",
+    )
+    return PromptGroup(
+        [Prompt(scene.prompt, scene) for scene in test.scenes],
+        name="scenes",
+        metrics=(GenEvalFactory(test),),
+        images_per_prompt=1,
+        seed_offset=FIRST_SEED,
+        ceilings=(Ceiling(REAL, lambda: test.real, grid=True),),
+        grid=partial(grid, test),
+        tables=(table,),
     )
 
 
-def merge_rows(rows: Sequence[Row], scored: Sequence[Row]) -> list[Row]:
-    """One row a label, with the figures of both; the real scenes' stands before the models'."""
-    more = {row.label: row for row in scored}
-    ceilings = [row for row in rows if row.label not in more]
-    own = [
-        replace(row, figures=row.figures | more.pop(row.label).figures) for row in rows if row.label in more
-    ]
-    return [*ceilings, *more.values(), *own]
-
-
-def geneval_sheet(images: NDArray[np.uint8], verdicts: Sequence[Verdict], test: GenEvalTest) -> Image:
-    """The first pictures of each category and half, each with "ok" or what is wrong, and its prompt."""
+def grid(test: GenEvalTest, measured: Measured) -> Image:
+    """Return the first images of each category and half, each with "ok" or what is wrong, and its prompt."""
+    (metric,) = measured.metrics
+    assert isinstance(metric, GenEvalScore)
     count: dict[tuple[str, bool], int] = {}
     shown: list[int] = []
     for index, scene in enumerate(test.scenes):
@@ -78,14 +93,9 @@ def geneval_sheet(images: NDArray[np.uint8], verdicts: Sequence[Verdict], test: 
         count[cell] = count.get(cell, 0) + 1
         if count[cell] <= SHOWN:
             shown.append(index)
+    verdicts = [metric.verdicts[index] for index in shown]
     labels = [
-        f"{'ok' if verdicts[i].right else 'NO, ' + verdicts[i].why}: {test.scenes[i].prompt}" for i in shown
+        f"{'ok' if verdict.right else 'NO, ' + verdict.why}: {test.scenes[index].prompt}"
+        for index, verdict in zip(shown, verdicts, strict=True)
     ]
-    return sheet(images[shown], labels, COLUMNS)
-
-
-def _row(label: str, own: Measured, measured: dict[str, Measured], teacher: str | None) -> Row:
-    figures = dict(own.figures)
-    if teacher is not None and label not in (teacher, REAL):
-        figures |= against(own, measured[teacher])
-    return Row(label, len(own.per_prompt["scene"]), figures)
+    return sheet(measured.pixels[shown], labels, COLUMNS)

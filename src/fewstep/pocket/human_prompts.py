@@ -1,29 +1,26 @@
-"""Prompts that people wrote: is a concept that a person would expect among the nearest ones?"""
+"""Prompts that people wrote: is an expected concept among the nearest ones?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
 
-from fewstep.core import stats
 from fewstep.core.types import UserError
-from fewstep.evaluate.candidates import LAST_SEED, Candidate
-from fewstep.evaluate.image_cache import ImageCache
-from fewstep.evaluate.metrics import DEPTHS
-from fewstep.evaluate.report import Row
-from fewstep.evaluate.retrieval import topk_accuracy
+from fewstep.evaluate.metric import Prompt
+from fewstep.evaluate.metric import Reference as RealImage
+from fewstep.evaluate.metrics.retrieval import DEPTHS
+from fewstep.evaluate.prompt_set import Measured, PromptGroup, Table
 from fewstep.images.grid import sheet
-from fewstep.pocket.geneval_run import GenEvalResult
+from fewstep.pocket.rendering_prompts import ConceptRetrieval
 from fewstep.pocket.stickers import Reference
 
+WRITTEN = "written"
 COLUMNS = 12
 SHOWN = 144
-"""Pictures on a sheet."""
+"""Images on a grid."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class HumanPrompt:
 
 
 def load(path: Path, references: Sequence[Reference]) -> tuple[HumanPrompt, ...]:
-    """Lines ``PROMPT<TAB>CONCEPT|CONCEPT``; empty ones and those that begin with ``#`` are skipped.
+    """Read lines ``PROMPT<TAB>CONCEPT|CONCEPT``; empty ones and those that begin with ``#`` are skipped.
 
     Raises:
-        UserError: the file cannot be read, a line has no such form, or nothing is called by that name.
+        UserError: the file cannot be read, a line has another form, or a concept has no rendering.
     """
     known = {reference.concept for reference in references}
     try:
@@ -61,54 +58,41 @@ def load(path: Path, references: Sequence[Reference]) -> tuple[HumanPrompt, ...]
     return tuple(found)
 
 
-def score(
-    candidates: Sequence[Candidate],
-    written: Sequence[HumanPrompt],
-    producer: ImageCache,
-    gallery: NDArray[np.float32],
-    references: Sequence[Reference],
-    teacher: str | None,
-    first_seed: int,
-) -> GenEvalResult:
-    """One picture a prompt and candidate: ``written_top1`` and ``written_top5``, and to the teacher's.
+class WrittenRetrieval(ConceptRetrieval):
+    """``written_top{1,5}``: retrieval of any of the concepts that a prompt may mean."""
 
-    Raises:
-        UserError: the seeds would pass the last one there is.
-    """
-    prompts = [one.prompt for one in written]
-    seeds = [first_seed + row for row in range(len(prompts))]
-    if seeds[-1] > LAST_SEED:
-        raise UserError(f"the seeds of the prompts must lie below {LAST_SEED}, so not from {first_seed}")
-    labels = [reference.concept for reference in references]
-    found: dict[str, dict[int, NDArray[np.float64]]] = {}
-    sheets: dict[str, Image] = {}
-    for candidate in candidates:
-        made = producer.images(candidate, prompts, seeds, f"{candidate.label}, written")
-        found[candidate.label] = {k: topk_any(made.features, written, gallery, labels, k) for k in DEPTHS}
-        said = [
-            f"{'ok' if hit >= 0.5 else 'NO'}: {one.prompt}"
-            for one, hit in zip(written, found[candidate.label][DEPTHS[-1]], strict=True)
-        ]
-        sheets[candidate.label] = sheet(made.images[:SHOWN], said[:SHOWN], COLUMNS)
-    rows: list[Row] = []
-    for label, rates in found.items():
-        figures = {f"written_top{k}": stats.mean(rate) for k, rate in rates.items()}
-        if teacher is not None and label != teacher:
-            for k, rate in rates.items():
-                ratio = stats.ratio(rate, found[teacher][k])
-                figures |= {} if ratio is None else {f"written_top{k}_ratio": ratio}
-        rows.append(Row(label, len(prompts), figures))
-    return GenEvalResult(tuple(rows), sheets)
+    def accepted(self, truth: HumanPrompt) -> Sequence[Hashable]:
+        """Return the expected concepts of a prompt."""
+        return truth.concepts
 
 
-def topk_any(
-    features: NDArray[np.floating],
-    written: Sequence[HumanPrompt],
-    gallery: NDArray[np.floating],
-    labels: Sequence[str],
-    k: int,
-) -> NDArray[np.float64]:
-    """Whether one of the expected concepts is among the ``k`` nearest, ``[N]`` in [0, 1]."""
-    most = max(len(one.concepts) for one in written)
-    tries = [[one.concepts[min(at, len(one.concepts) - 1)] for one in written] for at in range(most)]
-    return np.max([topk_accuracy(features, wanted, gallery, labels, k) for wanted in tries], axis=0)
+def group(written: Sequence[HumanPrompt], references: Sequence[RealImage]) -> PromptGroup:
+    """Return the prompts as a group, one image each, retrieved among all renderings."""
+    table = Table(
+        (
+            ("top-1, %", "written_top1", 100),
+            ("top-5, %", "written_top5", 100),
+            ("top-5, % of teacher", "written_top5_ratio", 100),
+        ),
+        f"{len(written)} prompts that people wrote, one image each; any concept that they mean counts:",
+    )
+    return PromptGroup(
+        [Prompt(each.prompt, each, WRITTEN) for each in written],
+        name=WRITTEN,
+        references=references,
+        metrics=(WrittenRetrieval,),
+        images_per_prompt=1,
+        grid=grid,
+        tables=(table,),
+    )
+
+
+def grid(measured: Measured) -> Image:
+    """Return the first images, each with whether its concept is among the five nearest, and its prompt."""
+    (metric,) = measured.metrics
+    assert isinstance(metric, WrittenRetrieval)
+    labels = [
+        f"{'ok' if found >= 0.5 else 'NO'}: {prompt.text}"
+        for prompt, found in zip(measured.prompts, metric.found(DEPTHS[-1]), strict=True)
+    ]
+    return sheet(measured.pixels[:SHOWN], labels[:SHOWN], COLUMNS)

@@ -15,7 +15,7 @@ from fewstep.core.atomic import replacing_file, write
 from fewstep.core.json_io import read_array
 from fewstep.core.types import UserError
 from fewstep.core.workers import pool
-from fewstep.images.io import decode
+from fewstep.images.decode import decode
 from fewstep.pocket.concepts import Concept, icon_names
 from fewstep.pocket.sources import STYLES, read_json
 

@@ -166,9 +166,10 @@ def pocket_text(
 
 
 def _tokenizer_in(folder: Path) -> Any:
+    from fewstep.families import sd3
     from fewstep.families.diffusers_io import read_part
 
-    return read_part(folder, "tokenizer", ("transformers", "CLIPTokenizer"))
+    return read_part(folder, "tokenizer", ("transformers", "CLIPTokenizer"), sd3.ARCHITECTURE)
 
 
 def _encoders(init: Path | None, tokenizer: Any) -> tuple[list[Any], Any]:

@@ -79,14 +79,14 @@ def pocket_vae(
 
     def sheet(nets: dict[str, Any]) -> Any:
         from fewstep.images.grid import sheet as draw
-        from fewstep.images.io import to_uint8
+        from fewstep.images.pixels import to_uint8
 
         with torch.no_grad():
             vae = nets["vae"]
             back = vae(shown.to(vae.device), sample_posterior=False).sample.clamp(-1, 1).cpu()
         error = (back - shown).square().mean((1, 2, 3)) / 4
         labels = ["truth"] * len(shown) + [f"{-10 * float(e.log10()):.1f} dB" for e in error]
-        both = to_uint8(torch.cat([shown, back])).byte().numpy()
+        both = to_uint8(torch.cat([shown, back]))
         return draw(both, labels, columns=12)
 
     def finish(nets: dict[str, Any]) -> None:

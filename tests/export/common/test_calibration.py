@@ -14,7 +14,7 @@ from torch import nn
 import tiny
 from fewstep.export.common import graphs
 from fewstep.export.common import sensitivity as sensitivity_module
-from fewstep.export.common.calibration import DAMPING, PLACES, TOKENS, CalibrationStats, collect_stats
+from fewstep.export.common.calibration import DAMPING, POSITIONS, TOKENS, CalibrationStats, collect_stats
 from fewstep.export.common.onnx_quantize import (
     GROUP,
     QuantSpec,
@@ -178,7 +178,7 @@ def test_the_inputs_foretell_what_an_error_does(stride: int) -> None:
 
 def test_of_a_large_plane_places_of_both_parities_are_taken() -> None:
     """Rows of zeros in every other place, as an upsampling may leave: half of what is taken."""
-    side = 8 * PLACES
+    side = 8 * POSITIONS
     conv = nn.Conv2d(1, 1, 1, bias=False)
     x = torch.zeros(1, 1, side, side)
     x[:, :, ::2] = 1
@@ -186,7 +186,7 @@ def test_of_a_large_plane_places_of_both_parities_are_taken() -> None:
         conv(x)
         met = told()
     total = float(met["net", "weight"].gram[0, 0])
-    assert PLACES**2 / 4 < total < PLACES**2
+    assert POSITIONS**2 / 4 < total < POSITIONS**2
     assert total == pytest.approx((side // 9 + 1) ** 2 / 2, rel=0.1)
 
 

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fewstep.export.common.onnx_quantize import (
+    CLIP_RATIOS,
     GROUP,
-    TRIED,
     QuantSpec,
     quantize_dequantize,
     quantize_weights,
@@ -126,7 +126,9 @@ def test_what_a_graph_unpacks_is_what_was_packed(bits: int, shape: tuple[int, in
     nearest = min(found, key=lambda back: float(np.square(back - matrix).sum()))
     np.testing.assert_allclose(unpacked, nearest, atol=1e-6)
     peak, half = np.abs(matrix).max(), 2 ** (bits - 1) - 1
-    assert np.abs(unpacked - matrix).max() <= max(0.5 / half, 1 - TRIED[0]) * peak * 1.01  # or is cut off
+    assert (
+        np.abs(unpacked - matrix).max() <= max(0.5 / half, 1 - CLIP_RATIOS[0]) * peak * 1.01
+    )  # or is cut off
 
 
 def test_weights_that_are_spared_keep_their_bits() -> None:

@@ -15,7 +15,7 @@ from fewstep.export.common import graphs
 from fewstep.export.common import sensitivity as measured
 from fewstep.export.common.onnx_quantize import GROUP, QuantSpec, quantize_dequantize
 from fewstep.export.common.sensitivity import (
-    HELD,
+    BUDGET_BITS,
     MEASURED,
     WIDTHS,
     WeightSensitivity,
@@ -25,6 +25,7 @@ from fewstep.export.common.sensitivity import (
     sensitivity,
 )
 from fewstep.families import sd3
+from fewstep.families.base import Family
 
 
 class Two(nn.Module):
@@ -83,7 +84,7 @@ def fake(name: str, size: int, cost: float) -> WeightSensitivity:
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_a_budget_is_kept_and_spent_well(bits: int) -> None:
     weights = [fake("a", 640, 1e-3), fake("b", 6400, 1e-6), fake("c", 1280, 1.0), fake("d", 3200, 1e-4)]
-    room = sum(weight.size for weight in weights) * HELD.get(bits, bits + 16 / GROUP) / 8
+    room = sum(weight.size for weight in weights) * BUDGET_BITS.get(bits, bits + 16 / GROUP) / 8
 
     def taken(chosen: Any) -> int:
         return sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True))
@@ -104,18 +105,20 @@ def test_a_weight_is_known_again_when_it_is_turned() -> None:
     assert digest(array) != digest(-array)
 
 
-def test_every_weight_of_the_graphs_is_measured_once_and_known_again() -> None:
+def test_every_weight_of_the_graphs_is_measured_once_and_known_again(
+    small: Family, traced: dict[str, Any]
+) -> None:
     from onnx import TensorProto, numpy_helper
 
-    parts = graphs.parts(sd3.assemble(tiny.parts(with_t5=False), name="small", steps=3, guidance=None))
+    parts = graphs.parts(small)
     measured_: list[str] = []
     for part in parts.values():
         weights = [*part.module.parameters(), *part.module.buffers()]
         measured_ += [digest(each.detach().numpy()) for each in weights if each.is_floating_point()]
     large = [
         numpy_helper.to_array(weight)
-        for part in parts.values()
-        for weight in graphs.trace(part).graph.initializer
+        for name in parts
+        for weight in traced[name].graph.initializer
         if weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) >= 256
     ]
     assert {digest(array) for array in large} <= set(measured_)

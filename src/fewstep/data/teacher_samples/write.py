@@ -18,7 +18,7 @@ from fewstep.core.types import Array, Cond, Model, UserError, Velocity
 from fewstep.data import shards
 from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.manifest import NULL, Plan
-from fewstep.images.io import finite, to_images
+from fewstep.images.pixels import finite, to_pil, to_uint8
 
 Numpy = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
@@ -118,7 +118,7 @@ class _Maker:
 
     def _make(self, rows: range) -> list[dict[str, bytes]]:
         cond = self.teacher.text([self.prompts[row] for row in rows])
-        states, last = self._walk(rows, cond)
+        states, last = self._sample(rows, cond)
         context, pooled = (_half(self.teacher.to_numpy(array)) for array in (cond.context, cond.pooled))
         made: list[dict[str, bytes]] = []
         for place, row in enumerate(rows):
@@ -135,16 +135,25 @@ class _Maker:
             made.append(files)
         return made
 
-    def _walk(self, rows: range, cond: Cond) -> tuple[Numpy, Array]:
-        """The states to keep, float16 ``[B, S + 1, C, H, W]``, and the latents as the teacher has them."""
+    def _sample(self, rows: range, cond: Cond) -> tuple[Numpy, Array]:
+        """Return the states to keep, float16 ``[B, S + 1, C, H, W]``, and the teacher's latents."""
         plan = self.plan
-        fine = schedule.grid(plan.steps, plan.shift)
         stride = plan.steps // (plan.student_steps or 1)
-        x = self.teacher.from_numpy(sampling.batch_noise([plan.seed + row for row in rows], plan.latent))
-        kept = [self.teacher.to_numpy(x)] if plan.student_steps else []
-        for start in range(0, plan.steps, stride):
-            x = sampling.sample_flow(self.velocity, x, fine[start : start + stride + 1], cond)
-            kept.append(self.teacher.to_numpy(x))
+        kept: list[Numpy] = []
+
+        def keep(index: int, x: Array) -> None:
+            if index % stride == 0 and (index or plan.student_steps):
+                kept.append(self.teacher.to_numpy(x))
+
+        latents = sampling.generate_latents(
+            self.teacher,
+            cond,
+            [plan.seed + row for row in rows],
+            schedule.grid(plan.steps, plan.shift),
+            velocity=self.velocity,
+            sampler="euler",
+            hooks=sampling.Hooks(on_state=keep),
+        )
         states = np.stack(kept, axis=1)
         sizes = np.abs(states).reshape(len(states), -1).max(axis=1)
         for row, size in zip(rows, sizes, strict=True):
@@ -153,7 +162,7 @@ class _Maker:
                     f"the teacher's walk from seed {plan.seed + row} grows to {size}; take another --dtype, "
                     "or less guidance"
                 )
-        return _half(states), x
+        return _half(states), latents
 
     def _about(self, row: int) -> dict[str, Any]:
         plan = self.plan
@@ -162,7 +171,7 @@ class _Maker:
 
     def _picture(self, latents: Array) -> bytes:
         file = io.BytesIO()
-        to_images(self.teacher.to_numpy(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
+        to_pil(to_uint8(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
         return file.getvalue()
 
 

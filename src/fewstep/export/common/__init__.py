@@ -1,1 +1,1 @@
-"""What the engines share."""
+"""Modules that export targets share."""

@@ -1,4 +1,4 @@
-"""A torch family as a bundle, whichever engine its graphs are for."""
+"""Writing of a bundle, for any engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from fewstep.core.atomic import FULL, replacing_folder
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import t5_length
 from fewstep.export.common.manifest import manifest, write_t5_tokenizer, write_tokenizer
+from fewstep.export.common.token_lengths import t5_length
 from fewstep.families.base import Family
 from fewstep.runtime.bundle import CARD, MANIFEST, SUFFIXES, T5_TOKENIZER, Bundle, Engine, write_manifest
 
@@ -20,74 +20,80 @@ def write_bundle(
     family: Family,
     out: Path,
     bits: int,
-    facts: ExportMetadata,
+    metadata: ExportMetadata,
     engine: Engine,
     write: Callable[[Path], None],
 ) -> str:
-    """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`).
+    """Write ``family`` as a bundle (:mod:`fewstep.runtime.bundle`), with T5 if the family has it.
 
-    Where the family has T5, the bundle has. It is made beside its place and
-    renamed, so an interrupted export leaves nothing there; an earlier bundle there is replaced.
+    The bundle is written beside ``out`` and then renamed, so that an interrupted export leaves nothing there.
+    An earlier bundle at ``out`` is replaced.
 
     Args:
-        family: an SD3-type family in float32 on the processor.
-        out: the folder where the bundle goes.
-        bits: a weight.
-        facts: what it tells of itself.
-        engine: what its graphs are for.
-        write: writes them into a folder.
+        family: an SD3-type family in float32 on the CPU.
+        out: the folder of the bundle.
+        bits: bits per weight.
+        metadata: metadata to store.
+        engine: the engine of the graphs.
+        write: writes the graphs into a folder.
 
     Returns:
-        What there is now, in a line.
+        One line that describes the bundle.
 
     Raises:
-        UserError: something else lies at ``out``.
+        UserError: something else exists at ``out``.
     """
 
-    def fill(fresh: Path) -> None:
-        write(fresh)
-        write_tokenizer(family, fresh / "tokenizer.json")
+    def fill(folder: Path) -> None:
+        write(folder)
+        write_tokenizer(family, folder / "tokenizer.json")
         if t5_length(family):
-            write_t5_tokenizer(family, fresh / T5_TOKENIZER)
-        if facts.license_file is not None:
-            shutil.copyfile(facts.license_file, fresh / "LICENSE")
-        if facts.card is not None:
-            shutil.copyfile(facts.card, fresh / CARD)
+            write_t5_tokenizer(family, folder / T5_TOKENIZER)
+        if metadata.license_file is not None:
+            shutil.copyfile(metadata.license_file, folder / "LICENSE")
+        if metadata.card is not None:
+            shutil.copyfile(metadata.card, folder / CARD)
 
-    return _sealed(out, bits, manifest(family, facts, bits) | {"engine": engine}, fill)
+    return _write(out, bits, manifest(family, metadata, bits) | {"engine": engine}, fill)
 
 
 def rewrite_bundle(
-    bundle: Bundle, out: Path, bits: int, told: Mapping[str, Any], write: Callable[[Path], None]
+    bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any], write: Callable[[Path], None]
 ) -> str:
-    """Write ``bundle`` with other graphs; its tokenizers, licence and card go along.
+    """Write a copy of ``bundle`` with other graphs. Tokenizers, licence and model card are copied.
 
     Args:
-        bundle: for onnxruntime; its files are verified first.
-        out: as ``bits`` and ``write`` in :func:`write_bundle`, and what is returned and raised.
-        bits: a weight.
-        told: the fields of ``bundle.json`` but ``format`` and ``files``.
+        bundle: a bundle for onnxruntime, whose files are verified first.
+        out: the folder of the new bundle.
+        bits: bits per weight.
+        fields: the fields of the new ``bundle.json`` but ``format`` and ``files``.
         write: writes the graphs into a folder.
+
+    Returns:
+        One line that describes the new bundle.
+
+    Raises:
+        UserError: something else exists at ``out``, or the bundle is damaged.
     """
     if out.exists() and out.samefile(bundle.folder):
         raise UserError(f"{out} is the bundle itself: choose another place")
     bundle.verify()
 
-    def fill(fresh: Path) -> None:
-        write(fresh)
+    def fill(folder: Path) -> None:
+        write(folder)
         for name in bundle.files:
             if not name.endswith((*SUFFIXES[bundle.engine], ".data")):
-                shutil.copyfile(bundle.path(name), fresh / name)
+                shutil.copyfile(bundle.path(name), folder / name)
 
-    return _sealed(out, bits, told, fill)
+    return _write(out, bits, fields, fill)
 
 
-def _sealed(out: Path, bits: int, told: Mapping[str, Any], fill: Callable[[Path], None]) -> str:
+def _write(out: Path, bits: int, fields: Mapping[str, Any], fill: Callable[[Path], None]) -> str:
     check_place(out)
     try:
-        with replacing_folder(out) as fresh:
-            fill(fresh)
-            bundle = write_manifest(fresh, told)
+        with replacing_folder(out) as folder:
+            fill(folder)
+            bundle = write_manifest(folder, fields)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -96,6 +102,10 @@ def _sealed(out: Path, bits: int, told: Mapping[str, Any], fill: Callable[[Path]
 
 
 def check_place(out: Path) -> None:
-    """Refuse a place where something else than a bundle lies, before anything is made for it."""
+    """Check that ``out`` is free or a bundle.
+
+    Raises:
+        UserError: something else exists there.
+    """
     if out.exists() and not (out / MANIFEST).is_file():
         raise UserError(f"{out} exists and is no bundle: choose another place")

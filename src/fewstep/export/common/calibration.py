@@ -1,7 +1,7 @@
-"""The inputs of a graph's layers while real pictures are drawn.
+"""Calibration statistics: the inputs of a graph's layers during generation.
 
-What an error in a weight costs depends on its input, and of inputs that come together the error of one can
-make up for that of another. :func:`fewstep.export.common.onnx_quantize.to_groups` rounds by that.
+The cost of an error in a weight depends on the layer's inputs. Where inputs correlate, the error of one
+weight can compensate that of another, which :func:`fewstep.export.common.onnx_quantize.to_groups` uses.
 """
 
 from __future__ import annotations
@@ -15,67 +15,70 @@ from typing import Any
 import numpy as np
 
 DAMPING = (0.1, 0.01)
-"""Shares of an input's own mean square, and of the mean of all of its layer, that are added to it: prompts
-that come later bring inputs that calibration had not. A share of the mean alone would drown them where one is
-a hundred times as large as the others. Pocket in 4 bits loses 0.5 dB with 0.3 for the first; 0.003 to 0.03
-for the second cannot be told apart."""
+"""Damping of the Gram matrix: fractions of an input's own mean square, and of the mean over its layer.
 
-PLACES = 32
-"""Of a larger plane of outputs a convolution's inputs are taken at about so many places a side."""
+Damping covers inputs that calibration did not produce. A fraction of the mean alone would dominate where one
+input is a hundred times as large as the others. Pocket in 4 bits loses 0.5 dB with 0.3 for the first. Values
+of 0.003 to 0.03 for the second give the same result."""
+
+POSITIONS = 32
+"""Output positions per side at which the inputs of a convolution are sampled, about."""
 
 TOKENS = 512
-"""Of a longer row of tokens a linear layer's inputs are taken at about so many."""
+"""Tokens per row at which the inputs of a linear layer are sampled, about."""
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationStats:
-    """What met a layer's weight.
+    """A layer's weight and the Gram matrix of its inputs.
 
     Attributes:
-        weight: float32, its first axis the outputs; the layer's own memory.
-        gram: sums of products of its inputs, float32 ``[I, I]``; ``I`` are all axes but the first.
+        weight: float32 ``[O, ...]``, a view of the layer's memory.
+        gram: sums of products of the inputs, float32 ``[I, I]``. ``I`` is the product of all axes but the
+        first.
     """
 
     weight: np.ndarray
     gram: np.ndarray
 
     def transposed(self, array: np.ndarray) -> bool:
-        """Whether ``array``, the same weight in an exported graph, has its inputs first."""
+        """Return whether ``array``, the weight in an exported graph, has its inputs on the first axis."""
         return not np.array_equal(array.squeeze(), self.weight.squeeze())
 
     def output_error(self, back: np.ndarray) -> float:
-        """Squared error of the outputs, summed over all inputs, if ``back`` stood for the weight."""
+        """Return the squared error of the outputs, summed over all inputs, with ``back`` as the weight."""
         off = (back - self.weight).reshape(len(back), -1)
         return float(((off @ self.gram) * off).sum())
 
     def factor(self) -> np.ndarray:
-        """Upper triangular, float32 ``[I, I]``: the Cholesky factor of the inverse of the damped ``gram``.
+        """Return the Cholesky factor of the inverse of the damped ``gram``.
 
-        It takes half a minute at 6,144 inputs; the one asked for last is kept.
+        It is upper triangular, float32 ``[I, I]``. It takes half a minute for 6,144 inputs. The last result
+        is cached.
         """
         return _factor(self)
 
 
-@lru_cache(maxsize=1)  # asked for at every width of one weight after the other; of SD3.5 they are gigabytes
+@lru_cache(maxsize=1)  # every bit width of one weight uses it; those of SD3.5 take gigabytes
 def _factor(inputs: CalibrationStats) -> np.ndarray:
-    whole = inputs.gram.astype(np.float64)
+    damped = inputs.gram.astype(np.float64)
     own, mean = DAMPING
-    whole[np.diag_indices_from(whole)] += own * whole.diagonal() + mean * whole.diagonal().mean()
-    return np.linalg.cholesky(np.linalg.inv(whole)).T.astype(np.float32)
+    damped[np.diag_indices_from(damped)] += own * damped.diagonal() + mean * damped.diagonal().mean()
+    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
 @contextmanager
 def collect_stats(
     modules: Mapping[str, Any],
 ) -> Generator[Callable[[], dict[tuple[str, str], CalibrationStats]]]:
-    """Sum up what comes to every linear layer and convolution of several graphs while they run.
+    """Collect the inputs of every linear layer and convolution of several graphs while they run.
 
     Args:
         modules: torch modules by the name of their graph.
 
     Yields:
-        What tells, when it is called, the inputs so far: by graph and name of the weight in it. A layer that
-        nothing but zeros came to is left out.
+        A function that returns the statistics so far, by graph and name of the weight. Layers whose inputs
+        were all zero are left out.
     """
     import torch
     from torch import nn
@@ -84,9 +87,9 @@ def collect_stats(
     layers: dict[tuple[str, str], Any] = {}
 
     def hook(key: tuple[str, str]) -> Callable[[Any, tuple[Any, ...]], None]:
-        def add(layer: Any, given: tuple[Any, ...]) -> None:
+        def add(layer: Any, inputs: tuple[Any, ...]) -> None:
             with torch.no_grad():
-                rows = _rows(layer, given[0].detach().float())
+                rows = _rows(layer, inputs[0].detach().float())
                 sums[key] = rows.T @ rows + sums.get(key, 0)
 
         return add
@@ -103,26 +106,26 @@ def collect_stats(
             if gram.any()
         }
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def _rows(layer: Any, x: Any) -> Any:
-    """What meets the weight, ``[N, I]``: some tokens; of a convolution the patches at some places.
+    """Return samples of a layer's inputs ``[N, I]``: some tokens, or patches at some positions.
 
-    Those lie an odd number apart: of what lies in pairs, as an upsampling lays it down, both are taken.
+    The distance between samples is odd. An upsampling repeats pixels in pairs, and so both are sampled.
     """
     from torch import nn
 
     if isinstance(layer, nn.Linear):
         if x.ndim > 2:
-            x = x[..., :: _apart(x.shape[-2], TOKENS), :]
+            x = x[..., :: _stride(x.shape[-2], TOKENS), :]
         return x.reshape(-1, x.shape[-1])
     sides = zip(layer.stride, x.shape[2:], strict=True)
-    down, right = (stride * _apart(side // stride, PLACES) for stride, side in sides)
+    down, right = (stride * _stride(side // stride, POSITIONS) for stride, side in sides)
     patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, (down, right))
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def _apart(there: int, wanted: int) -> int:
-    return max(there // wanted, 1) | 1
+def _stride(size: int, samples: int) -> int:
+    return max(size // samples, 1) | 1

@@ -1,6 +1,7 @@
-"""The parts of SD3's pipeline as diffusers calls them, for engines that bring that pipeline.
+"""Torch modules with the inputs and outputs of the diffusers SD3 pipeline, for engines that implement it.
 
-Those of our own are in :mod:`fewstep.export.common.wrappers`. This file imports torch when it is imported.
+The modules of fewstep's own graphs are in :mod:`fewstep.export.common.wrappers`. This module imports torch at
+import time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.types import Cond
-from fewstep.export.common.graphs import GraphSpec, text_length
+from fewstep.export.common.graphs import GraphSpec
+from fewstep.export.common.token_lengths import text_length
 from fewstep.export.common.wrappers import cropped, shortened
 from fewstep.families.base import Family
 from fewstep.families.sd3 import NetVelocity
@@ -19,7 +21,7 @@ from fewstep.modules.adaln import with_submodules
 
 
 class ClipGraph(nn.Module):
-    """One CLIP, with all that it tells. A row that was cut before its end token ends with one."""
+    """A CLIP encoder with all hidden states. A truncated row of tokens gets an end token."""
 
     def __init__(self, family: Family, name: str) -> None:
         super().__init__()
@@ -27,19 +29,19 @@ class ClipGraph(nn.Module):
         self.eos: int = family.parts["tokenizer"].eos_token_id
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """``[B, L]`` int64 -> pooled ``[B, P]``, then the last state and every layer's, ``[B, L, D]``."""
+        """Encode ``[B, L]`` int64 as pooled ``[B, P]``, the last and every layer's state ``[B, L, D]``."""
         ended = (input_ids == self.eos).any(1, keepdim=True)
         last = torch.where(ended, input_ids[:, -1:], self.eos)
-        told = self.clip(torch.cat([input_ids[:, :-1], last], 1), output_hidden_states=True)
-        return told.text_embeds, told.last_hidden_state, *told.hidden_states
+        output = self.clip(torch.cat([input_ids[:, :-1], last], 1), output_hidden_states=True)
+        return output.text_embeds, output.last_hidden_state, *output.hidden_states
 
 
 class Transformer(nn.Module):
-    """The net, of fixed spatial size.
+    """The net at a fixed spatial size.
 
     Args:
-        family: without T5.
-        largest: the timestep that stands for pure noise.
+        family: an SD3-type family without T5.
+        largest: the timestep of pure noise.
     """
 
     def __init__(self, family: Family, largest: int) -> None:
@@ -55,10 +57,16 @@ class Transformer(nn.Module):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
     ) -> Tensor:
-        """``[B, C, H, W]``, ``[1]`` for all, ``[B, 2 L, D]``, ``[B, P]`` -> velocity ``[B, C, H, W]``.
+        """Predict the velocity ``[B, C, H, W]``.
 
-        The second half of the context's rows, the zeros of a T5 that is not there, are dropped: no model
-        here was taught with them.
+        The pipeline appends zeros for a missing T5. They are dropped, because no fewstep model is trained
+        with them.
+
+        Args:
+            hidden_states: noisy latents ``[B, C, H, W]``.
+            timestep: ``[1]``, shared by the batch.
+            encoder_hidden_states: text embeddings ``[B, 2 L, D]``.
+            pooled_projections: pooled text embeddings ``[B, P]``.
         """
         t = (timestep / self.largest).expand(hidden_states.shape[0])
         context = encoder_hidden_states[:, : self.length]
@@ -66,35 +74,35 @@ class Transformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The autoencoder's half that draws, its scaling left to the pipeline."""
+    """The VAE decoder. The pipeline applies the latent scaling."""
 
     def __init__(self, family: Family) -> None:
         super().__init__()
         self.vae = with_submodules(family.parts["vae"], {"encoder": nn.Identity()})
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1]."""
+        """Decode ``[B, C, H, W]`` to images ``[B, 3, h, w]``, about [-1, 1]."""
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
 class Encoder(nn.Module):
-    """Its other half, likewise."""
+    """The VAE encoder. The pipeline applies the latent scaling."""
 
     def __init__(self, family: Family) -> None:
         super().__init__()
         self.vae = with_submodules(family.parts["vae"], {"decoder": nn.Identity()})
 
     def forward(self, sample: Tensor) -> Tensor:
-        """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]``, the mode of the posterior."""
+        """Encode ``[B, 3, h, w]`` in [-1, 1] as ``[B, C, H, W]``, the mode of the posterior."""
         return self.vae.encode(sample).latent_dist.mode()
 
 
-def stock_parts(family: Family, largest: int) -> dict[str, GraphSpec]:
-    """The graphs of a model without T5, by their folders in OpenVINO's layout of diffusers' pipelines.
+def diffusers_parts(family: Family, largest: int) -> dict[str, GraphSpec]:
+    """Return the graphs of a model without T5 by their folders in OpenVINO's layout of diffusers pipelines.
 
     Args:
-        family: SD3-type, with an ``AutoencoderKL``.
-        largest: the timestep that stands for pure noise.
+        family: an SD3-type family with an ``AutoencoderKL``.
+        largest: the timestep of pure noise.
     """
     channels, height, width = family.latent
     length, config = text_length(family), family.parts["transformer"].config

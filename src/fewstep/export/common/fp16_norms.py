@@ -1,11 +1,10 @@
-"""Norms whose squares stay within float16.
+"""Norms whose squares do not overflow in float16.
 
-Float16 ends at 65504, so the plain mean of squares overflows where a number is beyond 256. Here what is
-squared is first divided by a quarter of the group's peak, and multiplied by nothing later: a norm forgets the
-scale of what it norms. In exact arithmetic they are the plain norms. Engines that compute in float16 through
-and through, such as the Neural Engine, need them.
+Float16 ends at 65504, so a mean of squares overflows if an activation exceeds 256. These norms first divide
+their input by a quarter of its peak. In exact arithmetic the result is the same, because a norm does not
+depend on the scale of its input. Engines that compute in float16 only, such as the Neural Engine, need them.
 
-This file imports torch when it is imported; only the exporters import it.
+This module imports torch at import time.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 from fewstep.modules.adaln import with_submodules
 
 TOP = 4.0
-"""The peak after the division: what is a thousandth of the peak has a square of 1.6e-5, which float16 holds
-to 0.4 %."""
+"""The peak after the division. A thousandth of the peak has a square of 1.6e-5, which float16 holds to
+0.4 %."""
 
 FLOOR = 2.0**-8
-"""The least divisor: the norm's epsilon, divided by its square, stays in the range too."""
+"""The smallest divisor. The norm's epsilon, divided by its square, stays in the range of float16."""
 
 
 class HalfRMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps)``, times the weight, over the last axis."""
+    """RMS norm over the last axis: ``x / sqrt(mean(x^2) + eps)``, times the weight."""
 
-    root: Tensor  # a constant by itself: from a number, coremltools makes 1 / (scale + 1e-4)
+    root: Tensor  # a tensor: of a Python number, coremltools makes 1 / (scale + 1e-4)
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class HalfRMSNorm(nn.Module):
         self.register_buffer("root", torch.tensor([norm.eps**0.5]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., C]`` -> ``[..., C]``."""
+        """Normalize ``[..., C]``; the shape stays."""
         scale = _scale(x, (-1,))
         x = x / scale
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (self.root / scale).square())
@@ -44,7 +43,7 @@ class HalfRMSNorm(nn.Module):
 
 
 class HalfGroupNorm(nn.Module):
-    """``nn.GroupNorm``; means are taken along one axis and then the other, so that no sum is long."""
+    """``nn.GroupNorm`` with means along one axis and then the other, which keeps sums short."""
 
     root: Tensor
 
@@ -55,7 +54,7 @@ class HalfGroupNorm(nn.Module):
         self.register_buffer("root", torch.tensor([norm.eps**0.5]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, ..., W]`` -> the same."""
+        """Normalize ``[B, C, ..., W]``; the shape stays."""
         grouped = x.reshape(x.shape[0], self.groups, -1, x.shape[-1])
         scale = _scale(grouped, (2, 3))
         grouped = grouped / scale
@@ -66,16 +65,16 @@ class HalfGroupNorm(nn.Module):
 
 
 def with_fp16_norms(module: Any) -> Any:
-    """``module`` with these norms instead of its own; all else is shared, and ``module`` stays as it is."""
+    """Return a copy of ``module`` with these norms. Other submodules are shared; ``module`` is unchanged."""
     from diffusers.models.normalization import RMSNorm
 
-    instead: dict[str, Any] = {}
+    replacements: dict[str, Any] = {}
     for name, norm in module.named_modules():
         if isinstance(norm, RMSNorm):
-            instead[name] = HalfRMSNorm(norm)
+            replacements[name] = HalfRMSNorm(norm)
         elif isinstance(norm, nn.GroupNorm):
-            instead[name] = HalfGroupNorm(norm)
-    return with_submodules(module, instead)
+            replacements[name] = HalfGroupNorm(norm)
+    return with_submodules(module, replacements)
 
 
 def _scale(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A family's parts as graphs: what goes in, what comes out, and the ONNX of each."""
+"""The graphs of a family, with inputs and outputs, and their export to ONNX."""
 
 from __future__ import annotations
 
@@ -13,39 +13,35 @@ from typing import Any
 import numpy as np
 
 from fewstep.core.types import UserError
+from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
-from fewstep.families.sd3 import T5_LENGTH
 
 OPSET = 20
 LARGEST = 2**31 - 2**20
-"""Most bytes of a protobuf message; the weights of a graph above it lie in a file beside it."""
+"""Largest size of a protobuf message, in bytes. A larger graph has its weights in a second file."""
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph to be: a module, an example of its inputs (batch 2, or a row that all share), and the names
-    of both ends."""
+    """A graph to export.
+
+    Attributes:
+        module: the torch module.
+        inputs: example inputs by name, of batch 2, or of batch 1 where the whole batch shares the input.
+        outputs: names of the outputs.
+    """
 
     module: Any
     inputs: Mapping[str, Any]
     outputs: tuple[str, ...]
 
 
-def text_length(family: Family) -> int:
-    """Tokens of a prompt, ``L``, as the CLIPs of ``family`` take them."""
-    positions = family.parts["text_encoder"].config.max_position_embeddings
-    return min(family.parts["tokenizer"].model_max_length, positions)
-
-
-def t5_length(family: Family) -> int:
-    """Tokens of a prompt as T5 takes them; 0 where there is none."""
-    if family.parts["text_encoder_3"] is None:
-        return 0
-    return min(T5_LENGTH, family.parts["tokenizer_3"].model_max_length)
-
-
 def check_finite(name: str, part: Any) -> None:
-    """Refuse a net, called ``name``, that draws nothing: one with a weight that is no number."""
+    """Check that all weights of a net are finite.
+
+    Raises:
+        UserError: one is not. The line starts with ``name``.
+    """
     for path, weight in part.named_parameters():
         if not weight.isfinite().all():
             raise UserError(
@@ -54,10 +50,10 @@ def check_finite(name: str, part: Any) -> None:
 
 
 def parts(family: Family) -> dict[str, GraphSpec]:
-    """The graphs of a model as torch modules, with examples of what goes in: five, or six with T5.
+    """Return the five graphs of a model, or six with T5, as torch modules with example inputs.
 
     Raises:
-        UserError: a weight is no number.
+        UserError: a weight is not finite.
     """
     import torch
 
@@ -71,30 +67,31 @@ def parts(family: Family) -> dict[str, GraphSpec]:
     tokens = torch.zeros(2, length, dtype=torch.int64)
     tokens[:, 1:] = family.parts["tokenizer"].eos_token_id
     text, modulation = wrappers.TextModule(family).eval(), wrappers.ModulationModule(family).eval()
-    told = {"t": torch.tensor([1.0, 0.5])}
+    modulation_inputs = {"t": torch.tensor([1.0, 0.5])}
     with torch.no_grad():
-        context, told["pooled"] = text(tokens)
-        modulations = modulation(**told)
+        context, modulation_inputs["pooled"] = text(tokens)
+        modulations = modulation(**modulation_inputs)
     texts = {"text": GraphSpec(text, {"tokens": tokens}, ("context", "pooled"))}
-    if room := t5_length(family):
-        t5, its_tokens = wrappers.T5Module(family).eval(), torch.zeros(2, room, dtype=torch.int64)
-        its_tokens[:, 0] = 1
-        texts["t5"] = GraphSpec(t5, {"tokens": its_tokens}, ("context",))
+    if length_t5 := t5_length(family):
+        t5 = wrappers.T5Module(family).eval()
+        t5_tokens = torch.zeros(2, length_t5, dtype=torch.int64)
+        t5_tokens[:, 0] = 1
+        texts["t5"] = GraphSpec(t5, {"tokens": t5_tokens}, ("context",))
         with torch.no_grad():
-            context = torch.cat([context, t5(its_tokens)], dim=1)
+            context = torch.cat([context, t5(t5_tokens)], dim=1)
     latents = torch.zeros(2, channels, height, width)
     images = torch.zeros(2, 3, height * family.downscale, width * family.downscale)
-    net = {"x": latents, "context": context, "modulation": modulations}
+    net_inputs = {"x": latents, "context": context, "modulation": modulations}
     return texts | {
-        "modulation": GraphSpec(modulation, told, ("modulation",)),
-        "transformer": GraphSpec(wrappers.TransformerModule(family).eval(), net, ("velocity",)),
+        "modulation": GraphSpec(modulation, modulation_inputs, ("modulation",)),
+        "transformer": GraphSpec(wrappers.TransformerModule(family).eval(), net_inputs, ("velocity",)),
         "decoder": GraphSpec(wrappers.DecoderModule(family).eval(), {"latents": latents}, ("images",)),
         "encoder": GraphSpec(wrappers.EncoderModule(family).eval(), {"images": images}, ("latents",)),
     }
 
 
 def trace(part: GraphSpec) -> Any:
-    """``part`` as an ``onnx.ModelProto`` with a free batch size."""
+    """Export ``part`` as an ``onnx.ModelProto`` with a dynamic batch size."""
     import torch
 
     batch = torch.export.Dim("batch")
@@ -111,14 +108,14 @@ def trace(part: GraphSpec) -> Any:
         )
     assert program is not None
     model = program.model_proto
-    del model.graph.value_info[:]  # shapes of what lies between, which engines infer
+    del model.graph.value_info[:]  # shapes of intermediate tensors, which engines infer
     for node in model.graph.node:
-        del node.metadata_props[:]  # torch's stack traces: paths of this machine, in a file that ships
+        del node.metadata_props[:]  # torch stores stack traces with paths of this machine
     return model
 
 
 def write_graph(model: Any, path: Path) -> None:
-    """Write an ``onnx.ModelProto``; weights too many for one file go to ``NAME.onnx.data`` beside it."""
+    """Write an ``onnx.ModelProto``. A model above :data:`LARGEST` has its weights in ``NAME.onnx.data``."""
     import onnx
 
     large = model.ByteSize() > LARGEST
@@ -127,7 +124,7 @@ def write_graph(model: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silence torch's exporter about torchvision's absence and its own deprecations."""
+    """Silence warnings of torch's exporter about missing torchvision and its own deprecations."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What folders of graphs tell of themselves, and the tokenizer beside the graphs."""
+"""The metadata and the tokenizers that are stored beside exported graphs."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.export.base import ExportMetadata
-from fewstep.export.common.graphs import t5_length, text_length
+from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
 
 
-def manifest(family: Family, facts: ExportMetadata, bits: int) -> dict[str, Any]:
-    """What a user of the graphs must know: shapes, grid, guidance, sampler, licence."""
+def manifest(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, Any]:
+    """Return the metadata that using the graphs requires: shapes, schedule, guidance, sampler and licence."""
     channels, height, width = family.latent
     return {
         "name": family.name,
         "family": family.kind,
-        "license": facts.license,
+        "license": metadata.license,
         "latent": {"channels": channels, "height": height, "width": width, "downscale": family.downscale},
         "shift": family.shift,
         "steps": family.steps,
         "guidance": family.guidance,
         "sampler": family.sampler,
         "text": {"length": text_length(family), "t5": t5_length(family)},
-        **({} if facts.compute == "float32" else {"compute": facts.compute}),
-        "about": {"bits": bits, **facts.about},
+        **({} if metadata.compute == "float32" else {"compute": metadata.compute}),
+        "about": {"bits": bits, **metadata.about},
     }
 
 
 def write_tokenizer(family: Family, path: Path) -> None:
-    """The first CLIP's tokenizer in the ``tokenizers`` library's format, cutting and padding to ``L``."""
+    """Write the first CLIP's tokenizer in the ``tokenizers`` format, truncating and padding to ``L``."""
     _write(family.parts["tokenizer"], text_length(family), path)
 
 
 def write_t5_tokenizer(family: Family, path: Path) -> None:
-    """T5's tokenizer, cutting and padding to its own length."""
+    """Write T5's tokenizer in the same format, truncating and padding to T5's length."""
     _write(family.parts["tokenizer_3"], t5_length(family), path)
 
 

@@ -1,11 +1,13 @@
-"""Smaller weights in an ONNX graph, the arithmetic left in float32.
+"""Weight-only quantization of ONNX graphs, with float32 arithmetic.
 
-8 bits: matrices (linear layers, embeddings) become int8 with one scale a row or a column, whichever loses
-less, convolution kernels with one for each of their outputs. Below: codes with a float16 scale for every
-:data:`GROUP` of a row or a column, packed without a gap. 16 bits: all of them float16. The operators that
-unpack (``Cast``, shifts, ``Mul`` by the scale) stand before the layer, and onnxruntime folds them away when
-it makes the session: a file a quarter as large runs as fast as float32, and a picture depends neither on its
-batch nor on the processor's integer instructions. ``docs/deploy.md`` has what else was measured.
+* 16 bits: float16.
+* 8 bits: int8. A matrix (linear layer, embedding) has one scale per row or per column, whichever has the
+  smaller error. A convolution kernel has one scale per output channel.
+* Fewer bits: packed codes with a float16 scale per :data:`GROUP` elements of a row or column.
+
+Operators that unpack the codes (``Cast``, shifts, ``Mul`` by the scale) precede the layer. onnxruntime folds
+them when it creates the session. A file of a quarter of the size therefore runs as fast as float32. An image
+depends neither on its batch nor on the processor's integer instructions.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from numpy.typing import ArrayLike
 from fewstep.export.common.calibration import CalibrationStats
 
 SMALLEST = 4096
-"""Tensors of fewer elements (biases, scales of norms) stay as they are."""
+"""Smallest number of elements of a quantized tensor. Biases and scales of norms have fewer."""
 
 GROUP = 64
-"""Codes that share a scale, where they have less than 8 bits."""
+"""Number of codes that share a scale, for codes of less than 8 bits."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-"""How codes are laid down: their low bits, as many codes a byte as there is room for, then the high ones.
+"""Bit planes of packed codes: the low bits of all codes, then the high bits.
 
-A byte holds codes that lie far apart, so that one shift moves a long row of bytes: of neighbours in a byte,
-onnxruntime unpacks half as many a second.
+A byte of a plane holds codes that are far apart, so that one shift moves a long row of bytes. With adjacent
+codes in a byte, onnxruntime unpacks at half the speed.
 """
 
-TRIED = np.linspace(0.7, 1.0, 7, dtype=np.float32)
-"""Shares of a group's peak that its last code may stand for: cutting off can cost less than coarseness."""
+CLIP_RATIOS = np.linspace(0.7, 1.0, 7, dtype=np.float32)
+"""Candidate clipping ratios of a group's peak. Clipping can cost less than coarser codes."""
 
 LARGEST = float(np.finfo(np.float16).max)
-"""Scale of a group. With what the columns before it leave it to make up for, its peak can be larger."""
+"""Largest scale of a group. Compensation of earlier columns can move a group's peak beyond it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class QuantSpec:
     """How a weight is stored.
 
     Attributes:
-        bits: an element.
-        inputs: that met it, where they are known: codes with a scale a group then make up for one another.
+        bits: bits per element.
+        inputs: calibration statistics of the layer's inputs. With them, grouped codes are rounded by GPTQ.
     """
 
     bits: int
@@ -53,90 +55,92 @@ class QuantSpec:
 
 
 Choose = Callable[[np.ndarray], QuantSpec | None]
-"""How a weight is stored if not as the others; ``None`` for no word of its own."""
+"""A function of a weight that returns how it is stored; ``None`` for the default."""
 
 
 def quantize_weights(model: Any, bits: int, choose: Choose | None = None) -> Any:
-    """A copy of an ``onnx.ModelProto`` with its weights stored in fewer bits each.
+    """Return a copy of an ``onnx.ModelProto`` with quantized weights.
 
     Args:
-        model: what :func:`fewstep.export.common.graphs.trace` gives.
-        bits: 2, 3, 4, 5, 6, 8, 16 or 32 a weight.
-        choose: weights that are stored in another way.
+        model: the result of :func:`fewstep.export.common.graphs.trace`.
+        bits: bits per weight: 2, 3, 4, 5, 6, 8, 16 or 32.
+        choose: selects how single weights are stored instead.
     """
     import onnx
     from onnx import numpy_helper
 
-    small = onnx.ModelProto()
-    small.CopyFrom(model)
-    graph = small.graph
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    graph = quantized.graph
     stored: list[Any] = []
     unpack: list[Any] = []
     for weight in graph.initializer:
         if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
             stored.append(weight)
             continue
-        made, array = _Stored(weight.name), numpy_helper.to_array(weight)
-        made.put(array, (choose(array) if choose else None) or QuantSpec(bits))
-        stored += made.tensors
-        unpack += made.nodes
+        result, array = _StoredWeight(weight.name), numpy_helper.to_array(weight)
+        result.store(array, (choose(array) if choose else None) or QuantSpec(bits))
+        stored += result.tensors
+        unpack += result.nodes
     nodes = [*unpack, *graph.node]
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(stored)
     graph.node.extend(nodes)
-    return small
+    return quantized
 
 
 @dataclass
-class _Stored:
-    """One weight in its small form: the tensors that are stored, and the nodes that make ``name`` of them."""
+class _StoredWeight:
+    """A quantized weight: the stored tensors, and the nodes that unpack them to ``name``."""
 
     name: str
     tensors: list[Any] = field(default_factory=list[Any])
     nodes: list[Any] = field(default_factory=list[Any])
 
-    def put(self, array: np.ndarray, how: QuantSpec) -> None:
-        """Store ``array`` as chosen, or in the fewest bits above that its shape and range allow.
+    def store(self, array: np.ndarray, spec: QuantSpec) -> None:
+        """Store ``array`` as ``spec`` says, or in the next larger bits that its shape and range allow.
 
-        Axes of length 1 do not count: an exporter adds some, and what is stored must be what was measured.
+        Axes of length 1 are ignored. Exporters add some, and the stored weight must be the measured one.
         """
-        bits, matrix = how.bits, array.squeeze()
+        bits, matrix = spec.bits, array.squeeze()
         if bits <= 8 and matrix.ndim == 2 and matrix.shape != array.shape:
-            inner = _Stored(f"{self.name}.matrix", self.tensors, self.nodes)
-            inner.put(matrix, how)
+            inner = _StoredWeight(f"{self.name}.matrix", self.tensors, self.nodes)
+            inner.store(matrix, spec)
             self._node("Reshape", inner.name, self._tensor("whole", np.array(array.shape)), out=self.name)
             return
         rows = array.reshape(len(array), -1)
         axes = [axis for axis in ((1, 0) if array.ndim == 2 else (1,)) if rows.shape[axis] % GROUP == 0]
-        halves = np.abs(array).max() <= LARGEST
-        if bits in PLANES and axes and halves:
-            self._grouped(array, how, axes)
+        fits_float16 = np.abs(array).max() <= LARGEST
+        if bits in PLANES and axes and fits_float16:
+            self._grouped(array, spec, axes)
         elif bits <= 8:
             self._scaled(array, (0, 1) if array.ndim == 2 else (1,))
-        elif bits < 32 and halves:
+        elif bits < 32 and fits_float16:
             self._node("Cast", self._tensor("half", array.astype(np.float16)), to=FLOAT, out=self.name)
         else:
             self._tensor("", array)
 
     def _scaled(self, array: np.ndarray, axes: Sequence[int]) -> None:
-        """8 bits, a scale a row or a column; a kernel has a scale for each of its outputs."""
+        """Store in 8 bits with a scale per row or column; a kernel has one per output channel."""
         codes, scale = to_int8(array.reshape(len(array), -1), axes)
         if array.ndim > 2:
             codes, scale = codes.reshape(array.shape), scale.reshape(-1, *[1] * (array.ndim - 1))
         real = self._node("Cast", self._tensor("int8", codes), to=FLOAT)
         self._node("Mul", real, self._tensor("scale", scale), out=self.name)
 
-    def _grouped(self, array: np.ndarray, how: QuantSpec, axes: Sequence[int]) -> None:
-        """Fewer bits, a scale a :data:`GROUP`: along the inputs if they are known, or the axis that loses
-        less."""
-        rows, bits, factor = array.reshape(len(array), -1), how.bits, None
-        if how.inputs and (along := 0 if how.inputs.transposed(array) else 1) in axes:
-            axes, factor = [along], how.inputs.factor()
-        tried = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
-        axis = min(tried, key=lambda each: tried[each][2])
-        codes, scale, _ = tried[axis]
+    def _grouped(self, array: np.ndarray, spec: QuantSpec, axes: Sequence[int]) -> None:
+        """Store in fewer bits with a scale per :data:`GROUP`.
+
+        Groups are along the inputs if their statistics are known, else along the axis of the smaller error.
+        """
+        rows, bits, factor = array.reshape(len(array), -1), spec.bits, None
+        if spec.inputs and (along := 0 if spec.inputs.transposed(array) else 1) in axes:
+            axes, factor = [along], spec.inputs.factor()
+        candidates = {axis: to_groups(rows.T if axis == 0 else rows, bits, factor) for axis in axes}
+        axis = min(candidates, key=lambda each: candidates[each][2])
+        codes, scale, _ = candidates[axis]
         groups = (-1, GROUP)
-        if axis == 0:  # laid down as they are used: a column of the array has its scales below one another
+        if axis == 0:  # in the order of use: the scales of a column of the array are in one column
             groups = (-1, GROUP, rows.shape[1])
             codes, scale = codes.reshape(groups[2], -1).T, scale.reshape(groups[2], -1).T[:, None]
         real = self._node("Cast", self._signed(codes.reshape(-1), bits, groups), to=FLOAT)
@@ -146,12 +150,13 @@ class _Stored:
         self._node("Reshape", self._node("Mul", real, unit), shape, out=self.name)
 
     def _signed(self, codes: np.ndarray, bits: int, shape: Sequence[int]) -> str:
-        """Codes ``[N]`` of their packed planes, as the upper bits of int8.
+        """Pack codes ``[N]`` in planes; return the name of the unpacked int8 tensor, codes in its upper bits.
 
-        What onnxruntime folds away it holds until a whole graph is folded: bytes, as long as they can be.
+        onnxruntime keeps folded constants until the whole graph is folded. So they stay bytes as long as
+        possible.
         """
         signed = (codes ^ 2 ** (bits - 1)).astype(np.uint8)
-        below, made, laid = 0, "", self._tensor("groups", np.array(shape))
+        below, joined, groups = 0, "", self._tensor("groups", np.array(shape))
         for width in PLANES[bits]:
             part = (signed >> below) & (2**width - 1)
             shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
@@ -159,13 +164,13 @@ class _Stored:
             bytes_, by = self._tensor(f"plane{width}", packed), self._tensor(f"shifts{width}", shifts[::-1])
             moved, upper = self._node("BitShift", bytes_, by, direction="LEFT"), 256 - 2 ** (8 - width)
             plane = self._node("BitwiseAnd", moved, self._tensor(f"mask{width}", np.uint8(upper)))
-            plane = self._node("Reshape", plane, laid)
+            plane = self._node("Reshape", plane, groups)
             below += width
             if below < bits:
                 down = self._tensor(f"down{width}", np.uint8(bits - below))
                 plane = self._node("BitShift", plane, down, direction="RIGHT")
-            made = self._node("BitwiseOr", made, plane) if made else plane
-        return self._node("Cast", made, to=INT8)
+            joined = self._node("BitwiseOr", joined, plane) if joined else plane
+        return self._node("Cast", joined, to=INT8)
 
     def _tensor(self, kind: str, array: ArrayLike) -> str:
         from onnx import numpy_helper
@@ -182,21 +187,20 @@ class _Stored:
         return name
 
 
-def quantize_dequantize(array: np.ndarray, how: QuantSpec) -> tuple[np.ndarray, int]:
-    """What is left of a weight that was stored so, float32, as its graph will unpack it; and the bytes that
-    it takes."""
+def quantize_dequantize(array: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, int]:
+    """Quantize a weight; return it as its graph unpacks it, in float32, and its stored size in bytes."""
     import onnx
     from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
-    made = _Stored("weight")
-    made.put(array, how)
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.tensors}
+    stored = _StoredWeight("weight")
+    stored.store(array, spec)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in stored.tensors}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if not made.nodes:
+    if not stored.nodes:
         return tensors["weight"], size
     graph = onnx.helper.make_graph(
-        made.nodes, "one", [], [onnx.helper.make_tensor_value_info("weight", FLOAT, None)], made.tensors
+        stored.nodes, "one", [], [onnx.helper.make_tensor_value_info("weight", FLOAT, None)], stored.tensors
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
     (back,) = ReferenceEvaluator(model).run(None, {})
@@ -204,47 +208,47 @@ def quantize_dequantize(array: np.ndarray, how: QuantSpec) -> tuple[np.ndarray, 
 
 
 FLOAT, INT8 = 1, 3
-"""``onnx.TensorProto.FLOAT`` and ``INT8``, which need not be imported to say so."""
+"""``onnx.TensorProto.FLOAT`` and ``INT8``, without an import of onnx."""
 
 
 def to_int8(matrix: np.ndarray, axes: Sequence[int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric 8-bit codes and their scale, so that ``codes * scale`` is near ``matrix``.
+    """Return symmetric 8-bit codes and their scales, so that ``codes * scale`` approximates ``matrix``.
 
     Args:
         matrix: float32 ``[K, N]``.
-        axes: along which a scale may hold.
+        axes: axes along which a scale may be shared. That of the smaller squared error is taken.
 
     Returns:
-        int8 ``[K, N]`` in -127..127, and a float32 scale ``[1, N]`` (along 0) or ``[K, 1]`` (along 1): the
-        one of the smaller squared error.
+        int8 codes ``[K, N]`` in -127..127, and float32 scales ``[1, N]`` (axis 0) or ``[K, 1]`` (axis 1).
     """
-    found: list[tuple[float, np.ndarray, np.ndarray]] = []
+    candidates: list[tuple[float, np.ndarray, np.ndarray]] = []
     for axis in axes:
         peak = np.abs(matrix).max(axis, keepdims=True)
         scale = (np.where(peak > 0, peak, 127) / 127).astype(np.float32)
         codes = np.rint(matrix / scale).clip(-127, 127).astype(np.int8)
-        found.append((float(np.square(codes * scale - matrix).sum()), codes, scale))
-    _, codes, scale = min(found, key=lambda item: item[0])
+        candidates.append((float(np.square(codes * scale - matrix).sum()), codes, scale))
+    _, codes, scale = min(candidates, key=lambda item: item[0])
     return codes, scale
 
 
 def to_groups(
     matrix: np.ndarray, bits: int, factor: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Codes with a scale a group, so that ``(codes - 2^(bits - 1)) * scale`` is near ``matrix``.
+    """Return codes with a scale per group: ``(codes - 2^(bits - 1)) * scale`` approximates ``matrix``.
 
-    The scale of a group is the one of :data:`TRIED` that loses least. With ``factor`` what is near are the
-    products with the inputs of calibration: the columns behind one make up for its error before they are
-    rounded themselves (GPTQ; Frantar et al., arXiv 2210.17323, section 3).
+    The clipping ratio of a group is the one of :data:`CLIP_RATIOS` with the smallest error. With ``factor``,
+    the products with the calibration inputs are approximated instead: later columns compensate the error of
+    earlier ones before they are rounded (GPTQ; Frantar et al., arXiv 2210.17323, section 3).
 
     Args:
         matrix: float32 ``[R, C]``; :data:`GROUP` divides ``C``.
-        bits: of a code.
-        factor: of the ``C`` inputs (:meth:`fewstep.export.common.calibration.CalibrationStats.factor`).
+        bits: bits per code.
+        factor: Cholesky factor of the ``C`` inputs
+            (:meth:`fewstep.export.common.calibration.CalibrationStats.factor`).
 
     Returns:
-        uint8 codes ``[R C]``, rows one after the other; float16 scales ``[R C / GROUP, 1]``; the sum of
-        squared errors of the elements, whatever ``factor`` is.
+        uint8 codes ``[R C]`` in row-major order, float16 scales ``[R C / GROUP, 1]``, and the sum of squared
+        errors of the elements.
     """
     half, count = 2 ** (bits - 1), matrix.shape[1]
     left = matrix.copy()
@@ -264,18 +268,18 @@ def to_groups(
             errors[:, at] = ((column - code * scale) / row[begin + at])[:, 0]
             group[:, at + 1 :] -= np.outer(errors[:, at], row[begin + at + 1 : begin + GROUP])
         left[:, begin + GROUP :] -= errors @ factor[begin : begin + GROUP, begin + GROUP :]
-    whole = (codes.reshape(-1, GROUP) * scales.reshape(-1, 1)).reshape(matrix.shape)
+    restored = (codes.reshape(-1, GROUP) * scales.reshape(-1, 1)).reshape(matrix.shape)
     packed = (codes + half).astype(np.uint8).reshape(-1)
-    return packed, scales.reshape(-1, 1).astype(np.float16), float(np.square(whole - matrix).sum())
+    return packed, scales.reshape(-1, 1).astype(np.float16), float(np.square(restored - matrix).sum())
 
 
 def _scale(groups: np.ndarray, half: int) -> np.ndarray:
-    """Of each group (a row) the scale that loses least, as float16 can say it, ``[N, 1]``."""
+    """Return the scale of the smallest error of each group (a row), rounded to float16, ``[N, 1]``."""
     peak = np.abs(groups).max(1, keepdims=True)
     best, least = np.ones_like(peak), np.full_like(peak, np.inf)
-    for share in TRIED:
-        scale = np.minimum(peak * share / (half - 1), LARGEST).astype(np.float16).astype(np.float32)
-        scale[scale == 0] = 1  # a group of zeros, or of less than float16 can say
+    for ratio in CLIP_RATIOS:
+        scale = np.minimum(peak * ratio / (half - 1), LARGEST).astype(np.float16).astype(np.float32)
+        scale[scale == 0] = 1  # a group of zeros, or below the range of float16
         error = np.square(_codes(groups, scale, half) * scale - groups).sum(1, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return best

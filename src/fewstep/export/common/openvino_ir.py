@@ -1,6 +1,6 @@
-"""OpenVINO's graphs: from a torch module to an ``.xml`` file with its ``.bin``, in few bits.
+"""Conversion of torch modules and ONNX graphs to OpenVINO IR (``.xml``, ``.bin``) with compressed weights.
 
-This file imports openvino when it is imported.
+This module imports openvino at import time.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ import numpy as np
 
 from fewstep.core.types import UserError
 from fewstep.export.common.graphs import GraphSpec, trace, write_graph
-from fewstep.runtime.openvino import openvino  # which tells nobody
+from fewstep.runtime.openvino import openvino  # without its telemetry
 from fewstep.runtime.session import reason
 
 GROUP = 32
-"""Weights of 4 bits that share a scale."""
+"""Number of 4-bit weights that share a scale."""
 
 SHARE = 0.9
-"""Of a graph's other matrices, how many numbers have 4 bits: the matrices that lose most keep 8."""
+"""Fraction of a graph's weights that get 4 bits. The most sensitive matrices keep 8."""
 
 
 def write(graph: Any, path: Path, bits: int) -> None:
-    """Write an ``openvino.Model`` to ``path`` (``.xml``) and its weights beside it, 16 of ``bits`` being
-    float16.
+    """Write an ``openvino.Model`` to ``path`` (``.xml``), with its weights beside it.
+
+    16 bits are float16. NNCF compresses to fewer.
 
     Raises:
-        UserError: it cannot be written.
-        ImportError: NNCF, which makes fewer bits, is not installed.
+        UserError: the file cannot be written.
+        ImportError: ``bits`` is less than 16 and NNCF is not installed.
     """
     if bits < 16:
         graph = _compressor(bits)(graph)
@@ -44,18 +45,18 @@ def write(graph: Any, path: Path, bits: int) -> None:
 
 @contextlib.contextmanager
 def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
-    """A graph of a bundle for onnxruntime as an ``openvino.Model``, its weights unpacked to float32.
+    """Yield a graph of a bundle for onnxruntime as an ``openvino.Model`` with float32 weights.
 
-    onnxruntime unpacks them, as it does to draw: OpenVINO reads the operators that do it, and draws something
-    else (2026.4).
+    onnxruntime unpacks the weights. OpenVINO 2026.4 accepts the operators that unpack them, but computes
+    other values.
 
     Args:
-        path: of the graph.
-        beside: a folder for what is needed meanwhile; the system's by default.
+        path: the ONNX file.
+        beside: folder for temporary files; the system's by default.
 
     Raises:
         UserError: it is no such graph.
-        OSError: there is no room for it.
+        OSError: the disk is full.
     """
     from fewstep.runtime.ort import ort
 
@@ -63,17 +64,17 @@ def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
     with TemporaryDirectory(dir=beside) as folder:
-        plain = Path(folder) / "graph.onnx"
-        options.optimized_model_filepath = str(plain)
+        unpacked = Path(folder) / "graph.onnx"
+        options.optimized_model_filepath = str(unpacked)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "graph.onnx.data"
         )
         try:
             ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            graph = _read(plain)
+            graph = _read(unpacked)
         except Exception as error:  # the engines' exceptions share no narrower base
             why = reason(error)
-            if _can_be_read(path):  # then what failed is the writing, of which onnxruntime says little
+            if _can_be_read(path):  # then writing failed, for which onnxruntime gives no error of its own
                 raise OSError(errno.ENOSPC, f"is the disk full? ({why})", folder) from error
             raise UserError(f"{path} cannot be unpacked by onnxruntime: {why}") from error
         yield graph
@@ -92,12 +93,15 @@ def _can_be_read(path: Path) -> bool:
     return True
 
 
-def check_float16(parts: Mapping[str, Any], instead: str) -> None:
-    """OpenVINO would write what is too large as the largest number there is.
+def check_float16(parts: Mapping[str, Any], advice: str) -> None:
+    """Check that all weights fit float16. OpenVINO would clip larger ones without a warning.
 
     Args:
-        parts: modules by name, and what is none.
-        instead: what is to be given where one of them has such a weight.
+        parts: parts of a model by name; those that are no modules are skipped.
+        advice: the option to suggest in the error.
+
+    Raises:
+        UserError: a weight exceeds the range of float16.
     """
     import torch
 
@@ -105,15 +109,15 @@ def check_float16(parts: Mapping[str, Any], instead: str) -> None:
     for part, module in parts.items():
         for name, weight in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
             if weight.abs().max() > largest:
-                raise UserError(f"{part}.{name} has weights too large for float16: give {instead}")
+                raise UserError(f"{part}.{name} has weights too large for float16: give {advice}")
 
 
 @contextlib.contextmanager
 def converted(part: GraphSpec, beside: Path | None = None) -> Generator[Any]:
-    """``part`` as an ``openvino.Model`` with a free batch size, by way of ONNX.
+    """Yield ``part`` as an ``openvino.Model`` with a dynamic batch size, converted through ONNX.
 
-    It is read from a file, which may be larger than a protobuf message; its weights are read when they are
-    needed, so that it holds no longer than the file. ``beside`` is as in :func:`folded`.
+    The ONNX file may be larger than a protobuf message. The model reads its weights lazily, so it is valid as
+    long as the file exists, within the block. ``beside`` is as in :func:`folded`.
     """
     with TemporaryDirectory(dir=beside) as folder:
         path = Path(folder) / "graph.onnx"
@@ -123,22 +127,23 @@ def converted(part: GraphSpec, beside: Path | None = None) -> Generator[Any]:
 
 def _read(path: Path) -> Any:
     core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # not every system lets go of a file that is mapped
+    core.set_property({"ENABLE_MMAP": False})  # Windows cannot delete a mapped file
     return core.read_model(path)
 
 
 def _compressor(bits: int) -> Callable[[Any], Any]:
-    """A function from an ``openvino.Model`` to itself with smaller weights.
+    """Return a function that compresses the weights of an ``openvino.Model``.
 
-    They become int8 with a scale and a zero point a row; at 4 bits int4 with a scale for each :data:`GROUP`,
-    but for embeddings, kernels, each graph's last matrix and what NNCF finds to lose most (:data:`SHARE`).
+    8 bits are int8 with a scale and a zero point per row. 4 bits are int4 with a scale per :data:`GROUP`.
+    There, embeddings, kernels, each graph's last matrix and the most sensitive ones (:data:`SHARE`) keep 8
+    bits.
     """
     import nncf
 
     nncf.set_log_level(logging.WARNING)
     options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
     if bits == 4:
-        adjust = nncf.GroupSizeFallbackMode.ADJUST  # smaller groups where rows are no multiple
+        adjust = nncf.GroupSizeFallbackMode.ADJUST  # smaller groups if the row length is no multiple
         advanced = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
         options = {
             "mode": nncf.CompressWeightsMode.INT4_SYM,
@@ -148,31 +153,31 @@ def _compressor(bits: int) -> Callable[[Any], Any]:
         }
 
     def compress(graph: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # its bars of progress
+        with contextlib.redirect_stdout(io.StringIO()):  # progress bars
             return nncf.compress_weights(graph, **options)
 
     return compress
 
 
 def save(graph: Any, path: Path, half: bool) -> None:
-    """Write a graph, its weights in float16 where ``half``.
+    """Write a graph, with float16 weights if ``half``.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         openvino.save_model(graph, path, compress_to_fp16=half)
     except RuntimeError as error:
-        if "iostream" not in str(error):  # which is all that it tells of a file that cannot be written
+        if "iostream" not in str(error):  # OpenVINO's message for a file that cannot be written
             raise
         raise UserError(f"cannot write {path.name}: is the disk full?") from error
 
 
 def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
-    """Write a tokenizer of transformers as a graph, which cuts and pads to ``length``.
+    """Write a transformers tokenizer as a graph that truncates and pads to ``length``.
 
-    It cuts twice: GenAI's pipeline switches off the tokenizer's own cutting, and then copies a longer row to
-    where there is room for one of ``length``. What is cut the second time has no end token.
+    The graph truncates twice. GenAI's pipeline disables the tokenizer's truncation and then copies the row
+    into a buffer of ``length`` tokens. A row that the second truncation cuts has no end token.
 
     Raises:
         ImportError: OpenVINO's tokenizers are not installed.
@@ -180,7 +185,7 @@ def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
     from openvino import opset13 as ops
     from openvino_tokenizers import convert_tokenizer
 
-    own = copy.deepcopy(tokenizer)  # the length becomes its attribute
+    own = copy.deepcopy(tokenizer)  # the conversion sets the length as an attribute
     graph: Any = convert_tokenizer(own, use_max_padding=True, truncation=True, max_length=length)
     tokens = graph.output("input_ids").get_node()
     row = tokens.input_value(0)

@@ -1,7 +1,7 @@
-"""An SD3's tensors under Stability's key names: what reading a single file undoes.
+"""Tensors of an SD3 model under Stability's key names, the inverse of reading a single file.
 
-The tables say what a layer is called there, and of which of diffusers' layers it is made: three projections
-lie in one matrix, one below the other. A tensor that no table names is an error, so that none is left out.
+Tables map a layer's name to the diffusers layers that it consists of: a fused matrix stacks three
+projections. A tensor that no table contains is an error, so that none is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
 from fewstep.families.base import Family
-from fewstep.families.lora.original_names import Table, layer_table, swapped
+from fewstep.families.lora.original_names import SD3, Table
 
 Tensors = dict[str, Any]
 
@@ -33,11 +33,11 @@ def net_tensors(parts: Mapping[str, Any]) -> Tensors:
     import torch
 
     state = parts["transformer"].state_dict()
-    out = renamed(state, layer_table("sd3", state))
-    for layer in swapped("sd3", state):
+    out = renamed(state, SD3.table(state))
+    for layer in SD3.swapped(state):
         for end in ("weight", "bias"):
             key = f"{layer}.{end}"
-            scale, shift = out[key].chunk(2)  # diffusers' order; Stability's is the other one
+            scale, shift = out[key].chunk(2)  # diffusers' order, the reverse of Stability's
             out[key] = torch.cat([shift, scale])
     pooled = "y_embedder.mlp.0.weight"
     out[pooled] = with_projection(out[pooled], parts["text_encoder"].text_projection.weight.detach())
@@ -45,12 +45,12 @@ def net_tensors(parts: Mapping[str, Any]) -> Tensors:
 
 
 def with_projection(weight: Any, projection: Any) -> Any:
-    """The net's first layer of pooled text ``[D, P]``, the first CLIP's projection ``[H, H]`` multiplied in.
+    """Return the net's first layer of pooled text ``[D, P]`` times the first CLIP's projection ``[H, H]``.
 
-    All who read these files take that projection for the identity, which it is in Stability's own.
+    Readers of these files assume that this projection is the identity, as it is in Stability's own files.
 
     Raises:
-        UserError: it is not square, so that the layer would change its shape.
+        UserError: the projection is not square, so that the layer would change its shape.
     """
     import torch
 
@@ -63,62 +63,63 @@ def with_projection(weight: Any, projection: Any) -> Any:
 
 
 def autoencoder_tensors(vae: Any) -> Tensors:
-    """The tensors of an ``AutoencoderKL``, without a prefix.
+    """Return the tensors of an ``AutoencoderKL``, without a prefix.
 
     Raises:
-        UserError: it is another kind of autoencoder, or a tensor has no place there.
+        UserError: it is another kind of autoencoder, or a tensor has no name in Stability's format.
     """
     kind = type(vae).__name__
     if kind != "AutoencoderKL":
         raise UserError(f"a single file holds an AutoencoderKL, and this model has an {kind}")
     blocks, layers = len(vae.config.block_out_channels), vae.config.layers_per_block
     table: dict[str, tuple[str, ...]] = {name: (name,) for name in ("quant_conv", "post_quant_conv")}
-    for side, way in (("encoder", "down"), ("decoder", "up")):
+    for side, direction in (("encoder", "down"), ("decoder", "up")):
         resnets = {f"mid.block_{i + 1}": f"mid_block.resnets.{i}" for i in (0, 1)}
         for i in range(blocks):
-            level = i if way == "down" else blocks - 1 - i  # Stability counts both ways from the pixels
+            level = i if direction == "down" else blocks - 1 - i  # Stability counts from the pixels
             for j in range(layers + 1):
-                resnets[f"{way}.{level}.block.{j}"] = f"{way}_blocks.{i}.resnets.{j}"
-            sampler = f"{side}.{way}_blocks.{i}.{way}samplers.0.conv"
-            table[f"{side}.{way}.{level}.{way}sample.conv"] = (sampler,)
+                resnets[f"{direction}.{level}.block.{j}"] = f"{direction}_blocks.{i}.resnets.{j}"
+            sampler = f"{side}.{direction}_blocks.{i}.{direction}samplers.0.conv"
+            table[f"{side}.{direction}.{level}.{direction}sample.conv"] = (sampler,)
         for new, old in resnets.items():
             table |= {f"{side}.{new}.{a}": (f"{side}.{old}.{b}",) for a, b in RESNET.items()}
-        place = f"{side}.mid_block.attentions.0"
-        table |= {f"{side}.mid.attn_1.{a}": (f"{place}.{b}",) for a, b in ATTENTION.items()}
+        attention = f"{side}.mid_block.attentions.0"
+        table |= {f"{side}.mid.attn_1.{a}": (f"{attention}.{b}",) for a, b in ATTENTION.items()}
         table |= {f"{side}.{a}": (f"{side}.{b}",) for a, b in ENDS.items()}
     out = renamed(vae.state_dict(), table)
     for key, tensor in out.items():
-        if ".mid.attn_1." in key and tensor.ndim == 2:  # a convolution of one pixel there
+        if ".mid.attn_1." in key and tensor.ndim == 2:  # a 1x1 convolution there
             out[key] = tensor[:, :, None, None]
     return out
 
 
 def text_tensors(parts: Mapping[str, Any]) -> Tensors:
-    """The tensors of the text encoders that are there, as ``clip_l.transformer.`` and so on; the first
-    CLIP's projection is in the net (:func:`with_projection`).
+    """Return the tensors of the model's text encoders, under ``clip_l.transformer.`` and so on.
+
+    The first CLIP's projection is merged into the net (:func:`with_projection`).
 
     Raises:
-        UserError: both CLIPs are of one width, by which diffusers tells them apart.
+        UserError: both CLIPs have the same width, by which diffusers distinguishes them.
     """
     first, second = (parts[part].config.hidden_size for part in ("text_encoder", "text_encoder_2"))
     if first == second:
         raise UserError(f"both CLIPs are {first} wide, and by their widths readers tell them apart")
     out: Tensors = {}
-    for part, place in TEXTS.items():
+    for part, prefix in TEXTS.items():
         state = {} if parts[part] is None else dict(parts[part].state_dict())
-        if place == "clip_l":
+        if prefix == "clip_l":
             del state["text_projection.weight"]
-        if TIED in state:  # T5's one table of embeddings: stock diffusers lacks it where it lies there once
+        if TIED in state:  # tied embeddings, which diffusers does not find if they are stored once
             state[TIED] = state[TIED].clone()
-        out |= {f"{place}.transformer.{key}": tensor for key, tensor in state.items()}
+        out |= {f"{prefix}.transformer.{key}": tensor for key, tensor in state.items()}
     return out
 
 
 def checkpoint(parts: Mapping[str, Any]) -> Tensors:
-    """All of a model, as Stability's single files are laid out.
+    """Return all tensors of a model in the layout of Stability's single files.
 
     Raises:
-        UserError: it cannot be laid out so.
+        UserError: the layout has no place for a part or tensor.
     """
     groups = {
         "model.diffusion_model": net_tensors(parts),
@@ -129,43 +130,45 @@ def checkpoint(parts: Mapping[str, Any]) -> Tensors:
 
 
 def renamed(state: Mapping[str, Any], table: Table) -> Tensors:
-    """``state`` under the names of ``table``.
+    """Return ``state`` under the names of ``table``.
 
     Raises:
-        UserError: a tensor has no place in the table.
+        UserError: the table does not contain a tensor.
     """
     import torch
 
     left, out = dict(state), {}
-    for new, olds in table.items():
+    for new, sources in table.items():
         for end in ("", ".weight", ".bias"):
-            if olds[0] + end in left:
-                rows = [left.pop(old + end) for old in olds]
+            if sources[0] + end in left:
+                rows = [left.pop(source + end) for source in sources]
                 out[new + end] = rows[0] if len(rows) == 1 else torch.cat(rows)
     if left:
         raise UserError(f"Stability's files have no place for {sorted(left)[0]}")
     return out
 
 
-def file_metadata(family: Family, facts: ExportMetadata, bits: int) -> dict[str, str]:
-    """What a file tells of its model: ``title``, ``license`` and ``usage_hint`` for people, and ``fewstep``,
-    a JSON object of all that we know; the licence's text too, which in one file cannot get lost."""
+def file_metadata(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, str]:
+    """Return the metadata of a file: ``title``, ``license`` and ``usage_hint`` for readers, and ``fewstep``.
+
+    ``fewstep`` is a JSON object with everything that loading needs, and with the text of the licence.
+    """
     guided = "no guidance (CFG 1)" if family.guidance is None else f"guidance (CFG) {family.guidance:g}"
-    place = facts.license_file
-    text = None if place is None else place.read_text(encoding="utf-8", errors="replace")
-    ours = {
+    file = metadata.license_file
+    text = None if file is None else file.read_text(encoding="utf-8", errors="replace")
+    fields = {
         "name": family.name,
         "steps": family.steps,
         "guidance": family.guidance,
         "shift": family.shift,
         "sampler": family.sampler,
-        "license": facts.license,
+        "license": metadata.license,
         "license_text": text,
-        "about": {"bits": bits, **facts.about},
+        "about": {"bits": bits, **metadata.about},
     }
     return {
         "title": family.name,
-        "license": facts.license,
+        "license": metadata.license,
         "usage_hint": f"{family.steps} steps, {guided}, shift {family.shift:g}, {family.sampler}",
-        "fewstep": json.dumps(ours),
+        "fewstep": json.dumps(fields),
     }

@@ -1,8 +1,7 @@
-"""Which weights need their bits: measured, one at a time, on real prompts.
+"""Mixed-precision bit allocation by measured sensitivities.
 
-A weight is stored in few bits and read back while all others stay as they are. How far that moves the
-pictures that whole walks end with (of the encoder: its latents) is what it costs. A storage budget is then
-spent where it saves most.
+One weight at a time is quantized while the others stay in float32. The change of the final images is its
+sensitivity (of the encoder: the change of its latents). A storage budget then goes where it saves most.
 """
 
 from __future__ import annotations
@@ -11,48 +10,51 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from fewstep.core import sampling, schedule
+from fewstep.core.types import Cond
 from fewstep.export.common.calibration import CalibrationStats, collect_stats
 from fewstep.export.common.graphs import GraphSpec
 from fewstep.export.common.onnx_quantize import GROUP, SMALLEST, QuantSpec, quantize_dequantize
 from fewstep.families.base import Family
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
-"""Bits that a weight may get."""
+"""Bits per element that a weight may get."""
 
-HELD = {8: 8.5, 6: 6.4, 4: 4.75}
-"""Bits a weight that a rung takes, scales included: about what GGUF's Q8_0, Q6_K and Q4_K take (8.5, 6.6, 4.5
-to 4.9). Any other rung takes its own and a scale a group."""
+BUDGET_BITS = {8: 8.5, 6: 6.4, 4: 4.75}
+"""Budget of a precision in stored bits per element, scales included.
+
+It is near that of GGUF's Q8_0, Q6_K and Q4_K (8.5, 6.6 and 4.5 to 4.9). The budget of any other precision is
+its bits and a scale per group."""
 
 MEASURED = 4
-"""Bits whose cost is measured; a small error's square passes through a net in proportion, so that of the
-others follows from the squared error of the layer's outputs, or of the weight itself where its inputs are not
-known."""
+"""Bits at which the sensitivity is measured.
+
+A small squared error passes through a net in proportion. So the cost of other bits follows from the squared
+error of the layer's outputs, or of the weight itself if the layer's inputs are unknown."""
 
 PIXELS = 16 * 128 * 128
-"""Drawn at a time in calibration: a decoder holds some 4 kB for each."""
+"""Pixels per batch of calibration. A decoder needs about 4 kB of memory for each."""
 
-APART = 1000
-"""First seed of calibration: no other measure draws its pictures."""
+FIRST_SEED = 1000
+"""First seed of calibration. No measurement uses the same images."""
 
 
 @dataclass(frozen=True)
 class WeightSensitivity:
-    """A weight, what it takes and what it costs.
+    """A weight with its size and sensitivity at each number of bits.
 
     Attributes:
-        graph: where it is.
-        name: there.
-        size: elements.
-        digest: of its values (:func:`digest`).
-        bytes: that it takes, by bits.
-        errors: what its loss of bits costs, by bits: squared change of what comes out over its variance.
+        graph: name of its graph.
+        name: its name in the graph.
+        size: number of elements.
+        digest: digest of its values (:func:`digest`).
+        bytes: stored size in bytes, by bits.
+        errors: squared change of the output over the output's variance, by bits.
     """
 
     graph: str
@@ -66,9 +68,9 @@ class WeightSensitivity:
 def reference_outputs(
     family: Family, parts: Mapping[str, GraphSpec], prompts: Sequence[str], seed: int = 0
 ) -> dict[str, Callable[[], Any]]:
-    """For every graph, what comes out when all weights are as they are now: tensors ``[B, ...]``.
+    """Return, for every graph, a function that computes its output ``[B, ...]`` with the current weights.
 
-    Prompt ``i`` is drawn with seed ``seed + i``, by Euler steps without guidance.
+    Prompt ``i`` has the seed ``seed + i``. Sampling takes Euler steps without guidance.
     """
     import torch
 
@@ -77,28 +79,27 @@ def reference_outputs(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=parts["text"].inputs["tokens"].shape[1],
     ).input_ids  # fmt: skip
-    noise = family.from_numpy(sampling.batch_noise(range(seed, seed + rows), family.latent))
+    grid = schedule.grid(family.steps, family.shift)
 
-    def walked(context: Any, pooled: Any) -> Any:
-        x = noise
-        for t, t_next in pairwise(schedule.grid(family.steps, family.shift)):
-            modulation = run["modulation"](t=torch.full((rows,), t), pooled=pooled)
-            x = sampling.euler(
-                x, run["transformer"](x=x, context=context, modulation=modulation), t, t_next, 0
-            )
-        return x
+    def velocity(x_t: Any, t: Any, cond: Cond) -> Any:
+        modulation = run["modulation"](t=t, pooled=cond.pooled)
+        return run["transformer"](x=x_t, context=cond.context, modulation=modulation)
 
-    def drawn(context: Any, pooled: Any) -> Any:
-        return run["decoder"](walked(context, pooled))
+    def generate(context: Any, pooled: Any) -> Any:
+        cond, seeds = Cond(context, pooled), range(seed, seed + rows)
+        return sampling.generate_latents(family, cond, seeds, grid, velocity=velocity, sampler="euler")
+
+    def decoded(context: Any, pooled: Any) -> Any:
+        return run["decoder"](generate(context, pooled))
 
     with torch.no_grad():
-        told = run["text"](ids)
-        latents = walked(*told)
+        embeddings = run["text"](ids)
+        latents = generate(*embeddings)
         images = run["decoder"](latents)
     return {
-        "text": lambda: drawn(*run["text"](ids)),
-        "modulation": lambda: drawn(*told),
-        "transformer": lambda: drawn(*told),
+        "text": lambda: decoded(*run["text"](ids)),
+        "modulation": lambda: decoded(*embeddings),
+        "transformer": lambda: decoded(*embeddings),
         "decoder": lambda: run["decoder"](latents),
         "encoder": lambda: run["encoder"](images),
     }
@@ -110,24 +111,27 @@ def calibrate(
     prompts: Sequence[str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, str], CalibrationStats]:
-    """What meets each weight while the prompts are drawn: by graph and name.
+    """Collect the statistics of each weight's inputs while images of the prompts are generated.
 
     Args:
-        family: of the ``parts``.
+        family: the family of the ``parts``.
         parts: its graphs.
-        prompts: of whatever kind will be drawn; time is in proportion to them, memory is not, but to the
-            square of each layer's inputs.
-        on_progress: told how many prompts are done, of how many.
+        prompts: prompts of the kind that the model is for. Time grows with their number. Memory grows with
+            the square of each layer's inputs instead.
+        on_progress: called with the number of prompts done and in all.
+
+    Returns:
+        The statistics by graph and name of the weight.
     """
     import torch
 
     _, height, width = family.latent
     rows = max(1, PIXELS // (height * width * family.downscale**2))
-    with torch.no_grad(), collect_stats({stem: part.module for stem, part in parts.items()}) as told:
+    with torch.no_grad(), collect_stats({stem: part.module for stem, part in parts.items()}) as collected:
         for begin in range(0, len(prompts), rows):
             on_progress(begin, len(prompts))
-            reference_outputs(family, parts, prompts[begin : begin + rows], APART + begin)["encoder"]()
-        return told()
+            reference_outputs(family, parts, prompts[begin : begin + rows], FIRST_SEED + begin)["encoder"]()
+        return collected()
 
 
 def sensitivity(
@@ -137,64 +141,66 @@ def sensitivity(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     inputs: Mapping[str, CalibrationStats] = MappingProxyType({}),
 ) -> list[WeightSensitivity]:
-    """Every weight of a graph that can be stored in fewer bits, the one that costs most an element first.
+    """Measure the sensitivity of every weight of a graph that can be quantized.
 
     Args:
-        graph: its name.
-        module: the graph, as a torch module.
-        outcome: what comes out with the weights that ``module`` has when it is called.
-        on_progress: told how many weights are done, of how many.
-        inputs: of some weights, by name. These are rounded by them, and lose as much as their layer's
-            outputs; the others as much as themselves.
+        graph: name of the graph.
+        module: the graph as a torch module.
+        outcome: computes the output with the current weights of ``module``.
+        on_progress: called with the number of weights done and in all.
+        inputs: calibration statistics by name. A weight that has them is rounded with them, and its error is
+            that of the layer's outputs. The error of any other is that of the weight itself.
+
+    Returns:
+        The weights, sorted by error per element, the largest first.
     """
     import torch
 
     found, seen = list[WeightSensitivity](), set[int]()
     with torch.no_grad():
-        whole = outcome()
-        variance = float((whole - whole.mean()).square().sum())
-        all_of_them = [*module.named_parameters(), *module.named_buffers()]
-        for done, (name, parameter) in enumerate(all_of_them):
-            on_progress(done, len(all_of_them))
+        reference = outcome()
+        variance = float((reference - reference.mean()).square().sum())
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        for done, (name, parameter) in enumerate(tensors):
+            on_progress(done, len(tensors))
             if parameter.numel() < SMALLEST or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            array, its = parameter.detach().numpy().copy(), inputs.get(name)
-            made = {bits: quantize_dequantize(array, QuantSpec(bits, its)) for bits in WIDTHS}
-            lost = {
-                bits: its.output_error(back) if its else float(np.square(back - array).sum())
-                for bits, (back, _) in made.items()
+            array, stats = parameter.detach().numpy().copy(), inputs.get(name)
+            quantized = {bits: quantize_dequantize(array, QuantSpec(bits, stats)) for bits in WIDTHS}
+            squared = {
+                bits: stats.output_error(back) if stats else float(np.square(back - array).sum())
+                for bits, (back, _) in quantized.items()
             }
-            with _replaced(parameter, made[MEASURED][0]):
-                moved = float((outcome() - whole).square().sum()) / variance
-            unit = moved / lost[MEASURED] if lost[MEASURED] else 0.0
-            errors = {bits: unit * value for bits, value in lost.items()}
-            bytes_ = {bits: size for bits, (_, size) in made.items()}
+            with _replaced(parameter, quantized[MEASURED][0]):
+                change = float((outcome() - reference).square().sum()) / variance
+            unit = change / squared[MEASURED] if squared[MEASURED] else 0.0
+            errors = {bits: unit * value for bits, value in squared.items()}
+            bytes_ = {bits: size for bits, (_, size) in quantized.items()}
             found.append(WeightSensitivity(graph, name, array.size, digest(array), bytes_, errors))
     return sorted(found, key=lambda weight: weight.errors[MEASURED] / weight.size, reverse=True)
 
 
 def allocate_bits(weights: Sequence[WeightSensitivity], bits: int) -> list[int]:
-    """Bits of each weight, so that together they take no more than ``bits`` each (:data:`HELD`) and cost as
-    little as can be.
+    """Return the bits of each weight that minimize the error within a budget (:data:`BUDGET_BITS`).
 
-    Every weight takes the bits of least ``error + price * bytes``, at the lowest price that keeps within the
-    budget; what is left then goes, weight by weight, where a byte saves most.
+    Every weight gets the bits of least ``error + price * bytes``, at the lowest price that keeps within the
+    budget. The rest of the budget then goes, weight by weight, where a byte saves most.
     """
-    room = sum(weight.size for weight in weights) * HELD.get(bits, bits + 16 / GROUP) / 8
+    budget = sum(weight.size for weight in weights) * BUDGET_BITS.get(bits, bits + 16 / GROUP) / 8
 
     def at(price: float) -> list[int]:
         return [min(WIDTHS, key=lambda b: (w.errors[b] + price * w.bytes[b], w.bytes[b])) for w in weights]
 
     def fits(chosen: Sequence[int]) -> bool:
-        return sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True)) <= room
+        return sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True)) <= budget
 
-    low, high = 1e-30, 1e30  # beyond all that an error a byte can be
+    low, high = 1e-30, 1e30  # outside the range of an error per byte
     for _ in range(100):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
     chosen = at(high)
-    left = room - sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True))
+    left = budget - sum(weight.bytes[b] for weight, b in zip(weights, chosen, strict=True))
     while better := [
         ((weight.errors[now] - weight.errors[b]) / (weight.bytes[b] - weight.bytes[now]), row, b)
         for row, (weight, now) in enumerate(zip(weights, chosen, strict=True))
@@ -208,20 +214,20 @@ def allocate_bits(weights: Sequence[WeightSensitivity], bits: int) -> list[int]:
 
 
 def digest(array: np.ndarray) -> str:
-    """The same for a matrix and its transpose, and with axes of length 1: an exporter turns some."""
+    """Return a digest that ignores transposition and axes of length 1, which exporters change."""
     array = array.squeeze()
-    turned = [array, array.T] if array.ndim == 2 else [array]
-    return min(hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in turned)
+    orders = [array, array.T] if array.ndim == 2 else [array]
+    return min(hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in orders)
 
 
 @contextmanager
 def _replaced(parameter: Any, array: np.ndarray) -> Generator[None]:
     import torch
 
-    kept = parameter.detach().clone()
+    original = parameter.detach().clone()
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(array))
         try:
             yield
         finally:
-            parameter.copy_(kept)
+            parameter.copy_(original)

@@ -18,7 +18,7 @@ from fewstep.core.types import UserError
 from fewstep.families.diffusers_io import first_line
 from fewstep.families.lora.alpha import FILE, PEFT_FILE
 from fewstep.families.lora.file import listed, read
-from fewstep.families.lora.layers import Shapes, Update, resolve, shapes_of
+from fewstep.families.lora.layers import LoraFamily, Shapes, Update, resolve, shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,13 +161,13 @@ def named(given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def updates_of(
-    given: Sequence[str], kind: str, shapes: Callable[[str], Shapes | None]
+    given: Sequence[str], family: LoraFamily, shapes: Callable[[str], Shapes | None]
 ) -> dict[str, dict[str, list[Update]]]:
     """What several LoRAs add to a model; what cannot be used of them is warned of.
 
     Args:
         given: ``FILE[:WEIGHT]`` of each.
-        kind: family of the model.
+        family: the model's family.
         shapes: see :func:`resolve`.
 
     Returns:
@@ -181,7 +181,7 @@ def updates_of(
     for spec in given:
         name, weight = parsed(spec)
         lora = read(find(Path(name)))
-        updates, left = resolve(lora, kind, shapes, weight)
+        updates, left = resolve(lora, family, shapes, weight)
         for note in lora.notes:
             warnings.warn(f"{lora.path}: {note}", LoraWarning, stacklevel=2)
         if left:
@@ -193,12 +193,12 @@ def updates_of(
     return total
 
 
-def apply(parts: Mapping[str, Any], kind: str, given: Sequence[str]) -> None:
+def apply(parts: Mapping[str, Any], family: LoraFamily, given: Sequence[str]) -> None:
     """Add LoRAs to the nets of a model that is in memory, in place.
 
     Args:
         parts: components by their diffusers names; ``None`` for what is absent.
-        kind: family of the model.
+        family: the model's family.
         given: ``FILE[:WEIGHT]`` of each.
 
     Raises:
@@ -210,7 +210,7 @@ def apply(parts: Mapping[str, Any], kind: str, given: Sequence[str]) -> None:
         return None if parts.get(part) is None else shapes_of(parts[part])
 
     with torch.no_grad():
-        for part, layers in updates_of(given, kind, shapes).items():
+        for part, layers in updates_of(given, family, shapes).items():
             for layer, updates in layers.items():
                 weight = parts[part].get_submodule(layer).weight
                 weight.copy_(added(weight.detach().cpu().contiguous(), updates, weight.dtype))

@@ -7,25 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fewstep.core.types import UserError
 from fewstep.families.lora.file import Factors, Lora, tensor_of
 from fewstep.families.lora.header import short
-from fewstep.families.lora.original_names import layer_table, swapped
+from fewstep.families.lora.original_names import OriginalNames
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ENCODERS = {
-    "sd3": {
-        "te1": "text_encoder",
-        "te2": "text_encoder_2",
-        "te3": "text_encoder_3",
-        "clip_g": "text_encoder_2",
-    },
-    "flux": {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"},
-}
 
 _MARKS = (
     ("a U-Net (SD 1.5 or SDXL)", r"(down|up)_blocks|mid_block|(in|out)put_blocks|middle_block"),
@@ -36,6 +26,15 @@ _MARKS = (
     ("PixArt or LTX", r"adaln_single|caption_projection"),
 )
 """Whose layers they are -> how their names are known."""
+
+
+class LoraFamily(Protocol):
+    """What :func:`resolve` needs of a family; every :class:`~fewstep.families.base.Architecture` has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lora_names(self) -> OriginalNames: ...
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,13 @@ def shapes_of(net: Any) -> dict[str, tuple[int, int]]:
 
 
 def resolve(
-    lora: Lora, kind: str, shapes: Callable[[str], Shapes | None], weight: float = 1.0
+    lora: Lora, family: LoraFamily, shapes: Callable[[str], Shapes | None], weight: float = 1.0
 ) -> tuple[dict[str, dict[str, Update]], list[str]]:
     """What a LoRA adds to a model.
 
     Args:
         lora: the adapter.
-        kind: family of the model, ``sd3`` or ``flux``.
+        family: the model's family.
         shapes: part -> its layers; ``None`` where the model has no such part.
         weight: the adapter's.
 
@@ -103,10 +102,10 @@ def resolve(
     left: list[tuple[str, Factors]] = []
     nets: dict[str, _Names | None] = {}
     for factors in lora.factors:
-        part = _ENCODERS[kind].get(factors.part, factors.part)
+        part = family.lora_names.encoders.get(factors.part, factors.part)
         if part not in nets:
             layers = shapes(part)
-            nets[part] = None if layers is None else _Names.of(part, kind, layers)
+            nets[part] = None if layers is None else _Names.of(part, family.lora_names, layers)
         net = nets[part]
         layers = None if net is None else net.find(factors)
         if net is None or layers is None:
@@ -116,7 +115,7 @@ def resolve(
             if layer in updates.setdefault(part, {}):
                 raise UserError(f"{lora.path} adds to {layer} twice, the second time as {factors.down}")
             updates[part][layer] = update
-    _check_family(lora.path, kind, [factors.name for part, factors in left if part == "transformer"])
+    _check_family(lora.path, family.name, [factors.name for part, factors in left if part == "transformer"])
     if not updates:
         names = ", ".join(short(factors.down) for _, factors in left[:1])
         raise UserError(
@@ -150,7 +149,7 @@ class _Names:
     swap: frozenset[str]
 
     @staticmethod
-    def of(part: str, kind: str, shapes: Shapes) -> _Names:
+    def of(part: str, original: OriginalNames, shapes: Shapes) -> _Names:
         if part != "transformer":
             names = {layer.removeprefix("text_model."): (layer,) for layer in shapes}
             olds = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -160,12 +159,12 @@ class _Names:
             return _Names(shapes, _flattened(names), frozenset())
         theirs = {
             name: layers
-            for name, layers in layer_table(kind, shapes).items()
+            for name, layers in original.table(shapes).items()
             if all(layer in shapes for layer in layers)
         }
         names = theirs | {layer: (layer,) for layer in shapes}
         names |= _xlabs(theirs) | _processors(shapes)
-        swap = {name for name in swapped(kind, shapes) if name in names}
+        swap = {name for name in original.swapped(shapes) if name in names}
         return _Names(shapes, _flattened(names), frozenset(swap | {n.replace(".", "_") for n in swap}))
 
     def find(self, factors: Factors) -> tuple[str, ...] | None:

@@ -1,12 +1,13 @@
-"""What layers of SD3 and FLUX are called in their authors' code.
+"""Names of the layers of SD3 and FLUX in their authors' code.
 
-A layer there may be several of diffusers' layers, one below the other: three projections lie in one matrix.
+One layer there may be several of diffusers' layers: the three projections are rows of one matrix.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 Table: TypeAlias = Mapping[str, tuple[str, ...]]
@@ -74,41 +75,73 @@ FLUX_SINGLE: Table = {
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
-BLOCKS: Mapping[str, Mapping[str, tuple[str, Table]]] = {
-    "sd3": {"transformer_blocks": ("joint_blocks", SD3_BLOCK)},
-    "flux": {
+
+
+@dataclass(frozen=True)
+class OriginalNames:
+    """The names of a family's layers in LoRA files and in its authors' code.
+
+    Attributes:
+        encoders: name of a text encoder in LoRA files -> part of the model.
+        net: the table of the layers outside blocks.
+        blocks: diffusers' name of a list of blocks -> the authors' name of it, and the table of one block.
+        last_norm: layer of the last block whose modulation is a shift and a scale, as (diffusers' list,
+            the authors' layer); ``None`` where no block has one.
+    """
+
+    encoders: Mapping[str, str]
+    net: Table
+    blocks: Mapping[str, tuple[str, Table]]
+    last_norm: tuple[str, str] | None = None
+
+    def table(self, names: Iterable[str]) -> Table:
+        """Return the whole table of a net.
+
+        Args:
+            names: names of the net's layers or tensors in diffusers; they give the number of blocks.
+        """
+        names = list(names)
+        found = dict(self.net)
+        for theirs, (original, block) in self.blocks.items():
+            for i in range(count_blocks(names, theirs)):
+                for new, olds in block.items():
+                    found[f"{original}.{i}.{new}"] = tuple(f"{theirs}.{i}.{old}" for old in olds)
+        return found
+
+    def swapped(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the layers, by the authors' names, whose rows are shift and scale. In diffusers the order
+        is scale and shift."""
+        layers = ["final_layer"]
+        if self.last_norm is not None:
+            theirs, layer = self.last_norm
+            layers.append(f"{self.blocks[theirs][0]}.{count_blocks(names, theirs) - 1}.{layer}")
+        return tuple(f"{layer}.adaLN_modulation.1" for layer in layers)
+
+
+SD3 = OriginalNames(
+    encoders={
+        "te1": "text_encoder",
+        "te2": "text_encoder_2",
+        "te3": "text_encoder_3",
+        "clip_g": "text_encoder_2",
+    },
+    net=SD3_NET,
+    blocks={"transformer_blocks": ("joint_blocks", SD3_BLOCK)},
+    last_norm=("transformer_blocks", "context_block"),
+)
+FLUX = OriginalNames(
+    encoders={"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"},
+    net=FLUX_NET,
+    blocks={
         "transformer_blocks": ("double_blocks", FLUX_DOUBLE),
         "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
     },
-}
-"""Family -> diffusers' name of a list of blocks -> the authors' name of it, and the table of one block."""
+)
+DIFFUSERS = OriginalNames(encoders={}, net={}, blocks={})
+"""Of a family whose LoRA files have diffusers' names alone."""
 
 
-def layer_table(kind: str, names: Iterable[str]) -> Table:
-    """The whole table of a net.
-
-    Args:
-        kind: the family, ``sd3`` or ``flux``.
-        names: of the net's layers or tensors in diffusers; they say how many blocks there are.
-    """
-    names = list(names)
-    found = dict(SD3_NET if kind == "sd3" else FLUX_NET)
-    for theirs, (original, block) in BLOCKS[kind].items():
-        for i in range(blocks(names, theirs)):
-            for new, olds in block.items():
-                found[f"{original}.{i}.{new}"] = tuple(f"{theirs}.{i}.{old}" for old in olds)
-    return found
-
-
-def swapped(kind: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Layers, by the authors' names, whose rows are shift and scale; in diffusers scale and shift."""
-    places = ["final_layer"]
-    if kind == "sd3":
-        places.append(f"joint_blocks.{blocks(names, 'transformer_blocks') - 1}.context_block")
-    return tuple(f"{place}.adaLN_modulation.1" for place in places)
-
-
-def blocks(names: Iterable[str], of: str) -> int:
-    """How many blocks a list of them has."""
+def count_blocks(names: Iterable[str], of: str) -> int:
+    """Return how many blocks a list of blocks has."""
     found = (re.match(rf"{of}\.(\d+)\.", name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fewstep.evaluate.kid import kid
+from fewstep.evaluate.metrics.kid import kid
 
 
 def expected_kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.evaluate.diversity import diversity
+from fewstep.evaluate.metrics.diversity import diversity
 
 
 def test_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.evaluate.retrieval import topk_accuracy
+from fewstep.evaluate.metrics.retrieval import topk_accuracy
 
 
 def test_exact_copies_are_always_found() -> None:
@@ -44,5 +44,5 @@ def test_labels_are_ranked_not_renderings() -> None:
 
 
 def test_a_label_without_rendering_is_refused() -> None:
-    with pytest.raises(ValueError, match="no reference rendering of 'owl'"):
+    with pytest.raises(ValueError, match="no reference image of 'owl'"):
         topk_accuracy(np.ones((1, 2)), ["owl"], np.ones((1, 2)), ["cat"], 1)
