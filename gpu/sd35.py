@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""SD3.5 Medium's shape with random weights on the GPU that is there: ours against stock diffusers.
+"""Measure the shape of SD3.5 Medium with random weights on a GPU, beside the diffusers baseline.
 
     OUT=out python gpu/sd35.py [--max-minutes 9] [--sizes 1024,512] [--tiny]
 
-Writes JSON lines to ``$OUT/sd35.jsonl``: seconds of a picture (median of a few, after one that is not
-counted), peaks of ``torch.cuda.max_memory_allocated`` and what recordings keep beside it, planned ones beside
-them, and what each stage takes and holds. ``--tiny`` is a rehearsal on a CPU.
+Writes JSON lines to ``$OUT/sd35.jsonl``: seconds per image (a median after a warm-up), the predicted and the
+measured peak memory (``torch.cuda.max_memory_allocated`` and the memory of CUDA graphs), and time and peak
+memory of each stage. ``--tiny`` runs tiny shapes on a CPU.
 """
 
 from __future__ import annotations
@@ -46,62 +46,62 @@ from fewstep.pocket.config import byte_tokenizer
 
 PROMPT = "a red apple on a wooden table, morning light"
 STEPS = 4
-BUDGETS = (4, 6, 8, 12, 16, 24)
+LIMITS_GIB = (4, 6, 8, 12, 16, 24)
 STUDENT = Student("random", STEPS, None, "euler", None, t5=True)
 
 
 @dataclass(frozen=True)
 class Random(Weights):
-    """Weights of a part, drawn where they are asked for: the same ones whoever asks."""
+    """Random weights of a part. Each tensor is drawn when it is read, from a seed of its name."""
 
-    drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shape_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
     device: str = "cpu"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.drawn
+        return self.shape_of
 
     def kind(self, name: str) -> str:
         return "BF16"
 
     def read(self, name: str) -> Tensor:
-        shape = self.drawn[name]
-        # Of matrices so that what they give is as large as what they are given.
+        shape = self.shape_of[name]
+        # Matrices keep the scale of their input.
         scale = 0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
-        return scale * self._drawn(name, shape)
+        return scale * self._draw(name, shape)
 
     def window(self, name: str, shape: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
         height, width = (len(range(*part.indices(side))) for part, side in zip(cut, shape, strict=False))
-        return self._drawn(name, (height, width, shape[-1]))
+        return self._draw(name, (height, width, shape[-1]))
 
-    def _drawn(self, name: str, shape: Sequence[int]) -> Tensor:
-        dice = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.folder}/{name}".encode()))
-        return torch.randn(shape, generator=dice, device=self.device, dtype=torch.bfloat16)
-
-
-def random(outline: ModelSpec, part: str) -> Weights:
-    """The weights of a part, on the device."""
-    net = init_on_meta(outline, part, torch.bfloat16)
-    held = {name: tuple(t.shape) for name, t in net.state_dict().items() if name not in tied(net)}
-    return Random(Path(part), {}, drawn=held, device=DEVICE)
+    def _draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.folder}/{name}".encode()))
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.bfloat16)
 
 
-def model(tiny: bool) -> ModelSpec:
-    """The outline with tokenizers that know bytes alone: what they say is as random as the weights."""
+def random_weights(spec: ModelSpec, part: str) -> Weights:
+    """Return random weights of a part, on the device."""
+    net = init_on_meta(spec, part, torch.bfloat16)
+    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items() if name not in tied(net)}
+    return Random(Path(part), {}, shape_of=shapes, device=DEVICE)
+
+
+def build_spec(tiny: bool) -> ModelSpec:
+    """Return the specification of SD3.5 Medium with byte tokenizers, for its weights are random anyway."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    outline = SD35_MEDIUM
-    words = dict(outline.max_tokens)
+    spec = SD35_MEDIUM
+    max_tokens = dict(spec.max_tokens)
     if tiny:
-        outline = small(outline)
+        spec = shrink(spec)
     others: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    for which in ("", "_2", "_3"):
-        others[f"tokenizer{which}"] = byte_tokenizer(words[f"text_encoder{which}"])
-    return replace(outline, others=others)
+    for suffix in ("", "_2", "_3"):
+        others[f"tokenizer{suffix}"] = byte_tokenizer(max_tokens[f"text_encoder{suffix}"])
+    return replace(spec, others=others)
 
 
-def small(outline: ModelSpec) -> ModelSpec:
-    """The same kinds of parts, narrow."""
-    configs = {part: dict(config) for part, config in outline.configs.items()}
+def shrink(spec: ModelSpec) -> ModelSpec:
+    """Return a specification with narrow parts of the same kinds."""
+    configs = {part: dict(config) for part, config in spec.configs.items()}
     configs["transformer"] |= {
         "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
         "joint_attention_dim": 64, "pooled_projection_dim": 56, "pos_embed_max_size": 16, "sample_size": 8,
@@ -116,56 +116,58 @@ def small(outline: ModelSpec) -> ModelSpec:
     configs["text_encoder_3"] |= {
         "vocab_size": 600, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2,
     }  # fmt: skip
-    return replace(outline, configs=configs)
+    return replace(spec, configs=configs)
 
 
-def stock(outline: ModelSpec, side: int) -> Callable[[], Any]:
-    """Stock diffusers in eager bf16, all of it on the device."""
-    parts: dict[str, Any] = dict(outline.others)
+def baseline(spec: ModelSpec, side: int) -> Callable[[], Any]:
+    """Return a call of the unmodified diffusers pipeline in eager bfloat16, with all parts on the device."""
+    parts: dict[str, Any] = dict(spec.others)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
-            for part in outline.configs:
-                parts[part] = init_from_config(outline, part).to(DEVICE, torch.bfloat16).eval()
+            for part in spec.configs:
+                parts[part] = init_from_config(spec, part).to(DEVICE, torch.bfloat16).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     absent = dict.fromkeys(name for name in ("text_encoder_3", "tokenizer_3") if name not in parts)
     pipe = StableDiffusion3Pipeline(**parts, **absent)
     pipe.set_progress_bar_config(disable=True)
-    return lambda: pipe(
-        PROMPT, num_inference_steps=STEPS, guidance_scale=1.0, height=side, width=side
-    )  # without T5 it feeds 256 rows of zeros in its place, as anybody's does
+    # Without T5 the pipeline feeds 256 rows of zeros to the net, as it does for every user.
+    return lambda: pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1.0, height=side, width=side)
 
 
-def ours(outline: ModelSpec, side: int, **wish: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """Ours, and what was planned."""
-    done = staged(
-        outline, replace(STUDENT, t5=outline.t5 is not None), TorchOptions(size=str(side), **wish), random
+def fewstep_pipeline(spec: ModelSpec, side: int, **options: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Return a call of the fewstep pipeline, and its memory plan."""
+    loaded = staged(
+        spec,
+        replace(STUDENT, t5=spec.t5 is not None),
+        TorchOptions(size=str(side), **options),
+        random_weights,
     )
-    pipe = Pipeline(done.model)
-    plan = done.plan
+    pipe = Pipeline(loaded.model)
+    plan = loaded.plan
     facts = {**vars(plan.config), "planned_gib": plan.peak / 2**30 if plan.stages else None}
-    text: Any = done.model.text
+    text: Any = loaded.model.text
 
     def draw() -> Any:
-        text.forget()  # so that encoders are in the time, as they are in stock's
+        text.clear_cache()  # the baseline encodes the prompt in each call, too
         return pipe(PROMPT, seed=0)
 
     return draw, facts
 
 
-def timed(draw: Callable[[], Any], times: int) -> tuple[dict[str, Any], Any]:
-    """Median seconds, the peak of all calls and of what made them, what each stage takes; and a picture."""
+def measure(draw: Callable[[], Any], times: int) -> tuple[dict[str, Any], Any]:
+    """Return median seconds, peak memory, time and memory of each stage, and the last images."""
     seconds: list[float] = []
-    made: Any = None
+    images: Any = None
     for _ in range(times + 1):
-        begun = time.perf_counter()
-        made = draw()
+        start = time.perf_counter()
+        images = draw()
         synchronize()
-        seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated() + recorded() - LEFT[0] if CUDA else 0
-    told = {"seconds": statistics.median(seconds[1:]), "first": seconds[0], "measured_gib": peak / 2**30}
-    return told | staged_times(draw), made
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() + graph_memory() - LEFT[0] if CUDA else 0
+    row = {"seconds": statistics.median(seconds[1:]), "first": seconds[0], "measured_gib": peak / 2**30}
+    return row | measure_stages(draw), images
 
 
 def synchronize() -> None:
@@ -173,8 +175,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def recorded() -> int:
-    """Bytes that recordings keep, which the allocator does not count as allocated."""
+def graph_memory() -> int:
+    """Return the bytes in pools of CUDA graphs that the allocator does not count as allocated."""
     segments = torch.cuda.memory_snapshot()
     return sum(
         s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0)
@@ -187,40 +189,40 @@ STAGES = (
     (Codec, "decode", "decode"), (StableDiffusion3Pipeline, "encode_prompt", "text"),
     (SD3Transformer2DModel, "forward", "steps"), (AutoencoderKL, "decode", "decode"),
 )  # fmt: skip
-"""What the stages of a picture are called, ours and stock's."""
+"""Methods that are stages of an image, of fewstep and of the baseline."""
 
 
-def staged_times(draw: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds and peak of each stage, in a picture of its own that waits for each to end."""
+def measure_stages(draw: Callable[[], Any]) -> dict[str, Any]:
+    """Return milliseconds and peak memory of each stage, in one more image that waits after each stage."""
     spent: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    inside: list[str] = []
+    active: list[str] = []
 
-    def watched(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            if inside:
+            if active:
                 return function(*args, **options)
             synchronize()
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
-            inside.append(stage)
-            begun = time.perf_counter()
+            active.append(stage)
+            start = time.perf_counter()
             try:
                 out = function(*args, **options)
                 synchronize()
             finally:
-                inside.clear()
-            spent[stage] = spent.get(stage, 0.0) + 1000 * (time.perf_counter() - begun)
+                active.clear()
+            spent[stage] = spent.get(stage, 0.0) + 1000 * (time.perf_counter() - start)
             if CUDA:
-                held = (torch.cuda.max_memory_allocated() - LEFT[0]) / 2**30
-                peaks[stage] = max(peaks.get(stage, 0.0), held)
+                peak = (torch.cuda.max_memory_allocated() - LEFT[0]) / 2**30
+                peaks[stage] = max(peaks.get(stage, 0.0), peak)
             return out
 
         return run
 
     with ExitStack() as stack:
         for owner, name, stage in STAGES:
-            stack.enter_context(patch.object(owner, name, watched(getattr(owner, name), stage)))
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage)))
         draw()
     return {
         "stages_ms": {stage: round(ms, 1) for stage, ms in spent.items()},
@@ -229,58 +231,61 @@ def staged_times(draw: Callable[[], Any]) -> dict[str, Any]:
 
 
 LEFT = [0]
-"""Bytes that earlier rows left on the card (workspaces, what was recorded): no row's own."""
+"""Bytes that earlier rows left on the GPU, such as workspaces and CUDA graphs."""
 
 
-def fresh() -> None:
+def reset_memory() -> None:
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        LEFT[0] = torch.cuda.memory_allocated() + recorded()
+        LEFT[0] = torch.cuda.memory_allocated() + graph_memory()
 
 
 Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
-"""What is told of a row, and what makes the rest of it."""
+"""The settings of a row, and a function that measures the rest of it."""
 
 
-def cases(whole: ModelSpec, sizes: Sequence[int], times: int, tiny: bool) -> list[Case]:
-    """What is run, the most wanted first."""
-    clips = whole.without("text_encoder_3")
+def cases(spec: ModelSpec, sizes: Sequence[int], times: int, tiny: bool) -> list[Case]:
+    """Return the cases to measure, the most important first."""
+    without_t5 = spec.without("text_encoder_3")
 
-    def ran(t5: bool, side: int, many: int = times, **wish: Any) -> Case:
+    def ours(t5: bool, side: int, rounds: int = times, **options: Any) -> Case:
         def run() -> dict[str, Any]:
-            draw, facts = ours(whole if t5 else clips, side, **wish)
-            row, made = timed(draw, many)
-            pixels = np.asarray(made[0])
-            alike = psnr(pictures.setdefault((t5, side), pixels), pixels)
-            told = {"psnr": alike if math.isfinite(alike) else None, "contrast": float(pixels.std())}
-            return {**facts, **row, **told}
+            draw, facts = fewstep_pipeline(spec if t5 else without_t5, side, **options)
+            row, images = measure(draw, rounds)
+            pixels = np.asarray(images[0])
+            similarity = psnr(references.setdefault((t5, side), pixels), pixels)
+            quality = {
+                "psnr": similarity if math.isfinite(similarity) else None,
+                "contrast": float(pixels.std()),
+            }
+            return {**facts, **row, **quality}
 
-        return {"who": "ours", "t5": t5, "size": side, **wish}, run
+        return {"who": "fewstep", "t5": t5, "size": side, **options}, run
 
-    def stocks(t5: bool, side: int) -> Case:
+    def diffusers(t5: bool, side: int) -> Case:
         def run() -> dict[str, Any]:
-            return timed(stock(whole if t5 else clips, side), times)[0]
+            return measure(baseline(spec if t5 else without_t5, side), times)[0]
 
-        return {"who": "stock", "t5": t5, "size": side}, run
+        return {"who": "diffusers", "t5": t5, "size": side}, run
 
-    def quick(t5: bool, side: int, **wish: Any) -> Case:
-        return ran(t5, side, **wish, compile=not tiny)
+    def compiled(t5: bool, side: int, **options: Any) -> Case:
+        return ours(t5, side, **options, compile=not tiny)
 
-    pictures: dict[tuple[bool, int], np.ndarray] = {}  # of the first row of its kind, for the others' PSNR
+    references: dict[tuple[bool, int], np.ndarray] = {}  # the first image of its kind, for the PSNR of others
     large, *smaller = sizes
-    few = [] if tiny else [quick(False, large, bits=4, memory="3.25GiB")]
-    plain = [ran(False, large, 2, bits=bits) for bits in ((16,) if tiny else (16, 8, 4))]
-    budgets = BUDGETS[-1:] if tiny else BUDGETS
-    within = [ran(t5, large, 1, memory=f"{gib}GiB") for t5 in (False, True) for gib in budgets]
+    least = [] if tiny else [compiled(False, large, bits=4, memory="3.25GiB")]
+    eager = [ours(False, large, 2, bits=bits) for bits in ((16,) if tiny else (16, 8, 4))]
+    limits = LIMITS_GIB[-1:] if tiny else LIMITS_GIB
+    limited = [ours(t5, large, 1, memory=f"{gib}GiB") for t5 in (False, True) for gib in limits]
     return [
-        *(stocks(False, large), quick(False, large, bits=16, memory="7GiB"), quick(False, large, bits=16)),
-        *few, *plain,
-        *(case for side in smaller for case in (stocks(False, side), quick(False, side, bits=16))),
-        *within,
-        *(stocks(True, large), quick(True, large, bits=16)),
-        *([] if tiny else [quick(False, large, bits=8)]),
+        *(diffusers(False, large), compiled(False, large, bits=16, memory="7GiB")),
+        compiled(False, large, bits=16), *least, *eager,
+        *(case for side in smaller for case in (diffusers(False, side), compiled(False, side, bits=16))),
+        *limited,
+        *(diffusers(True, large), compiled(True, large, bits=16)),
+        *([] if tiny else [compiled(False, large, bits=8)]),
     ]  # fmt: skip
 
 
@@ -289,34 +294,34 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-minutes", type=float, default=9.0)
     parser.add_argument("--sizes", help="[default: 1024,512; of --tiny 64,32]")
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--skip", type=int, default=0, help="rows that an earlier command has done")
+    parser.add_argument("--skip", type=int, default=0, help="rows that an earlier command did")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     if not CUDA and not given.tiny:
-        print("torch sees no GPU here; --tiny is a rehearsal without one", file=sys.stderr)
+        print("torch finds no GPU: --tiny runs tiny shapes on a CPU", file=sys.stderr)
         return 2
-    end = time.monotonic() + 60 * given.minutes
+    end = time.monotonic() + 60 * given.max_minutes
     out = Path(os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
     sizes = [int(side) for side in (given.sizes or ("64,32" if given.tiny else "1024,512")).split(",")]
-    drawn = 0
-    card = torch.cuda.get_device_name() if CUDA else "cpu"
+    measured = 0
+    device = torch.cuda.get_device_name() if CUDA else "cpu"
     with (out / "sd35.jsonl").open("w", encoding="utf-8") as file, torch.no_grad():
-        for facts, run in cases(model(given.tiny), sizes, given.times, given.tiny)[given.skip :]:
-            fresh()
+        for facts, run in cases(build_spec(given.tiny), sizes, given.times, given.tiny)[given.skip :]:
+            reset_memory()
             if time.monotonic() > end:
                 row: dict[str, Any] = {"left_out": "no time"}
             else:
                 try:
                     row = run()
-                    drawn += 1
-                except Exception as error:  # a row that fails says so; the others go on
+                    measured += 1
+                except Exception as error:  # the row reports its error, and the others run
                     row = {"error": " ".join(str(error).split())[:300]}
-            line = json.dumps({"device": card, "torch": torch.__version__, **facts, **row})
+            line = json.dumps({"device": device, "torch": torch.__version__, **facts, **row})
             print(line, flush=True)
             file.write(line + "\n")
             file.flush()
-    return 0 if drawn else 1
+    return 0 if measured else 1
 
 
 CUDA = torch.cuda.is_available()

@@ -1,8 +1,8 @@
-"""Bundles of any engine against the torch model that they come from: size, speed, what pictures lose.
+"""Compare bundles with their PyTorch model: size, speed, and PSNR of the images.
 
     python tools/compare_bundles.py models/pocket-teacher bundle-32 bundle-8
 
-Times are processor time on one thread, the least of several rounds, so that a busy machine matters little.
+Times are the least processor time of several rounds on one thread, which a busy machine changes little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS = 12
 
 
 def draw(model: Model) -> np.ndarray:
-    """Pictures ``[B, 3, h, w]`` in [0, 255], at the model's own guidance."""
+    """Return images ``[B, 3, h, w]`` in [0, 255], at the model's own guidance scale."""
     cond, velocity = model.text(PROMPTS), model.velocity
     if model.guidance is not None:
         velocity = Guided(velocity, model.text([""]), model.guidance)
@@ -38,19 +38,19 @@ def draw(model: Model) -> np.ndarray:
 
 
 def stages(model: Model) -> list[float]:
-    """Least milliseconds of one prompt's text, one step of one picture, and its decoder."""
+    """Return the least milliseconds of text encoding, one step and decoding, for one prompt and image."""
     cond = model.text(PROMPTS[:1])
     x: Any = model.from_numpy(sampling.batch_noise([0], model.latent))
     step = sampling.prepare_steps(model.velocity, [0.75], cond)[0]
-    done: list[float] = []
+    least: list[float] = []
     for action in (lambda: model.text(PROMPTS[:1]), lambda: step(x), lambda: model.codec.decode(x)):
         taken: list[float] = []
         for _ in range(ROUNDS):
             start = time.process_time()
             action()
             taken.append(1000 * (time.process_time() - start))
-        done.append(min(taken))
-    return done
+        least.append(min(taken))
+    return least
 
 
 def main() -> None:
@@ -63,18 +63,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         family = sd3.load(given.folder, t5=False)
-        whole = draw(family)
-        heads = ["bundle", "engine", "MB", "text, ms", "step, ms", "decoder, ms", "to torch, dB"]
-        print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+        reference = draw(family)
+        columns = ["bundle", "engine", "MB", "text, ms", "step, ms", "decoder, ms", "to torch, dB"]
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         print(f"| torch | | | {' | '.join(f'{ms:.1f}' for ms in stages(family))} | |", flush=True)
     for folder in given.bundles:
         bundle = read(folder)
         model = open_bundle(bundle, threads=1)
-        errors = np.square(draw(model) - whole).mean((1, 2, 3))
+        errors = np.square(draw(model) - reference).mean((1, 2, 3))
         losses = 20 * np.log10(255 / np.sqrt(errors).clip(1e-6))
-        said = [folder.name, bundle.engine, f"{bundle.size / 1e6:.1f}"]
-        said += [*(f"{ms:.1f}" for ms in stages(model)), f"{losses.mean():.1f} (least {losses.min():.1f})"]
-        print(f"| {' | '.join(said)} |", flush=True)
+        row = [folder.name, bundle.engine, f"{bundle.size / 1e6:.1f}"]
+        row += [*(f"{ms:.1f}" for ms in stages(model)), f"{losses.mean():.1f} (least {losses.min():.1f})"]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ways to store a net's weights, measured: size, start-up, speed, and what the pictures lose.
+"""Compare ways to store the weights of a net: size, start-up time, speed, and PSNR of the images.
 
     python tools/compare_weights.py models/pocket-teacher   # a diffusers folder
 
-Times are processor time on one thread, the least of several rounds, so that a busy machine matters little.
-The table in docs/deploy.md is this program's output.
+Times are the least processor time of several rounds on one thread, which a busy machine changes little.
+docs/results/tried.md has the table that this program prints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUNDS = 6
 
 
 def dequantized(model: Any, folder: Path) -> Any:
-    """The codes of ``shrink`` behind ``DequantizeLinear``, which onnxruntime runs anew at every step."""
+    """Store int8 weights behind ``DequantizeLinear``, which onnxruntime runs at every step."""
     from onnx import helper, numpy_helper
 
     result = onnx.ModelProto()
@@ -57,7 +57,7 @@ def dequantized(model: Any, folder: Path) -> Any:
 
 
 def dynamic(kind: str, reduce_range: bool = False) -> Callable[[Any, Path], Any]:
-    """onnxruntime's dynamic quantization: integer matrix products, activations scaled as they come."""
+    """onnxruntime's dynamic quantization: integer matrix products, activations scaled at run time."""
 
     def make(model: Any, folder: Path) -> Any:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -78,7 +78,7 @@ def dynamic(kind: str, reduce_range: bool = False) -> Callable[[Any, Path], Any]
 
 
 def blockwise(level: int) -> Callable[[Any, Path], Any]:
-    """``MatMulNBits`` with 8 bits, blocks of 32, and onnxruntime's accuracy ``level``."""
+    """``MatMulNBits`` with 8 bits, blocks of 32, and onnxruntime's accuracy level."""
 
     def make(model: Any, folder: Path) -> Any:
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -114,7 +114,7 @@ def session(path: Path) -> Any:
 
 
 def least(action: Callable[[], Any], rounds: int) -> float:
-    """Least processor time of ``action`` in milliseconds."""
+    """Return the least processor time of ``action`` in milliseconds."""
     best = float("inf")
     for _ in range(rounds):
         start = time.process_time()
@@ -125,7 +125,7 @@ def least(action: Callable[[], Any], rounds: int) -> float:
 
 
 def draw(net: Any, family: Family, cond: Any, rows: slice) -> np.ndarray:
-    """Pictures ``[B, 3, h, w]`` in [0, 255] after four steps; only the net is an ONNX session."""
+    """Return images ``[B, 3, h, w]`` in [0, 255] after four steps. Only the net is an ONNX session."""
     import torch
 
     def velocity(x: Any, t: Any, c: Any) -> Any:
@@ -145,13 +145,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", help="a diffusers folder")
-    logging.disable(logging.INFO)  # the quantizers name every node
+    logging.disable(logging.INFO)  # the quantizers log every node
     family = sd3.load(parser.parse_args().folder, t5=False)
     model = graphs.trace(graphs.parts(family)["transformer"])
     cond = family.text(PROMPTS).map(lambda tensor: tensor.numpy())
-    heads = ["weights", "MB", "start, ms", "step, ms", "four, ms", "to float32, dB", "alone to four, dB"]
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    whole = None
+    columns = ["weights", "MB", "start, ms", "step, ms", "four, ms", "to float32, dB", "one to four, dB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    reference = None
     for name, make in VARIANTS.items():
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "net.onnx"
@@ -168,12 +168,12 @@ def main() -> None:
                 "pooled": cond.pooled[:batch],
             }
             steps.append(least(lambda net=net, feeds=feeds: net.run(None, feeds), 5 * ROUNDS))
-        pictures = draw(net, family, cond, slice(0, 4))
-        whole = pictures if whole is None else whole
-        alone = draw(net, family, cond, slice(0, 1))
-        losses = [psnr(whole, pictures), psnr(pictures[:1], alone)]
-        said = ["equal" if loss > 100 else f"{loss:.1f}" for loss in losses]
-        row = [name, f"{size:.1f}", f"{create:.0f}", *(f"{step:.1f}" for step in steps), *said]
+        images = draw(net, family, cond, slice(0, 4))
+        reference = images if reference is None else reference
+        single = draw(net, family, cond, slice(0, 1))
+        losses = [psnr(reference, images), psnr(images[:1], single)]
+        shown = ["equal" if loss > 100 else f"{loss:.1f}" for loss in losses]
+        row = [name, f"{size:.1f}", f"{create:.0f}", *(f"{step:.1f}" for step in steps), *shown]
         print(f"| {' | '.join(row)} |", flush=True)
 
 

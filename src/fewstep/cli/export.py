@@ -41,8 +41,8 @@ def export(
         bits: Bits per weight. [default: the target's own; 16 for a bundle]
         t5: drop, keep, or the bits per weight of T5 (bundles for onnx and openvino). [default: dropped from
             bundles]
-        compute: Number type in which the graphs compute (openvino). bfloat16 and, with 8 or 4 bits, int8 are
-            faster on processors with instructions for them.
+        compute: Number type in which the graphs compute, for openvino. On processors with instructions for
+            them, bfloat16 and int8 (8 or 4 bits) are faster.
         lora: A LoRA to merge into the weights, as FILE or FILE:WEIGHT; repeat the option for more.
         name: Name of the model. [default: the source's]
         steps: Default number of steps. [default: the source's]

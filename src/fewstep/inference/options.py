@@ -22,35 +22,35 @@ Device = Literal["auto", "cpu", "cuda"]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TorchOptions:
-    """How a PyTorch model shall run.
+    """How a PyTorch model runs.
 
     Attributes:
-        student: A student to lay over the model: a run folder, a diffusers folder, or a LoRA.
-        lora: A LoRA to add to the model, as FILE or FILE:WEIGHT; several options add several.
-        memory: What may be used, such as 8GiB: of the GPU, or of this process on a CPU. [default: no limit]
-        bits: Of the net's weights: 32, 16, 8 or 4. [default: what the device is fast in, or what fits]
-        tiny_decoder: A folder with a tiny autoencoder (TAESD3) to decode with.
-        size: Pixels, such as 768 or 1344x768, width first. [default: the model's own]
-        device: auto, cpu or cuda.
-        compile: Compile text encoders, net and decoder, and on a GPU record what it is told; the first
-            picture then takes a minute longer.
-        batch: Pictures that run together and that memory is planned for.
-        image: Whether memory is planned for a picture to start from.
+        student: A few-step student of the model: a run folder, a diffusers folder, or a LoRA.
+        lora: A LoRA to add to the model, as FILE or FILE:WEIGHT. Repeat the option for more.
+        memory: Memory limit, such as 8GiB: of the GPU, or of this process on a CPU. [default: no limit]
+        bits: Bits per weight of the net. [default: the fastest on the device, or the most that fit]
+        tiny_decoder: A folder with a tiny autoencoder (TAESD3), which decodes instead of the VAE.
+        size: Size in pixels, such as 768 or 1344x768 (width first). [default: the model's own]
+        device: Device that runs the model.
+        compile: Compile text encoders, net and decoder, and capture CUDA graphs on a GPU. The first image
+            then takes a minute longer.
+        batch: Batch size of the memory plan.
+        image: Whether the memory plan includes an input image.
     """
 
-    student: str | None = None
-    lora: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
-    memory: str | None = None
+    student: Annotated[str | None, Parameter(metavar="MODEL")] = None
+    lora: Annotated[tuple[str, ...], Parameter(metavar="FILE")] = ()
+    memory: Annotated[str | None, Parameter(metavar="SIZE")] = None
     bits: Bits | None = None
-    tiny_decoder: str | None = None
-    size: str | None = None
+    tiny_decoder: Annotated[str | None, Parameter(metavar="PATH")] = None
+    size: Annotated[str | None, Parameter(metavar="SIZE")] = None
     device: Device = "auto"
     compile: Annotated[bool, Parameter(negative="")] = False
     batch: Annotated[int, Parameter(parse=False)] = 1
     image: Annotated[bool, Parameter(parse=False)] = False
 
     def named(self) -> list[str]:
-        """The options that somebody gave, as the command line names them."""
+        """Return the options that differ from the defaults, as the command line names them."""
         plain = TorchOptions(batch=self.batch, image=self.image)
         names = ("student", "lora", "memory", "bits", "tiny_decoder", "size", "device", "compile")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != getattr(plain, n)]

@@ -35,8 +35,8 @@ class FewstepEngine:
 
     def generate(self, prompt: str, seeds: Sequence[int], timer: StageTimer) -> np.ndarray:
         text: Any = self.model.text
-        if hasattr(text, "forget"):  # every round encodes the prompt anew
-            text.forget()
+        if hasattr(text, "clear_cache"):  # every round encodes the prompt anew
+            text.clear_cache()
         guidance = self.model.guidance
         request = Request(
             jobs=tuple((prompt, seed) for seed in seeds),
