@@ -37,7 +37,7 @@ HAVE_AO = importlib.util.find_spec("torchao") is not None
 def fp32() -> Any:
     """What a CPU without units for bf16 computes in, whichever this one is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.inference.load.bf16_pays", lambda device: False)
+        patch.setattr("fewstep.inference.load.prefers_bf16", lambda device: False)
         yield
 
 
@@ -80,7 +80,7 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
     folder: Path, stay: Any, staying: int, guidance: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", (stay,))
-    monkeypatch.setattr(Plan, "filled", lambda plan, layers: replace(plan, staying=staying))
+    monkeypatch.setattr(Plan, "with_resident_layers", lambda plan, layers: replace(plan, staying=staying))
     plain = plainly(folder)
     expected = walked(plain, guidance)
     made = load(folder, sd3.ARCHITECTURE, TorchOptions(memory="64GiB"))

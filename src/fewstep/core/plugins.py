@@ -1,4 +1,4 @@
-"""Extensions by name: a module of the package, an import path of the caller's, or an entry point."""
+"""Loads extensions by name: a module of the package, an import path of the user's, or an entry point."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ def load(spec: str, package: str, kind: str) -> Any:
     if "." in spec or ":" in spec:
         module_name, _, attribute = spec.partition(":")
         try:
+            if module_name.startswith("."):
+                raise ValueError("a relative import path")
             module = importlib.import_module(module_name)
             return getattr(module, attribute) if attribute else module
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot import the {kind} {spec}: {error}") from None
+            raise UserError(f"cannot import the {kind} {spec}: {' '.join(str(error).split())}") from None
     known = names(package)
     if spec in known:
         return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
     points = {point.name: point for point in entry_points(group=f"fewstep.{kind}")}
     if spec in points:
         return points[spec].load()
-    raise UserError(f"there is no {kind} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path")
+    raise UserError(
+        f"there is no {kind} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path"
+    )

@@ -100,6 +100,22 @@ def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
         warnings.warn(message, PromptWarning, stacklevel=3)
 
 
+def append_mask(context: Array, mask: Array) -> Array:
+    """Return a context ``[B, L, D + 1]`` that carries a token mask ``[B, L]`` as its last column.
+
+    Whatever stores, caches or cuts a context then keeps its mask. A family's velocity takes the two apart
+    with :func:`split_mask`.
+    """
+    import torch
+
+    return torch.cat([context, mask.to(context.dtype)[..., None]], dim=-1)
+
+
+def split_mask(context: Array) -> tuple[Array, Array]:
+    """Return the context ``[B, L, D]`` and the boolean mask ``[B, L]`` of :func:`append_mask`."""
+    return context[..., :-1], context[..., -1] > 0.5
+
+
 @contextmanager
 def cuts_known() -> Generator[None]:
     """Within the block cut prompts are not named: a run's own samples, or captions that were named before."""

@@ -83,7 +83,7 @@ class ModelBuilder:
         modulation, body = split_modulation(net, outline.architecture.modulation)
         if self.compile:
             compile_blocks(body)
-        apart = (modulation.embedder, *modulation.layers)
+        apart = (modulation.embedder, *modulation.layers) if modulation.layers else ()
         shelf = PinnedBuffer()
         leaving = 0 if self.choice.residency == "all" else len(apart) - self.plan.staying
         layers = {

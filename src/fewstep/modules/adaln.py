@@ -60,7 +60,7 @@ class PrecomputedAdaLN:
         whole: Any = self.velocity
         body: Velocity = replace(whole, net=net)
         made = modulation.each(
-            [whole.embedder_inputs(expand_time(t, cond.context), cond.pooled) for t in times]
+            [modulation.inputs(whole, expand_time(t, cond.context), cond.pooled) for t in times]
         )
 
         def step(t: float, modulations: Tensor) -> Step:
@@ -87,6 +87,10 @@ class Modulation(nn.Module):
     def forward(self, *told: Tensor) -> Tensor:
         """What the net's embedder takes, the pooled text ``[B, P]`` last -> ``[B, M]``."""
         return self.each([told])[0]
+
+    def inputs(self, velocity: Any, t: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+        """Return the embedder's inputs at ``t [B]``; the pooled text alone where nothing was split off."""
+        return velocity.embedder_inputs(t, pooled) if self.layers else (pooled,)
 
     def each(self, steps: Sequence[Sequence[Tensor]], resident: Resident = _resident) -> list[Tensor]:
         """Return the modulation of several steps. Each layer's weights are read once for all of them.
