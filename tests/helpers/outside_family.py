@@ -61,9 +61,7 @@ class GridTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class GridPipeline(DiffusionPipeline):  # type: ignore[misc]
-    def __init__(
-        self, transformer: Any, vae: Any, scheduler: Any, tokenizer: Any, text_encoder: Any
-    ) -> None:
+    def __init__(self, transformer: Any, vae: Any, scheduler: Any, tokenizer: Any, text_encoder: Any) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer,

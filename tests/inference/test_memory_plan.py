@@ -24,10 +24,12 @@ from fewstep.core.guidance import Guided
 from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
+from fewstep.families.lora.alpha import FILE
+from fewstep.families.lora.role_files import save_role
 from fewstep.inference.load import load
 from fewstep.inference.memory_plan import STAYS, Plan
 from fewstep.inference.options import TorchOptions
-from fewstep.modules.lora import FILE, LoRARoles
+from fewstep.modules.lora import LoRARoles
 
 PROMPT = "a red apple"
 HAVE_AO = importlib.util.find_spec("torchao") is not None
@@ -162,7 +164,7 @@ def lora_of(base: Path, place: Path, rank: int = 2, **facts: Any) -> dict[str, t
     with torch.no_grad():
         for p in roles.net("student").parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    roles.save("student", place)
+    save_role(roles, "student", place)
     if facts:
         (place / "fewstep.json").write_text(json.dumps(facts))
     return roles.merged("student")

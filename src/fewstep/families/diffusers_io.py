@@ -185,7 +185,7 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], known: KnownClass
 
     Raises:
         UserError: an unknown class, a file that is missing or broken, or weights of another net
-            (:func:`fewstep.families.safetensors_reader.resolve`).
+            (:func:`fewstep.families.safetensors_match.resolve`).
     """
     _, name = entry
     where = folder / part

@@ -11,7 +11,10 @@ from fewstep.core.types import UserError
 from fewstep.families.config_check import KnownClasses, class_of
 from fewstep.families.diffusers_io import checked_facts, first_line, read_index, read_part
 from fewstep.families.safetensors_header import read_header
-from fewstep.families.safetensors_reader import Converted, LoadWarning, Weights, empty, fill, header
+from fewstep.families.safetensors_match import Converted, LoadWarning
+from fewstep.families.safetensors_reader import empty, fill
+from fewstep.families.safetensors_tensors import header
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.schedulers import Schedule
 
 T5 = ("tokenizer_3", "text_encoder_3")

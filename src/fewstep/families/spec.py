@@ -13,7 +13,8 @@ from fewstep.families.base import Architecture
 from fewstep.families.config_check import check_config, tokenizer_max_length, with_defaults
 from fewstep.families.diffusers_io import name_of, read_json, read_part
 from fewstep.families.net_classes import SHARED_CLASSES, NetClass
-from fewstep.families.safetensors_reader import Weights, refuse_quantized
+from fewstep.families.safetensors_reader import refuse_quantized
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.schedulers import Schedule
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
