@@ -50,7 +50,7 @@ class Stored(Protocol):
         ...
 
     def kind(self, name: str) -> str:
-        """Kind of numbers (:data:`DTYPES`)."""
+        """Kind of numbers (:data:`fewstep.families.safetensors_tensors.DTYPES`)."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -110,7 +110,7 @@ def tied(net: Any) -> Mapping[str, str]:
 
 
 def resolve(net: Any, stored: Stored) -> dict[str, str]:
-    """Which stored tensor is which of ``net``'s.
+    """Return which stored tensor is which of ``net``'s.
 
     What no tensor of the net is made of must say nothing about it. That is named in a :class:`LoadWarning`,
     except for tables of positions and copies of used tensors, whose values are compared.

@@ -55,7 +55,7 @@ def fill(net: Any, stored: Stored, dtype: Any) -> Any:
         The net, in eval mode.
 
     Raises:
-        UserError: see :func:`resolve`.
+        UserError: see :func:`fewstep.families.safetensors_match.resolve`.
     """
     import torch
 
@@ -80,6 +80,6 @@ def read_net(kind: Any, folder: Path, dtype: Any) -> Any:
     """A net of the class ``kind`` from a part's folder.
 
     Raises:
-        UserError: see :meth:`Weights.open`, :func:`empty` and :func:`resolve`.
+        UserError: see :func:`empty`, and :meth:`fewstep.families.safetensors_weights.Weights.open`.
     """
     return fill(empty(kind, folder), Weights.open(folder), dtype)

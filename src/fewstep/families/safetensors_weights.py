@@ -85,8 +85,8 @@ class Weights:
                 scales[weight] = entry
                 used.add(name)
             elif last == "comfy_quant" and entry.kind == "U8":
-                told = bytes(entry.read().tolist()).decode("utf-8", "replace")
-                check_format(json_io.parse(told, dict[str, Any], f"{entry.path}: {name}"), entry.path)
+                description = bytes(entry.read().tolist()).decode("utf-8", "replace")
+                check_format(json_io.parse(description, dict[str, Any], f"{entry.path}: {name}"), entry.path)
                 used.add(name)
             elif last == "scaled_fp8":  # says that there are scales
                 used.add(name)
@@ -138,7 +138,7 @@ class Weights:
         """The same for the tensors of ``net``, by their names there.
 
         Raises:
-            UserError: see :func:`resolve`.
+            UserError: see :func:`fewstep.families.safetensors_match.resolve`.
         """
         return replace(self, names=resolve(net, self))
 
