@@ -127,8 +127,10 @@ class ModelSpec:
         return self.places.get(part, self.folder / part)
 
     def stand_ins(self) -> dict[str, Any]:
-        """Return components for :meth:`fewstep.families.base.Architecture.assemble` without any weights: each net is replaced by
-        an object with its ``config`` alone."""
+        """Return components without weights: each net is replaced by an object that has its ``config``.
+
+        :meth:`fewstep.families.base.Architecture.assemble` takes them.
+        """
         lists = self.architecture.block_lists
         nets = {part: config_stand_in(config, lists) for part, config in self.configs.items()}
         tokenizers = {
