@@ -32,7 +32,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor
 
 from fewstep.families.presets import SD35_MEDIUM
-from fewstep.families.safetensors_reader import Weights, tied
+from fewstep.families.safetensors_match import tied
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.spec import ModelSpec
 from fewstep.images.psnr import psnr
 from fewstep.inference.load import staged

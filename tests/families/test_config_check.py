@@ -264,7 +264,7 @@ def test_weights_of_another_shape_are_not_made_up(model: Path) -> None:
 
 
 def test_an_index_names_files_in_its_folder_alone(model: Path) -> None:
-    from fewstep.families.safetensors_reader import Weights
+    from fewstep.families.safetensors_weights import Weights
 
     net = model / "transformer"
     (net / "diffusion_pytorch_model.safetensors").rename(model / "weights.safetensors")

@@ -15,6 +15,7 @@ import tiny
 from fewstep.cli.app import run
 from fewstep.core.types import UserError
 from fewstep.families import sd3
+from fewstep.families.lora.role_files import save_role
 from fewstep.modules.lora import LoRARoles
 from fewstep.pipeline.loading import load_family
 
@@ -86,7 +87,7 @@ def test_a_lora_that_brings_nan_is_one_line(tmp_path: Path, base: Path) -> None:
     roles = LoRARoles(load_family(str(base)).net, ("student",), rank=2, targets=sd3.TARGETS)
     with torch.no_grad():
         next(iter(roles.net("student").parameters())).fill_(float("nan"))
-    roles.save("student", tmp_path / "lora")
+    save_role(roles, "student", tmp_path / "lora")
     (tmp_path / "lora" / "fewstep.json").write_text('{"steps": 2}')
     with pytest.raises(UserError, match="NaN or infinity"):
         fewstep.load(str(base), student=str(tmp_path / "lora"))

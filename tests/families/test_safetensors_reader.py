@@ -17,7 +17,8 @@ from fewstep.core import sampling, schedule
 from fewstep.core.types import Model, UserError
 from fewstep.export.common import sd3_keys
 from fewstep.families import sd3
-from fewstep.families.safetensors_reader import LoadWarning, header
+from fewstep.families.safetensors_match import LoadWarning
+from fewstep.families.safetensors_tensors import header
 from fewstep.inference.load import load as load_staged
 from fewstep.inference.options import TorchOptions
 
@@ -96,7 +97,7 @@ def narrowed(tensors: Tensors, layout: str) -> Tensors:
 LAYOUTS = ("comfy", "comfy e5m2", "comfy rows", "scalar", "rows", "rows e5m2", "bare")
 
 
-@pytest.mark.filterwarnings("ignore::fewstep.families.safetensors_reader.LoadWarning")
+@pytest.mark.filterwarnings("ignore::fewstep.families.safetensors_match.LoadWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_8_bit_floats_are_their_values_times_their_scales(folder: Path, tmp_path: Path, layout: str) -> None:
     shutil.copytree(folder, tmp_path / "back")

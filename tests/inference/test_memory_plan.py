@@ -25,6 +25,7 @@ from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
 from fewstep.families.lora.alpha import FILE
+from fewstep.families.lora.role_files import save_role
 from fewstep.inference.load import load
 from fewstep.inference.memory_plan import STAYS, Plan
 from fewstep.inference.options import TorchOptions
@@ -38,7 +39,7 @@ HAVE_AO = importlib.util.find_spec("torchao") is not None
 def fp32() -> Any:
     """What a CPU without units for bf16 computes in, whichever this one is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.inference.load.bf16_pays", lambda device: False)
+        patch.setattr("fewstep.inference.load.prefers_bf16", lambda device: False)
         yield
 
 
@@ -81,7 +82,7 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
     folder: Path, stay: Any, staying: int, guidance: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", (stay,))
-    monkeypatch.setattr(Plan, "filled", lambda plan, layers: replace(plan, staying=staying))
+    monkeypatch.setattr(Plan, "with_resident_layers", lambda plan, layers: replace(plan, staying=staying))
     plain = plainly(folder)
     expected = walked(plain, guidance)
     made = load(folder, sd3.ARCHITECTURE, TorchOptions(memory="64GiB"))
@@ -163,7 +164,7 @@ def lora_of(base: Path, place: Path, rank: int = 2, **facts: Any) -> dict[str, t
     with torch.no_grad():
         for p in roles.net("student").parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    roles.save("student", place)
+    save_role(roles, "student", place)
     if facts:
         (place / "fewstep.json").write_text(json.dumps(facts))
     return roles.merged("student")

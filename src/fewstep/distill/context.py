@@ -296,6 +296,7 @@ class DistillContext:
         draws."""
         from fewstep.core.atomic import replacing_folder
         from fewstep.families.diffusers_io import write_facts
+        from fewstep.families.lora.role_files import save_role
 
         if self.roles is not None:
             facts = {
@@ -306,7 +307,7 @@ class DistillContext:
                 "t5": self.config.t5_dropout < 1,
             }
             with replacing_folder(self.folder / LORA) as fresh:
-                self.roles.save("student", fresh)
+                save_role(self.roles, "student", fresh)
                 write_facts(facts, fresh)
         self.write(self.weights("student", nets))
 

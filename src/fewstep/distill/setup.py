@@ -72,6 +72,7 @@ def _shapes(family: Family) -> dict[str, tuple[int, ...]]:
 def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False) -> LoRARoles:
     """Roles of the teacher's net, no more than learn; the student's and its branches' begin as ``--init``, a
     LoRA of an earlier run."""
+    from fewstep.families.lora.role_files import load_role
     from fewstep.modules.lora import LoRARoles
 
     students = ("early", "late") if split else ("student",)
@@ -81,7 +82,7 @@ def make_lora_roles(setting: DistillConfig, teacher: Family, split: bool = False
     )
     if setting.init:
         for name in students:
-            roles.load(name, Path(setting.init))
+            load_role(roles, name, Path(setting.init))
     return roles
 
 

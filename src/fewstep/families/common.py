@@ -1,4 +1,4 @@
-"""What the families of diffusers components share: tokens, pixels, and the family itself."""
+"""Parts that families of diffusers components share: tokenization, latents and assembly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fewstep.families.schedulers import of_scheduler
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | None = None) -> Array:
-    """Token ids ``[B, length]``: longer prompts cut, shorter ones padded.
+    """Return token ids ``[B, length]``: longer prompts are cut, shorter ones padded.
 
     Args:
         tokenizer: of transformers.
         prompts: ``B`` texts.
         length: of a row.
-        words: that the text encoder knows, where the two come from a stranger.
+        words: vocabulary size of the text encoder; the tokenizer may be another's.
 
     Raises:
         UserError: the tokenizer fails, or gives words that the encoder does not know.
@@ -31,7 +31,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | N
         ids = tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-    except Exception as error:  # of two libraries that believe what they read
+    except Exception as error:  # two libraries that trust what they read
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the model's tokenizer cannot read the prompt: {reason}") from error
     if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
@@ -47,13 +47,13 @@ READS = "reads the first"
 
 @dataclass(frozen=True)
 class Reader:
-    """A tokenizer before its text encoder.
+    """A tokenizer with the limits of its text encoder.
 
     Attributes:
-        name: of the encoder's kind, for people.
+        name: kind of the encoder, for messages.
         tokenizer: of transformers.
         length: tokens that the encoder reads, marks of beginning and end included.
-        vocab_size: of the encoder; a stranger's tokenizer may have another.
+        vocab_size: vocabulary size of the encoder; a tokenizer may have another.
     """
 
     name: str
@@ -71,11 +71,11 @@ class Reader:
 
     @property
     def room(self) -> int:
-        """Tokens of a prompt that are read."""
+        """Most tokens of a prompt that are read."""
         return self.length - self.tokenizer.num_special_tokens_to_add()
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, however many are read."""
+        """Return the tokens of a prompt, read or not."""
         if len(prompt.encode()) < self.room:  # no token is shorter than a byte
             return 0
         said = self.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False)
@@ -83,7 +83,7 @@ class Reader:
 
 
 def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
-    """Say in a :class:`PromptWarning` what text encoders do not read of each prompt that is too long.
+    """Warn of each prompt that a text encoder cuts (:class:`fewstep.core.prompt_text.PromptWarning`).
 
     A prompt is cut where every encoder cuts it. Where one reads all of it, that is said as well.
     """
@@ -100,9 +100,25 @@ def warn_of_cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> None:
         warnings.warn(message, PromptWarning, stacklevel=3)
 
 
+def append_mask(context: Array, mask: Array) -> Array:
+    """Return a context ``[B, L, D + 1]`` that carries a token mask ``[B, L]`` as its last column.
+
+    Whatever stores, caches or cuts a context then keeps its mask. A family's velocity takes the two apart
+    with :func:`split_mask`.
+    """
+    import torch
+
+    return torch.cat([context, mask.to(context.dtype)[..., None]], dim=-1)
+
+
+def split_mask(context: Array) -> tuple[Array, Array]:
+    """Return the context ``[B, L, D]`` and the boolean mask ``[B, L]`` of :func:`append_mask`."""
+    return context[..., :-1], context[..., -1] > 0.5
+
+
 @contextmanager
 def cuts_known() -> Generator[None]:
-    """Within the block cut prompts are not named: a run's own samples, or captions that were named before."""
+    """Suppress warnings of cut prompts within the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         yield
@@ -110,7 +126,7 @@ def cuts_known() -> Generator[None]:
 
 @contextmanager
 def cuts_counted(total: int, what: str) -> Generator[None]:
-    """Within the block prompts that are cut are counted, and one warning after it says how many.
+    """Count cut prompts within the block, and warn once after it.
 
     Args:
         total: number of prompts.
@@ -170,7 +186,7 @@ def family_of_parts(
     clip_length: int | None = None,
     embedded_guidance: float | None = None,
 ) -> Family:
-    """A family of diffusers components: what each family says of itself, and what follows from the parts.
+    """Return a model of diffusers components.
 
     Args:
         parts: components by their diffusers names; the nets are moved, frozen and put into eval mode.
@@ -216,7 +232,7 @@ def family_of_parts(
 
 
 def with_renoise_sampler(family: Family) -> Family:
-    """The same model, its steps taken with fresh noise: its scheduler says so, to stock diffusers as well."""
+    """Return the same model with stochastic sampling, in its scheduler for diffusers as well."""
     schedule = replace(of_scheduler(family.parts["scheduler"]), stochastic_sampling=True)
     return replace(family, sampler="renoise", parts={**family.parts, "scheduler": schedule.scheduler()})
 
@@ -232,8 +248,7 @@ def offload_encoders(family: Family) -> None:
 
 @contextmanager
 def on_device(family: Family, prefix: str = "text_encoder") -> Generator[None]:
-    """Within the block the components whose names begin like this are where the net is; afterwards they are
-    where they were."""
+    """Move the components with this name prefix to the net's device within the block, and back after it."""
     import torch
 
     place = family.net.device
@@ -253,8 +268,8 @@ def on_device(family: Family, prefix: str = "text_encoder") -> Generator[None]:
 
 
 def fingerprint(net: Any) -> str:
-    """What tells a net's weights from all others."""
-    told = hashlib.sha256()
+    """Return a hash of a net's weights, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
     for tensor in net.state_dict().values():
-        told.update(tensor.float().cpu().numpy().tobytes())
-    return told.hexdigest()[:12]
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

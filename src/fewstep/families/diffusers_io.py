@@ -1,4 +1,4 @@
-"""Diffusers folders, read part by part, so that what is missing can be named."""
+"""Reads diffusers folders part by part, so that errors name the part that is missing."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fewstep.families.config_check import (
 )
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
-"""What makes a CPU multiply bf16 faster than fp32; any other emulates it, slower."""
+"""CPU features that multiply bf16 faster than fp32. Other CPUs emulate bf16, slower."""
 
 FACTS = "fewstep.json"
 """Beside diffusers' own files: name, steps and guidance that the model wants."""
 
 
 def name_of(path: Path) -> str:
-    """What a model that says no name of its own is called: its folder's whole name, or its file's stem.
+    """Return the default name of a model: the name of its folder, or the stem of its file.
 
     A folder of the hub's cache is called after its model.
     """
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """The shape of what :func:`write_facts` writes, whichever of it is there."""
+    """Checked fields of the file that :func:`write_facts` writes; all are optional."""
 
     name: str | None = None
     sampler: str | None = None
@@ -70,7 +70,7 @@ class _Facts:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What :func:`write_folder` wrote beside the parts; nothing in a folder of another program.
+    """Return what :func:`write_folder` wrote beside the parts; empty for a folder of another program.
 
     Raises:
         UserError: the file is there, but not a JSON object, or one of its facts is of another type.
@@ -185,7 +185,7 @@ def read_part(folder: Path, part: str, entry: tuple[str, str], known: KnownClass
 
     Raises:
         UserError: an unknown class, a file that is missing or broken, or weights of another net
-            (:func:`fewstep.families.safetensors_reader.resolve`).
+            (:func:`fewstep.families.safetensors_match.resolve`).
     """
     _, name = entry
     where = folder / part

@@ -1,8 +1,8 @@
-"""FLUX.1 of Black Forest Labs, the dev and the schnell kind, through diffusers and transformers.
+"""FLUX.1 of Black Forest Labs, dev and schnell, through diffusers and transformers.
 
-A T5 makes the context and a CLIP the pooled vector; a net of double- and then single-stream blocks speaks
-velocity on tokens of 2 x 2 latents; a KL autoencoder makes the pixels. The adapters below do the packing,
-the positions, the embedded guidance and the scaling of latents; nothing above sees them.
+A T5 makes the context and a CLIP the pooled vector. A net of double- and then single-stream blocks predicts
+the velocity on tokens of 2 x 2 latents. An autoencoder makes the pixels. Packing, positions, embedded
+guidance and the scaling of latents stay in this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fewstep.families.net_classes import (
 from fewstep.families.schedulers import of_scheduler, schedule_shift
 
 GUIDANCE = 3.5
-"""The scale that stock diffusers tells a net with embedded guidance."""
+"""The default scale of embedded guidance in diffusers."""
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -37,12 +37,12 @@ TARGETS = (
 """Ends of the names of the linear layers that a LoRA adapts: attention and MLP of both kinds of block."""
 
 SIDE = 128
-"""Latents along a side in stock diffusers: 1024 pixels."""
+"""Default side of an image in latent cells: 1024 pixels."""
 
 MAX_SIDE = 1024
 
 PATCH = 2
-"""Latents along a side of a token."""
+"""Latent cells along a side of a token."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class NetVelocity:
 
     Attributes:
         net: the torch module.
-        guidance: the scale of the guidance that was distilled into the net; a net without an embedding of
-            it (schnell) is not told.
+        guidance: the embedded guidance scale; a net without an embedding of it (schnell) ignores it.
     """
 
     net: Any
@@ -83,8 +82,8 @@ class NetVelocity:
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` float32 in [0, 1] -> ``[B, C, H, W]`` float32; ``H``, ``W`` even.
 
-        The net itself multiplies time and guidance by 1000, but first rounds them to its own dtype: a net of
-        half precision hears .75 for .749, here as in the stock pipeline.
+        The net multiplies time and guidance by 1000 after rounding them to its own dtype. In half precision
+        .749 becomes .75, here as in diffusers' pipeline.
         """
         dtype = self.net.dtype
         rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
@@ -101,14 +100,14 @@ class NetVelocity:
         return unpack(v.float(), rows, columns)
 
     def with_guidance(self, scale: float) -> NetVelocity:
-        """The same velocity at another scale of the embedded guidance."""
+        """Return the same velocity at another scale of the embedded guidance."""
         return replace(self, guidance=scale)
 
     def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
-        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
+        """Return the inputs of the net's embedder at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
         dtype = self.net.dtype
         scale = [t.new_full(t.shape, self.guidance)] if self.net.config.guidance_embeds else []
-        return *(1000 * told.to(dtype) for told in (t, *scale)), pooled.to(dtype)
+        return *(1000 * each.to(dtype) for each in (t, *scale)), pooled.to(dtype)
 
 
 def pack(x: Array) -> Array:
@@ -127,9 +126,9 @@ def unpack(tokens: Array, rows: int, columns: int) -> Array:
 
 
 def positions(rows: int, columns: int, device: Any = None) -> Array:
-    """Where each token lies, ``(0, row, column)``, for the net's rotary embedding (arXiv 2104.09864).
+    """Return the position ``(0, row, column)`` of each token, for rotary embeddings (arXiv 2104.09864).
 
-    Words stand at (0, 0, 0).
+    Text tokens are at (0, 0, 0).
 
     Returns:
         ``[rows columns, 3]`` float32, in the order of :func:`pack`, made on ``device``.
@@ -210,7 +209,7 @@ class Flux(Architecture):
         side: int | None = None,
         device: str = "cpu",
     ) -> Family:
-        """Return a model made of components; see :meth:`Architecture.assemble`.
+        """Return a model made of components; see :meth:`fewstep.families.base.Architecture.assemble`.
 
         Args:
             parts: components by their diffusers names.

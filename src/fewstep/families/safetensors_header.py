@@ -1,4 +1,4 @@
-"""The header of a ``.safetensors`` file, checked: what it says lies in the file."""
+"""Reads and checks the header of a ``.safetensors`` file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says.
+    """The header of a file.
 
     Attributes:
         tensors: by name.
@@ -74,11 +74,11 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is not a whole .safetensors file: its header is cut off")
             if length > MOST_BYTES:
                 raise UserError(f"{path} has a header of {length} bytes: at most {MOST_BYTES} are read")
-            told: dict[str, Any] = json_io.parse(file.read(length), where=where)
+            content: dict[str, Any] = json_io.parse(file.read(length), where=where)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    metadata = json_io.convert(told.pop("__metadata__", {}), dict[str, str], where)
-    tensors: dict[str, Tensor] = json_io.convert(told, dict[str, Tensor], where)
+    metadata = json_io.convert(content.pop("__metadata__", {}), dict[str, str], where)
+    tensors: dict[str, Tensor] = json_io.convert(content, dict[str, Tensor], where)
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         begin, stop = tensor.data_offsets

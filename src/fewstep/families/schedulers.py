@@ -41,7 +41,7 @@ class Schedule:
 
     Attributes:
         shift: time shift of the grid.
-        use_dynamic_shifting: take the shift from the number of tokens instead (:func:`time_shift`).
+        use_dynamic_shifting: take the shift from the number of tokens instead (:func:`schedule_shift`).
         base_shift: logarithm of the shift (or the shift itself) at ``base_image_seq_len`` tokens.
         max_shift: the same at ``max_image_seq_len`` tokens.
         base_image_seq_len: number of tokens.

@@ -1,8 +1,7 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206) through diffusers and transformers.
 
-Two CLIPs and, where it is there, a T5 make the context; an MMDiT speaks velocity; a KL or tiny
-autoencoder makes the pixels. The adapters below do the x1000 of time, the scaling of latents and the
-padding of text; nothing above sees them.
+Two CLIPs and an optional T5 make the context. An MMDiT predicts the velocity, and an autoencoder makes the
+pixels. The factor 1000 of time, the scaling of latents and the padding of text stay in this file.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ TARGETS = (
 """Ends of the names of the linear layers that a LoRA adapts: attention and MLP of both streams."""
 
 T5_LENGTH = 256
-"""Tokens of T5 in stock diffusers; a tokenizer made for fewer has fewer."""
+"""Most tokens of T5, as in diffusers; a tokenizer may allow fewer."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class NetVelocity:
         return v.float()
 
     def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
-        """What the net's embedder is told at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
+        """Return the inputs of the net's embedder at ``t [B]`` (:mod:`fewstep.modules.adaln`)."""
         return 1000 * t, pooled.to(self.net.dtype)
 
 
@@ -89,7 +88,7 @@ class NetVelocity:
 class Text:
     """The two CLIPs side by side, padded to the net's width, and T5's tokens after them.
 
-    Without T5 nothing follows the CLIPs' tokens (stock diffusers appends rows of zeros there).
+    Without T5 the context ends after the CLIPs' tokens, where diffusers appends rows of zeros.
     """
 
     parts: Mapping[str, Any]
@@ -179,7 +178,7 @@ class SD3(Architecture):
         side: int | None = None,
         device: str = "cpu",
     ) -> Family:
-        """Return a model made of components; see :meth:`Architecture.assemble`.
+        """Return a model made of components; see :meth:`fewstep.families.base.Architecture.assemble`.
 
         Args:
             parts: components by their diffusers names; ``tokenizer_3`` and ``text_encoder_3`` may be left

@@ -11,7 +11,10 @@ from fewstep.core.types import UserError
 from fewstep.families.config_check import KnownClasses, class_of
 from fewstep.families.diffusers_io import checked_facts, first_line, read_index, read_part
 from fewstep.families.safetensors_header import read_header
-from fewstep.families.safetensors_reader import Converted, LoadWarning, Weights, empty, fill, header
+from fewstep.families.safetensors_match import Converted, LoadWarning
+from fewstep.families.safetensors_reader import empty, fill
+from fewstep.families.safetensors_tensors import header
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.schedulers import Schedule
 
 T5 = ("tokenizer_3", "text_encoder_3")
@@ -21,11 +24,11 @@ TEXTS = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
-"""What the names of a text encoder's tensors begin with; many files leave all three out."""
+"""Prefixes of the text encoders' tensors; many files contain none of the three."""
 
 PREFIXES = {"transformer": NET, "vae": CODEC, **TEXTS}
 UNUSED = ("model_ema.", *(f"text_encoders.{name}.logit_scale" for name in ("clip_l", "clip_g", "t5xxl")))
-"""Tensors of a file's own that no part is made of, and that change nothing."""
+"""Prefixes of tensors that no part uses and that change no image."""
 
 PROJECTION = "text_projection.weight"
 
@@ -71,7 +74,7 @@ def read_single(
             parts[part] = _net(weights, part, folder, index[part], known, dtype)
         else:
             parts[part] = read_part(folder, part, index[part], known)
-    return {**parts, "scheduler": _told(parts["scheduler"], facts)}, facts
+    return {**parts, "scheduler": _scheduler(parts["scheduler"], facts)}, facts
 
 
 def _check_prefixes(weights: Weights) -> None:
@@ -133,8 +136,8 @@ CONVERSIONS = {"transformer": _transformer, "vae": _autoencoder, "text_encoder":
 """From the names of the file to those of the net; what has no name there keeps its own."""
 
 
-def _told(scheduler: Any, facts: dict[str, Any]) -> Any:
-    """The scheduler of the configuration, but a student's steps are laid and taken as its own file says."""
+def _scheduler(scheduler: Any, facts: dict[str, Any]) -> Any:
+    """Return the scheduler of the configuration, or the one that a student's file states."""
     if "shift" not in facts:
         return scheduler
     schedule = Schedule(shift=facts["shift"], stochastic_sampling=facts.get("sampler") == "renoise")

@@ -13,7 +13,8 @@ from fewstep.families.base import Architecture
 from fewstep.families.config_check import check_config, tokenizer_max_length, with_defaults
 from fewstep.families.diffusers_io import name_of, read_json, read_part
 from fewstep.families.net_classes import SHARED_CLASSES, NetClass
-from fewstep.families.safetensors_reader import Weights, refuse_quantized
+from fewstep.families.safetensors_reader import refuse_quantized
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.schedulers import Schedule
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -126,8 +127,10 @@ class ModelSpec:
         return self.places.get(part, self.folder / part)
 
     def stand_ins(self) -> dict[str, Any]:
-        """Return components for :meth:`Architecture.assemble` without any weights: each net is replaced by
-        an object with its ``config`` alone."""
+        """Return components without weights: each net is replaced by an object that has its ``config``.
+
+        :meth:`fewstep.families.base.Architecture.assemble` takes them.
+        """
         lists = self.architecture.block_lists
         nets = {part: config_stand_in(config, lists) for part, config in self.configs.items()}
         tokenizers = {

@@ -11,7 +11,7 @@ import torch
 from fewstep.core.types import Model
 from fewstep.families.base import Family
 from fewstep.families.lora.layers import Updates
-from fewstep.families.safetensors_reader import Weights
+from fewstep.families.safetensors_weights import Weights
 from fewstep.families.spec import ModelSpec
 from fewstep.inference.compile import compile_blocks, compile_decoder, compile_encoder
 from fewstep.inference.cuda_graphs import CUDAGraphCache
@@ -83,7 +83,7 @@ class ModelBuilder:
         modulation, body = split_modulation(net, outline.architecture.modulation)
         if self.compile:
             compile_blocks(body)
-        apart = (modulation.embedder, *modulation.layers)
+        apart = (modulation.embedder, *modulation.layers) if modulation.layers else ()
         shelf = PinnedBuffer()
         leaving = 0 if self.choice.residency == "all" else len(apart) - self.plan.staying
         layers = {

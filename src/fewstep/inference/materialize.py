@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.families.safetensors_reader import Weights, tied
+from fewstep.families.safetensors_match import tied
+from fewstep.families.safetensors_weights import Weights
 from fewstep.inference.meta_init import frozen_parameter
 from fewstep.inference.quantize import quantize
 
@@ -23,7 +24,7 @@ class WeightLoader:
 
     Attributes:
         weights: its tensors, matched to the net
-            (:meth:`fewstep.families.safetensors_reader.Weights.matched`).
+            (:meth:`fewstep.families.safetensors_weights.Weights.matched`).
         device: where they go.
         dtype: what they are cast to.
         bits: of the layers ``quantized`` names.

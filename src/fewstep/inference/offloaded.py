@@ -38,7 +38,7 @@ class OffloadedVelocity:
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
-        (made,) = self._modulations([self.velocity.embedder_inputs(t, cond.pooled)])
+        (made,) = self._modulations([self.modulation.inputs(self.velocity, t, cond.pooled)])
         return self._moved(x_t, t, cond.context, made)
 
     def with_guidance(self, scale: float) -> OffloadedVelocity:
@@ -47,7 +47,9 @@ class OffloadedVelocity:
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
         """A step for each of ``times``."""
-        told = [self.velocity.embedder_inputs(expand_time(t, cond.context), cond.pooled) for t in times]
+        told = [
+            self.modulation.inputs(self.velocity, expand_time(t, cond.context), cond.pooled) for t in times
+        ]
         return [partial(self._step, *pair, cond) for pair in zip(times, self._modulations(told), strict=True)]
 
     def _step(self, t: float, made: Array, cond: Cond, x: Array) -> Array:

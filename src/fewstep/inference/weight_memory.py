@@ -89,12 +89,13 @@ class WeightMemory:
 
     def layer(self, bits: int) -> int:
         """The largest of :meth:`layers`."""
-        return max(self.layers(bits))
+        return max(self.layers(bits), default=0)
 
     def layers(self, bits: int) -> list[int]:
         """What comes one by one of the modulations: what embeds the time, and each layer."""
         modulation = self.modulated[0]
-        apart = (self._listed("modulation", one) for one in (modulation.embedder, *modulation.layers))
+        modules = (modulation.embedder, *modulation.layers) if modulation.layers else ()
+        apart = (self._listed("modulation", one) for one in modules)
         return [sum(self._of(weight, bits) for weight in one) for one in apart]
 
     def reading(self, part: str, bits: int) -> int:

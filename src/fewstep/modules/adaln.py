@@ -1,8 +1,8 @@
-"""Modulations apart from the net that they modulate (floor 2, torch).
+"""Splits the adaLN modulation off a net, to compute it once per image.
 
 The layers that make shifts, scales and gates (adaLN: Peebles and Xie, arXiv 2212.09748) depend on the time
-and the pooled text alone: a third of an MMDiT's weights that need not be read in a step. Here a net falls in
-two: what makes all modulations of a time, and the net that is given them. No weight is copied.
+and the pooled text alone. They hold a third of an MMDiT's weights, which a step then need not read. A net is
+split into a module that makes the modulation of a time, and the net that takes it. No weight is copied.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ EMBEDDER = "time_text_embed"
 
 
 class NetVelocity(Velocity, Protocol):
-    """A family's velocity: a dataclass around its net."""
+    """A family's velocity: a dataclass with its net as a field."""
 
     @property
     def net(self) -> Any: ...
 
     def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
-        """What the net's embedder is told at ``t [B]``."""
+        """Return the inputs of the net's embedder at ``t [B]``, the pooled text ``[B, P]`` last."""
         ...
 
 
 @dataclass(frozen=True)
 class PrecomputedAdaLN:
-    """The same velocity, its modulations made for all steps of a walk before the first one.
+    """A velocity that computes the modulation of all steps of a trajectory before the first one.
 
-    For nets that are neither trained nor sharded nor compiled: those change a module in place, and the one
-    that runs here is another.
+    For nets that are not trained, sharded or compiled: those change a module in place, and a copy runs here.
+
+    Attributes:
+        velocity: the family's velocity.
+        embedder: see :func:`split_modulation`.
     """
 
     velocity: NetVelocity
@@ -50,17 +53,17 @@ class PrecomputedAdaLN:
         return self.velocity(x_t, t, cond)
 
     def with_guidance(self, scale: float) -> PrecomputedAdaLN:
-        """The same velocity at another scale of the embedded guidance, where its net has one."""
+        """Return the same velocity at another scale of the embedded guidance."""
         whole: Any = self.velocity
         return replace(self, velocity=whole.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
-        """A step for each of ``times``."""
+        """Return a step for each of ``times``."""
         modulation, net = split_modulation(self.velocity.net, self.embedder)
         whole: Any = self.velocity
         body: Velocity = replace(whole, net=net)
         made = modulation.each(
-            [whole.embedder_inputs(expand_time(t, cond.context), cond.pooled) for t in times]
+            [modulation.inputs(whole, expand_time(t, cond.context), cond.pooled) for t in times]
         )
 
         def step(t: float, modulations: Tensor) -> Step:
@@ -77,16 +80,20 @@ def _resident(layer: nn.Module) -> AbstractContextManager[object]:
 
 
 class Modulation(nn.Module):
-    """All modulations of a net, one after the other."""
+    """Computes all modulations of a net, concatenated."""
 
     def __init__(self, embedder: Any, layers: Sequence[Any]) -> None:
         super().__init__()
         self.embedder = embedder
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, *told: Tensor) -> Tensor:
-        """What the net's embedder takes, the pooled text ``[B, P]`` last -> ``[B, M]``."""
-        return self.each([told])[0]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the modulation ``[B, M]`` of the embedder's inputs, the pooled text ``[B, P]`` last."""
+        return self.each([inputs])[0]
+
+    def inputs(self, velocity: Any, t: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+        """Return the embedder's inputs at ``t [B]``; the pooled text alone where nothing was split off."""
+        return velocity.embedder_inputs(t, pooled) if self.layers else (pooled,)
 
     def each(self, steps: Sequence[Sequence[Tensor]], resident: Resident = _resident) -> list[Tensor]:
         """Return the modulation of several steps. Each layer's weights are read once for all of them.
@@ -110,14 +117,14 @@ class Modulation(nn.Module):
 
 
 class _Given(nn.Module):
-    """In the embedder's place: the modulations, given where the pooled text would be."""
+    """Replaces the embedder: returns the modulation, which is passed as the pooled text."""
 
-    def forward(self, *told: Tensor) -> Tensor:
-        return told[-1]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return inputs[-1]
 
 
 class Slice(nn.Module):
-    """In a layer's place: its part of all modulations."""
+    """Replaces a modulation layer: returns its slice of the modulation."""
 
     def __init__(self, start: int, size: int) -> None:
         super().__init__()
@@ -159,7 +166,7 @@ def split_modulation(net: Any, embedder: str | None = EMBEDDER) -> tuple[Modulat
 
 
 def with_submodules(net: Any, instead: Mapping[str, Any]) -> Any:
-    """``net`` with other modules at some paths; all else is shared, and ``net`` stays as it is."""
+    """Return ``net`` with other modules at some paths. All else is shared, and ``net`` is not changed."""
     other = copy.copy(net)
     other._modules = dict(net._modules)
     below: dict[str, dict[str, Any]] = {}

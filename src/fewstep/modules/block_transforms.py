@@ -1,7 +1,7 @@
-"""Blocks that need less memory, or less time (floor 2, torch).
+"""Activation checkpointing and compilation of transformer blocks.
 
-Both replace a block's ``forward`` and nothing else: names and values of its weights, and the hooks around
-it (taps of features, shards), stay as they are. Where both are wanted, :func:`compile_block` comes first.
+Both replace a block's ``forward`` alone. Names and values of its weights, and hooks on it, stay. To use both,
+call :func:`compile_block` first.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from fewstep.modules.lora import active_role, use_role
 
 
 def checkpoint_activations(block: Any) -> None:
-    """Let the backward pass compute the block's inner values anew instead of keeping them."""
+    """Compute the block's activations again in the backward pass instead of keeping them."""
     block.forward = partial(_run, block.forward)
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    role = active_role()  # by the time of the backward pass another may have acted
+    role = active_role()  # another may be active by the backward pass
     return checkpoint(
         forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), use_role(role)), **kwargs
     )
 
 
 def compile_block(block: Any, backend: str = "inductor", dynamic: bool | None = None) -> None:
-    """Compile the block; blocks of one class and shape share what was compiled.
+    """Compile a block. Blocks of one class and shape share the compiled code.
 
     Args:
         block: the module, changed in place.
-        backend: torch's name of it.
-        dynamic: leave sizes open from the start; ``None`` is torch's own way, when they change.
+        backend: name of the backend.
+        dynamic: compile for dynamic shapes at once; ``None`` does so when a shape changes.
     """
-    # One version a role, with and without gradient, and a class has blocks of several kinds (the last, those
-    # with two attentions): torch would stop at eight.
+    # One version per adapter, with and without gradient, for each kind of block (the last, those with two
+    # attentions): torch would stop at eight.
     torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
     block.forward = torch.compile(block.forward, backend=backend, dynamic=dynamic)

@@ -1,4 +1,4 @@
-"""A discriminator of light heads on features of a net that is there anyway (floor 2, torch).
+"""A discriminator: light heads on features of the teacher or the proxy.
 
 Features are tapped by forward hooks, never by copying a model's forward (LADD, Sauer et al., arXiv
 2403.12015, taps the frozen teacher; SD3.5-Flash the proxy).
@@ -46,7 +46,7 @@ class FeatureTaps:
             for hook in hooks:
                 hook.remove()
         # A sharded net gathers what belongs to no block when its own output is passed back through: that
-        # must be in the graph, though nobody reads it.
+        # must be in the graph, although it is not used.
         return [kept[i] + 0 * v.mean() for i in range(len(self.modules))]
 
 
@@ -57,7 +57,7 @@ def _tokens(output: Any) -> Any:
 
 
 class DiscriminatorHeads(nn.Module):
-    """One head a tap: every token is judged by itself, by a norm and two layers.
+    """One head per tapped block. A norm and two layers judge every token separately.
 
     Args:
         widths: features of each tap.
@@ -84,7 +84,7 @@ class DiscriminatorHeads(nn.Module):
             return torch.cat(judged, 1)
 
     def reset_head(self, index: int, generator: Any) -> list[Any]:
-        """Begin one head anew, in place, from a CPU generator; its parameters."""
+        """Initialize one head again, in place, from a CPU generator, and return its parameters."""
         for layer in self.heads[index]:
             if isinstance(layer, nn.Linear):
                 fresh = torch.randn(layer.weight.shape, generator=generator) * layer.in_features**-0.5

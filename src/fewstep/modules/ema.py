@@ -1,4 +1,4 @@
-"""Averages of weights in time (floor 2, torch)."""
+"""Exponential moving averages of weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: its shard where it is sharded, else all of it."""
+    """Return this process's shard of a sharded tensor, or the whole tensor."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -39,7 +39,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in what the parameters are now."""
+        """Update the averages with the current parameters."""
         mine = [local(v) for v in self.values.values()]
         now = [local(p).to(torch.float32) for p in self._of.values()]
         keep = min(self._decay, (1 + self.count) / (10 + self.count)) if self.count else 0.0
@@ -51,32 +51,32 @@ class EMA:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Set the parameters to their averages, for good."""
+        """Set the parameters to their averages permanently."""
         for name, p in self._of.items():
             local(p).copy_(local(self.values[name]))
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """Within the block the parameters are their averages; after it, bit for bit what they were.
+        """Set the parameters to their averages within the block, and restore them bit for bit after it.
 
         The two change places, one parameter at a time: no second copy of a net. Only those of another
-        precision than the average's are set aside, for an average rounded to them could not come back.
+        precision than the average's are copied first, because rounding an average to them cannot be undone.
         """
-        aside = {n: local(p).detach().clone() for n, p in self._of.items() if p.dtype != torch.float32}
-        self._exchange(aside)
+        saved = {n: local(p).detach().clone() for n, p in self._of.items() if p.dtype != torch.float32}
+        self._exchange(saved)
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, held in aside.items():
-                    local(self._of[name]).copy_(held)
-            self._exchange(aside, back=True)
+                for name, value in saved.items():
+                    local(self._of[name]).copy_(value)
+            self._exchange(saved, back=True)
 
     @torch.no_grad()
-    def _exchange(self, aside: Mapping[str, Any], back: bool = False) -> None:
+    def _exchange(self, saved: Mapping[str, Any], back: bool = False) -> None:
         for name, p in self._of.items():
             mine, its = local(self.values[name]), local(p)
-            if name not in aside:
+            if name not in saved:
                 held = its.clone()
                 its.copy_(mine)
                 mine.copy_(held)

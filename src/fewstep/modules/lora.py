@@ -1,7 +1,8 @@
-"""LoRA roles (floor 2, torch): one frozen base is teacher, student and proxy.
+"""LoRA adapters that share one frozen base net: the base is the teacher, each adapter a student or a proxy.
 
-``y = W x + (alpha / rank) B A x`` (Hu et al., arXiv 2106.09685) with an ``A`` and a ``B`` for each role, and
-``W`` held once. Which role acts is said around each call of the net: all of them are velocities side by side.
+``y = W x + (alpha / rank) B A x`` (Hu et al., arXiv 2106.09685), with an ``A`` and a ``B`` for each adapter
+and one ``W``. A context manager selects the adapter around each call of the net. All of them are velocities
+of their own.
 """
 
 from __future__ import annotations
@@ -10,46 +11,41 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fewstep.core.atomic import replacing_file
-from fewstep.core.types import Array, Cond, UserError, Velocity
-from fewstep.families.lora.alpha import FILE
-from fewstep.families.lora.file import read, tensor_of
+from fewstep.core.types import Array, Cond, Velocity
 
-PREFIX = "transformer."
-HELD = "roles"
-"""The name under which an adapted layer holds its roles."""
+ADAPTERS = "roles"
+"""Name of the submodule of a layer that holds its adapters."""
 
-_actor: str | None = None
+_active: str | None = None
 
 
 def active_role() -> str | None:
-    """The role that acts now; ``None`` is the base alone."""
-    return _actor
+    """Return the name of the active adapter; ``None`` is the base alone."""
+    return _active
 
 
 @contextmanager
 def use_role(role: str | None) -> Generator[None]:
-    """Within the block, nets with roles act this one.
+    """Activate an adapter in all nets that have it, within the block.
 
-    One variable of the process and not of the thread: the backward pass, which may compute a block anew, has
-    threads of its own.
+    The selection is global, not per thread: the backward pass may compute a block again, in threads of its
+    own.
     """
-    global _actor
-    before, _actor = _actor, role
+    global _active
+    before, _active = _active, role
     try:
         yield
     finally:
-        _actor = before
+        _active = before
 
 
 class LoRALayer(nn.Module):
-    """``B A x``: ``[..., in] -> [..., out]`` through ``rank``; nought at first. Float32."""
+    """``B A x``: ``[..., in] -> [..., out]`` through ``rank``, float32. ``B`` is zero at first."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -65,17 +61,17 @@ class LoRALayer(nn.Module):
 
 
 class LoRAParameters(nn.Module):
-    """A role's own weights, as a net: what an optimizer, an average and a checkpoint see of it."""
+    """The weights of one adapter as a module, for an optimizer, an average and a checkpoint."""
 
-    def __init__(self, lows: Mapping[str, LoRALayer]) -> None:
+    def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
         super().__init__()
-        for path, low in lows.items():
-            self.add_module(path.replace(".", "-"), low)
+        for path, layer in layers.items():
+            self.add_module(path.replace(".", "-"), layer)
 
 
 @dataclass(frozen=True)
 class LoRAVelocity:
-    """A velocity whose net acts one role."""
+    """A velocity whose net runs with one adapter."""
 
     velocity: Velocity
     role: str | None
@@ -86,19 +82,22 @@ class LoRAVelocity:
 
 
 class LoRARoles:
-    """Roles of a net, each a LoRA in its linear layers. The net is changed in place, its own weights frozen.
+    """Several LoRA adapters in the linear layers of a net. The net is changed in place, its weights frozen.
 
     Args:
         net: any torch module; its weights keep their precision.
-        names: the roles.
-        rank: of every ``A`` and ``B``.
+        names: the adapters.
+        rank: rank of every ``A`` and ``B``.
         alpha: the update is scaled by ``alpha / rank``; by default 1.
-        targets: ends of the names of the linear layers, such as ``to_q`` or ``ff.net.2``; a layer of the net
-            itself, in no block, is never one. A family names its own (``TARGETS``).
-        seed: of every ``A``; roles differ.
+        targets: ends of the names of the linear layers, such as ``to_q`` or ``ff.net.2``. A layer of the net
+            itself, outside all blocks, is never one. A family names its own (``lora_targets``).
+        seed: seed of every ``A``; adapters differ.
+
+    Attributes:
+        scale: ``alpha / rank``.
 
     Raises:
-        ValueError: no layer has such a name, the rank is not positive, or the net has roles already.
+        ValueError: no layer has such a name, the rank is not positive, or the net has adapters already.
     """
 
     def __init__(
@@ -121,100 +120,55 @@ class LoRARoles:
             for path, layer in net.named_modules()
             if isinstance(layer, nn.Linear) and path.endswith(ends)
         }
-        if not self._linears or any(hasattr(layer, HELD) for layer in self._linears.values()):
-            raise ValueError(f"no linear layer without roles ends in {', '.join(targets)}")
+        if not self._linears or any(hasattr(layer, ADAPTERS) for layer in self._linears.values()):
+            raise ValueError(f"no linear layer without adapters ends in {', '.join(targets)}")
         net.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        self._hooks: list[Any] = []
         for layer in self._linears.values():
-            lows = {name: LoRALayer(layer, rank, generator) for name in self.names}
-            layer.add_module(HELD, nn.ModuleDict(lows))
-            self._hooks.append(layer.register_forward_hook(self._add))
+            adapters = {name: LoRALayer(layer, rank, generator) for name in self.names}
+            layer.add_module(ADAPTERS, nn.ModuleDict(adapters))
+            layer.register_forward_hook(self._add)
 
     def _add(self, layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
-        role = _actor
+        role = _active
         if role is None:
             return out
-        return out + (self.scale * layer.get_submodule(HELD).get_submodule(role)(args[0])).to(out.dtype)
+        adapter = layer.get_submodule(ADAPTERS).get_submodule(role)
+        return out + (self.scale * adapter(args[0])).to(out.dtype)
 
     def velocity(self, name: str | None, velocity: Velocity) -> Velocity:
-        """The net's velocity (the family's adapter of it) in a role; ``None`` is the base: the teacher."""
+        """Return the net's velocity with an adapter; ``None`` is the base, the teacher.
+
+        Args:
+            name: the adapter.
+            velocity: the family's velocity of the net.
+        """
         self._check(name)
         return LoRAVelocity(velocity, name)
 
     def net(self, name: str) -> LoRAParameters:
-        """The weights of one role, and no others, as a net: what a method names and a trainer trains."""
-        return LoRAParameters(self._lows(name))
+        """Return the weights of one adapter, and no others, as the module that a method trains."""
+        return LoRAParameters(self.layers(name))
+
+    def layers(self, name: str) -> dict[str, LoRALayer]:
+        """Return the layers of one adapter by the names of the linear layers that they adapt."""
+        self._check(name)
+        found: dict[str, Any] = {
+            path: layer.get_submodule(ADAPTERS).get_submodule(name) for path, layer in self._linears.items()
+        }
+        return found
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole net in this role as a plain state dict: ``W + scale B A``, in the base's precision."""
-        lows = self._lows(name)
-        plain = {key: v for key, v in self.body.state_dict().items() if f".{HELD}." not in key}
-        for path, low in lows.items():
+        """Return the state dict of the net with an adapter merged: ``W + scale B A``, in the base's
+        precision."""
+        plain = {key: v for key, v in self.body.state_dict().items() if f".{ADAPTERS}." not in key}
+        for path, layer in self.layers(name).items():
             key = f"{path}.weight"
-            plain[key] = (plain[key].float() + self.scale * low.b.detach() @ low.a.detach()).to(
+            plain[key] = (plain[key].float() + self.scale * layer.b.detach() @ layer.a.detach()).to(
                 plain[key].dtype
             )
         return plain
 
-    def merge_and_unload(self, name: str) -> Any:
-        """Make the net this role, plain again and without any roles; it cannot act another afterwards."""
-        merged = self.merged(name)
-        for hook in self._hooks:
-            hook.remove()
-        for layer in self._linears.values():
-            delattr(layer, HELD)
-        self.body.load_state_dict(merged)
-        return self.body
-
-    def save(self, name: str, folder: Path) -> Path:
-        """Write the role as a LoRA that diffusers' ``load_lora_weights(folder)`` reads.
-
-        The scale goes into ``B``, so that readers need no ``alpha``.
-
-        Raises:
-            UserError: the disk refuses.
-        """
-        from safetensors.torch import save_file
-
-        tensors: dict[str, torch.Tensor] = {}
-        for path, low in self._lows(name).items():
-            tensors[f"{PREFIX}{path}.lora_A.weight"] = low.a.detach().cpu().contiguous()
-            tensors[f"{PREFIX}{path}.lora_B.weight"] = (self.scale * low.b.detach()).cpu().contiguous()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing_file(folder / FILE) as fresh:
-                save_file(tensors, fresh, {"format": "pt"})
-        except Exception as error:  # safetensors has an error of its own for a full disk
-            raise UserError(f"{folder / FILE} could not be written ({error})") from error
-        return folder / FILE
-
-    @torch.no_grad()
-    def load(self, name: str, folder: Path) -> None:
-        """Read a role that :meth:`save` wrote, or another LoRA of the same layers and rank.
-
-        Its own scale, wherever it stands, and this net's go into ``B``.
-
-        Raises:
-            UserError: it is not there, broken, or of another net, rank or choice of layers.
-        """
-        path = folder / FILE
-        try:
-            factors = {each.name: each for each in read(path).factors if each.part == PREFIX[:-1]}
-        except UserError as error:
-            raise UserError(f"{path} cannot be read as a LoRA ({error})") from error
-        lows = self._lows(name)
-        wanted = {at: ((low.b.shape[0], low.a.shape[1]), low.a.shape[0]) for at, low in lows.items()}
-        if {at: (each.shape, each.rank) for at, each in factors.items()} != wanted:
-            raise UserError(f"{path} is a LoRA of other layers or of another rank than this run's")
-        for at, low in lows.items():
-            low.a.copy_(tensor_of(path, factors[at].down))
-            low.b.copy_(tensor_of(path, factors[at].up).float() * factors[at].scale / self.scale)
-
     def _check(self, name: str | None) -> None:
         if name is not None and name not in self.names:
-            raise ValueError(f"{name} is none of the roles {', '.join(self.names)}")
-
-    def _lows(self, name: str) -> dict[str, Any]:
-        self._check(name)
-        return {p: layer.get_submodule(HELD).get_submodule(name) for p, layer in self._linears.items()}
+            raise ValueError(f"{name} is none of the adapters {', '.join(self.names)}")

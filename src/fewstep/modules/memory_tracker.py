@@ -1,9 +1,8 @@
-"""Memory counted while a computation runs (floor 2, torch), on tensors that are there or on tensors that have
-shapes and no bytes.
+"""Counts memory while a computation runs, on real tensors or on tensors without data.
 
-Every storage that an operation makes is counted until it is let go. Under :func:`fake_tensors` torch's
-``FakeTensorMode`` carries the operations out on shapes alone, so that a net of any size is rehearsed on any
-machine. What operations take and give back inside themselves is not seen: see :data:`WORKSPACE`.
+Every storage that an operation makes is counted until it is freed. Under :func:`fake_tensors` torch's
+``FakeTensorMode`` computes shapes alone, so that a net of any size runs on any machine. Memory that an
+operation allocates and frees internally is not counted: see :data:`WORKSPACE`.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ WORKSPACE = 128 * 2**20
 Hopper for each of the two threads that multiply (forward and backward)."""
 
 KINDS: tuple[str, ...] = ("frozen", "learning", "gradients", "optimizer", "averages", "activations")
-"""What memory is for. ``activations``: whatever is none of the others, the batch too."""
+"""Uses of memory. ``activations`` is everything that is none of the others, including the batch."""
 
 
 @dataclass
 class Peak:
-    """Bytes of each kind (:data:`KINDS`) at the moment when most was held."""
+    """Bytes of each kind (:data:`KINDS`) at the peak."""
 
     held: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(self.held.values())
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While it is entered, the bytes of every storage that an operation makes, until it is let go.
+    """Counts the bytes of every storage that an operation makes, until it is freed.
 
     Args:
-        shapes: the tensors are fake: what needs their values is told some, and fills do nothing.
+        shapes: the tensors are fake. Operations that need a value get 1, and random fills do nothing.
         unit: sizes are rounded up to multiples of these bytes.
     """
 
@@ -79,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def track(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Count a tensor's storage; one that is counted already changes its kind, where one is told."""
+        """Count a tensor's storage. A ``kind`` replaces that of a storage that is counted already."""
         storage = tensor.untyped_storage()
         key: int = storage._cdata  # pyright: ignore[reportPrivateUsage]
         known = self._known.get(key)
@@ -95,7 +94,7 @@ class MemoryTracker(TorchDispatchMode):
             self._known[key] = (known[0], kind, known[2])
 
     def begin(self, turn: str) -> None:
-        """From here on peaks are this turn's."""
+        """Attribute peaks to this turn from here on."""
         self.turn = turn
         self._note()
 

@@ -1,4 +1,4 @@
-"""Two nets, one for early and one for late times, and how they become one again (floor 2, torch)."""
+"""Two nets, one for early and one for late times, and their merge into one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from fewstep.core.types import Array, Cond, Velocity
 
 BORDER = 0.5
-"""Where SD3.5-Flash splits the times (arXiv 2509.21318): early at it and below, late above."""
+"""The time at which SD3.5-Flash splits (arXiv 2509.21318): early up to it, late above."""
 
 
 @dataclass(frozen=True)
 class TimestepExperts:
-    """A velocity that asks ``late`` above :data:`BORDER`, else ``early``. A batch has one time.
+    """A velocity that uses ``late`` above :data:`BORDER` and ``early`` otherwise. A batch has one time.
 
     Attributes:
         early: the velocity for t in (0, border], near data.
@@ -32,7 +32,7 @@ class TimestepExperts:
 
 
 def split_grid(grid: Sequence[float]) -> tuple[list[int], list[int]]:
-    """The steps of a grid that start at early and at late times; one of them may be empty."""
+    """Return the steps of a grid that start at early and at late times. Either list may be empty."""
     starts = list(enumerate(grid[:-1]))
     return [i for i, t in starts if t <= BORDER], [i for i, t in starts if t > BORDER]
 
@@ -41,7 +41,7 @@ def merge(early: Mapping[str, Any], late: Mapping[str, Any], ratio: float) -> di
     """Interpolate two state dicts: ``ratio`` of ``late`` and the rest of ``early``, in float32.
 
     Raises:
-        ValueError: they are not of the same net.
+        ValueError: the state dicts are of different nets.
     """
     if early.keys() != late.keys():
         raise ValueError("only two branches of one net can be merged")

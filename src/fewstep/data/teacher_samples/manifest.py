@@ -54,7 +54,7 @@ class Plan:
         pictures: whether the pictures are there too.
         latent: shape of the latents, ``(C, H, W)``.
         context: shape of a caption's context, ``(L, D)``.
-        pooled: length of its pooled vector.
+        pooled: length of its pooled vector; 0 for a family without.
         clip_length: the first rows of a context that make the condition without T5; ``None`` where T5 cannot
             be left out.
     """
@@ -76,7 +76,7 @@ class Plan:
     pictures: bool
     latent: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=3)]
     context: tuple[Width, Width]
-    pooled: Width
+    pooled: Annotated[int, Meta(ge=0, le=2**20)]
     clip_length: Annotated[int, Meta(ge=0, le=2**20)] | None
 
     @property

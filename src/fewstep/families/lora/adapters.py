@@ -1,4 +1,4 @@
-"""LoRA adapters that are laid over a model.
+"""Adds LoRA adapters to the weights of a model.
 
 An adapter adds ``scale B A`` to the weight of a layer (Hu et al., arXiv 2106.09685), with ``A [r, in]``,
 ``B [out, r]`` and ``scale = alpha / r``. Layouts differ in what they call a layer, in whether three
@@ -40,7 +40,7 @@ def added(weight: Tensor, updates: Sequence[Update], dtype: Any) -> Tensor:
         dtype: torch dtype of the result.
 
     Raises:
-        UserError: see :meth:`Update.read`.
+        UserError: see :meth:`fewstep.families.lora.layers.Update.read`.
     """
     import torch
 
@@ -119,7 +119,7 @@ def _there(name: str) -> bool:
 
 
 def specs(given: Any) -> tuple[str, ...]:
-    """What Python or a command line gives for LoRAs as ``FILE:WEIGHT`` each, the weight always said.
+    """Return the LoRAs that Python or the command line gives as ``FILE:WEIGHT``, always with a weight.
 
     Args:
         given: ``None``, a ``FILE[:WEIGHT]``, or several, each that or a pair of file and weight.
@@ -156,19 +156,19 @@ def _pair(one: Any) -> tuple[str, float]:
 
 
 def named(given: Sequence[str]) -> dict[str, list[str]]:
-    """What a model that LoRAs were added to tells of them: their names and weights, without folders."""
+    """Return the names and weights of LoRAs for a model's metadata, without folders."""
     return {"lora": [f"{Path(name).name}:{weight!r}" for name, weight in map(parsed, given)]} if given else {}
 
 
 def updates_of(
     given: Sequence[str], family: LoraFamily, shapes: Callable[[str], Shapes | None]
 ) -> dict[str, dict[str, list[Update]]]:
-    """What several LoRAs add to a model; what cannot be used of them is warned of.
+    """Return what several LoRAs add to a model, and warn of layers that cannot be used.
 
     Args:
         given: ``FILE[:WEIGHT]`` of each.
         family: the model's family.
-        shapes: see :func:`resolve`.
+        shapes: see :func:`fewstep.families.lora.layers.resolve`.
 
     Returns:
         Part -> layer -> what is added, in the order of the LoRAs. One of weight 0 adds nothing.

@@ -1,4 +1,4 @@
-"""Where the alpha of a LoRA stands: in a tensor, in the header, or in a configuration beside it."""
+"""Finds the alpha of a LoRA: in a tensor, in the header, or in a configuration beside the file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fewstep.core.types import UserError
 from fewstep.families.lora.header import Value, short, values_of
 
 FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers' ``load_lora_weights`` looks for in a folder."""
+"""File name that diffusers' ``load_lora_weights`` looks for in a folder."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""What PEFT writes: the tensors, and a ``LoraConfig``."""
+"""Files that PEFT writes: the tensors, and a ``LoraConfig``."""
 HEADER_CONFIG = "lora_adapter_metadata"
 """Where diffusers' trainers write a ``LoraConfig``: in the header, each key with its part in front."""
 HEADER_CONFIGS = ("config", "adapter_config", "lora_config", "peft_config")
@@ -28,7 +28,7 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 @dataclass(frozen=True)
 class Config:
-    """What of PEFT's ``LoraConfig`` sets the scale; its defaults are PEFT's."""
+    """The fields of PEFT's ``LoraConfig`` that set the scale, with PEFT's defaults."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -112,7 +112,7 @@ def _matching(patterns: Mapping[str, Any], names: Iterable[str], where: str) -> 
 
 @dataclass(frozen=True)
 class Said:
-    """What a file, its header and the configuration beside it say of alpha.
+    """The alphas in a file, in its header and in the configuration beside it.
 
     Attributes:
         path: the file.
@@ -172,7 +172,7 @@ class Said:
         return Said(path, alphas, configs, header, where, tuple(values), tuple(notes))
 
     def scale(self, layer: str, part: str, name: str, rank: int) -> float:
-        """What the product of a layer's factors is multiplied with.
+        """Return the factor of the product ``B A`` of a layer.
 
         Args:
             layer: the layer's name in the file.

@@ -1,4 +1,4 @@
-"""What LoRA files of diffusers, PEFT, kohya, ComfyUI and XLabs say of their layers."""
+"""Reads the layers in LoRA files of diffusers, PEFT, kohya, ComfyUI and XLabs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TENSORS = tuple(
 )
 _ALPHA = re.compile(r"(?:^|[._])(?:lora_|network_)?alpha$")
 _OF_FACTORS = re.compile(r"[._]lora(?:_linear_layer|_A|_B|_down|_up)?(?:[._](?:down|up))?(?:\.weight)?$")
-"""What may stand between a layer's name and ``alpha``."""
+"""Text that may be between a layer's name and ``alpha``."""
 _SCALE = re.compile(r"(?:^|[._])\w*(?:scal|strength|multiplier)\w*$")
 
 OTHER_KINDS = {
@@ -76,7 +76,7 @@ _PREFIXES = {
     "lora_te3_": "te3",
     "lora_te_": "te1",
 }
-"""What stands before a layer's name -> its part; kohya and ComfyUI number text encoders by their kind."""
+"""Prefix of a layer's name -> its part. Kohya and ComfyUI number text encoders by their kind."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the header of a LoRA says of its scale and nothing follows: refused where it contradicts."""
+"""Checks the header of a LoRA for statements about its scale that contradict how it is applied."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def values_of(metadata: Mapping[str, str], followed: Iterable[str], where: str) 
         UserError: there are too many values.
     """
     left = {key: text for key, text in metadata.items() if key not in set(followed)}
-    return list(_walk(left, where))
+    return list(_scale_values(left, where))
 
 
-def _walk(metadata: Mapping[str, str], where: str) -> Iterator[Value]:
+def _scale_values(metadata: Mapping[str, str], where: str) -> Iterator[Value]:
     todo: list[tuple[str, str, Any, float | None]] = [("", "", dict(metadata), None)]
     for _ in range(MOST_VALUES):
         if not todo:

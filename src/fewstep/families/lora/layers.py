@@ -29,7 +29,8 @@ _MARKS = (
 
 
 class LoraFamily(Protocol):
-    """What :func:`resolve` needs of a family; every :class:`~fewstep.families.base.Architecture` has it."""
+    """The part of a family that :func:`resolve` uses, as an
+    :class:`~fewstep.families.base.Architecture` has it."""
 
     @property
     def name(self) -> str: ...
@@ -39,7 +40,7 @@ class LoraFamily(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one layer of a model: ``scale B[rows] A``, the rows' halves swapped if need be."""
+    """The update of one layer: ``scale B[rows] A``, the halves of the rows swapped if ``swap``."""
 
     path: Path
     down: str
@@ -84,7 +85,7 @@ def shapes_of(net: Any) -> dict[str, tuple[int, int]]:
 def resolve(
     lora: Lora, family: LoraFamily, shapes: Callable[[str], Shapes | None], weight: float = 1.0
 ) -> tuple[dict[str, dict[str, Update]], list[str]]:
-    """What a LoRA adds to a model.
+    """Return the updates that a LoRA makes.
 
     Args:
         lora: the adapter.
