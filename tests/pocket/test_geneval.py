@@ -18,11 +18,11 @@ from fewstep.evaluate import Candidate, evaluate
 from fewstep.pocket import geneval
 from fewstep.pocket.captions import COLOURS
 from fewstep.pocket.concepts import Concept
-from fewstep.pocket.detector import BoxDetector, Detection, Detector, border, ground, lab
+from fewstep.pocket.detector import BoxDetector, Detection, Detector, background_name, border_colour, lab
 from fewstep.pocket.geneval import GenEvalTest, Verdict, judge, measure, relations, verdict
-from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, pictures, prompts
+from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, prompts, scene_images
 from fewstep.pocket.render import Renderings
-from fewstep.pocket.template_matching import FILLED, GRID, Box, TemplateBank, cut
+from fewstep.pocket.template_matching import CELLS, OBJECT_SHARE, Box, TemplateBank, crop
 from painted import Pixels, painter, picture, prompt_set
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def thing(name: str, x: float = 0.5, y: float = 0.5, side: float = 0.4, alike: f
 @pytest.fixture(autouse=True)
 def nearest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among five concepts, only the nearest counts."""
-    monkeypatch.setattr(geneval, "NEAREST", 1)
+    monkeypatch.setattr(geneval, "TOP", 1)
 
 
 def scene(
@@ -88,7 +88,8 @@ def test_genevals_rules(asked: Scene, things: list[Detection], right: bool, why:
 def test_one_thing_does_not_stand_for_two() -> None:
     both = np.array([0.9, 0.9, 0.1, 0.1, 0.1])
     assert (
-        told(scene("two", "cat", "dog"), [Detection(Box(0.5, 0.5, 0.8, 1), both)]).why == "one thing for two"
+        told(scene("two", "cat", "dog"), [Detection(Box(0.5, 0.5, 0.8, 1), both)]).reason
+        == "one thing for two"
     )
 
 
@@ -97,12 +98,12 @@ def test_the_ground_is_told_in_all_colours(name: str) -> None:
     image = np.broadcast_to(np.array(COLOURS[name], np.uint8)[:, None, None], (3, 64, 64)).copy()
     image[:, 6:58, 6:58] = 127
     noisy = np.clip(image + np.random.default_rng(0).normal(0, 4, image.shape), 0, 255).astype(np.uint8)
-    assert ground(image) == ground(noisy) == name
+    assert background_name(image) == background_name(noisy) == name
     asked = scene("colours", "cat", ground=name)
     other = "green" if name != "green" else "red"
     assert told(asked, [thing("cat")], image).right
-    assert told(replace(asked, ground=other), [thing("cat")], image).why == f"on {name}"
-    assert told(asked, [thing("dog")], image).why == "0 of 1 cat"
+    assert told(replace(asked, background=other), [thing("cat")], image).reason == f"on {name}"
+    assert told(asked, [thing("dog")], image).reason == "0 of 1 cat"
 
 
 def test_lab_knows_grey_and_red() -> None:
@@ -130,21 +131,21 @@ def test_measures_are_shares_of_prompts() -> None:
 def test_a_cut_is_placed_as_renderings_are() -> None:
     image = np.zeros((3, 100, 100), np.uint8)
     image[:, 20:60, 10:50] = 255
-    got = cut(image, Box(0.3, 0.4, 0.4, 1))
-    assert got.shape == (3, GRID, GRID)
+    got = crop(image, Box(0.3, 0.4, 0.4, 1))
+    assert got.shape == (3, CELLS, CELLS)
     rows, columns = (got[0].mean(axis) / 255 for axis in (1, 0))
     assert rows == pytest.approx(rows[::-1], abs=0.02)
     assert columns == pytest.approx(rows, abs=0.02)
-    assert rows.sum() / rows.max() == pytest.approx(FILLED * GRID, abs=0.5)
+    assert rows.sum() / rows.max() == pytest.approx(OBJECT_SHARE * CELLS, abs=0.5)
     # Beyond the picture its border goes on.
-    assert (cut(np.full((3, 50, 40), 9, np.uint8), Box(0.0, 1.0, 0.9, 1)) == 9).all()
+    assert (crop(np.full((3, 50, 40), 9, np.uint8), Box(0.0, 1.0, 0.9, 1)) == 9).all()
 
 
 class Tellers:
     """What finds, in tests: the truth of real scenes, nothing in any other picture."""
 
     def __init__(self, asked: Sequence[Scene], real: NDArray[np.uint8]) -> None:
-        self.concepts = {name: place for place, name in enumerate({n: 0 for s in asked for n in s.things})}
+        self.concepts = {name: place for place, name in enumerate({n: 0 for s in asked for n in s.objects})}
         self._known = {image.tobytes(): s for image, s in zip(real, asked, strict=True)}
 
     def __call__(self, images: NDArray[np.uint8]) -> list[list[Detection]]:
@@ -159,7 +160,7 @@ class Tellers:
         if known.relation in ("to the right of", "below"):
             spots = spots[1::-1]
         found: list[Detection] = []
-        for name, (x, y) in zip(known.things, spots, strict=False):
+        for name, (x, y) in zip(known.objects, spots, strict=False):
             likeness = np.zeros(len(self.concepts))
             likeness[self.concepts[name]] = 1
             found.append(Detection(Box(x, y, 0.3, 1), likeness))
@@ -168,7 +169,7 @@ class Tellers:
 
 def small_test(many: int = 24) -> GenEvalTest:
     asked = prompts(renderings(), many)
-    real = pictures(renderings(), asked)
+    real = scene_images(renderings(), asked)
     # Two prompts may have the same small disc in the same place: mark each picture with its number.
     for index, image in enumerate(real):
         image[:, 8, 8] = (index % 256, index // 256, 77)
@@ -300,12 +301,12 @@ def test_a_thing_is_most_like_its_own_rendering(tone: str) -> None:
         drawn = Image.fromarray(known.pictures[place]).resize((80, 80))
         page.paste(drawn, (30, 90), drawn)
         image = np.asarray(page.filter(ImageFilter.GaussianBlur(1.5))).transpose(2, 0, 1)
-        likeness = gallery.likeness(image, Box(0.36, 0.64, 0.4, 1), border(image))
+        likeness = gallery.similarity(image, Box(0.36, 0.64, 0.4, 1), border_colour(image))
         assert likeness.argmax() == place
         assert 0.9 < likeness[place] <= 1
         assert Detection(Box(0, 0, 1, 1), likeness).rank(place) == 0
     # Plain ground is like nothing.
-    empty = gallery.likeness(PLAIN, Box(0.5, 0.5, 0.4, 1), np.full(3, 255.0))
+    empty = gallery.similarity(PLAIN, Box(0.5, 0.5, 0.4, 1), np.full(3, 255.0))
     assert empty.max() < 0.01
 
 
@@ -314,12 +315,12 @@ def test_a_detector_joins_boxes_and_likeness() -> None:
         name = "one"
 
         def __call__(self, images: NDArray[np.uint8]) -> list[list[Box]]:
-            return [[Box(0.5, 0.5, FILLED, 1.0)] if image.any() else [] for image in images]
+            return [[Box(0.5, 0.5, OBJECT_SHARE, 1.0)] if image.any() else [] for image in images]
 
     detector = Detector(One(), TemplateBank(shapes()))  # type: ignore[arg-type]
     found = detector(np.stack([PLAIN, np.zeros_like(PLAIN)]))
     assert [len(things) for things in found] == [1, 0]
-    assert found[0][0].likeness.shape == (4,)
+    assert found[0][0].similarity.shape == (4,)
     assert detector.name == "one"
 
 

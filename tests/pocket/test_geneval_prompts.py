@@ -13,7 +13,7 @@ from fewstep.pocket.captions import COLOURS, plural
 from fewstep.pocket.compose import RELATIONS, Composer
 from fewstep.pocket.concepts import held_out
 from fewstep.pocket.detector_data import DetectionDataset
-from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, pictures, prompts
+from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, prompts, scene_images
 
 STICKERS = renderings()
 SCENES = prompts(STICKERS, 240)
@@ -37,18 +37,18 @@ def test_a_prompt_says_its_whole_truth() -> None:
     for scene in SCENES:
         said = scene.prompt.lower()
         name = plural if scene.category == "counting" else str
-        assert all(name(thing).lower() in said for thing in scene.things), scene
-        assert (scene.ground is not None) == (scene.category == "colours")
+        assert all(name(thing).lower() in said for thing in scene.objects), scene
+        assert (scene.background is not None) == (scene.category == "colours")
         assert (scene.relation is not None) == (scene.category == "position")
-        assert scene.ground is None or (scene.ground in said and scene.ground != "white")
+        assert scene.background is None or (scene.background in said and scene.background != "white")
         assert scene.relation is None or (scene.relation in RELATIONS and scene.relation in said)
-        many = {"single": 1, "colours": 1, "counting": len(scene.things)}.get(scene.category, 2)
-        assert len(scene.things) == many >= 1
+        many = {"single": 1, "colours": 1, "counting": len(scene.objects)}.get(scene.category, 2)
+        assert len(scene.objects) == many >= 1
 
 
 def test_binding_names_two_colours_of_two_things() -> None:
     for scene in (s for s in SCENES if s.category == "binding"):
-        (first, a), (second, b) = (thing.rsplit(" ", 1) for thing in scene.things)
+        (first, a), (second, b) = (thing.rsplit(" ", 1) for thing in scene.objects)
         assert first != second
         assert a != b
         assert {first, second} <= set(COLOURS)
@@ -66,8 +66,8 @@ def test_held_out_scenes_are_never_trained_on() -> None:
     assert len(sets) > 1500
     for scene in SCENES:
         own = _pairs(scene)
-        if len(scene.things) > 1:
-            assert not (scene.held_out and tuple(sorted(scene.things)) in sets), scene
+        if len(scene.objects) > 1:
+            assert not (scene.held_out and tuple(sorted(scene.objects)) in sets), scene
             assert not any(held_out(*pair) for pair in own)
         else:
             assert not (scene.held_out and own & pairs), scene
@@ -76,13 +76,13 @@ def test_held_out_scenes_are_never_trained_on() -> None:
 
 def test_real_pictures_show_the_scene_and_are_placed_anew() -> None:
     some = SCENES[::12]
-    first, second = pictures(STICKERS, some), pictures(STICKERS, some, seed=2)
+    first, second = scene_images(STICKERS, some), scene_images(STICKERS, some, seed=2)
     assert first.shape == (20, 3, 16, 16)
     assert first.dtype == np.uint8
-    assert np.array_equal(first, pictures(STICKERS, some))
+    assert np.array_equal(first, scene_images(STICKERS, some))
     assert not np.array_equal(first, second)
     for scene, picture in zip(some, first, strict=True):
-        assert tuple(picture[:, 0, 0]) == COLOURS[scene.ground or "white"]
+        assert tuple(picture[:, 0, 0]) == COLOURS[scene.background or "white"]
 
 
 @pytest.mark.parametrize("many", [0, -12, 13])

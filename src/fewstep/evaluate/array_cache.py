@@ -1,4 +1,4 @@
-"""Arrays on disk by what they were made from, so that an interrupted evaluation goes on where it stopped."""
+"""A cache of arrays on disk, so that an interrupted evaluation continues where it stopped."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Cache:
             sweep(below)
 
     def get(self, group: str, origin: Any, make: Callable[[], Arrays]) -> Arrays:
-        """The arrays made from ``origin`` (anything JSON can say); ``make`` makes them if they are not there.
+        """Return the arrays of ``origin``, a JSON value; ``make`` computes them if they are not cached.
 
         Raises:
-            UserError: a kept file cannot be read, or a new one cannot be written.
+            UserError: a cached file cannot be read, or a new one cannot be written.
         """
         name = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         path = self._folder / group / f"{name}.npz"
@@ -47,5 +47,5 @@ def _read(path: Path) -> Arrays:
     try:
         with np.load(BytesIO(path.read_bytes())) as file:
             return {key: file[key] for key in file.files}
-    except Exception as error:  # a header is read by Python's own parser, which has errors of its own
+    except Exception as error:  # numpy evaluates the header, which may raise anything
         raise UserError(f"{path} is damaged; delete it and run again") from error

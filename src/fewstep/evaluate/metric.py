@@ -103,7 +103,7 @@ class MetricFactory(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the metric reads besides the pixels, of `NEEDS`."""
+        """The data that the metric reads besides the pixels, of `NEEDS`."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Metric:

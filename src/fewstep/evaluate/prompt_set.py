@@ -68,7 +68,7 @@ class PromptGroup:
 
     Attributes:
         prompts: at least 2.
-        name: tells a further group from a set's first one, in the names of files and in progress messages.
+        name: of a further group, for file names and progress messages; empty for a set's first group.
         references: real images; none where metrics that need them shall not run.
         metrics: what is measured; those of `fewstep.evaluate.run.DEFAULT` whose needs are met when ``None``.
         images_per_prompt: of each prompt; the run's number when ``None``.
@@ -91,7 +91,7 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What all models of a run are asked for.
+    """The prompts of a run, in groups.
 
     An extension is a callable that returns a `PromptSet`. Its keyword parameters are the options of the
     command line that it takes: ``prompts``, ``scenes``, ``detector``, ``human_prompts`` and ``data``.

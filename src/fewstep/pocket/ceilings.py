@@ -1,4 +1,4 @@
-"""Real renderings drawn again, to show what the measures allow at best."""
+"""Real renderings, composed anew, to show what the metrics allow at best."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fewstep.pocket.compose import Composer
 from fewstep.pocket.stickers import Reference
 
 Redraw = Callable[[Sequence[Reference]], Sequence[Reference]]
-"""References -> other pictures of the same pairs, in the same order."""
+"""References -> other images of the same pairs, in the same order."""
 
 
 def ceiling_sources(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
-    """Two ceilings for retrieval and floors for KID, by the label that tables give them.
+    """Return two upper bounds of retrieval (lower bounds of KID), by their label in the tables.
 
-    "real, placed anew" differs from the gallery in size and place by a pixel or two, as training pictures do;
-    "real, coloured" stands on a background as well that no prompt of the evaluation asks for.
+    "real, placed anew" differs from the references in size and position by a pixel or two, as training
+    images do. "real, coloured" also has a background that no prompt of the evaluation asks for.
 
     Raises:
         UserError: nothing was rendered in ``folder`` at this size.
@@ -35,11 +35,11 @@ def ceiling_sources(folder: Path, size: int = 128) -> Mapping[str, Redraw]:
         drawn: list[Reference] = []
         for reference in chosen:
             row = rows[reference.concept, reference.style]
-            # The gallery's generators have the key 7.
+            # The generators of the references have the key 7.
             rng = np.random.Generator(np.random.Philox(key=[8, row]))
             ground = Background(colours[int(rng.integers(len(colours)))]) if coloured else Background()
-            picture = np.asarray(composer.sticker(row, rng, ground).image)
-            drawn.append(replace(reference, image=np.ascontiguousarray(picture.transpose(2, 0, 1))))
+            image = np.asarray(composer.sticker(row, rng, ground).image)
+            drawn.append(replace(reference, image=np.ascontiguousarray(image.transpose(2, 0, 1))))
         return drawn
 
     return {

@@ -1,8 +1,8 @@
-"""The scene score: does a picture hold what its prompt asked for, by GenEval's rules.
+"""The scene score: whether an image shows what its prompt asks for, by GenEval's rules.
 
-Ghosh, Hajishirzi and Schmidt, *GenEval* (arXiv 2310.11513), section 3 and their ``evaluate_images.py``: every
-thing that the prompt names must be found, in counting exactly as many; then the colour must be right, or the
-relation hold. A picture is right or wrong, nothing between.
+Ghosh, Hajishirzi and Schmidt, *GenEval* (arXiv 2310.11513), section 3 and their ``evaluate_images.py``. Every
+object of the prompt must be found; in counting, exactly as many as named. Then the colour must be right, or
+the relation must hold. An image is either right or wrong.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from numpy.typing import NDArray
 from fewstep.core import stats
 from fewstep.core.stats import Interval
 from fewstep.pocket import render
-from fewstep.pocket.detector import BoxDetector, Detection, Detector, ground
-from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, pictures, prompts
+from fewstep.pocket.detector import BoxDetector, Detection, Detector, background_name
+from fewstep.pocket.geneval_prompts import CATEGORIES, Scene, prompts, scene_images
 from fewstep.pocket.template_matching import Box, TemplateBank
 
 FIRST_SEED = 1_000_000
-"""Scenes' seeds start so much higher than those of the other prompts, so that no two prompts share one."""
+"""Offset of the scenes' seeds from those of the other prompts, so that no two prompts share one."""
 
-NEAREST = 2
-"""A thing may be a concept that is among so many likest ones, of all 1,355."""
+TOP = 2
+"""An object counts as a concept that is among so many most similar ones, of all 1,355."""
 
-ALIKE = 0.86
-"""Likeness from which it then is; real scenes reach more. With both a person agrees oftenest."""
+MIN_SIMILARITY = 0.86
+"""Lowest similarity to that concept. With both values the score agrees best with a person."""
 
 MARGIN = 0.1
-"""Share of the two sides by which centres must be apart before a relation counts (GenEval's own)."""
+"""Distance of two centres, as a share of the two sides, from which a relation counts (as in GenEval)."""
 
-REAL = "real scenes"
-"""Label of the row that real pictures of the prompts make: what the detector allows at best."""
+REAL_LABEL = "real scenes"
+"""Label of the row of real images of the prompts, which shows what the detector allows at best."""
 
-Find = Callable[[NDArray[np.uint8]], list[list[Detection]]]
+Detect = Callable[[NDArray[np.uint8]], list[list[Detection]]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture is right, and if not, the first thing that is wrong."""
+    """Whether an image is right, and if not, the first fault."""
 
     right: bool
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class GenEvalTest:
-    """Prompts, what finds things in their pictures, and real pictures of them.
+    """Scene prompts, the detector that judges their images, and real images of them.
 
     Attributes:
         scenes: the prompts with their truth, ``[N]``.
-        find: uint8 ``[N, 3, h, w]`` to the things in each picture.
-        concepts: name -> place in a thing's likeness.
-        detector: name of what finds.
+        detect: uint8 ``[N, 3, h, w]`` to the objects in each image.
+        concepts: name -> index in an object's similarity.
+        detector: name of the detector.
         real: uint8 ``[N, 3, h, w]``, composed of renderings.
     """
 
     scenes: tuple[Scene, ...]
-    find: Find
+    detect: Detect
     concepts: dict[str, int]
     detector: str
     real: NDArray[np.uint8]
@@ -75,15 +75,15 @@ class Measured:
     figures: dict[str, Interval]
 
 
-def load(data: Path, detector: Path, many: int) -> GenEvalTest:
-    """A test of ``many`` prompts on the renderings in ``data`` with the net in ``detector``.
+def load(data: Path, detector: Path, count: int) -> GenEvalTest:
+    """Return a test of ``count`` prompts on the renderings in ``data`` with the net in ``detector``.
 
     Raises:
-        UserError: no renderings, no detector, or ``many`` is no multiple of 12.
+        UserError: no renderings, no detector, or ``count`` is no multiple of 12.
     """
-    renderings, finder = render.load(data, 128), BoxDetector(detector)
-    scenes, found = prompts(renderings, many), Detector(finder, TemplateBank(renderings))
-    return GenEvalTest(tuple(scenes), found, found.concepts, found.name, pictures(renderings, scenes))
+    renderings, boxes = render.load(data, 128), BoxDetector(detector)
+    scenes, detect = prompts(renderings, count), Detector(boxes, TemplateBank(renderings))
+    return GenEvalTest(tuple(scenes), detect, detect.concepts, detect.name, scene_images(renderings, scenes))
 
 
 def judge(
@@ -93,79 +93,82 @@ def judge(
 
     Args:
         images: uint8 ``[N, 3, h, w]``.
-        test: finds the things in them.
+        test: has the detector.
         scenes: what each image should show, ``[N]``; those of the test when ``None``.
     """
-    found = test.find(images)
+    found = test.detect(images)
     return [
-        verdict(scene, things, test.concepts, image)
-        for scene, things, image in zip(test.scenes if scenes is None else scenes, found, images, strict=True)
+        verdict(scene, objects, test.concepts, image)
+        for scene, objects, image in zip(
+            test.scenes if scenes is None else scenes, found, images, strict=True
+        )
     ]
 
 
 def verdict(
-    scene: Scene, things: Sequence[Detection], concepts: dict[str, int], image: NDArray[np.uint8]
+    scene: Scene, objects: Sequence[Detection], concepts: dict[str, int], image: NDArray[np.uint8]
 ) -> Verdict:
-    """One picture against its truth.
+    """Return the verdict on one image.
 
     Args:
-        scene: what was asked for.
-        things: what was found.
-        concepts: name -> place in a thing's likeness.
+        scene: what the image should show.
+        objects: what the detector found.
+        concepts: name -> index in an object's similarity.
         image: uint8 ``[3, h, w]``, for the background.
     """
-    wanted = Counter(scene.things)
-    shown = {name: _showing(things, concepts[name]) for name in wanted}
-    for name, many in wanted.items():
-        there = len(shown[name])
-        if there < many or (scene.category == "counting" and there != many):
-            return Verdict(False, f"{there} of {many} {name}")
+    wanted = Counter(scene.objects)
+    shown = {name: _showing(objects, concepts[name]) for name in wanted}
+    for name, count in wanted.items():
+        found = len(shown[name])
+        if found < count or (scene.category == "counting" and found != count):
+            return Verdict(False, f"{found} of {count} {name}")
     firsts = [shown[name][0] for name in wanted]
     if any(firsts[0] is other for other in firsts[1:]):
         return Verdict(False, "one thing for two")
-    if scene.ground is not None and (colour := ground(image)) != scene.ground:
+    if scene.background is not None and (colour := background_name(image)) != scene.background:
         return Verdict(False, f"on {colour}")
-    if scene.relation is not None and scene.relation not in relations(*(thing.box for thing in firsts)):
+    if scene.relation is not None and scene.relation not in relations(*(each.box for each in firsts)):
         return Verdict(False, f"not {scene.relation}")
     return Verdict(True)
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """How ``a`` lies to ``b``; two relations may hold, or none (GenEval's ``relative_position``)."""
+    """Return the relations of ``a`` to ``b``: none, one or two (GenEval's ``relative_position``)."""
     reach = MARGIN * (a.side + b.side)
     across, down = (np.sign(d) * max(abs(d) - reach, 0.0) for d in (a.x - b.x, a.y - b.y))
     length = float(np.hypot(across, down))
     if length < 1e-3:
         return set()
-    held = {
+    along = {
         "to the left of": -across,
         "to the right of": across,
         "above": -down,
         "below": down,
     }
-    return {name for name, way in held.items() if way / length > 0.5}
+    return {name for name, distance in along.items() if distance / length > 0.5}
 
 
 def measure(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> Measured:
-    """Share of right pictures: ``scene`` over all, ``scene_seen`` and ``scene_held_out``, and ``scene_NAME``
-    of each category, ``[P']`` numbers of 0 or 1 a prompt behind each."""
+    """Return the share of right images: ``scene`` over all, ``scene_seen``, ``scene_held_out``, and
+    ``scene_NAME`` of each category. Behind each are ``[P']`` numbers, 0 or 1 per prompt."""
     right = np.array([float(verdict.right) for verdict in verdicts])
     held_out = np.array([scene.held_out for scene in scenes])
-    kind = np.array([scene.category for scene in scenes])
+    categories = np.array([scene.category for scene in scenes])
     masks = {"scene": np.ones(len(scenes), bool), "scene_seen": ~held_out, "scene_held_out": held_out}
-    masks |= {f"scene_{category}": kind == category for category in CATEGORIES}
+    masks |= {f"scene_{category}": categories == category for category in CATEGORIES}
     per_prompt = {name: right[mask] for name, mask in masks.items() if mask.any()}
     return Measured(per_prompt, {name: stats.mean(values) for name, values in per_prompt.items()})
 
 
-def against(student: Measured, teacher: Measured) -> dict[str, Interval]:
-    """``scene_ratio``, the student's share of right pictures to the teacher's over the same prompts; nothing
-    where the teacher has none right."""
+def compare(student: Measured, teacher: Measured) -> dict[str, Interval]:
+    """Return ``scene_ratio``, the student's share of right images over the teacher's on the same prompts;
+    nothing where the teacher has none right."""
     ratio = stats.ratio(student.per_prompt["scene"], teacher.per_prompt["scene"])
     return {} if ratio is None else {"scene_ratio": ratio}
 
 
-def _showing(things: Sequence[Detection], place: int) -> list[Detection]:
-    """Those that show a concept, the likest first."""
-    likely = [thing for thing in things if thing.rank(place) < NEAREST and thing.likeness[place] >= ALIKE]
-    return sorted(likely, key=lambda thing: -thing.likeness[place])
+def _showing(objects: Sequence[Detection], concept: int) -> list[Detection]:
+    """Return the objects that show a concept, the most similar first."""
+    shown = [each for each in objects if each.rank(concept) < TOP]
+    shown = [each for each in shown if each.similarity[concept] >= MIN_SIMILARITY]
+    return sorted(shown, key=lambda each: -each.similarity[concept])

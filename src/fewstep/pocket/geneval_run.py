@@ -12,7 +12,7 @@ from fewstep.core.stats import Interval
 from fewstep.evaluate.metric import TRUTH, ImageBatch, Prompt
 from fewstep.evaluate.prompt_set import Ceiling, Measured, PromptGroup, Table
 from fewstep.images.grid import sheet
-from fewstep.pocket.geneval import FIRST_SEED, REAL, GenEvalTest, Verdict, against, judge, measure
+from fewstep.pocket.geneval import FIRST_SEED, REAL_LABEL, GenEvalTest, Verdict, compare, judge, measure
 from fewstep.pocket.geneval_prompts import CATEGORIES, Scene
 
 SHOWN = 10
@@ -43,7 +43,7 @@ class GenEvalScore:
         return measure(self.verdicts, self._scenes).figures
 
     def compare(self, teacher: GenEvalScore) -> Mapping[str, Interval]:
-        return against(measure(self.verdicts, self._scenes), measure(teacher.verdicts, teacher._scenes))
+        return compare(measure(self.verdicts, self._scenes), measure(teacher.verdicts, teacher._scenes))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def group(test: GenEvalTest) -> PromptGroup:
         metrics=(GenEvalFactory(test),),
         images_per_prompt=1,
         seed_offset=FIRST_SEED,
-        ceilings=(Ceiling(REAL, lambda: test.real, grid=True),),
+        ceilings=(Ceiling(REAL_LABEL, lambda: test.real, grid=True),),
         grid=partial(grid, test),
         tables=(table,),
     )
@@ -95,7 +95,7 @@ def grid(test: GenEvalTest, measured: Measured) -> Image:
             shown.append(index)
     verdicts = [metric.verdicts[index] for index in shown]
     labels = [
-        f"{'ok' if verdict.right else 'NO, ' + verdict.why}: {test.scenes[index].prompt}"
+        f"{'ok' if verdict.right else 'NO, ' + verdict.reason}: {test.scenes[index].prompt}"
         for index, verdict in zip(shown, verdicts, strict=True)
     ]
     return sheet(measured.pixels[shown], labels, COLUMNS)

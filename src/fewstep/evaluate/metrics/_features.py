@@ -1,4 +1,4 @@
-"""What metrics of features share: they collect all features and measure them at the end."""
+"""The base of metrics of features: they collect all features and measure them at the end."""
 
 from __future__ import annotations
 
