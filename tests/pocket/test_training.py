@@ -19,8 +19,8 @@ from fewstep.core.prompt_text import PromptWarning
 from fewstep.core.types import WHOLE, UserError
 from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.write import write_samples
-from fewstep.distill.context import DistillConfig
-from fewstep.distill.recipes import trajectory
+from fewstep.distill.config import DistillConfig
+from fewstep.distill.recipes.trajectory import recipe as trajectory
 from fewstep.families import sd3
 from fewstep.families.common import fingerprint
 from fewstep.pocket import assemble
@@ -70,9 +70,7 @@ def teacher(made: Made, steps: int) -> Any:
 def student(made: Made, **options: Any) -> Any:
     options = {"num_samples": 4, "batch_size": 4, "guidance": 2.0} | options
     return trajectory(
-        setting=DistillConfig(
-            teacher=str(made.teacher), data=made.data, output=made.student.parent, **options
-        )
+        config=DistillConfig(teacher=str(made.teacher), data=made.data, output=made.student.parent, **options)
     )
 
 
@@ -245,7 +243,7 @@ def test_two_steps_learn_from_the_same_walks(made: Made, tmp_path: Path) -> None
     assert not batch.states.requires_grad
 
 
-@pytest.mark.parametrize(("steps", "told"), [(0, "no walks, latents alone"), (3, "walks at 3 steps")])
+@pytest.mark.parametrize(("steps", "told"), [(0, "latents alone"), (3, "trajectories at 3 steps")])
 def test_walks_that_are_of_no_use_are_refused(made: Made, tmp_path: Path, steps: int, told: str) -> None:
     family = sd3.load(made.teacher, t5=False)
     weights = fingerprint(family.net)

@@ -1,5 +1,7 @@
-"""A distillation's parts by their shapes alone: a family from its configuration and samples without content,
-so that ``fewstep estimate-memory`` runs the very recipes."""
+"""Distillations without weights and samples, for ``fewstep estimate-memory``.
+
+A family is built from its configuration alone, so that the recipes themselves run.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ import numpy as np
 from fewstep.core.types import Batch, Cond, UserError
 from fewstep.data.teacher_samples.manifest import Plan
 from fewstep.data.teacher_samples.read import TeacherSamples
-from fewstep.distill.context import DistillConfig, DistillContext
-from fewstep.distill.setup import make_lora_roles
+from fewstep.distill.config import DistillConfig
+from fewstep.distill.context import DistillContext
+from fewstep.distill.setup import build_context, make_lora_roles
 from fewstep.families.base import Family, family_of
 
 PATCH = 2
@@ -190,58 +193,69 @@ class FakeSamples(TeacherSamples):
 
 @dataclass(frozen=True)
 class FakeSetup(DistillConfig):
-    """A distillation of shapes: its recipe's lessons are made of them.
+    """The options of a distillation whose teacher and samples have shapes and no content.
 
     Attributes:
         shape: of the teacher.
-        side: pixels along a side of a picture.
+        side: pixels along a side of an image.
     """
 
     shape: NetSpec = PRESETS["sd3.5-medium"]
     side: int = 1024
 
-    def lesson(
-        self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
-    ) -> DistillContext:
-        shape = self.shape
-        family = self._family()
-        plan = Plan(
-            teacher=shape.name, weights="", text="", dtype=self.dtype, t5=shape.t5 > 0,
-            guidance=shape.guidance, steps=self.student_steps, student_steps=self.student_steps,
-            shift=family.shift, seed=0, number=max(self.batch_size, 2), captions="", per_shard=1,
-            pictures=False,
-            latent=family.latent, context=(shape.clip + shape.t5, int(shape.net["joint_attention_dim"])),
-            pooled=int(shape.net["pooled_projection_dim"]), clip_length=shape.clip or None,
-        )  # fmt: skip
-        import torch
 
-        null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
-        made = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
-        roles = make_lora_roles(replace(self, init=None), family, split) if self.lora else None
-        return DistillContext(self, name, folder or Path(name), family, made, family, type(family.net), roles)
+@build_context.register(FakeSetup)
+def build_fake_context(
+    config: FakeSetup,
+    name: str,
+    *,
+    trajectories: bool = False,
+    split: bool = False,
+    folder: Path | None = None,
+) -> DistillContext:
+    """Build the context of a distillation without weights and without samples."""
+    import torch
 
-    def _family(self) -> Family:
-        import importlib
+    shape, family = config.shape, _family(config)
+    plan = Plan(
+        teacher=shape.name, weights="", text="", dtype=config.dtype, t5=shape.t5 > 0,
+        guidance=shape.guidance, steps=config.student_steps, student_steps=config.student_steps,
+        shift=family.shift, seed=0, number=max(config.batch_size, 2), captions="", per_shard=1,
+        pictures=False,
+        latent=family.latent, context=(shape.clip + shape.t5, int(shape.net["joint_attention_dim"])),
+        pooled=int(shape.net["pooled_projection_dim"]), clip_length=shape.clip or None,
+    )  # fmt: skip
+    null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
+    samples = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
+    roles = make_lora_roles(replace(config, init=None), family, split) if config.lora else None
+    return DistillContext(
+        config, name, folder or Path(name), family, samples, family, type(family.net), roles
+    )
 
-        module = importlib.import_module(f"fewstep.families.base.{self.shape.kind}")
-        net = fake_net(self.shape, self.dtype, self.device)
-        embedded = self.shape.guidance if getattr(net.config, "guidance_embeds", False) else None
-        side = self.side // self.shape.downscale
-        nothing: Any = None
-        return NetOnlyFamily(
-            name=self.shape.name,
-            velocity=module.NetVelocity(net),
-            text=nothing,
-            codec=nothing,
-            latent=(self.shape.latents, side, side),
-            downscale=self.shape.downscale,
-            shift=3.0,
-            steps=28,
-            guidance=None if self.shape.kind == "flux" else self.shape.guidance,
-            net=net,
-            blocks=blocks_of(net),
-            parts={},
-            kind=self.shape.kind,
-            clip_length=self.shape.clip or None,
-            embedded_guidance=embedded,
-        )
+
+def _family(config: FakeSetup) -> Family:
+    import importlib
+
+    shape = config.shape
+    module = importlib.import_module(f"fewstep.families.{shape.kind}")
+    net = fake_net(shape, config.dtype, config.device)
+    embedded = shape.guidance if getattr(net.config, "guidance_embeds", False) else None
+    side = config.side // shape.downscale
+    nothing: Any = None
+    return NetOnlyFamily(
+        name=shape.name,
+        velocity=module.NetVelocity(net),
+        text=nothing,
+        codec=nothing,
+        latent=(shape.latents, side, side),
+        downscale=shape.downscale,
+        shift=3.0,
+        steps=28,
+        guidance=None if shape.kind == "flux" else shape.guidance,
+        net=net,
+        blocks=blocks_of(net),
+        parts={},
+        kind=shape.kind,
+        clip_length=shape.clip or None,
+        embedded_guidance=embedded,
+    )

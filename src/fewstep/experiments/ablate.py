@@ -25,7 +25,7 @@ from fewstep.core.progress import Progress, emit, say
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples import manifest
-from fewstep.experiments.gradient_noise import NOTE
+from fewstep.experiments.gradient_noise import FILE as NOISE_FILE
 from fewstep.experiments.grid import MATCH, ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
@@ -196,7 +196,9 @@ def ablate(
             "jobs": str(jobs),
             "command": shlex.join(typed),
         }
-        atomic.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
+        atomic.write(
+            report, document(table, results, facts, noise / NOISE_FILE if matching else None).encode()
+        )
         emit(str(report))
 
 
@@ -217,7 +219,7 @@ def _noise(
 ) -> None:
     """Measure the noise of the gradient, unless it was, by the same command."""
     note, typed = folder / "command.json", json.dumps(list(asked))
-    if (folder / NOTE).exists() and note.exists() and note.read_text() == typed:
+    if (folder / NOISE_FILE).exists() and note.exists() and note.read_text() == typed:
         return
     say(folder.name)
     processes.run(

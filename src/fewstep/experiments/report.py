@@ -76,7 +76,7 @@ class _Noise:
     """The shape of what ``fewstep gradient-noise`` writes."""
 
     batch: int
-    told: Annotated[list[dict[str, float]], Meta(min_length=1)]
+    measured: Annotated[list[dict[str, float]], Meta(min_length=1)]
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _curves(runs: Sequence[Run]) -> str:
 def _noise(path: Path) -> list[str]:
     """The share of noise along a training, a row for every place of the scores."""
     note = json_io.read(path, _Noise, python=True)
-    told = note.told
+    told = note.measured
     if any(each.keys() != told[0].keys() or "step" not in each for each in told):
         raise UserError(f"{path} is damaged: its measurements are not of the same places")
     lines = [

@@ -54,7 +54,7 @@ class ParaphraseDistillation:
     def nets(self) -> dict[str, Any]:
         return {"student": self.learns}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("student", self.losses)]
 
     def losses(self, batch: PhraseBatch, draw: StepRandom) -> Losses:

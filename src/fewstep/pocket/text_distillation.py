@@ -54,7 +54,7 @@ class TextEncoderDistillation:
     def nets(self) -> dict[str, Any]:
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("student", self.losses)]
 
     def losses(self, batch: TextBatch, draw: StepRandom) -> Losses:

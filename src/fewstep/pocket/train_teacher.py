@@ -73,7 +73,7 @@ def pocket_teacher(
     from fewstep.data.shards import training_shards
     from fewstep.families import sd3
     from fewstep.families.common import fingerprint
-    from fewstep.methods.flow_matching import Finetune
+    from fewstep.methods.flow_matching import FlowMatching
     from fewstep.pocket.assemble import assemble_pocket, contact_sheet, encoded, weights_of
     from fewstep.train import text_cache
     from fewstep.train.device import resolve_device, rows_on_device
@@ -124,7 +124,7 @@ def pocket_teacher(
     # is below the loss with none by .27 at t = .99, .04 at .9 and .002 at .5. Text encoders that foretell the
     # picture tell the net most of it, and what is left is edges: a quarter of the times lies above .9 and a
     # quarter below .5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
-    method = Finetune(family.net, family.velocity, schedule.shifted(schedule.uniform, SHIFT))
+    method = FlowMatching(family.net, family.velocity, schedule.shifted(schedule.uniform, SHIFT))
     return Run(
         "pocket-teacher",
         output,

@@ -30,10 +30,10 @@ class TrackedMethod:
     def nets(self) -> Mapping[str, Any]:
         return self.method.nets
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         return [
             turn if isinstance(turn, InPlaceUpdate) else replace(turn, losses=partial(self._losses, turn))
-            for turn in self.method.turns(step)
+            for turn in self.method.updates(step)
         ]
 
     def _losses(self, turn: Update, batch: Any, draw: StepRandom) -> Losses:

@@ -75,7 +75,7 @@ class State:
         rate, shares = schedule(self.step, options), self._shares()
         pieces = [(share, to_device(self.run.batches(self.step, share), self.device)) for share in shares]
         figures: dict[str, float] = {}
-        for number, turn in enumerate(self.run.method.turns(self.step)):
+        for number, turn in enumerate(self.run.method.updates(self.step)):
             if isinstance(turn, InPlaceUpdate):
                 self._change(turn, draw(options.seed, self.step, number))
             else:

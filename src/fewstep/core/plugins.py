@@ -1,0 +1,55 @@
+"""Loads extensions by name: a module of the package, an import path of the user's, or an entry point."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from fewstep.core.types import UserError
+
+
+def names(package: str) -> list[str]:
+    """Return the names of the public modules of ``package``, with dashes for underscores."""
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(each.name.replace("_", "-") for each in found if not each.name.startswith("_"))
+
+
+def load(spec: str, package: str, kind: str) -> Any:
+    """Import the extension that ``spec`` names.
+
+    A plain name is a module of ``package``. A name with a dot or a colon, ``package.module`` or
+    ``package.module:attribute``, is imported from the Python path. Any other name is looked up among the
+    entry points of the group ``fewstep.KIND``.
+
+    The caller passes only what the command line, Python code or the user's own configuration says. A name
+    from a model, data or run folder is never imported.
+
+    Args:
+        spec: the name or import path.
+        package: the package that holds the built-in extensions, such as ``fewstep.export``.
+        kind: what is named, for the entry-point group and the error message, such as ``bench_engine``.
+
+    Raises:
+        UserError: there is no such extension, or it cannot be imported.
+    """
+    label = kind.replace("_", " ")
+    if "." in spec or ":" in spec:
+        module_name, _, attribute = spec.partition(":")
+        try:
+            if module_name.startswith("."):
+                raise ValueError("a relative import path")
+            module = importlib.import_module(module_name)
+            return getattr(module, attribute) if attribute else module
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"cannot import the {label} {spec}: {' '.join(str(error).split())}") from None
+    known = names(package)
+    if spec in known:
+        return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
+    points = {point.name: point for point in entry_points(group=f"fewstep.{kind}")}
+    if spec in points:
+        return points[spec].load()
+    raise UserError(
+        f"there is no {label} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path"
+    )
