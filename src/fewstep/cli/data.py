@@ -69,7 +69,7 @@ def folder(source: Path, *, output: Out, size: int = 128) -> None:
         output: Folder for the shards.
         size: Side of the square that each picture is cropped and resized to, pixels.
     """
-    from fewstep.data.shards import write_folder
+    from fewstep.data.image_folder import write_folder
 
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")

@@ -291,7 +291,7 @@ def without(ending: str) -> Callable[[Path], None]:
         with tarfile.open(path, "w") as tar:
             for name, data in files.items():
                 if not name.endswith(ending):
-                    shards.add(tar, name.split("/")[1], data)
+                    shards.add_file(tar, name.split("/")[1], data)
 
     return change
 
@@ -316,7 +316,7 @@ def foreign(path: Path) -> None:
     np.save(file, np.zeros((3, 4, 16, 16), np.float16))
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
-            shards.add(tar, name.split("/")[1], file.getvalue() if ".states" in name else data)
+            shards.add_file(tar, name.split("/")[1], file.getvalue() if ".states" in name else data)
 
 
 def single(path: Path) -> None:
@@ -326,7 +326,7 @@ def single(path: Path) -> None:
     np.save(file, np.zeros((3, 4, 8, 4), np.float32))
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
-            shards.add(tar, name.split("/")[1], file.getvalue() if ".states" in name else data)
+            shards.add_file(tar, name.split("/")[1], file.getvalue() if ".states" in name else data)
 
 
 @pytest.mark.parametrize(

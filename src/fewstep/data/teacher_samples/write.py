@@ -90,7 +90,7 @@ def _write(
             for made in maker.batches(plan.rows(shard)):
                 for files in made:
                     for name, data in files.items():
-                        shards.add(tar, name, data)
+                        shards.add_file(tar, name, data)
                 done += len(made)
                 progress(done, total)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 from fewstep.core import plugins
 from fewstep.core.types import UserError
