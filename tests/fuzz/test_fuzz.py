@@ -349,7 +349,7 @@ def test_single_file(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_run_folder(tmp_path: Path) -> None:
-    from fewstep.train import checkpoint
+    from fewstep.train import checkpoint, run_owner
     from fewstep.train.best_checkpoint import read
     from fewstep.train.log import Log
 
@@ -365,7 +365,7 @@ def test_run_folder(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "step": 2}) + "\n")
 
     def go_on() -> None:
-        checkpoint.check_owner(tmp_path, about)
+        run_owner.check_owner(tmp_path, about)
         checkpoint.last_step(tmp_path)
         read(tmp_path)
         kept = {name: (tmp_path / name).read_bytes() for name in ("run.json", "log.jsonl")}

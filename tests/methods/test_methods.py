@@ -150,7 +150,7 @@ def test_the_trajectory_loss_is_nought_for_the_teachers_own_moves() -> None:
 def test_trajectory_guidance_needs_walks_at_its_times() -> None:
     states = torch.zeros(4, 3, 2)
     for batch in (Batch(states[:, -1], none(4)), Batch(states[:, -1], none(4), (), states)):
-        with pytest.raises(ValueError, match="walks at 5 times"):
+        with pytest.raises(ValueError, match="trajectories at 5 times"):
             Trajectory(net(), net(), GRID).losses(batch, draw(0, 0, 0))
 
 

@@ -63,7 +63,8 @@ class TextEncoderDistillation:
         import torch.nn.functional as F
 
         views, cells = self.student(batch.ids)
-        meaning, truth = 0.0, 0.0
+        meaning: Any = 0.0
+        truth: Any = 0.0
         for view in views:
             n = len(view.meaning)
             meaning += 1 - F.cosine_similarity(view.meaning, batch.meaning[:n]).mean()

@@ -89,7 +89,7 @@ def pocket_teacher(
     lines = [*latents.prompts, ""]
     mark = "-".join(fingerprint(family.parts[part]) for part in ("text_encoder", "text_encoder_2"))
     kept = text_cache.encode(partial(encoded, family, t5=False), mark, lines, data / "captions")
-    seen, heard = rows_on_device(latents.values, place), kept.held(place)
+    seen, heard = rows_on_device(latents.values, place), kept.on_device(place)
 
     def batches(step: int, share: BatchSlice) -> Batch:
         rng = np.random.Generator(np.random.Philox(key=[means.seed, step]))

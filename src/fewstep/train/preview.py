@@ -25,14 +25,14 @@ SHOWN = (
 
 
 def decode_grid(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
-    """Latents ``[B, C, H, W]`` as one Pillow image, each picture with its prompt."""
+    """Decode latents ``[B, C, H, W]`` into one image, a grid with prompts below."""
     from fewstep.images.grid import sheet
 
     return sheet(decode_uint8(family, latents), list(prompts), columns=4)
 
 
 def decode_uint8(family: Family, latents: Any) -> Any:
-    """Latents ``[B, C, H, W]`` -> images, numpy uint8 ``[B, 3, h, w]``.
+    """Decode latents ``[B, C, H, W]`` to images, numpy uint8 ``[B, 3, h, w]``.
 
     Raises:
         UserError: a pixel is NaN or infinite.

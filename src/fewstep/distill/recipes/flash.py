@@ -169,7 +169,7 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
     """
     from fewstep.core import atomic
     from fewstep.train import distributed
-    from fewstep.train.checkpoint import check_owner
+    from fewstep.train.run_owner import check_owner
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file: give a folder")
