@@ -15,7 +15,7 @@ from tests.helpers import taught
 
 import fewstep
 from fewstep.cli.app import run
-from fewstep.experiments.quantize_report import CALIBRATED_ON
+from fewstep.experiments.quantize_report import CALIBRATION_PROMPTS
 from fewstep.export.common import onnx_quantize, sensitivity
 from fewstep.runtime.bundle import read
 from fewstep.train.preview import SHOWN
@@ -77,7 +77,7 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
         taken = sum(weight["bytes"][str(weight["given"][bits])] for weight in told)
         least = sum(min(weight["bytes"].values()) for weight in told)
         assert taken <= max(least, sum(weight["size"] for weight in told) * sensitivity.HELD[int(bits)] / 8)
-    assert f"Calibrated on {len(SHOWN)} prompts of the sheet" in report
+    assert f"Calibrated on {len(SHOWN)} prompts of the contact sheet" in report
     observed = [weight for weight in told if weight["name"] in OBSERVED[weight["graph"]]]
     assert {weight["graph"] for weight in observed} == {weight["graph"] for weight in told}
     assert (ladder / "sheet.png").stat().st_size > 1000
@@ -95,7 +95,7 @@ def test_captions_are_drawn_and_a_folder_without_is_told_of(
     monkeypatch.setattr(sensitivity, "calibrated", calibrated)
     words = ["quantize", str(made.teacher), "-o", str(tmp_path / "out"), "--prompts", "0", "--data"]
     assert run([*words, str(made.shards)]) == 130
-    assert len(drawn) == CALIBRATED_ON
+    assert len(drawn) == CALIBRATION_PROMPTS
     assert set(drawn) == set(taught.PROMPTS)
     (tmp_path / "empty").mkdir()
     assert run([*words, str(tmp_path / "empty")]) == 2

@@ -93,7 +93,7 @@ class TrainOptions:
 
 
 class ParallelModule(Protocol):
-    """A torch module that runs, and its blocks, to be sharded, compiled and checkpointed, such as a family."""
+    """A torch module that runs, and its blocks, to be sharded, compiled and checkpointed. A family is one."""
 
     @property
     def net(self) -> Any: ...  # FSDP adds methods to the module

@@ -70,7 +70,7 @@ def _train(run: Run) -> None:
 
 
 def _train_steps(run: Run, state: State, log: Log) -> Run:
-    """Take all training steps, with checkpoints between and after them; return the run with its final steps."""
+    """Take all training steps and write checkpoints; return the run with its final number of steps."""
     saved, saved_at, monitor = time.monotonic(), state.step, DivergenceMonitor()
     budget = TimeBudget(state.step, saved)
     monitor.load_history(log.earlier)
@@ -137,7 +137,7 @@ class TimeBudget:
 def _evaluate(
     run: Run, state: State, log: Log, preview_every: int, validate_every: int, last: bool = False
 ) -> None:
-    """Write a contact sheet and a score if they are due, as both are after the last step. All must call this."""
+    """Write a contact sheet and a score if they are due; both are, after the last step. All call this."""
 
     def due(every: int) -> bool:
         return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
