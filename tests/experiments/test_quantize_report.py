@@ -88,11 +88,11 @@ def test_captions_are_drawn_and_a_folder_without_is_told_of(
 ) -> None:
     drawn: list[str] = []
 
-    def calibrated(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
+    def calibrate(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
         drawn.extend(prompts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sensitivity, "calibrated", calibrated)
+    monkeypatch.setattr(sensitivity, "calibrate", calibrate)
     words = ["quantize", str(made.teacher), "-o", str(tmp_path / "out"), "--prompts", "0", "--data"]
     assert run([*words, str(made.shards)]) == 130
     assert len(drawn) == CALIBRATION_PROMPTS
@@ -128,7 +128,7 @@ def test_what_is_given_is_looked_at_before_anything_is_traced(
     assert '"styles" must be a list of words' in capsys.readouterr().err
     shard = sorted(made.shards.glob("*.tar"))[0]
     assert quantize(made, tmp_path / "out", "--prompts", "9", "--data", str(shard)) == 2
-    assert "a shard has captions, and nothing to measure by" in capsys.readouterr().err
+    assert "a shard alone has nothing to evaluate with" in capsys.readouterr().err
     shutil.copytree(made.teacher, tmp_path / "broken")
     assert quantize(made, tmp_path / "broken") == 2
     assert f"{tmp_path / 'broken'} is a model: choose another folder" in capsys.readouterr().err

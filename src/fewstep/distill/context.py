@@ -51,7 +51,7 @@ class DistillContext:
         samples: its samples.
         initial: the model that the student starts from: the teacher itself unless ``--init`` names another.
         net_class: diffusers class of the teacher's net. Sharding changes the class of the net itself.
-        roles: LoRA adapters of the teacher's net; ``None`` in full fine-tuning.
+        adapters: LoRA adapters of the teacher's net; ``None`` in full fine-tuning.
         sampler: how the student takes its steps.
     """
 
@@ -62,7 +62,7 @@ class DistillContext:
     samples: TeacherSamples
     initial: Family
     net_class: type[Any]
-    roles: LoRARoles | None = None
+    adapters: LoRARoles | None = None
     sampler: Sampler = "euler"
 
     @property
@@ -90,14 +90,14 @@ class DistillContext:
         if teacher.guidance is None and scale is not None:
             teacher = teacher.with_guidance(scale)
         velocity = teacher.velocity
-        return self.roles.velocity(None, velocity) if self.roles is not None else velocity
+        return self.adapters.velocity(None, velocity) if self.adapters is not None else velocity
 
     @cached_property
     def start_fingerprint(self) -> str:
         """Identifies the weights that the student starts from; LoRA adapters are identified by their path."""
         from fewstep.families.common import fingerprint
 
-        if self.roles is not None:
+        if self.adapters is not None:
             return f"rank {self.config.lora} {self.config.init}"
         return "the teacher" if self.initial is self.teacher else fingerprint(self.initial.net)
 
@@ -113,16 +113,16 @@ class DistillContext:
             name: of the net; one of the adapters' names with ``--lora``.
             start: the model whose net is copied, by default the teacher.
         """
-        if self.roles is not None:
-            velocity = self.roles.velocity(name, self.teacher.velocity)
-            return Trainable(self.roles.net(name), velocity, self.teacher.blocks, self.teacher)
+        if self.adapters is not None:
+            velocity = self.adapters.velocity(name, self.teacher.velocity)
+            return Trainable(self.adapters.net(name), velocity, self.teacher.blocks, self.teacher)
         start = start or self.teacher
         own = start.student(copy.deepcopy(start.net), name, self.config.student_steps)
         return Trainable(own.net, own.velocity, own.blocks, own)
 
     def weights(self, name: str, nets: Mapping[str, Module]) -> dict[str, Tensor]:
         """Return the state dict of a trained net; that of an adapter is merged into the shared net's."""
-        return self.roles.merged(name) if self.roles is not None else nets[name].state_dict()
+        return self.adapters.merged(name) if self.adapters is not None else nets[name].state_dict()
 
     def new_net(self) -> Any:
         """Return a net of the teacher's class and configuration, on the CPU, to load weights into."""

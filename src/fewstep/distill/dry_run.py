@@ -17,7 +17,7 @@ from fewstep.data.teacher_samples.manifest import Plan
 from fewstep.data.teacher_samples.read import TeacherSamples
 from fewstep.distill.config import DistillConfig
 from fewstep.distill.context import DistillContext
-from fewstep.distill.setup import build_context, make_lora_roles
+from fewstep.distill.setup import build_context, make_adapters
 from fewstep.families.base import Family, family_of
 
 PATCH = 2
@@ -26,7 +26,7 @@ PATCH = 2
 
 @dataclass(frozen=True)
 class NetSpec:
-    """What a model's memory depends on.
+    """The configuration of a model that its memory depends on.
 
     Attributes:
         name: what the user calls it.
@@ -139,7 +139,7 @@ def _clip_rows(folder: Path) -> int:
 
 
 def _short(folder: Path, kind: str) -> bool:
-    """Whether T5's tokenizer was made for fewer tokens than stock diffusers asks for."""
+    """Whether T5's tokenizer was made for fewer tokens than diffusers asks for."""
     from fewstep.families.config_check import longest_prompt
 
     part = folder / ("tokenizer_2" if kind == "flux" else "tokenizer_3")
@@ -227,9 +227,9 @@ def build_fake_context(
     )  # fmt: skip
     null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
     samples = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
-    roles = make_lora_roles(replace(config, init=None), family, split) if config.lora else None
+    adapters = make_adapters(replace(config, init=None), family, split) if config.lora else None
     return DistillContext(
-        config, name, folder or Path(name), family, samples, family, type(family.net), roles
+        config, name, folder or Path(name), family, samples, family, type(family.net), adapters
     )
 
 

@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 def sample_student(
-    self: DistillContext, velocity: Velocity, prompts: Sequence[str], seeds: Sequence[int]
+    context: DistillContext, velocity: Velocity, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Any:
-    """What a student draws, latents ``[B, C, H, W]``, one seed a prompt."""
+    """Sample a student: latents ``[B, C, H, W]``, one seed per prompt."""
     import torch
 
     from fewstep.core import sampling
     from fewstep.families import common
 
-    family = self.teacher
+    family = context.teacher
     with torch.no_grad():
         with common.on_device(family), common.cuts_known():
             cond = family.text(prompts)
-        if self.config.t5_dropout > 0:
-            cond = self.samples.without_t5(cond)
+        if context.config.t5_dropout > 0:
+            cond = context.samples.without_t5(cond)
         noise = family.from_numpy(sampling.batch_noise(seeds, family.latent))
-        step = sampling.step_rule(self.sampler, seeds, family.from_numpy)
-        return sampling.sample_flow(velocity, noise, self.grid, cond, step)
+        step = sampling.step_rule(context.sampler, seeds, family.from_numpy)
+        return sampling.sample_flow(velocity, noise, context.grid, cond, step)
 
 
 def draw_preview(context: DistillContext) -> Image:

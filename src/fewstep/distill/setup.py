@@ -75,8 +75,10 @@ def build_context(
     if samples is None:
         samples = _sample_teacher(config, teacher, prompts, output / "walks")
     _check_samples(samples, teacher, config.student_steps if trajectories else 0, config.t5_dropout)
-    roles = make_lora_roles(config, teacher, split) if config.lora else None
-    return DistillContext(config, name, folder or output, teacher, samples, initial, type(teacher.net), roles)
+    adapters = make_adapters(config, teacher, split) if config.lora else None
+    return DistillContext(
+        config, name, folder or output, teacher, samples, initial, type(teacher.net), adapters
+    )
 
 
 def build_run(context: DistillContext, method: Method, *trainables: Trainable, **options: Any) -> Run:
@@ -142,7 +144,7 @@ def build_run(context: DistillContext, method: Method, *trainables: Trainable, *
     )
 
 
-def make_lora_roles(config: DistillConfig, teacher: Family, split: bool = False) -> LoRARoles:
+def make_adapters(config: DistillConfig, teacher: Family, split: bool = False) -> LoRARoles:
     """Return the LoRA adapters of the teacher's net that a method may train.
 
     The adapters of the student, or of its two branches, start from ``--init``, a LoRA of an earlier run.
@@ -151,11 +153,13 @@ def make_lora_roles(config: DistillConfig, teacher: Family, split: bool = False)
 
     students = ("early", "late") if split else ("student",)
     names = (*students, "proxy")
-    roles = LoRARoles(teacher.net, names, rank=config.lora, targets=teacher.module.TARGETS, seed=config.seed)
+    adapters = LoRARoles(
+        teacher.net, names, rank=config.lora, targets=teacher.module.TARGETS, seed=config.seed
+    )
     if config.init:
         for name in students:
-            roles.load(name, Path(config.init))
-    return roles
+            adapters.load(name, Path(config.init))
+    return adapters
 
 
 def _shapes(family: Family) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ def write_student(context: DistillContext, nets: Mapping[str, Module]) -> None:
     from fewstep.core.atomic import replacing_folder
     from fewstep.families.diffusers_io import write_facts
 
-    if context.roles is not None:
+    if context.adapters is not None:
         facts = {
             "name": f"{context.teacher.name}-{context.name}",
             "steps": context.config.student_steps,
@@ -34,7 +34,7 @@ def write_student(context: DistillContext, nets: Mapping[str, Module]) -> None:
             "t5": context.config.t5_dropout < 1,
         }
         with replacing_folder(context.folder / LORA) as fresh:
-            context.roles.save("student", fresh)
+            context.adapters.save("student", fresh)
             write_facts(facts, fresh)
     write_weights(context, context.weights("student", nets))
 

@@ -32,7 +32,7 @@ within the step. ``renoise``: at the clean estimate, noised to a random time (DM
 """
 
 ProxyTarget = Literal["finals", "estimates", "path"]
-"""What the proxy models: the student's samples, its clean estimates at a random step, or the states of its
+"""The target of the proxy: the student's samples, its clean estimates at a random step, or the states of its
 trajectory with its own noise."""
 
 T_MIN, T_MAX = 0.02, 0.98

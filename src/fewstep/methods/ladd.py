@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch.nn import Module, Parameter
 
 DiscriminatorInput = Literal["finals", "last", "estimates"]
-"""What of the student the heads see: its sample with the gradient of every step, the same with that of the
-last step alone, or the clean estimate at a random step."""
+"""Input of the heads from the student: its sample with the gradient of every step, the same with that of
+the last step alone, or the clean estimate at a random step."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Errors of torch's distributed checkpoints (DCP) as one line, or as :class:`Damaged`."""
+"""Errors of torch's distributed checkpoints (DCP), as one line or as a damaged checkpoint."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds."""
+    """The content of a checkpoint's index."""
 
     layout: int
     tensors: dict[str, Tensor]

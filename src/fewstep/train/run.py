@@ -1,4 +1,4 @@
-"""What a training run is: its method, its batches, its options and its results."""
+"""A training run: its method, its batches, its options and its results."""
 
 from __future__ import annotations
 
