@@ -22,7 +22,7 @@ HELP = {
     "train pocket-teacher": ("--drop-caption", "Share of captions that are dropped"),
     "train scene-detector": ("--batch-size", "Pictures an update."),
     "distill trajectory": ("--student-steps", "The teacher's guidance scale"),
-    "distill flash": ("--trajectory-weight", "Whose features the heads read."),
+    "distill flash": ("--trajectory-weight", "The net whose features the heads read."),
     "data stickers": ("--images", "Number of training images."),
     "data folder": ("--output", "Folder for the shards."),
     "sample-teacher": ("--student-steps", "Number of samples."),

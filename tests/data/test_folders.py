@@ -1,4 +1,4 @@
-"""Folders are listed one way: links followed once, hidden things passed over, nothing without a word."""
+"""Folders are listed one way: links followed once, hidden things skipped, nothing without a word."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_links_in_a_circle_come_to_an_end(
     found = list_files(tmp_path / "in")
     names = [path.name for path in found.files]
     assert names == (["a", "loop", "b"] if target == "loop" else ["a", "b"])
-    found.say(tmp_path / "in")
+    found.say_skipped(tmp_path / "in")
     said = capsys.readouterr().err
-    assert ("passed over 1 link to a folder that is taken" in said) == (target != "loop")
+    assert ("skipped 1 link to a folder that is listed" in said) == (target != "loop")
 
 
 def test_two_folders_that_link_to_each_other_are_taken_once(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_hidden_files_and_folders_are_passed_over_and_counted(
     files(tmp_path, ".in/a", ".in/._a", ".in/.ipynb_checkpoints/a", ".in/b/.DS_Store", ".in/b/c")
     assert listed(tmp_path / ".in") == ["a", "b/c"]  # its own dot is no matter
     found = list_files(tmp_path / ".in")
-    found.say(tmp_path / ".in")
-    assert "passed over 3 hidden files or folders in" in capsys.readouterr().err
+    found.say_skipped(tmp_path / ".in")
+    assert "skipped 3 hidden files or folders in" in capsys.readouterr().err
     assert len(found.hidden) == 3
 
 

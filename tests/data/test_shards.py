@@ -13,7 +13,7 @@ from PIL import Image
 
 from fewstep.cli import app as cli
 from fewstep.core.types import UserError
-from fewstep.data import shards
+from fewstep.data import image_folder, shards
 from fewstep.pocket import stickers, write_shards
 from fewstep.pocket.compose import Composer
 from fewstep.pocket.concepts import Concept, held_out, held_out_scene
@@ -95,7 +95,7 @@ def test_a_folder_of_pictures_becomes_shards(tmp_path: Path) -> None:
     source.mkdir()
     Image.new("RGB", (90, 60), (200, 10, 10)).save(source / "a.png")
     (source / "a.txt").write_text("a red wall\n")
-    [path] = shards.write_folder(source, tmp_path / "out", 48, 100)
+    [path] = image_folder.write_folder(source, tmp_path / "out", 48, 100)
     [example] = shards.read(path)
     assert (example.prompt, example.image.size) == ("a red wall", (48, 48))
 
@@ -106,15 +106,15 @@ def test_changed_pictures_are_written_anew_and_an_interrupted_run_goes_on(tmp_pa
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(source / f"{name}.png")
         (source / f"{name}.txt").write_text(name)
-    one, two = shards.write_folder(source, out, 48, 2)
+    one, two = image_folder.write_folder(source, out, 48, 2)
     assert [e.prompt for path in (one, two) for e in shards.read(path)] == ["a", "b/a", "b/c"]
     before = one.stat().st_mtime_ns
     two.unlink()
-    shards.write_folder(source, out, 48, 2)
+    image_folder.write_folder(source, out, 48, 2)
     assert two.exists() and one.stat().st_mtime_ns == before
     (source / "a.txt").write_text("another")
     (source / "b/c.png").unlink()
-    [one] = shards.write_folder(source, out, 48, 2)
+    [one] = image_folder.write_folder(source, out, 48, 2)
     assert [e.prompt for e in shards.read(one)] == ["another", "b/a"] and not two.exists()
 
 
@@ -126,7 +126,10 @@ def test_shards_of_folders_with_the_longest_names_have_names(tmp_path: Path, let
         source.mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(source / "a.png")
         (source / "a.txt").write_text(place)
-    made = [shards.write_folder(tmp_path / place / name, tmp_path / "out", 48, 2) for place in ("one", "two")]
+    made = [
+        image_folder.write_folder(tmp_path / place / name, tmp_path / "out", 48, 2)
+        for place in ("one", "two")
+    ]
     assert [e.prompt for paths in made for path in paths for e in shards.read(path)] == ["one", "two"]
     assert all(path.name.startswith(letter * 70) for paths in made for path in paths)
 
@@ -135,28 +138,28 @@ def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
     for ending in ("png", "jpg"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"a.{ending}")
     (tmp_path / "a.txt").write_text("a thing")
-    with pytest.raises(UserError, match="two pictures would both be named a"):
-        shards.write_folder(tmp_path, tmp_path / "out", 48, 100)
+    with pytest.raises(UserError, match="two images would both be named a"):
+        image_folder.write_folder(tmp_path, tmp_path / "out", 48, 100)
 
 
 def test_a_caption_that_is_no_text_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
-        shards.write_folder(tmp_path, tmp_path / "out", 48, 100)
+        image_folder.write_folder(tmp_path, tmp_path / "out", 48, 100)
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "mine"
     source.mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        shards.write_folder(source, tmp_path / "out", 48, 100)
+    with pytest.raises(UserError, match="no images"):
+        image_folder.write_folder(source, tmp_path / "out", 48, 100)
     (source / "b.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="caption"):
-        shards.write_folder(source, tmp_path / "out", 48, 100)
+        image_folder.write_folder(source, tmp_path / "out", 48, 100)
     (source / "b.txt").write_text("a thing")
     with pytest.raises(UserError, match="not an image that can be read"):
-        shards.write_folder(source, tmp_path / "out", 48, 100)
+        image_folder.write_folder(source, tmp_path / "out", 48, 100)
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -201,12 +204,12 @@ def prompts(paths: list[Path]) -> list[str]:
 )
 def test_a_caption_is_learnt_as_its_prompt_is_read(tmp_path: Path, caption: bytes) -> None:
     source = photos(tmp_path / "photos", "a.png", caption=caption)
-    made = shards.write_folder(source, tmp_path / "out", 16, 10)
+    made = image_folder.write_folder(source, tmp_path / "out", 16, 10)
     assert prompts(made) == ['a "red" apple']
     raw = tmp_path / "raw.tar"  # written by others
     with tarfile.open(raw, "w") as tar:
-        shards.add(tar, "a.png", (source / "a.png").read_bytes())
-        shards.add(tar, "a.txt", caption)
+        shards.add_file(tar, "a.png", (source / "a.png").read_bytes())
+        shards.add_file(tar, "a.txt", caption)
     assert prompts([raw]) == ['a "red" apple']
 
 
@@ -214,8 +217,8 @@ def test_a_caption_in_another_encoding_is_named_in_a_shard(tmp_path: Path) -> No
     source, raw = photos(tmp_path / "photos", "a.png", "b.png"), tmp_path / "raw.tar"
     with tarfile.open(raw, "w") as tar:
         for name, caption in (("a", b"a cat"), ("b", b"caf\xe9")):
-            shards.add(tar, f"{name}.png", (source / f"{name}.png").read_bytes())
-            shards.add(tar, f"{name}.txt", caption)
+            shards.add_file(tar, f"{name}.png", (source / f"{name}.png").read_bytes())
+            shards.add_file(tar, f"{name}.txt", caption)
     with pytest.raises(UserError, match=r"raw\.tar: b\.txt is not UTF-8 text: save it as UTF-8"):
         prompts([raw])
 
@@ -235,9 +238,9 @@ def test_links_are_followed_and_hidden_leftovers_passed_over(
     [path] = shards.find(tmp_path / "out")
     assert [e.key for e in shards.read(path)] == ["a", "g", "more_d", "more_e_f"]
     said = capsys.readouterr().err
-    assert "passed over 4 hidden files or folders" in said
-    assert "passed over 1 link to a folder that is taken" in said
-    assert "passed over 1 caption without a picture" in said
+    assert "skipped 4 hidden files or folders" in said
+    assert "skipped 1 link to a folder that is listed" in said
+    assert "skipped 1 caption without an image" in said
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
@@ -245,7 +248,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (source / "a.png").unlink()
     (source / "a.png").symlink_to("gone.png")
     with pytest.raises(UserError, match=r"a\.png"):
-        shards.write_folder(source, tmp_path / "out", 16, 10)
+        image_folder.write_folder(source, tmp_path / "out", 16, 10)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -254,12 +257,12 @@ def test_folders_of_one_name_keep_their_shards_apart(tmp_path: Path, again: bool
     near = photos(tmp_path / "z/photos-2", "d.png")
     out = tmp_path / "out"
     for source in (one, two, near):
-        shards.write_folder(source, out, 16, 10)
+        image_folder.write_folder(source, out, 16, 10)
     if again:  # each writes its own anew, and no other's
         (one / "a.txt").write_text("a new caption")
         (two / "c.txt").write_text("another")
         for source in (two, one):
-            shards.write_folder(source, out, 16, 10)
+            image_folder.write_folder(source, out, 16, 10)
     expected = ["a new caption", "b.png", "another"] if again else ["a.png", "b.png", "c.png"]
     assert sorted(prompts(shards.find(out))) == sorted([*expected, "d.png"])
     assert (out / "photos-00000.tar").exists() and (out / "photos-2-00000.tar").exists()
@@ -273,10 +276,10 @@ def test_shards_that_we_did_not_make_are_neither_removed_nor_taken_for_ours(
     out.mkdir()
     other = out / f"photos-{number:05d}.tar"
     other.write_bytes(b"of somebody else")
-    [made] = shards.write_folder(source, out, 16, 10)
+    [made] = image_folder.write_folder(source, out, 16, 10)
     assert other.name in capsys.readouterr().err
     (source / "a.txt").write_text("a new caption")
-    assert shards.write_folder(source, out, 16, 10) == [made]
+    assert image_folder.write_folder(source, out, 16, 10) == [made]
     assert other.read_bytes() == b"of somebody else" and prompts([made]) == ["a new caption"]
     full = tmp_path / "full"
     full.mkdir()
@@ -289,25 +292,25 @@ def test_shards_that_we_did_not_make_are_neither_removed_nor_taken_for_ours(
 
 def test_a_shard_put_beside_ours_is_neither_removed_nor_taken_for_ours(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "photos", "a.png", "b.png", "c.png"), tmp_path / "out"
-    whole = shards.write_folder(source, out, 16, 1)
+    whole = image_folder.write_folder(source, out, 16, 1)
     other = out / "photos-00003.tar"
     other.write_bytes(b"of somebody else")
-    assert shards.write_folder(source, out, 16, 1) == whole  # nothing is in the way
+    assert image_folder.write_folder(source, out, 16, 1) == whole  # nothing is in the way
     (source / "c.txt").write_text("a new caption")
-    assert prompts(shards.write_folder(source, out, 16, 1)) == ["a.png", "b.png", "a new caption"]
+    assert prompts(image_folder.write_folder(source, out, 16, 1)) == ["a.png", "b.png", "a new caption"]
     photos(source, "d.png")
     with pytest.raises(UserError, match=r"photos-00003\.tar was made by something else"):
-        shards.write_folder(source, out, 16, 1)
+        image_folder.write_folder(source, out, 16, 1)
     assert other.read_bytes() == b"of somebody else"
     assert prompts(whole) == ["a.png", "b.png", "a new caption"]
 
 
 def test_fewer_images_leave_no_shard_of_the_earlier_ones(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
-    shards.write_folder(source, out, 16, 1)
+    image_folder.write_folder(source, out, 16, 1)
     for name in ("b.png", "b.txt"):
         (source / name).unlink()
-    assert shards.write_folder(source, out, 16, 1) == shards.find(out)
+    assert image_folder.write_folder(source, out, 16, 1) == shards.find(out)
 
 
 def test_a_full_disk_is_said_of_the_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,40 +348,40 @@ def test_a_folder_with_a_leading_dot_writes_shards_that_are_found(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     photos(Path(name), "a.png")
-    shards.write_folder(Path(name), tmp_path / "out", 16, 10)
+    image_folder.write_folder(Path(name), tmp_path / "out", 16, 10)
     assert [path.name for path in shards.find(tmp_path / "out")] == [f"{shard}-00000.tar"]
 
 
 def test_a_note_of_fewstep_0_1_is_read_and_another_one_refused(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", "a.png")
-    [path] = shards.write_folder(source, tmp_path / "out", 16, 10)
+    [path] = image_folder.write_folder(source, tmp_path / "out", 16, 10)
     note, before = tmp_path / "out/photos.made-of", path.stat().st_mtime_ns
     note.write_text(json.loads(note.read_text())["digest"])
-    shards.write_folder(source, tmp_path / "out", 16, 10)
+    image_folder.write_folder(source, tmp_path / "out", 16, 10)
     assert path.stat().st_mtime_ns == before
     note.write_text("0" * 64)
     with pytest.raises(UserError, match=r"made-of is damaged .*; remove it and the shards beside it"):
-        shards.write_folder(source, tmp_path / "out", 16, 10)
+        image_folder.write_folder(source, tmp_path / "out", 16, 10)
     assert path.exists()
 
 
 def test_names_may_be_of_any_case_and_hold_dots(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", "a.v1.PNG", "b.JPG", "c.tif", "d.Webp")
     (source / "b.txt").rename(source / "b.TXT")
-    made = shards.write_folder(source, tmp_path / "out", 16, 10)
+    made = image_folder.write_folder(source, tmp_path / "out", 16, 10)
     assert [(e.key, e.prompt) for e in shards.read(made[0])] == [
         ("a_v1", "a.v1.PNG"), ("b", "b.JPG"), ("c", "c.tif"), ("d", "d.Webp")
     ]  # fmt: skip
     (source / "b.txt").write_text("two")
     with pytest.raises(UserError, match=r"b\.JPG: its caption b\.TXT could be b\.txt too"):
-        shards.write_folder(source, tmp_path / "out", 16, 10)
+        image_folder.write_folder(source, tmp_path / "out", 16, 10)
 
 
 def test_hidden_shards_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.tar").touch()
     (tmp_path / ".photos-00000.tar").touch()
     assert shards.find(tmp_path) == [tmp_path / "a.tar"]
-    assert "passed over 1 hidden shard" in capsys.readouterr().err
+    assert "skipped 1 hidden shard" in capsys.readouterr().err
 
 
 def test_a_file_that_says_it_is_enormous_is_not_read(tmp_path: Path) -> None:
@@ -397,5 +400,5 @@ def test_shards_of_others_are_read_as_webdataset_groups_them(tmp_path: Path) -> 
             "__meta__": b"x", "x/1.PNG": data, "x/1.seg.png": data, "x/1.cls": b"3", "x/1.txt": b"one",
             "x/1.json": b'{"score": NaN}', "x/2.jpg": data, "x/2.txt": b"two",
         }.items():  # fmt: skip
-            shards.add(tar, name, content)
+            shards.add_file(tar, name, content)
     assert [(e.key, e.prompt) for e in shards.read(path)] == [("x/1", "one"), ("x/2", "two")]

@@ -39,7 +39,7 @@ def setting(shape: ModelSpec, lora: int, recompute: bool) -> FakeSetup:
     dtype: Any = "bfloat16" if lora else "float32"
     return FakeSetup(
         shape=shape, side=64, batch_size=2, student_steps=2, lora=lora, activation_checkpointing=recompute,
-        dtype=dtype, device="cpu", init="imagined",
+        dtype=dtype, device="cpu", init="dry-run",
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def assert_as_real(
             memory_estimate.fake_run("flash", setting(shape, lora, recompute), "fp32"), ledger, 2
         )
     turn, peak = max(peaks.items(), key=lambda pair: pair[1].total)
-    assert told.turn == turn
+    assert told.update == turn
     assert told.peak == pytest.approx(peak.total, rel=1e-3)
     for kind in KINDS:
         assert told.held[kind] == pytest.approx(peak.held[kind], rel=2e-3)
@@ -130,7 +130,7 @@ def test_the_command_prints_a_table_and_says_what_fits(
         "--activation-checkpointing",
     ]
     assert cli.run(asked) == 0
-    assert "\nfits 24 GiB: roles 2, recomputed" in capsys.readouterr().out
+    assert "\nfits 24 GiB: LoRA 2, checkpointed" in capsys.readouterr().out
     assert cli.run([*asked, "--memory", "0.5GiB", "--batch-size", "2"]) == 0
     told = capsys.readouterr().out
     assert "does not fit 0.5 GiB" in told and "--batch-size 1 with --gradient-accumulation-steps 2" in told

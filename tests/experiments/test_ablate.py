@@ -92,7 +92,7 @@ def test_two_rows_end_to_end_interrupted_and_done_once(
     second = begun(words)
     printed, said = second.communicate(timeout=300)
     assert second.returncode == 0, said
-    assert "fewstep: warm.4 goes on" in said
+    assert "fewstep: warm.4 resumes" in said
     assert printed == f"{tmp_path / 'results.md'}\n"
     costs = {name: json.loads((out / name / "cost.json").read_text()) for name in FOLDERS}
     assert costs["warm.4"]["seconds"] > spent["seconds"] + 0.5

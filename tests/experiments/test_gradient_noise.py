@@ -11,7 +11,7 @@ import torch
 from tests.helpers import taught
 
 from fewstep.cli.app import run
-from fewstep.experiments.gradient_noise import PLACES, gradient_noise_fraction
+from fewstep.experiments.gradient_noise import SCORE_POINTS, gradient_noise_fraction
 
 
 def test_the_command_measures_every_place_along_a_training(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_the_command_measures_every_place_along_a_training(tmp_path: Path) -> No
     assert run([*words, "-o", str(tmp_path / "out")]) == 0
     note = json.loads((tmp_path / "out/noise.json").read_text())
     assert [each["step"] for each in note["measured"]] == [0, 2]
-    assert all(set(each) == {"step", *PLACES} for each in note["measured"])
+    assert all(set(each) == {"step", *SCORE_POINTS} for each in note["measured"])
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.0), (1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])

@@ -15,7 +15,7 @@ from tests.helpers import taught
 
 import fewstep
 from fewstep.cli.app import run
-from fewstep.experiments.quantize_report import CALIBRATED_ON
+from fewstep.experiments.quantize_report import CALIBRATION_PROMPTS
 from fewstep.export.common import onnx_quantize, sensitivity
 from fewstep.runtime.bundle import read
 from fewstep.train.preview import SHOWN
@@ -79,7 +79,7 @@ def test_the_report_tells_what_was_written(ladder: Path) -> None:
         assert taken <= max(
             least, sum(weight["size"] for weight in told) * sensitivity.BUDGET_BITS[int(bits)] / 8
         )
-    assert f"Calibrated on {len(SHOWN)} prompts of the sheet" in report
+    assert f"Calibrated on {len(SHOWN)} prompts of the contact sheet" in report
     observed = [weight for weight in told if weight["name"] in OBSERVED[weight["graph"]]]
     assert {weight["graph"] for weight in observed} == {weight["graph"] for weight in told}
     assert (ladder / "sheet.png").stat().st_size > 1000
@@ -90,14 +90,14 @@ def test_captions_are_drawn_and_a_folder_without_is_told_of(
 ) -> None:
     drawn: list[str] = []
 
-    def calibrated(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
+    def calibrate(family: Any, parts: Any, prompts: Sequence[str], on_progress: Any) -> Any:
         drawn.extend(prompts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sensitivity, "calibrated", calibrated)
+    monkeypatch.setattr(sensitivity, "calibrate", calibrate)
     words = ["quantize", str(made.teacher), "-o", str(tmp_path / "out"), "--prompts", "0", "--data"]
     assert run([*words, str(made.shards)]) == 130
-    assert len(drawn) == CALIBRATED_ON
+    assert len(drawn) == CALIBRATION_PROMPTS
     assert set(drawn) == set(taught.PROMPTS)
     (tmp_path / "empty").mkdir()
     assert run([*words, str(tmp_path / "empty")]) == 2
@@ -130,7 +130,7 @@ def test_what_is_given_is_looked_at_before_anything_is_traced(
     assert '"styles" must be a list of words' in capsys.readouterr().err
     shard = sorted(made.shards.glob("*.tar"))[0]
     assert quantize(made, tmp_path / "out", "--prompts", "9", "--data", str(shard)) == 2
-    assert "a shard has captions, and nothing to measure by" in capsys.readouterr().err
+    assert "a shard alone has nothing to evaluate with" in capsys.readouterr().err
     shutil.copytree(made.teacher, tmp_path / "broken")
     assert quantize(made, tmp_path / "broken") == 2
     assert f"{tmp_path / 'broken'} is a model: choose another folder" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_figures_are_means_and_standard_deviations_over_seeds(tmp_path: Path) ->
     told = [{"step": 0, "shared": 0.5, "renoise": 0.75}, {"step": 9, "shared": 0.25, "renoise": 1.0}]
     (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "measured": told}))
     text = document(runs, results(rows), FACTS, tmp_path / "noise.json")
-    assert "| scores taken | 0 updates | 9 updates |" in text and "| renoise | 0.75 | 1.00 |" in text
+    assert "| score point | step 0 | step 9 |" in text and "| renoise | 0.75 | 1.00 |" in text
     assert "| teacher |  |  | 50 [40, 60] |  | 25 |  |  |  |" in text
     assert "| A | 20 ± 14 |  |  |  |  |  | 1.5 | 200 |" in text
     assert "| B | 20 [10, 40] |  |  |  |  |  | ≥ 3.0 | 300 |" in text

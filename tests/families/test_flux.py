@@ -29,7 +29,7 @@ from fewstep.images import io as image_io
 from fewstep.images.pixels import to_pil, to_uint8
 from fewstep.images.record import Record
 from fewstep.methods.base import Method
-from fewstep.methods.flow_matching import Finetune
+from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.trajectory import Trajectory
 from fewstep.pipeline import loading
 from fewstep.train.train_step import draw
@@ -333,7 +333,7 @@ def test_the_command_line_draws_with_it_in_the_28_steps_of_dev(tmp_path: Path) -
 
 def finetuning(family: Family, net: Any) -> tuple[Method, Any]:
     x = family.from_numpy(sampling.batch_noise([1, 2], family.latent))
-    return Finetune(net, flux.NetVelocity(net)), Batch(x, family.text(PROMPTS))
+    return FlowMatching(net, flux.NetVelocity(net)), Batch(x, family.text(PROMPTS))
 
 
 def following(family: Family, net: Any) -> tuple[Method, Any]:
@@ -352,7 +352,7 @@ def test_methods_train_it_unchanged(kind: str, made: Callable[[Family, Any], tup
     net = copy.deepcopy(family.net).requires_grad_(True)
     method, batch = made(family, net)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    [turn] = method.turns(0)
+    [turn] = method.updates(0)
     loss = sum(turn.losses(batch, draw(0, 0, 0)).values())
     assert 0 < loss.item() < math.inf
     loss.backward()

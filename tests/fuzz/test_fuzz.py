@@ -224,13 +224,13 @@ def write_samples(folder: Path) -> None:
     for shard, rows in enumerate((range(3), range(3, 5))):
         with tarfile.open(folder / f"synthetic-{shard:05d}.tar", "w") as tar:
             for row in rows:
-                shards.add(tar, f"{row:08d}.txt", b"a cat")
+                shards.add_file(tar, f"{row:08d}.txt", b"a cat")
                 for kind, data in (
                     ("states", _npy(3, 2, 4, 4)),
                     ("context", _npy(3, 6)),
                     ("pooled", _npy(5)),
                 ):
-                    shards.add(tar, f"{row:08d}.{kind}.npy", data)
+                    shards.add_file(tar, f"{row:08d}.{kind}.npy", data)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_single_file(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_run_folder(tmp_path: Path) -> None:
-    from fewstep.train import checkpoint
+    from fewstep.train import checkpoint, run_owner
     from fewstep.train.best_checkpoint import read
     from fewstep.train.log import Log
 
@@ -365,7 +365,7 @@ def test_run_folder(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "step": 2}) + "\n")
 
     def go_on() -> None:
-        checkpoint.check_owner(tmp_path, about)
+        run_owner.check_owner(tmp_path, about)
         checkpoint.last_step(tmp_path)
         read(tmp_path)
         kept = {name: (tmp_path / name).read_bytes() for name in ("run.json", "log.jsonl")}
@@ -407,7 +407,7 @@ def test_facts_in_a_shard(tmp_path: Path) -> None:
 
     def pack() -> None:
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
-            shards.add(tar, "x.json", (tmp_path / "x.json").read_bytes())
+            shards.add_file(tar, "x.json", (tmp_path / "x.json").read_bytes())
 
     pack()
     cats = [Concept("cat", ("kitty",), (), "1", "animal", ("3d",))]

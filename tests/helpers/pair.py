@@ -19,7 +19,7 @@ from fewstep.core import flow
 from fewstep.core.types import Batch, BatchSlice, Cond
 from fewstep.families import sd3
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
-from fewstep.methods.flow_matching import Finetune
+from fewstep.methods.flow_matching import FlowMatching
 from fewstep.modules.lora import LoRARoles
 from fewstep.train.run import Run, TrainOptions
 
@@ -61,7 +61,7 @@ class Trio:
             head = torch.nn.Linear(4, 1)
         self.nets: dict[str, Any] = {name: self.roles.net(name) for name in self.roles.names} | {"head": head}
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         follow = [InPlaceUpdate("proxy", self._follow)] if step % 6 == 5 else []
         learn = [Update("proxy", self._proxy), Update("head", self._head), Update("student", self._student)]
         return [*follow, *learn]
@@ -80,7 +80,7 @@ class Trio:
     def _proxy(self, batch: Batch, draw: StepRandom) -> Losses:
         with torch.no_grad():
             x0 = self._drawn(batch, draw)
-        return {"proxy": Finetune(None, self.of["proxy"]).losses(Batch(x0, batch.cond), draw)["flow"]}
+        return {"proxy": FlowMatching(None, self.of["proxy"]).losses(Batch(x0, batch.cond), draw)["flow"]}
 
     def _head(self, batch: Batch, draw: StepRandom) -> Losses:
         with torch.no_grad():
@@ -108,7 +108,7 @@ def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
         "precision": "fp32",
     } | options
     if kind == "full":
-        method: Any = Finetune(parts.net, parts.velocity)
+        method: Any = FlowMatching(parts.net, parts.velocity)
     else:
         method = Trio(parts)
 

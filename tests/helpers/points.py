@@ -13,12 +13,12 @@ import torch
 
 from fewstep.core import sampling, schedule
 from fewstep.core.types import Batch, BatchSlice, Cond
-from fewstep.methods.dmd import DistributionMatching, Dmd
+from fewstep.methods.dmd import DMD, DistributionMatching
 from fewstep.methods.flash import Flash
 from fewstep.methods.ladd import LADD, AdversarialLoss
 from fewstep.methods.lcm import LCM
 from fewstep.methods.split import Split
-from fewstep.methods.tdm import Tdm
+from fewstep.methods.tdm import TDM
 from fewstep.methods.trajectory import Trajectory
 from fewstep.modules.discriminator import DiscriminatorHeads, FeatureTaps
 from fewstep.modules.timestep_experts import TimestepExperts
@@ -75,23 +75,23 @@ def methods() -> dict[str, Any]:
     a, b, p = (net(seed, 16, 2) for seed in (1, 2, 3))
     tapped = net(4, 16, 2)
     made: dict[str, Any] = {
-        f"dmd {where} {proxied}": Dmd(a, a, p, DistributionMatching(ring(), p, where, proxied), GRID, 2, 0.98)
+        f"dmd {where} {proxied}": DMD(a, a, p, DistributionMatching(ring(), p, where, proxied), GRID, 2, 0.98)
         for where in ("shared", "shared-free", "renoise")
         for proxied in ("finals", "estimates", "path")
     }
     made |= {
         f"adversarial {judged} {kind}": LADD(
-            a, a, critic(tapped, disc_input=judged, kind=kind, renewal=0.5), GRID
+            a, a, critic(tapped, disc_input=judged, kind=kind, reset_probability=0.5), GRID
         )
         for judged in ("finals", "last", "estimates")
         for kind in ("softplus", "hinge")
     }
     return made | {
         "trajectory": Trajectory(a, a, GRID),
-        "tdm": Tdm(a, a, p, p, ring(), GRID, 2),
+        "tdm": TDM(a, a, p, p, ring(), GRID, 2),
         "consistency": LCM(a, a, ring(), schedule.grid(32)),
-        "flash": flash(a, a, p, updates=2, follow=0.98),
-        "split": Split(a, b, flash(a, TimestepExperts(a, b), p, updates=2)),
+        "flash": flash(a, a, p, proxy_updates=2, ida_decay=0.98),
+        "split": Split(a, b, flash(a, TimestepExperts(a, b), p, proxy_updates=2)),
     }
 
 

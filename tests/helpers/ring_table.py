@@ -14,7 +14,7 @@ from typing import Any
 from fewstep.core import schedule
 from fewstep.methods.dmd import DistributionMatching
 from fewstep.methods.flash import Flash
-from fewstep.methods.flow_matching import Finetune
+from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.trajectory import Trajectory
 from mixture import ring
 from points import GRID, critic, net, quality, taught, walked
@@ -43,7 +43,7 @@ DATA = walked(65_536)
 if __name__ == "__main__":
     student, flow = net(), net(5)
     student = run(Trajectory(student, student, GRID), 2500, 4e-3)["student"]
-    flow = run(Finetune(flow, flow, schedule.uniform), 1200, 3e-3)["net"]
+    flow = run(FlowMatching(flow, flow, schedule.uniform), 1200, 3e-3)["net"]
     began = quality(student)
     print("| | energy distance | off, % | worst weight, % |\n|---|---:|---:|---:|")
     print(f"| warm start | {began.distance:.4f} | {100 * began.off:.2f} | {100 * began.weight:.1f} |")

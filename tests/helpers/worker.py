@@ -31,7 +31,7 @@ class Toy:
             second = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.2))
             self.nets: dict[str, Any] = {"first": torch.nn.Linear(4, 4), "second": second}
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         first = Update("first", lambda batch, draw: self._losses("first", batch, draw))
         second = Update("second", lambda batch, draw: self._losses("second", batch, draw))
         anew = [InPlaceUpdate("second", self._anew)] if step % 5 == 4 else []

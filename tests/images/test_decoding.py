@@ -21,7 +21,7 @@ from PIL import Image
 import fewstep
 from fewstep.cli import app as cli
 from fewstep.core.types import UserError
-from fewstep.data import shards
+from fewstep.data import image_folder, shards
 from fewstep.images import io as image_io
 from fewstep.images.decode import decode, to_rgb
 from fewstep.images.metadata import PARAMETERS
@@ -52,7 +52,7 @@ def png(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def shard(path: Path, entries: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in entries.items():
-            shards.add(tar, name, data)
+            shards.add_file(tar, name, data)
     return path
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_image_of_ours_starts_nothing(
         (tmp_path / "in").mkdir()
         file.rename(tmp_path / "in" / file.name).with_suffix(".txt").write_text("a")
         with pytest.raises(UserError, match=f"a.{ending} is not an image that can be read"):
-            shards.write_folder(tmp_path / "in", tmp_path / "out", 32, 10)
+            image_folder.write_folder(tmp_path / "in", tmp_path / "out", 32, 10)
     assert not canary.exists()
 
 

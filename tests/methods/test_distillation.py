@@ -34,13 +34,13 @@ def batch(n: int = 8) -> Batch:
 @pytest.mark.parametrize("name", methods())
 def test_a_turn_changes_just_the_net_that_it_names(name: str, tmp_path: Path) -> None:
     method = methods()[name]
-    names = {turn.net for turn in method.turns(0)}
+    names = {turn.net for turn in method.updates(0)}
     assert names == set(method.nets)  # every net learns, and no other
-    for turn in method.turns(0):
+    for turn in method.updates(0):
 
         class Alone:
             nets = method.nets
-            turns = staticmethod(lambda step, turn=turn: [turn])
+            updates = staticmethod(lambda step, turn=turn: [turn])
 
         options = TrainOptions(5, 1e-2, warmup=1, precision="fp32", device="cpu")
         state = State(Run("x", tmp_path, Alone(), walked(8)(8), options, {"recipe": "x"}, averaged=[]))
@@ -63,12 +63,12 @@ def test_a_turn_changes_just_the_net_that_it_names(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", methods())
 def test_no_gradient_reaches_a_teacher_with_weights(name: str) -> None:
     teacher, method = net(9, 16, 2), methods()[name]
-    parts = [method, *(getattr(method, n, None) for n in ("matching", "flash", "critic"))]
+    parts = [method, *(getattr(method, n, None) for n in ("matching", "flash", "adversarial"))]
     parts += [getattr(method.flash, "matching", None)] if hasattr(method, "flash") else []
     for part in parts:
         if hasattr(part, "teacher"):
             object.__setattr__(part, "teacher", teacher)
-    for number, turn in enumerate(method.turns(0)):
+    for number, turn in enumerate(method.updates(0)):
         if isinstance(turn, Update):
             for other, part in method.nets.items():
                 part.requires_grad_(other == turn.net)
@@ -96,12 +96,12 @@ def test_who_draws_the_truth_is_not_moved(where: Any) -> None:
 @pytest.mark.parametrize("index", range(4))
 def test_a_state_of_the_path_is_a_mixture_of_the_students_own_data_and_noise(index: int) -> None:
     rollout = Rollout(net(1, 16, 2), GRID)
-    states, move = rollout.states(batch(), draw(0, 0, 0)), rollout.move(batch(), draw(0, 0, 1), index)
+    states, move = rollout.states(batch(), draw(0, 0, 0)), rollout.step(batch(), draw(0, 0, 1), index)
     assert torch.allclose(move.at(GRID[index + 1]), states[index + 1], atol=1e-5)
     assert torch.allclose(move.at(GRID[index]), states[index], atol=1e-5)
     assert torch.allclose(move.end, states[index + 1], atol=1e-6)
     assert move.end.requires_grad and not states[index].requires_grad
-    assert torch.allclose(rollout.whole(batch(), draw(0, 0, 1)), states[-1], atol=1e-6)
+    assert torch.allclose(rollout.finals_with_grad(batch(), draw(0, 0, 1)), states[-1], atol=1e-6)
 
 
 def test_shares_make_the_walks_of_the_whole() -> None:
@@ -172,10 +172,10 @@ def test_two_steps_have_nothing_to_split() -> None:
 def learnt_proxy(folder: Path, batches: Any) -> Any:
     """A teacher with weights: the ring's flow, learnt."""
     from fewstep.core.schedule import uniform
-    from fewstep.methods.flow_matching import Finetune
+    from fewstep.methods.flow_matching import FlowMatching
 
     proxy = net(5)
-    return taught(folder, Finetune(proxy, proxy, uniform), batches, 1200, 3e-3)["net"]
+    return taught(folder, FlowMatching(proxy, proxy, uniform), batches, 1200, 3e-3)["net"]
 
 
 def test_the_chain_of_flash_draws_the_ring_in_four_steps(tmp_path: Path) -> None:
@@ -188,11 +188,13 @@ def test_the_chain_of_flash_draws_the_ring_in_four_steps(tmp_path: Path) -> None
     rates = {"proxy": 1e-3, "heads": 1e-3}
 
     student = copy.deepcopy(warm)
-    one = flash(student, student, copy.deepcopy(proxy), updates=2, anchor=3.0)
+    one = flash(student, student, copy.deepcopy(proxy), proxy_updates=2, trajectory_weight=3.0)
     matched = taught(tmp_path / "2", one, data(512), 200, 2e-4, rates)["student"]
 
     early, late = copy.deepcopy(matched), copy.deepcopy(matched)
-    part = flash(early, TimestepExperts(early, late), copy.deepcopy(proxy), updates=2, anchor=3.0)
+    part = flash(
+        early, TimestepExperts(early, late), copy.deepcopy(proxy), proxy_updates=2, trajectory_weight=3.0
+    )
     halves = taught(tmp_path / "3", Split(early, late, part), data(512), 60, 1e-4, rates)
     student = net()
     student.load_state_dict(merge(halves["early"].state_dict(), halves["late"].state_dict(), 0.7))
@@ -235,7 +237,7 @@ def test_renoised_estimates_are_where_they_are_said_to_be() -> None:
 @pytest.mark.parametrize("index", range(4))
 def test_every_step_is_taught_wherever_the_scores_are_taken(where: Any, index: int) -> None:
     student, proxy = net(1, 16, 2), net(2, 16, 2)
-    rollout = Rollout(student, GRID, learns=(index,))
+    rollout = Rollout(student, GRID, trained_steps=(index,))
     DistributionMatching(ring(), proxy, where).student_loss(rollout, batch(), draw(0, 0, 0))[
         "matching"
     ].backward()

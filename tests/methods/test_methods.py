@@ -17,7 +17,7 @@ from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.read import TeacherSamples
 from fewstep.data.teacher_samples.write import write_samples
 from fewstep.methods.base import Method
-from fewstep.methods.flow_matching import Finetune
+from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.trajectory import Trajectory
 from fewstep.pocket import config as pocket
 from fewstep.pocket.vae_loss import AutoencoderTraining
@@ -33,7 +33,7 @@ def learn(method: Method, batches: Callable[[int], Any], steps: int, lr: float) 
     loss = torch.zeros(())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        [turn] = method.turns(step)
+        [turn] = method.updates(step)
         loss = sum(turn.losses(batches(step), draw(0, step, 0)).values())
         optimizer.zero_grad()
         loss.backward()
@@ -47,7 +47,9 @@ def test_flow_matching_is_least_at_the_true_velocity(density: schedule.Density) 
     batch = Batch(torch.from_numpy(truth.sample(20_000, 1)), none(20_000))
 
     def loss(velocity: Any) -> float:
-        return float(Finetune(torch.nn.Identity(), velocity, density).losses(batch, draw(0, 0, 0))["flow"])
+        return float(
+            FlowMatching(torch.nn.Identity(), velocity, density).losses(batch, draw(0, 0, 0))["flow"]
+        )
 
     least = loss(truth)
     directions: list[Callable[[Any, Any], Any]] = [
@@ -71,7 +73,7 @@ def loss_of_size(direction: Callable[[Any, Any], Any], batch: Batch, density: sc
         kept.append(float(direction(x, t).square().mean()))
         return x
 
-    Finetune(torch.nn.Identity(), look, density).losses(batch, draw(0, 0, 0))
+    FlowMatching(torch.nn.Identity(), look, density).losses(batch, draw(0, 0, 0))
     return kept[0]
 
 
@@ -81,7 +83,7 @@ def test_a_net_that_flow_matches_draws_the_ring() -> None:
     def batches(step: int) -> Batch:
         return Batch(torch.from_numpy(truth.sample(512, step)), none(512))
 
-    learn(Finetune(student, student, schedule.uniform), batches, 600, 3e-3)
+    learn(FlowMatching(student, student, schedule.uniform), batches, 600, 3e-3)
     apart = distance(student, 32)
     assert apart < 0.02
     assert apart < 0.1 * energy_distance(sampling.batch_noise(range(4000), (2,)), truth.sample(4000, 99))
@@ -148,7 +150,7 @@ def test_the_trajectory_loss_is_nought_for_the_teachers_own_moves() -> None:
 def test_trajectory_guidance_needs_walks_at_its_times() -> None:
     states = torch.zeros(4, 3, 2)
     for batch in (Batch(states[:, -1], none(4)), Batch(states[:, -1], none(4), (), states)):
-        with pytest.raises(ValueError, match="walks at 5 times"):
+        with pytest.raises(ValueError, match="trajectories at 5 times"):
             Trajectory(net(), net(), GRID).losses(batch, draw(0, 0, 0))
 
 

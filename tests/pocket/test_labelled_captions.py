@@ -34,7 +34,7 @@ def test_captions_are_cleaned_and_hidden_files_passed_over(
     }
     told = [truth["prompt"] for truth in truths_of([shard(tmp_path / "a.tar", entries)])]
     assert told == ["a red apple", 'a "cat"', "a dog's hat", "the caption"]
-    assert "passed over 1 hidden file in" in capsys.readouterr().err
+    assert "skipped 1 hidden file in" in capsys.readouterr().err
 
 
 def test_captions_are_drawn_by_chance_that_the_seed_decides(tmp_path: Path) -> None:

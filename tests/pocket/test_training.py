@@ -20,8 +20,8 @@ from fewstep.core.prompt_text import PromptWarning
 from fewstep.core.types import WHOLE, UserError
 from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.write import write_samples
-from fewstep.distill.context import DistillConfig
-from fewstep.distill.recipes import trajectory
+from fewstep.distill.config import DistillConfig
+from fewstep.distill.recipes.trajectory import recipe as trajectory
 from fewstep.families import sd3
 from fewstep.families.common import fingerprint
 from fewstep.pocket import assemble, train_teacher, train_text
@@ -87,7 +87,7 @@ def teacher(chain: Chain, steps: int) -> Any:
 def student(chain: Chain, **options: Any) -> Any:
     options = {"num_samples": 4, "batch_size": 4, "guidance": 2.0} | options
     return trajectory(
-        setting=DistillConfig(
+        config=DistillConfig(
             teacher=str(chain.teacher), data=chain.data, output=chain.student.parent, **options
         )
     )
@@ -269,7 +269,7 @@ def test_two_step_student_trains_on_the_same_samples(chain: Chain, tmp_path: Pat
     assert not batch.trajectory.requires_grad
 
 
-@pytest.mark.parametrize(("steps", "message"), [(0, "no walks, latents alone"), (3, "walks at 3 steps")])
+@pytest.mark.parametrize(("steps", "message"), [(0, "latents alone"), (3, "trajectories at 3 steps")])
 def test_unusable_samples_are_refused(chain: Chain, tmp_path: Path, steps: int, message: str) -> None:
     family = sd3.load(chain.teacher, t5=False)
     weights = fingerprint(family.net)

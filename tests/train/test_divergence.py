@@ -83,7 +83,7 @@ class Drifting:
         self.nets: dict[str, Any] = {"net": torch.nn.Linear(4, 4)}
         self.step = 0
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         self.step = step
         return [Update("net", self.losses)]
 

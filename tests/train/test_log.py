@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fewstep.core.types import UserError
-from fewstep.train import best_checkpoint, checkpoint
+from fewstep.train import best_checkpoint, run_owner
 from fewstep.train.log import Log
 
 ABOUT: dict[str, Any] = {"recipe": "r", "made_of": {"teacher": "t"}}
@@ -45,13 +45,13 @@ def test_a_damaged_line_is_not_dropped_without_a_word(tmp_path: Path, line: str)
 def test_a_damaged_run_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"run\.json is damaged") as caught:
-        checkpoint.check_owner(tmp_path, ABOUT)
+        run_owner.check_owner(tmp_path, ABOUT)
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_says_what_json_cannot_is_known(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({**ABOUT, "lr": math.nan, "out": "a\udcff"}))
-    checkpoint.check_owner(tmp_path, ABOUT)
+    run_owner.check_owner(tmp_path, ABOUT)
 
 
 def test_a_damaged_note_of_the_best_is_one_line(tmp_path: Path) -> None:

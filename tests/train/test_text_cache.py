@@ -25,10 +25,10 @@ def refuse(prompts: Sequence[str]) -> Cond:
 
 def test_each_caption_has_its_own_condition(tmp_path: Path) -> None:
     kept = text_cache.encode(text, "clip", LINES, tmp_path)
-    cond = kept.held("cpu")([300, 2, 299])
+    cond = kept.on_device("cpu")([300, 2, 299])
     assert cond.context.shape == (3, 3, 4) and cond.context.dtype == torch.float32
     assert cond.pooled.flatten().tolist() == [0, 6, 6]
-    assert len(kept) == len(LINES) > text_cache.CHUNK
+    assert len(kept) == len(LINES) > text_cache.BATCH
 
 
 def test_they_are_read_the_second_time_and_by_no_other_encoder(tmp_path: Path) -> None:

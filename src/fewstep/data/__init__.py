@@ -1,1 +1,1 @@
-"""Pictures to learn from: emoji stickers and scenes made of them, and anybody's own folders and shards."""
+"""Training data: image folders, WebDataset shards, and samples of a teacher."""

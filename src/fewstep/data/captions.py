@@ -1,4 +1,4 @@
-"""Captions of shards and what they say is there."""
+"""Captions of shards, and the facts about their images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fewstep.data.shards import entries
 
 @dataclass(frozen=True)
 class _Object:
-    """A thing in an image, and what it looks like."""
+    """An object in an image, and its style."""
 
     concept: str
     style: str
@@ -26,7 +26,7 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Truth:
-    """The shape of what we read of a sample's ``.json``; the shards of others have other facts."""
+    """The keys of a sample's ``.json`` that are checked; other keys are kept as they are."""
 
     prompt: Any = None
     objects: list[_Object] | None = None
@@ -34,15 +34,15 @@ class _Truth:
 
 
 def _facts(data: bytes, where: str) -> dict[str, Any]:
-    told: dict[str, Any] = json_io.parse(data, where=where, python=True)
-    json_io.convert(told, _Truth, where)
-    return {name: value for name, value in told.items() if value is not None}
+    facts: dict[str, Any] = json_io.parse(data, where=where, python=True)
+    json_io.convert(facts, _Truth, where)
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The ``.json`` entries of the shards, or their captions alone, without decoding a picture.
+    """Yield the ``.json`` of every sample, or its caption alone, without decoding images.
 
-    Each has a ``prompt``.
+    Each has the key ``prompt``.
 
     Raises:
         UserError: a shard is cut short, empty or no tar, or a caption is missing or no text.
@@ -51,26 +51,26 @@ def truths_of(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _truths(shard: Path) -> list[dict[str, Any]]:
-    out: dict[str, dict[str, Any]] = {}
+    truths: dict[str, dict[str, Any]] = {}
     captions: dict[str, str] = {}
     for name, data in entries(shard, (".json", ".txt")):
         stem, _, ending = name.rpartition(".")
-        where, truth = f"{shard}: {name}", out.setdefault(stem, {})
+        where, truth = f"{shard}: {name}", truths.setdefault(stem, {})
         if ending.lower() == "txt":
             captions[stem] = decode_caption(data, where)
         else:
             truth |= _facts(data, where)
-    if not out:
+    if not truths:
         raise UserError(f"{shard}: no captions (.txt) in it; write it again")
-    for stem, truth in out.items():
+    for stem, truth in truths.items():
         if not isinstance(prompt := captions.get(stem, truth.get("prompt")), str):
             raise UserError(f"{shard}: {stem} has no caption (.txt)")
         truth["prompt"] = clean(prompt)
-    return list(out.values())
+    return list(truths.values())
 
 
-def prompts_of(shards: Sequence[Path], many: int, seed: int) -> list[str]:
-    """``many`` captions of the shards by chance, in an order that only ``seed`` decides."""
+def prompts_of(shards: Sequence[Path], count: int, seed: int) -> list[str]:
+    """Return ``count`` random captions of the shards; they repeat only when all were taken."""
     lines = [truth["prompt"] for truth in truths_of(shards)]
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lines))
-    return [lines[int(order[i % len(lines)])] for i in range(many)]
+    return [lines[int(order[i % len(lines)])] for i in range(count)]

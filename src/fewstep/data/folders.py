@@ -1,45 +1,45 @@
-"""The files of a folder and its subfolders, the same wherever a folder is listed."""
+"""List the files of a folder and its subfolders."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep.core.progress import say
 from fewstep.core.types import UserError
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder.
+    """The contents of a folder and its subfolders.
 
     Attributes:
         files: everything that is no folder, sorted; their paths begin with the folder's.
-        hidden: files and folders that were passed over, for their names begin with a dot.
-        repeated: links to folders that were passed over, for what they point at is taken already, or holds
-            the link itself.
+        hidden: files and folders that were skipped because their names begin with a dot.
+        repeated: links to folders that were skipped because their target is listed already, or holds the
+            link itself.
     """
 
     files: list[Path]
     hidden: list[Path]
     repeated: list[Path]
 
-    def say(self, folder: Path) -> None:
-        """Print to standard error what was passed over, if anything: a line for either kind."""
-        say_passed_over(self.hidden, "hidden file or folder", "hidden files or folders", folder)
-        say_passed_over(
-            self.repeated, "link to a folder that is taken", "links to folders that are taken", folder
+    def say_skipped(self, folder: Path) -> None:
+        """Print a line to standard error for each kind of what was skipped."""
+        say_skipped(self.hidden, "hidden file or folder", "hidden files or folders", folder)
+        say_skipped(
+            self.repeated, "link to a folder that is listed", "links to folders that are listed", folder
         )
 
 
 def list_files(folder: Path) -> Listing:
     """List a folder and its subfolders. Links to files and folders are followed.
 
-    A folder that several links lead to is taken once: under its own place, where that lies below ``folder``,
-    else by the first link in the order of depth and name. So links in a circle come to an end.
+    A folder that several links lead to is listed once: at its own path, if that lies below ``folder``, else
+    by the first link in the order of depth and name. So circular links end.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -68,11 +68,11 @@ def list_files(folder: Path) -> Listing:
     return found
 
 
-def say_passed_over(paths: Sequence[Path | str], one: str, many: str, where: Path | str) -> None:
-    """Print to standard error how many things were passed over, and the first of them; nothing for none."""
+def say_skipped(paths: Sequence[Path | str], one: str, many: str, where: Path | str) -> None:
+    """Print to standard error how many things were skipped, and the first of them; nothing for none."""
     if paths:
-        what = f"1 {one}" if len(paths) == 1 else f"{len(paths)} {many}"
-        print(f"fewstep: passed over {what} in {where}, such as {paths[0]}", file=sys.stderr)
+        count = f"1 {one}" if len(paths) == 1 else f"{len(paths)} {many}"
+        say(f"skipped {count} in {where}, such as {paths[0]}")
 
 
 def _is_repeated(folder: Path, seen: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Numpy's files, read only where they hold what is expected: a header is believed no size."""
+"""Read NumPy files of known shapes; the sizes in their headers are not trusted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-LONGEST_HEAD = 256
+MAX_HEADER = 256
 """Bytes before the numbers of a ``.npy`` file: 128 at any rank that occurs here."""
 
 
 def from_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The float16 array of ``shape`` in a ``.npy`` file.
+    """Return the float16 array of ``shape`` in a ``.npy`` file.
 
     Raises:
         ValueError: it holds something else.
@@ -25,19 +25,21 @@ def from_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("its version is not 1.0")
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # a header is read by Python's own parser, which has errors of its own
+        stored, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (
+        Exception
+    ) as error:  # NumPy reads the header with Python's parser, which raises many kinds of errors
         raise ValueError(f"no .npy file ({error})") from None
-    if found != shape or dtype != np.dtype("<f2") or fortran:
-        raise ValueError(f"{dtype} {found}, not float16 {shape}")
-    numbers = data[file.tell() :]
-    if len(numbers) != 2 * prod(shape):
+    if stored != shape or dtype != np.dtype("<f2") or fortran:
+        raise ValueError(f"{dtype} {stored}, not float16 {shape}")
+    values = data[file.tell() :]
+    if len(values) != 2 * prod(shape):
         raise ValueError("cut short")
-    return np.frombuffer(numbers, "<f2").reshape(shape)
+    return np.frombuffer(values, "<f2").reshape(shape)
 
 
 def from_npz(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The float16 arrays of these shapes in an ``.npz`` file.
+    """Return the float16 arrays of these shapes in an ``.npz`` file.
 
     Raises:
         ValueError: it holds something else.
@@ -45,14 +47,14 @@ def from_npz(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
     """
     try:
         with ZipFile(path) as archive:
-            found: dict[str, np.ndarray[Any, Any]] = {}
+            arrays: dict[str, np.ndarray[Any, Any]] = {}
             for name, shape in shapes.items():
-                if archive.getinfo(f"{name}.npy").file_size > 2 * prod(shape) + LONGEST_HEAD:
+                if archive.getinfo(f"{name}.npy").file_size > 2 * prod(shape) + MAX_HEADER:
                     raise ValueError(f"{name} is not of shape {shape}")
-                found[name] = from_npy(archive.read(f"{name}.npy"), shape)
-            return found
+                arrays[name] = from_npy(archive.read(f"{name}.npy"), shape)
+            return arrays
     except OSError:
         raise
-    except Exception as error:  # a damaged archive can raise that of any codec
+    except Exception as error:  # a damaged archive can raise the error of any codec
         kind = "no .npz file" if isinstance(error, BadZipFile) else type(error).__name__
         raise ValueError(f"{kind}: {error}") from None

@@ -1,4 +1,4 @@
-"""In which order training sees a data set: a function of seed and step alone."""
+"""The order of a data set in training, a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 def batch_indices(length: int, step: int, batch: int, seed: int) -> list[int]:
-    """Which of ``length`` rows step ``step`` sees: every row once an epoch, in a new order each time.
+    """Return the rows of training step ``step``: every row once per epoch, in a new order each time.
 
     Args:
         length: rows of the data set, at least 1.
         step: from 0.
-        batch: rows a step; it need not divide ``length``, and may be larger.
+        batch: rows per step; it need not divide ``length``, and may be larger.
         seed: of the orders.
     """
-    wanted = range(step * batch, (step + 1) * batch)
-    return [int(_order(seed, i // length, length)[i % length]) for i in wanted]
+    positions = range(step * batch, (step + 1) * batch)
+    return [int(_order(seed, i // length, length)[i % length]) for i in positions]
 
 
 _orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}  # the last two: a batch may span two epochs

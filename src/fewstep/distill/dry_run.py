@@ -1,5 +1,7 @@
-"""A distillation's parts by their shapes alone: a family from its configuration and samples without content,
-so that ``fewstep estimate-memory`` runs the very recipes."""
+"""Distillations without weights and samples, for ``fewstep estimate-memory``.
+
+A family is built from its configuration alone, so that the recipes themselves run.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ import numpy as np
 from fewstep.core.types import Batch, Cond
 from fewstep.data.teacher_samples.manifest import Plan
 from fewstep.data.teacher_samples.read import TeacherSamples
-from fewstep.distill.context import DistillConfig, DistillContext
-from fewstep.distill.setup import make_lora_roles
+from fewstep.distill.config import DistillConfig
+from fewstep.distill.context import DistillContext
+from fewstep.distill.setup import build_context, make_adapters
 from fewstep.families.base import Family
 from fewstep.families.presets import SD35_MEDIUM
 from fewstep.families.spec import ModelSpec
@@ -64,45 +67,56 @@ class FakeSamples(TeacherSamples):
 
 @dataclass(frozen=True)
 class FakeSetup(DistillConfig):
-    """A distillation of shapes: its recipe's lessons are made of them.
+    """The options of a distillation whose teacher and samples have shapes and no content.
 
     Attributes:
         shape: of the teacher.
-        side: pixels along a side of a picture.
+        side: pixels along a side of an image.
     """
 
     shape: ModelSpec = SD35_MEDIUM
     side: int = 1024
 
-    def lesson(
-        self, name: str, *, walks: bool = False, split: bool = False, folder: Path | None = None
-    ) -> DistillContext:
-        shape = self.shape
-        family = self._family()
-        plan = Plan(
-            teacher=shape.name, weights="", text="", dtype=self.dtype, t5=shape.t5 is not None,
-            guidance=family.embedded_guidance if family.guidance is None else family.guidance,
-            steps=self.student_steps, student_steps=self.student_steps,
-            shift=family.shift, seed=0, number=max(self.batch_size, 2), captions="", per_shard=1,
-            pictures=False,
-            latent=family.latent, context=shape.context_shape,
-            pooled=shape.pooled_dim, clip_length=family.clip_length,
-        )  # fmt: skip
-        import torch
 
-        null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
-        made = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
-        roles = make_lora_roles(replace(self, init=None), family, split) if self.lora else None
-        return DistillContext(self, name, folder or Path(name), family, made, family, type(family.net), roles)
+@build_context.register(FakeSetup)
+def build_fake_context(
+    config: FakeSetup,
+    name: str,
+    *,
+    trajectories: bool = False,
+    split: bool = False,
+    folder: Path | None = None,
+) -> DistillContext:
+    """Build the context of a distillation without weights and without samples."""
+    import torch
 
-    def _family(self) -> Family:
-        net = fake_net(self.shape, self.dtype, self.device)
-        side = self.side // self.shape.downscale
-        whole = self.shape.architecture.assemble(self.shape.stand_ins(), name=self.shape.name, side=side)
-        velocity: Any = whole.velocity
-        known = {each.name: getattr(whole, each.name) for each in fields(whole)}
-        changed: dict[str, Any] = {
-            "velocity": replace(velocity, net=net), "net": net, "text": None, "codec": None, "parts": {},
-            "blocks": self.shape.architecture.blocks(net),
-        }  # fmt: skip
-        return NetOnlyFamily(**known | changed)
+    shape, family = config.shape, _family(config)
+    plan = Plan(
+        teacher=shape.name, weights="", text="", dtype=config.dtype, t5=shape.t5 is not None,
+        guidance=family.embedded_guidance if family.guidance is None else family.guidance,
+        steps=config.student_steps, student_steps=config.student_steps,
+        shift=family.shift, seed=0, number=max(config.batch_size, 2), captions="", per_shard=1,
+        pictures=False,
+        latent=family.latent, context=shape.context_shape,
+        pooled=shape.pooled_dim, clip_length=family.clip_length,
+    )  # fmt: skip
+    null = Cond(torch.zeros(1, *plan.context), torch.zeros(1, plan.pooled))
+    samples = FakeSamples(Path(), plan, [""] * plan.number, null, np.zeros((0, 3), np.int64))
+    adapters = make_adapters(replace(config, init=None), family, split) if config.lora else None
+    return DistillContext(
+        config, name, folder or Path(name), family, samples, family, type(family.net), adapters
+    )
+
+
+def _family(config: FakeSetup) -> Family:
+    spec, architecture = config.shape, config.shape.architecture
+    net = fake_net(spec, config.dtype, config.device)
+    side = config.side // spec.downscale
+    whole = architecture.assemble(spec.stand_ins(), name=spec.name, side=side)
+    velocity: Any = whole.velocity
+    known = {each.name: getattr(whole, each.name) for each in fields(whole)}
+    changed: dict[str, Any] = {
+        "velocity": replace(velocity, net=net), "net": net, "text": None, "codec": None, "parts": {},
+        "blocks": architecture.blocks(net),
+    }  # fmt: skip
+    return NetOnlyFamily(**known | changed)

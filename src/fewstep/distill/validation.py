@@ -1,71 +1,75 @@
-"""In training: how far a student's pictures are from its teacher's."""
+"""Validation of a student during training: KID between its images and the teacher's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.core.types import Velocity
 from fewstep.distill.context import DistillContext
+from fewstep.distill.preview import sample_student
 from fewstep.train.preview import decode_uint8
 
-PICTURES = 64
-CHUNK = 16
+if TYPE_CHECKING:
+    from fewstep.evaluate.features import OpenNsfwPool
+
+NUM_IMAGES = 64
+BATCH = 16
+
+Features = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class KidToTeacher:
-    """KID x 1000 between a student's pictures and the teacher's samples of the same prompts; lower is better.
+    """KID × 1000 between a student's images and the teacher's samples of the same prompts; lower is better.
 
     Attributes:
-        lesson: whose teacher's samples are compared.
-        pictures: how many prompts.
+        context: the distillation.
+        num_images: number of prompts, one image per prompt.
     """
 
-    lesson: DistillContext
-    pictures: int = PICTURES
+    context: DistillContext
+    num_images: int = NUM_IMAGES
 
     metric = "kid-t"
 
-    def __call__(self, velocity: Any) -> float:
-        """The score of a student, given as a velocity."""
+    def __call__(self, velocity: Velocity) -> float:
+        """Return the KID of a student, given as a velocity."""
         from fewstep.evaluate.metrics.kid import kid
 
-        prompts = self._prompts
+        prompts = [self.context.samples.prompts[row] for row in self._rows]
         seeds = range(2**31, 2**31 + len(prompts))
-        made: list[Any] = []
-        for at in range(0, len(prompts), CHUNK):
-            some = slice(at, at + CHUNK)
-            made.append(self._features(self.lesson.sample_student(velocity, prompts[some], seeds[some])))
-        groups = list(prompts)
-        return 1000 * kid(np.concatenate(made), self._teacher, groups, groups).value
+        features: list[Features] = []
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            features.append(
+                self._features(sample_student(self.context, velocity, prompts[part], seeds[part]))
+            )
+        return 1000 * kid(np.concatenate(features), self._teacher_features, prompts, prompts).value
 
     @cached_property
     def _rows(self) -> list[int]:
-        """The first rows of different captions: KID compares no two pictures of one prompt."""
-        first = {prompt: row for row, prompt in reversed(list(enumerate(self.lesson.samples.prompts)))}
-        return sorted(first.values())[: self.pictures]
+        """The first rows of different captions: KID compares no two images of one prompt."""
+        first = {prompt: row for row, prompt in reversed(list(enumerate(self.context.samples.prompts)))}
+        return sorted(first.values())[: self.num_images]
 
     @cached_property
-    def _prompts(self) -> list[str]:
-        return [self.lesson.samples.prompts[row] for row in self._rows]
+    def _teacher_features(self) -> Features:
+        samples, device = self.context.samples, self.context.teacher.net.device
+        parts = [self._rows[start : start + BATCH] for start in range(0, len(self._rows), BATCH)]
+        return np.concatenate([self._features(samples.read(rows).latents.to(device)) for rows in parts])
 
-    @cached_property
-    def _teacher(self) -> Any:
-        parts = [self._rows[at : at + CHUNK] for at in range(0, len(self._rows), CHUNK)]
-        device = self.lesson.teacher.net.device
-        return np.concatenate([self._features(self.lesson.samples.read(p).latents.to(device)) for p in parts])
-
-    def _features(self, latents: Any) -> Any:
+    def _features(self, latents: Any) -> Features:
         from fewstep.families import common
 
-        with common.on_device(self.lesson.teacher, "vae"):
-            return self._extractor(decode_uint8(self.lesson.teacher, latents))
+        with common.on_device(self.context.teacher, "vae"):
+            return self._extractor(decode_uint8(self.context.teacher, latents))
 
     @cached_property
-    def _extractor(self) -> Any:
+    def _extractor(self) -> OpenNsfwPool:
         from fewstep.evaluate.features import OpenNsfwPool
 
         return OpenNsfwPool()

@@ -1,9 +1,8 @@
-"""``fewstep ablate``: every method on one teacher, one warm start, the same data, seeds and compute, in a
-table.
+"""``fewstep ablate``: compare methods on one teacher with the same warm start, data, seeds and compute.
 
-Each cell is an ordinary ``fewstep distill`` in a process of its own, so that its memory is its own and
-anybody can run it alone; all are measured by one ``fewstep evaluate``. What is done already is not done
-again, and what was begun goes on.
+Each cell of the table is a ``fewstep distill`` in its own process, so that its memory is measured alone and
+it can be repeated alone. One ``fewstep evaluate`` measures all of them. Finished cells are skipped, and
+interrupted ones resume.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fewstep.core import atomic, json_io, schedule
-from fewstep.core.cpu import threads as counted_threads
+from fewstep.core.cpu import threads as check_threads
 from fewstep.core.progress import Progress, emit, say
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples import manifest
-from fewstep.experiments.gradient_noise import NOTE
+from fewstep.experiments.gradient_noise import FILE as NOISE_FILE
 from fewstep.experiments.grid import MATCH, ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
@@ -36,8 +35,8 @@ Task = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class _Circumstances:
-    """What ``run.json`` says of where a run took place."""
+class _Machine:
+    """The keys of ``run.json`` that describe the machine of a run."""
 
     device: str | None = None
     versions: dict[str, str | None] = field(default_factory=dict[str, str | None])
@@ -67,29 +66,29 @@ def ablate(
     threads: int = 0,
     device: str = "auto",
 ) -> None:
-    """Compare all methods: train every cell from one warm start, measure, and write the table.
+    """Compare all methods: train every cell from one warm start, evaluate, and write the table.
 
     Args:
         teacher: The teacher, a diffusers folder or a hub name.
-        samples: Its samples and walks, of `fewstep sample-teacher --student-steps`.
-        output: Folder of all runs; stopped, the same command goes on.
-        report: The document that is written. [default: results.md in the folder of --output]
-        student_steps: Numbers of steps of the students.
-        seeds: Trainings of each cell.
-        passes: Compute of a training: passes of the net for a sample of each batch; one back counts as two.
-        warm_start_steps: Updates of the warm start, which all students of as many steps share.
+        samples: Its samples with trajectories, of `fewstep sample-teacher --student-steps`.
+        output: Folder of all runs; the same command resumes after a stop.
+        report: The document to write. [default: results.md in the folder of --output]
+        student_steps: Sampling steps of the students.
+        seeds: Trainings per cell.
+        passes: Compute of a training: forward passes per sample of the batch; a backward pass counts as two.
+        warm_start_steps: Training steps of the warm start, which all students of the same steps share.
         warm_start_lr: Learning rate of the warm start.
-        batch_size: Samples an update.
+        batch_size: Samples per training step.
         lr: Learning rate of students and proxies.
-        teacher_steps: Steps of the teacher that is measured; its guidance is that of the samples.
+        teacher_steps: Sampling steps of the evaluated teacher; its guidance is that of the samples.
         rows: Names of rows of the table. [default: all]
-        prompts: Prompts of single stickers that are measured.
-        images_per_prompt: Pictures a prompt.
-        scenes: Prompts of scenes, a picture each; a multiple of 12, or 0 for none.
-        detector: Folder of what finds things in scenes.
+        prompts: Prompts of single stickers to evaluate.
+        images_per_prompt: Images per prompt.
+        scenes: Prompts of scenes, one image each; a multiple of 12, or 0 for none.
+        detector: Folder of the scene detector.
         data: Folder that `fewstep data stickers` filled.
-        jobs: Trainings at once; more than one slow each other down, and the minutes in the table say so.
-        threads: Torch threads of each; 0 leaves torch's choice.
+        jobs: Trainings at once; several slow each other down, and the minutes in the table include that.
+        threads: Torch threads of each training; 0 leaves torch's choice.
         device: auto, cpu or cuda.
     """
     require_positive(
@@ -100,29 +99,29 @@ def ablate(
         jobs=jobs,
         images_per_prompt=images_per_prompt,
     )
-    counted_threads(threads)
-    chosen = _chosen(rows)
+    check_threads(threads)
+    selected = _select(rows)
     plan = manifest.read(samples)
     check_evaluation_inputs(data, detector, prompts, scenes)
-    warms = {steps: output / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
+    warm_starts = {steps: output / f"warm.{steps}" for steps in dict.fromkeys(student_steps)}
     cells = [
         Cell(row, steps, seed)
         for seed in range(seeds)
-        for steps in warms
-        for row in chosen
+        for steps in warm_starts
+        for row in selected
         if row.split is None or all(split_grid(schedule.grid(steps, plan.shift)))
     ]
     if not cells:
-        raise UserError("nothing is left to compare: students of so few steps have no times to split")
+        raise UserError("nothing to compare: students of so few steps have no times to split")
     shared = ["--teacher", teacher, "--samples", str(samples), "--batch-size", str(batch_size)]
-    place = ["--device", device, "--threads", str(threads)]
+    machine = ["--device", device, "--threads", str(threads)]
     processes = ProcessGroup()
     progress = Progress()
 
     def training(folder: Path, own: Sequence[str]) -> Task:
-        return partial(run_training, processes, folder, [*own, *shared], place, threads)
+        return partial(run_training, processes, folder, [*own, *shared], machine, threads)
 
-    def warming(steps: int) -> list[str]:
+    def warm_start(steps: int) -> list[str]:
         return [
             "trajectory",
             "--student-steps",
@@ -133,35 +132,42 @@ def ablate(
             str(warm_start_lr),
         ]
 
-    def carry_out(stage: str, tasks: Sequence[Task], jobs: int) -> None:
+    def run_tasks(stage: str, tasks: Sequence[Task], jobs: int) -> None:
         with progress:
             processes.all(_counted(partial(progress, stage), tasks), jobs)
 
     with atomic.held(output, "filled with trainings"):
-        tasks = [training(folder, warming(steps)) for steps, folder in warms.items()]
-        carry_out("warm starts", tasks, jobs)
-        begun = [(cell, cell.arguments(passes, warms[cell.steps] / "model", lr)) for cell in cells]
-        carry_out("trainings", [training(output / cell.name, own) for cell, own in begun], jobs)
+        tasks = [training(folder, warm_start(steps)) for steps, folder in warm_starts.items()]
+        run_tasks("warm starts", tasks, jobs)
+        trainings = [(cell, cell.arguments(passes, warm_starts[cell.steps] / "model", lr)) for cell in cells]
+        run_tasks("trainings", [training(output / cell.name, own) for cell, own in trainings], jobs)
         noise = output / f"noise.{cells[0].steps}"
-        matching = any(row.method == "dmd" for row in chosen)
+        matching = any(row.method == "dmd" for row in selected)
         if matching:
             (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
-            own = ["--steps", str(updates), "--init", str(warms[cells[0].steps] / "model"), "--lr", str(lr)]
+            own = [
+                "--steps",
+                str(updates),
+                "--init",
+                str(warm_starts[cells[0].steps] / "model"),
+                "--lr",
+                str(lr),
+            ]
             own += ["--student-steps", str(cells[0].steps)]
-            task = partial(_noise, processes, noise, [*own, *shared], place, threads)
-            carry_out("the gradient's noise", [task], 1)
-        table = [("warm start", steps, folder) for steps, folder in warms.items()]
+            task = partial(_measure_noise, processes, noise, [*own, *shared], machine, threads)
+            run_tasks("the gradient's noise", [task], 1)
+        table = [("warm start", steps, folder) for steps, folder in warm_starts.items()]
         table += [(cell.row.name, cell.steps, output / cell.name) for cell in cells]
-        asked = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
-        asked += [
+        evaluation = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
+        evaluation += [
             "--teacher",
             f"{teacher}@{teacher_steps}" + ("" if plan.guidance is None else f"x{plan.guidance:g}"),
         ]
-        asked += ["--prompts", str(prompts), "--seeds", str(images_per_prompt), "--scenes", str(scenes)]
-        asked += ["--detector", str(detector), "--data", str(data), "-o", str(output / "measured")]
-        carry_out("measuring", [partial(_measured, processes, asked, threads)], 1)
+        evaluation += ["--prompts", str(prompts), "--seeds", str(images_per_prompt), "--scenes", str(scenes)]
+        evaluation += ["--detector", str(detector), "--data", str(data), "-o", str(output / "measured")]
+        run_tasks("evaluation", [partial(_evaluate, processes, evaluation, threads)], 1)
         results = read_results(output / "measured" / "results.json")
-        typed = [
+        command = [
             "fewstep",
             "ablate",
             "--teacher",
@@ -172,9 +178,9 @@ def ablate(
             str(output),
         ]
         report = report or output / "results.md"
-        typed += ["--report", str(report)]
-        typed += [word for steps in warms for word in ("--student-steps", str(steps))]
-        typed += [
+        command += ["--report", str(report)]
+        command += [word for steps in warm_starts for word in ("--student-steps", str(steps))]
+        command += [
             "--seeds",
             str(seeds),
             "--passes",
@@ -184,55 +190,57 @@ def ablate(
             "--warm-start-lr",
             str(warm_start_lr),
         ]
-        typed += ["--batch-size", str(batch_size), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
-        typed += [word for name in rows for word in ("--rows", name)]
-        typed += ["--prompts", str(prompts), "--images-per-prompt", str(images_per_prompt)]
-        typed += ["--scenes", str(scenes)]
-        typed += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *place]
+        command += ["--batch-size", str(batch_size), "--lr", str(lr), "--teacher-steps", str(teacher_steps)]
+        command += [word for name in rows for word in ("--rows", name)]
+        command += ["--prompts", str(prompts), "--images-per-prompt", str(images_per_prompt)]
+        command += ["--scenes", str(scenes)]
+        command += ["--detector", str(detector), "--data", str(data), "--jobs", str(jobs), *machine]
         facts = {
-            "compute": f"{passes} passes a sample, batches of {batch_size}, rate {lr:g}, "
-            f"warm start of {warm_start_steps} updates",
+            "compute": f"{passes} passes per sample, batches of {batch_size}, learning rate {lr:g}, "
+            f"warm start of {warm_start_steps} training steps",
             "machine": _machine(output / f"warm.{cells[0].steps}"),
             "jobs": str(jobs),
-            "command": shlex.join(typed),
+            "command": shlex.join(command),
         }
-        atomic.write(report, document(table, results, facts, noise / NOTE if matching else None).encode())
+        atomic.write(
+            report, document(table, results, facts, noise / NOISE_FILE if matching else None).encode()
+        )
         emit(str(report))
 
 
 def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:
-    """Tasks that say how many of them are done."""
+    """Return the tasks, each reporting how many are done after it."""
     done = count(1)
     progress(0, len(tasks))
 
-    def carry_out(task: Task) -> None:
+    def run(task: Task) -> None:
         task()
         progress(next(done), len(tasks))
 
-    return [partial(carry_out, task) for task in tasks]
+    return [partial(run, task) for task in tasks]
 
 
-def _noise(
-    processes: ProcessGroup, folder: Path, asked: Sequence[str], place: Sequence[str], threads: int
+def _measure_noise(
+    processes: ProcessGroup, folder: Path, options: Sequence[str], machine: Sequence[str], threads: int
 ) -> None:
-    """Measure the noise of the gradient, unless it was, by the same command."""
-    note, typed = folder / "command.json", json.dumps(list(asked))
-    if (folder / NOTE).exists() and note.exists() and note.read_text() == typed:
+    """Measure the noise of the gradient, unless the same command has done so."""
+    note, command = folder / "command.json", json.dumps(list(options))
+    if (folder / NOISE_FILE).exists() and note.exists() and note.read_text() == command:
         return
     say(folder.name)
     processes.run(
-        "fewstep gradient-noise", ["gradient-noise", *asked, *place, "-o", str(folder)], threads=threads
+        "fewstep gradient-noise", ["gradient-noise", *options, *machine, "-o", str(folder)], threads=threads
     )
-    atomic.write(note, typed.encode())
+    atomic.write(note, command.encode())
 
 
-def _measured(processes: ProcessGroup, asked: Sequence[str], threads: int) -> None:
-    say("measuring")
-    processes.run("fewstep evaluate", asked, threads=threads)
+def _evaluate(processes: ProcessGroup, arguments: Sequence[str], threads: int) -> None:
+    say("evaluating")
+    processes.run("fewstep evaluate", arguments, threads=threads)
 
 
-def _chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names; all where there are none.
+def _select(names: Sequence[str]) -> list[Row]:
+    """Return the rows of these names, or all if there are none.
 
     Raises:
         UserError: there is no such row.
@@ -245,6 +253,6 @@ def _chosen(names: Sequence[str]) -> list[Row]:
 
 
 def _machine(folder: Path) -> str:
-    """What a run was trained on, as far as it says."""
-    about = json_io.read(folder / "run.json", _Circumstances, python=True)
-    return f"{about.device}, torch {about.versions.get('torch')}"
+    """Return device and torch version of a run."""
+    record = json_io.read(folder / "run.json", _Machine, python=True)
+    return f"{record.device}, torch {record.versions.get('torch')}"

@@ -1,4 +1,4 @@
-"""The rows of ``fewstep ablate``'s table, and how many updates of each an equal compute allows."""
+"""The rows of ``fewstep ablate``'s table, and their training steps at equal compute."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Cost = tuple[int, int]
+"""Passes per sample of a training step: per student step, and besides. See :class:`Row`."""
 
 SPLIT_SHARE = 0.3
-"""Of the compute, where a part goes into split fine-tuning."""
+"""Share of the compute that split fine-tuning takes."""
 
 MATCH: Cost = (1, 15 + 6)
-"""The walk; five updates of the proxy; the student's step there and back, the guided teacher, the proxy."""
+"""The rollout; five updates of the proxy; the student's step and its backward pass, guided teacher, proxy."""
 
 ESTIMATES: Cost = (1, 15 + 6 + 5)
-"""The same, and a step of the student's for every update of the proxy."""
+"""The same, and a student step for every update of the proxy."""
 
 FLASH: Cost = (1 + 3, 6 + 3 + 6 + 3 + 3)
-"""The walk, and the one there and back that is judged; two updates of the proxy; three features for the
-heads; matching; the judged one's features; the anchor."""
+"""The rollout, and the one with gradient for the heads; two updates of the proxy; three times features for
+the heads; matching; features of the rollout with gradient; trajectory guidance."""
 
 SPLIT: Cost = (1 + 2 * 3 - 2, 2 + 6 + 3 + 2 * (6 + 3 + 3))
-"""The same, but the student's turn is twice, for either branch. Of the walk that is judged for the early
-branch, whose step is the last one, the steps before have no way back."""
+"""The same, but with an update for each branch. For the early branch, whose step is the last one, the steps
+before it have no backward pass."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: what the table calls it.
+        name: in the table.
         method: of ``fewstep distill``.
-        options: of the method, as typed.
-        cost: passes of a net that one update takes for a sample: (a step of the student's, besides). A pass
-            back counts as two, a guided teacher as two.
-        split: the same of an update of split fine-tuning, for a row that has it.
+        options: of the method, as on the command line.
+        cost: forward passes of a net per sample of a training step: per student step, and besides. A
+            backward pass counts as two, a guided teacher as two.
+        split: the same for a step of split fine-tuning, in a row that has it.
     """
 
     name: str
@@ -45,17 +46,17 @@ class Row:
     split: Cost | None = None
 
     def updates(self, passes: int, steps: int) -> dict[str, int]:
-        """How many updates ``passes`` allow a student of so many steps, by the option that says so."""
+        """Return the training steps that ``passes`` allow a student, by the option that sets them."""
         if self.split is None:
-            return {"--steps": _allowed(passes, self.cost, steps)}
+            return {"--steps": _training_steps(passes, self.cost, steps)}
         late = round(passes * SPLIT_SHARE)
         return {
-            "--split-steps": _allowed(late, self.split, steps),
-            "--steps": _allowed(passes - late, self.cost, steps),
+            "--split-steps": _training_steps(late, self.split, steps),
+            "--steps": _training_steps(passes - late, self.cost, steps),
         }
 
 
-def _allowed(passes: int, cost: Cost, steps: int) -> int:
+def _training_steps(passes: int, cost: Cost, steps: int) -> int:
     return max(1, round(passes / (cost[0] * steps + cost[1])))
 
 
@@ -85,7 +86,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a row at a number of steps with a seed."""
+    """One training: a row at a number of student steps, with a seed."""
 
     row: Row
     steps: int
@@ -96,10 +97,10 @@ class Cell:
         words = "".join(c if c.isalnum() else "-" for c in self.row.name.lower())
         return f"{'-'.join(filter(None, words.split('-')))}.{self.steps}.{self.seed}"
 
-    def arguments(self, passes: int, begin: Path, lr: float) -> list[str]:
-        """Of ``fewstep distill``, as far as they are this cell's own."""
-        told = [self.row.method]
+    def arguments(self, passes: int, init: Path, lr: float) -> list[str]:
+        """Return the arguments of ``fewstep distill`` that belong to this cell alone."""
+        arguments = [self.row.method]
         for option, updates in self.row.updates(passes, self.steps).items():
-            told += [option, str(updates)]
-        told += [*self.row.options, "--init", str(begin), "--student-steps", str(self.steps)]
-        return [*told, "--seed", str(self.seed), "--lr", str(lr)]
+            arguments += [option, str(updates)]
+        arguments += [*self.row.options, "--init", str(init), "--student-steps", str(self.steps)]
+        return [*arguments, "--seed", str(self.seed), "--lr", str(lr)]

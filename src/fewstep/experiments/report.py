@@ -1,5 +1,4 @@
-"""The document that ``fewstep ablate`` writes: figures of every cell, means over seeds, and what merging
-brings."""
+"""The document that ``fewstep ablate`` writes: a table of all cells, and the ratio of every merge."""
 
 from __future__ import annotations
 
@@ -19,24 +18,24 @@ from fewstep.experiments.subprocesses import read_cost
 from fewstep.pocket.geneval_prompts import CATEGORIES
 
 CONTROL = "trajectory"
-"""The row that the others are compared with: the same compute spent on going on with the warm start."""
+"""The row that the others are compared with: a longer warm start with the same compute."""
 
-KID, LESS = "kid_teacher", "kid_teacher_less"
+KID, KID_DIFFERENCE = "kid_teacher", "kid_teacher_less"
 COLUMNS = (
     ("KID-T × 1000", KID, 1000),
-    (f"less {CONTROL}'s", LESS, 1000),
+    (f"minus {CONTROL}'s", KID_DIFFERENCE, 1000),
     ("seen top-5, %", "seen_top5", 100),
     ("held-out top-5, %", "held_out_top5", 100),
     ("scenes, %", "scene", 100),
     ("diversity, % of teacher", "diversity_ratio", 100),
 )
 Run = tuple[str, int, Path]
-"""Name of a row, steps of its student, folder of the run."""
+"""Name of a row, sampling steps of its student, folder of the run."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a model, as ``results.json`` has it."""
+    """A figure of a model in ``results.json``."""
 
     value: float
     low: float | None
@@ -52,7 +51,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Results:
-    """The shape of ``results.json``."""
+    """The content of ``results.json``."""
 
     rows: list[_Row]
     teacher: str | None
@@ -65,7 +64,7 @@ class _Results:
 
 @dataclass(frozen=True)
 class _Merge:
-    """The shape of ``merge.json``: the score of every ratio."""
+    """The content of ``merge.json``: the score of every ratio."""
 
     metric: str
     curve: Annotated[list[tuple[float, float]], Meta(min_length=1)]
@@ -73,52 +72,57 @@ class _Merge:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The shape of what ``fewstep gradient-noise`` writes."""
+    """The content of ``noise.json``, which ``fewstep gradient-noise`` writes."""
 
     batch: int
-    told: Annotated[list[dict[str, float]], Meta(min_length=1)]
+    measured: Annotated[list[dict[str, float]], Meta(min_length=1)]
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results of one ``fewstep evaluate``.
+    """Read the results of one ``fewstep evaluate``.
 
     Raises:
-        UserError: the file cannot be read, or has another shape.
+        UserError: the file cannot be read, or has other keys.
     """
-    told: dict[str, Any] = json_io.read(path, python=True)
-    json_io.convert(told, _Results, str(path))
-    return told
+    results: dict[str, Any] = json_io.read(path, python=True)
+    json_io.convert(results, _Results, str(path))
+    return results
 
 
 def document(
     runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str], noise: Path | None = None
 ) -> str:
-    """Markdown of all cells, from the results of one ``fewstep evaluate`` and the note of ``fewstep
-    variance``, where there is one.
+    """Return all cells as Markdown.
+
+    Args:
+        runs: the cells.
+        results: of one ``fewstep evaluate``.
+        facts: compute, machine, number of jobs and the command.
+        noise: file of ``fewstep gradient-noise``, if there is one.
 
     Raises:
-        UserError: the results are of other runs, or a note is damaged.
+        UserError: the results are of other runs, or a file is damaged.
     """
     by_label = {row["label"]: row["figures"] for row in results["rows"]}
     teacher = results["teacher"]
     for label in (teacher, *(f"{folder / 'model'}@{steps}" for _, steps, folder in runs)):
         if label not in by_label:
-            raise UserError(f"the results have no figures of {label}: measure again")
+            raise UserError(f"the results have no figures of {label}: evaluate again")
     counts = (
-        f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} pictures "
+        f"{results['seen']} seen and {results['held_out']} held-out prompts, {results['seeds']} images "
         f"each, {results.get('scenes', 0)} scenes; features {results['extractor']}."
     )
     parts = [
         "# Results",
-        f"Written by `fewstep ablate`. One teacher ({teacher}), one warm start for all students of as many "
-        f"steps, the same data, noise and compute: {facts['compute']}.",
-        f"{counts} A figure is the mean over the training's seeds ± their standard deviation; where there is "
-        f"one, the 95 % interval over prompts stands in brackets. Less {CONTROL}'s: the difference of two "
-        "KID-T on the same prompts and noise, with its 95 % interval over prompts and seeds together "
-        "(Student's t); below 0 is better.",
-        f"Minutes are a training's whole time, its processes' start included, over all the times that it was "
-        f"begun, on {facts['machine']}, {facts['jobs']} at once; ≥ where one was killed and part of its time "
-        "is not known. Peak is the most memory of its process on the host.",
+        f"Written by `fewstep ablate`. One teacher ({teacher}), one warm start for all students of the same "
+        f"number of steps, the same data, noise and compute: {facts['compute']}.",
+        f"{counts} A figure is the mean over training seeds ± their standard deviation. With a single seed, "
+        f"the 95 % interval over prompts stands in brackets. Minus {CONTROL}'s: the difference of two KID-T "
+        "on the same prompts and noise, with its 95 % interval over prompts and seeds together (Student's "
+        "t). Below 0 is better.",
+        f"Minutes are the total time of a training, with the start of its processes and all resumptions, on "
+        f"{facts['machine']}, {facts['jobs']} at once; ≥ if a process was killed and part of its time is "
+        "unknown. Peak is the largest memory of its process on the host.",
     ]
     for steps in sorted({steps for _, steps, _ in runs}, reverse=True):
         parts += [f"## {steps} steps", _table(runs, steps, by_label, teacher, COLUMNS, costs=True)]
@@ -130,7 +134,7 @@ def document(
         parts += ["## The merge's ratio", _curves(curves)]
     if noise is not None and noise.is_file():
         parts += ["## The noise of the matching gradient", *_noise(noise)]
-    parts += ["## The same again", f"```sh\n{facts['command']}\n```"]
+    parts += ["## Reproduce", f"```sh\n{facts['command']}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -146,8 +150,7 @@ def _table(
     names = list(dict.fromkeys(name for name, its, _ in runs if its == steps))
     titles = ["", *(title for title, _, _ in columns), *(("minutes", "peak RSS, MB") if costs else ())]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
-    own = by_label[teacher]
-    cells = [_cell([own], key, scale) for _, key, scale in columns]
+    cells = [_cell([by_label[teacher]], key, scale) for _, key, scale in columns]
     lines.append(["teacher", *cells, *(("", "") if costs else ())])
 
     def measured(folders: Sequence[Path]) -> list[Mapping[str, Any]]:
@@ -157,21 +160,26 @@ def _table(
     for name in names:
         folders = [folder for n, s, folder in runs if (n, s) == (name, steps)]
         figures = measured(folders)
-        if control and name != CONTROL and (less := _less(figures, control)) is not None:
-            figures = [{**figures[0], LESS: less}, *figures[1:]]
+        if control and name != CONTROL and (difference := _kid_difference(figures, control)) is not None:
+            figures = [{**figures[0], KID_DIFFERENCE: difference}, *figures[1:]]
         row = [name, *(_cell(figures, key, scale) for _, key, scale in columns)]
         if costs:
-            notes = [read_cost(folder / "cost.json") for folder in folders]
-            least = "≥ " if any(note.cut for note in notes) else ""
-            row.append(f"{least}{mean(note.seconds for note in notes) / 60:.1f}")
-            row.append(f"{max(note.bytes for note in notes) / 1e6:.0f}")
+            recorded = [read_cost(folder / "cost.json") for folder in folders]
+            at_least = "≥ " if any(note.cut for note in recorded) else ""
+            row.append(f"{at_least}{mean(note.seconds for note in recorded) / 60:.1f}")
+            row.append(f"{max(note.bytes for note in recorded) / 1e6:.0f}")
         lines.append(row)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _less(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Our KID-T, mean over seeds, less theirs: its uncertainty over prompts, paired, and over seeds. A few
-    seeds say little of their own spread: Student's t, its degrees of freedom by Welch and Satterthwaite."""
+def _kid_difference(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> dict[str, float] | None:
+    """Return the difference of two KID-T, means over seeds, with its interval over paired prompts and seeds.
+
+    The interval uses Student's t with the degrees of freedom of Welch and Satterthwaite, because the spread
+    of a few seeds is not known well.
+    """
     sides = [[each[KID] for each in side if KID in each] for side in (ours, theirs)]
     if not all(side and all("without" in each for each in side) for side in sides):
         return None
@@ -186,7 +194,7 @@ def _less(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 
 
 def _quantile(parts: Sequence[tuple[float, int]]) -> float:
-    """Two-sided 95 % quantile for a sum of variances, each known with so many degrees of freedom."""
+    """Return the two-sided 95 % quantile of Student's t for variances with their degrees of freedom."""
     from scipy.stats import t
 
     spread = sum(part**2 / free for part, free in parts)
@@ -195,22 +203,22 @@ def _quantile(parts: Sequence[tuple[float, int]]) -> float:
 
 
 def _cell(figures: Sequence[Mapping[str, Any]], key: str, scale: float) -> str:
-    told = [each[key] for each in figures if key in each]
-    if not told:
+    found = [each[key] for each in figures if key in each]
+    if not found:
         return ""
-    values = [scale * each["value"] for each in told]
+    values = [scale * each["value"] for each in found]
     if len(values) > 1:
         return f"{mean(values):.3g} ± {stdev(values):.2g}"
-    ends = [each for each in (told[0]["low"], told[0]["high"]) if each is not None]
+    ends = [each for each in (found[0]["low"], found[0]["high"]) if each is not None]
     return f"{values[0]:.3g}" + (f" [{', '.join(f'{scale * end:.3g}' for end in ends)}]" if ends else "")
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    """Scores of every ratio, a row a run."""
-    told = [(*run, json_io.read(run[2] / "merge.json", _Merge, python=True)) for run in runs]
-    ratios = [f"{ratio:g}" for ratio, _ in told[0][3].curve]
+    """Return the score of every ratio, one row per run."""
+    merges = [(*run, json_io.read(run[2] / "merge.json", _Merge, python=True)) for run in runs]
+    ratios = [f"{ratio:g}" for ratio, _ in merges[0][3].curve]
     lines = [["late branch's share", *ratios], ["---", *["---:"] * len(ratios)]]
-    for name, steps, folder, note in told:
+    for name, steps, folder, note in merges:
         scores = [f"{score:.2f}" for _, score in note.curve]
         seed = folder.name.rpartition(".")[2]
         lines.append([f"{name}, {steps} steps, seed {seed}: {note.metric}", *scores])
@@ -218,19 +226,19 @@ def _curves(runs: Sequence[Run]) -> str:
 
 
 def _noise(path: Path) -> list[str]:
-    """The share of noise along a training, a row for every place of the scores."""
+    """Return the share of noise along a training, one row per score point."""
     note = json_io.read(path, _Noise, python=True)
-    told = note.told
-    if any(each.keys() != told[0].keys() or "step" not in each for each in told):
-        raise UserError(f"{path} is damaged: its measurements are not of the same places")
+    measured = note.measured
+    if any(each.keys() != measured[0].keys() or "step" not in each for each in measured):
+        raise UserError(f"{path} is damaged: its measurements have different keys")
     lines = [
-        ["scores taken", *(f"{each['step']:.0f} updates" for each in told)],
-        ["---", *["---:"] * len(told)],
+        ["score point", *(f"step {each['step']:.0f}" for each in measured)],
+        ["---", *["---:"] * len(measured)],
     ]
-    for place in (key for key in told[0] if key != "step"):
-        lines.append([place, *(f"{each[place]:.2f}" for each in told)])
+    for point in (key for key in measured[0] if key != "step"):
+        lines.append([point, *(f"{each[point]:.2f}" for each in measured)])
     return [
-        "Trace of the gradient's covariance over its mean square, along a training by renoised estimates, "
-        f"batches of {note.batch}: 0 is no noise, 1 is nothing else.",
+        "Trace of the gradient's covariance over its mean squared norm, along a training on renoised "
+        f"estimates, batches of {note.batch}: 0 is no noise, 1 is noise alone.",
         "\n".join("| " + " | ".join(line) + " |" for line in lines),
     ]

@@ -1,4 +1,4 @@
-"""``fewstep`` commands in processes of their own: stopped together, and each with what it cost."""
+"""Run ``fewstep`` commands in processes, stop them together, and record their time and memory."""
 
 from __future__ import annotations
 
@@ -19,52 +19,53 @@ from typing import Annotated
 from msgspec import Meta
 
 from fewstep.core import atomic, json_io, signals
+from fewstep.core.progress import say
 from fewstep.core.types import UserError
 
 DONE, SPENT = "cost.json", "spent.json"
-"""In a training's folder: what it cost, once it is done; what it has cost until then."""
+"""Files in a training's folder: its cost, once it is done; its cost so far."""
 
 ENDED = tuple(
     code
     for number in (getattr(signal, name) for name in signals.NAMES if hasattr(signal, name))
     for code in (128 + number, -number)
 )
-"""Exit codes of a command that a signal ended which asked it to."""
+"""Exit codes of a command that a stop signal ended."""
 
 _KIBI = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of ``ru_maxrss``."""
 
 
 class Interrupted(Exception):
-    """A command ended early because it was asked to."""
+    """A command ended early because it received a stop signal."""
 
 
 class ProcessGroup:
-    """Children that a Ctrl-C, SIGTERM or SIGHUP to this process stops and lets save, however it was sent.
+    """Child processes that Ctrl-C, SIGTERM or SIGHUP to this process stops after they have saved.
 
-    They are told by SIGTERM, for a terminal's Ctrl-C has reached them already, and a second one would stop
-    them at once. What asks twice, a second apart, kills them.
+    They receive SIGTERM, because a terminal's Ctrl-C has reached them already and a second one would stop
+    them at once. A second signal, more than a second later, kills them.
     """
 
     def __init__(self) -> None:
         self._running: set[int] = set()
-        self._asked: float | None = None
+        self._stopped_at: float | None = None
         self._signal = signal.SIGINT
         self._failure: UserError | None = None
 
     def run(self, name: str, arguments: Sequence[str], *, threads: int = 0) -> int:
-        """Run ``fewstep`` and wait for it; the most memory that it held, bytes.
+        """Run ``fewstep``, wait for it, and return its largest memory, bytes.
 
         Args:
-            name: what it is called when it fails.
+            name: used in the error message.
             arguments: of ``fewstep``.
             threads: of its libraries; 0 leaves their choice.
 
         Raises:
-            Stopped: it was asked to stop, and did.
-            UserError: it failed; its own last line is told.
+            Interrupted: it was stopped by a signal.
+            UserError: it failed; the message has its own last line.
         """
-        if self._asked is not None:
+        if self._stopped_at is not None:
             raise Interrupted
         process = subprocess.Popen(
             [sys.executable, "-m", "fewstep", *arguments],
@@ -76,8 +77,8 @@ class ProcessGroup:
             env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         )
         self._running.add(process.pid)
-        if self._asked is not None:  # between the two lines before
-            _tell(process.pid, signal.SIGTERM)
+        if self._stopped_at is not None:  # a signal came between the two lines before
+            _send_signal(process.pid, signal.SIGTERM)
         assert process.stderr is not None
         last = ""
         with process.stderr:
@@ -86,24 +87,24 @@ class ProcessGroup:
         _, status, usage = os.wait4(process.pid, 0)
         self._running.discard(process.pid)
         code = process.returncode = os.waitstatus_to_exitcode(status)
-        if code and (self._asked is not None or code in ENDED):
+        if code and (self._stopped_at is not None or code in ENDED):
             raise Interrupted
         if code:
-            why = f"ended by {signal.Signals(-code).name}" if code < 0 else last.removeprefix("fewstep: ")
-            raise UserError(f"{name} failed: {why}")
+            reason = f"ended by {signal.Signals(-code).name}" if code < 0 else last.removeprefix("fewstep: ")
+            raise UserError(f"{name} failed: {reason}")
         return usage.ru_maxrss * _KIBI
 
     def all(self, tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-        """Carry out tasks, ``jobs`` at once; where one fails, the others stop and save.
+        """Run tasks, ``jobs`` at once; if one fails, the others stop and save.
 
         Raises:
-            Stop: asked to stop, and all have.
-            UserError: of the first that failed.
+            Stop: a signal asked to stop, and all tasks have stopped.
+            UserError: the error of the first task that failed.
         """
 
-        def carry_out(task: Callable[[], None]) -> None:
+        def run(task: Callable[[], None]) -> None:
             try:
-                if self._asked is not None:
+                if self._stopped_at is not None:
                     raise Interrupted
                 task()
             except BaseException as error:
@@ -112,36 +113,36 @@ class ProcessGroup:
                 self._stop(signal.SIGTERM)
                 raise
 
-        with self._heeding(), ThreadPoolExecutor(jobs) as pool:
-            ends = [future.exception() for future in [pool.submit(carry_out, task) for task in tasks]]
+        with self._stopping_children(), ThreadPoolExecutor(jobs) as pool:
+            errors = [future.exception() for future in [pool.submit(run, task) for task in tasks]]
         if self._failure is not None:
             raise self._failure
-        for error in ends:
+        for error in errors:
             if isinstance(error, Interrupted):
                 raise signals.Stop(self._signal)
             if error is not None:
                 raise error
 
     def _stop(self, number: int) -> None:
-        self._asked = time.monotonic() if self._asked is None else self._asked
+        self._stopped_at = time.monotonic() if self._stopped_at is None else self._stopped_at
         for pid in list(self._running):
-            _tell(pid, number)
+            _send_signal(pid, number)
 
     @contextmanager
-    def _heeding(self) -> Generator[None]:
-        """A signal that asks to stop stops the children, not this process."""
+    def _stopping_children(self) -> Generator[None]:
+        """Within the block, a stop signal stops the children and not this process."""
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._asked is None:
+        def receive(number: int, frame: FrameType | None) -> None:
+            if self._stopped_at is None:
                 self._signal = signal.Signals(number)
-            again = self._asked is not None and time.monotonic() - self._asked > 1
+            again = self._stopped_at is not None and time.monotonic() - self._stopped_at > 1
             self._stop(signal.SIGKILL if again else signal.SIGTERM)
 
-        with signals.handled(note):
+        with signals.handled(receive):
             yield
 
 
-def _tell(pid: int, number: int) -> None:
+def _send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -151,15 +152,15 @@ Seconds = Annotated[float, Meta(ge=0)]
 
 @dataclass
 class Cost:
-    """What a training has cost, over all the times that it was begun.
+    """The time and memory of a training, over all its processes.
 
     Attributes:
         command: of ``fewstep distill``, without its folder.
-        seconds: from beginning to end, starting the processes included.
-        bytes: the most memory of any of the processes.
-        begun: how often it was begun.
-        since: when the process that goes on was begun, seconds of the Unix epoch; ``None`` where none does.
-        cut: whether one of them was killed, so that its time is known to its last trace alone.
+        seconds: total time, with the start of the processes.
+        bytes: largest memory of any of the processes.
+        begun: number of processes so far.
+        since: start of the running process, seconds of the Unix epoch; ``None`` if none is running.
+        cut: whether a process was killed, so that its time is known only up to its last file.
     """
 
     command: list[str] = field(default_factory=list[str])
@@ -171,63 +172,63 @@ class Cost:
 
 
 def run_training(
-    processes: ProcessGroup, folder: Path, arguments: Sequence[str], place: Sequence[str], threads: int = 0
+    processes: ProcessGroup, folder: Path, arguments: Sequence[str], machine: Sequence[str], threads: int = 0
 ) -> None:
-    """Carry out ``fewstep distill``, or go on with it, and write ``cost.json``; nothing where that is there.
+    """Run or resume ``fewstep distill`` and write ``cost.json``; do nothing if that file exists.
 
     Args:
-        processes: who runs it.
+        processes: runs the command.
         folder: of the run.
-        arguments: all that the student depends on.
-        place: options of where it is trained, on which it does not depend.
+        arguments: everything that the student depends on.
+        machine: options of the machine, on which the student does not depend.
         threads: of the process.
 
     Raises:
-        UserError: it failed, was begun with other options, or is being trained by another process.
+        UserError: it failed, was started with other options, or is being trained by another process.
     """
     if (folder / DONE).exists():
-        _same(folder, read_cost(folder / DONE).command, arguments)
+        _check_options(folder, read_cost(folder / DONE).command, arguments)
         return
-    with atomic.held(folder, "trained"):  # from here on the child holds it, even if this process is killed
-        cost = _begun(folder, [*arguments, *place], arguments)
-    print(f"fewstep: {folder.name}" + (" goes on" if cost.begun > 1 else ""), file=sys.stderr)
-    began = time.monotonic()
+    with atomic.held(folder, "trained"):  # then the child holds the lock, even if this process is killed
+        cost = _start(folder, [*arguments, *machine], arguments)
+    say(folder.name + (" resumes" if cost.begun > 1 else ""))
+    started = time.monotonic()
     try:
         command = ["distill", *cost.command, "--output", str(folder)]
         cost.bytes = max(cost.bytes, processes.run(folder.name, command, threads=threads))
     finally:
-        cost.seconds, cost.since = cost.seconds + time.monotonic() - began, None
+        cost.seconds, cost.since = cost.seconds + time.monotonic() - started, None
         _write(folder / SPENT, cost)
     _write(folder / DONE, cost)
     (folder / SPENT).unlink()
 
 
-def _begun(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
-    """What a training has cost so far; from now on it goes on."""
+def _start(folder: Path, command: list[str], arguments: Sequence[str]) -> Cost:
+    """Return the cost so far, and record that the training runs from now on."""
     cost, note = Cost(command), folder / SPENT
     if note.exists():
         cost = read_cost(note)
-        _same(folder, cost.command, arguments)
+        _check_options(folder, cost.command, arguments)
         cost.command = command
-        if cost.since is not None:  # it was killed: its last file tells until when it went on
-            left = [path for path in folder.rglob("*") if path.is_file() and path.name != atomic.LOCK]
-            traces = [path.stat().st_mtime for path in left]
-            cost.seconds, cost.cut = cost.seconds + max(0.0, max(traces) - cost.since), True
+        if cost.since is not None:  # it was killed: its newest file is from its last moments
+            files = [path for path in folder.rglob("*") if path.is_file() and path.name != atomic.LOCK]
+            times = [path.stat().st_mtime for path in files]
+            cost.seconds, cost.cut = cost.seconds + max(0.0, max(times) - cost.since), True
     cost.begun, cost.since = cost.begun + 1, time.time()
     _write(note, cost)
     return cost
 
 
-def _same(folder: Path, there: Sequence[str], asked: Sequence[str]) -> None:
-    if list(there)[: len(asked)] != list(asked):
+def _check_options(folder: Path, earlier: Sequence[str], arguments: Sequence[str]) -> None:
+    if list(earlier)[: len(arguments)] != list(arguments):
         raise UserError(f"{folder} was trained with other options; move it away, or choose another --output")
 
 
 def read_cost(path: Path) -> Cost:
-    """What a training has cost.
+    """Read the cost of a training.
 
     Raises:
-        UserError: the note cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return json_io.read(path, Cost, python=True)

@@ -1,9 +1,10 @@
 """Distribution matching: the student's samples move by the difference of two scores.
 
-DMD (Yin et al., arXiv 2311.18828) and DMD2 (arXiv 2405.14867): the guided teacher's score says where the
-samples should be, a proxy's where they are. The proxy, a copy of the teacher, learns all the while by flow
-matching on what the student draws. Where the two are compared is a choice (:data:`Where`); SD3.5-Flash
-(arXiv 2509.21318) takes the student's own path at the times of its grid, *timestep sharing*.
+DMD (Yin et al., arXiv 2311.18828) and DMD2 (arXiv 2405.14867). The guided teacher's score points to where
+samples should be, a proxy's to where they are. The proxy, a copy of the teacher, is trained all the while by
+flow matching on the student's samples. Where the scores are compared is an option (:data:`ScorePoint`).
+SD3.5-Flash (arXiv 2509.21318) compares them on the student's own trajectory at the times of its grid
+(*timestep sharing*).
 """
 
 from __future__ import annotations
@@ -11,61 +12,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.core import flow, losses, schedule
 from fewstep.core.types import Batch, Velocity
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.rollout import Rollout, RolloutStep
 
-Where = Literal["shared", "shared-free", "renoise"]
-"""Where the scores are taken.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
 
-``shared``: at the student's own next state, at the grid's time, without fresh noise; the last step, which
-arrives where no score is, half its way. ``shared-free``: on the same path, at a
-time drawn freely within the step. ``renoise``: the clean estimate, freshly noised to any time (DMD2).
+ScorePoint = Literal["shared", "shared-free", "renoise"]
+"""Where the scores are compared.
+
+``shared``: at the student's own next state, at the grid's time, without fresh noise. The last step ends where
+there is no score, so half its interval is taken. ``shared-free``: on the same trajectory, at a random time
+within the step. ``renoise``: at the clean estimate, noised to a random time (DMD2).
 """
 
-Proxied = Literal["finals", "estimates", "path"]
-"""What the proxy models: the samples at the end of the student's walk, the clean estimates of a random
-step, or the states of the path with the student's own noise."""
+ProxyTarget = Literal["finals", "estimates", "path"]
+"""The target of the proxy: the student's samples, its clean estimates at a random step, or the states of its
+trajectory with its own noise."""
 
-LEAST, MOST = 0.02, 0.98
-"""Times between which scores are compared: nearer to 0 a score is large and says little, at 1 all agree."""
+T_MIN, T_MAX = 0.02, 0.98
+"""Range of the times at which scores are compared. Near 0 a score is large and uninformative, and at 1 all
+scores agree."""
 
 
 @dataclass(frozen=True)
 class DistributionMatching:
-    """The losses of distribution matching, for a method to put in turns.
+    """The losses of distribution matching.
 
     Attributes:
         teacher: the guided teacher; gets no gradient.
         proxy: the proxy as a velocity.
-        score_point: where the scores are taken.
+        score_point: where the scores are compared.
         proxy_target: what the proxy models.
-        density: times at which the proxy learns, and at which ``renoise`` compares.
+        density: of the times at which the proxy is trained, and at which ``renoise`` compares.
     """
 
     teacher: Velocity
     proxy: Velocity
-    score_point: Where = "shared"
-    proxy_target: Proxied = "finals"
+    score_point: ScorePoint = "shared"
+    proxy_target: ProxyTarget = "finals"
     density: schedule.Density = schedule.uniform
 
-    def proxy_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
-        """The proxy's loss: flow matching on what the student draws."""
-        x0, noise, t = self._drawn(rollout, batch, draw)
+    def proxy_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
+        """Return the proxy's loss: flow matching on what the student generates."""
+        x0, noise, t = self._proxy_batch(rollout, batch, random)
         v = self.proxy(flow.interpolate(x0, noise, t), t, batch.cond)
         return {"proxy": losses.flow_matching(v, noise, x0)}
 
-    def student_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
-        """The student's loss, at one step of its walk."""
-        move = rollout.move(batch, draw, rollout.pick(draw))
-        x, x_t, t = self._compared(move, draw)
-        return {"matching": self.dmd_loss(x, x_t, t, move.x0, batch), **rollout.figures(batch, draw)}
+    def student_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
+        """Return the student's loss, at one random step of its trajectory."""
+        step = rollout.step(batch, random, rollout.pick(random))
+        x, x_t, t = self._score_point(step, random)
+        return {"matching": self.dmd_loss(x, x_t, t, step.x0, batch), **rollout.figures(batch, random)}
 
-    def dmd_loss(self, x: Any, x_t: Any, t: Any, x0: Any, batch: Batch) -> Any:
-        """The loss of ``x``, whose scores are compared at ``x_t`` and ``t [B]``; the student meant ``x0``."""
+    def dmd_loss(self, x: Tensor, x_t: Tensor, t: Tensor, x0: Tensor, batch: Batch) -> Tensor:
+        """Return the matching loss of ``x``.
+
+        Args:
+            x: what the gradient moves, ``[B, C, H, W]``.
+            x_t: where the scores are compared, ``[B, C, H, W]``.
+            t: the time there, ``[B]``.
+            x0: the student's clean estimate, which normalises the loss.
+            batch: its conditions.
+        """
         import torch
 
         with torch.no_grad():
@@ -74,90 +88,91 @@ class DistributionMatching:
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
         return losses.distribution_matching(x, proxy, teacher, x0)
 
-    def _drawn(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> tuple[Any, Any, Any]:
-        """What the proxy learns from: clean samples, noise, and times ``[B]``."""
+    def _proxy_batch(
+        self, rollout: Rollout, batch: Batch, random: StepRandom
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the proxy is trained on: clean samples, noise, and times ``[B]``."""
         import torch
 
         if self.proxy_target == "finals":
-            x0 = rollout.finals(batch, draw)
-            return x0, draw.noise(x0), draw.times(self.density, x0)
-        index = rollout.pick(draw)
+            x0 = rollout.finals(batch, random)
+            return x0, random.noise(x0), random.times(self.density, x0)
+        index = rollout.pick(random)
         with torch.no_grad():
-            move = rollout.move(batch, draw, index)
+            step = rollout.step(batch, random, index)
         if self.proxy_target == "estimates":
-            return move.x0, draw.noise(move.x0), draw.times(self.density, move.x0)
-        return move.x0, flow.to_noise(move.x, move.v, move.t), flow.expand_time(_arrival(move), move.x)
+            return step.x0, random.noise(step.x0), random.times(self.density, step.x0)
+        return step.x0, flow.to_noise(step.x, step.v, step.t), flow.expand_time(_end_time(step), step.x)
 
-    def _compared(self, move: RolloutStep, draw: StepRandom) -> tuple[Any, Any, Any]:
-        """What moves, the point where its scores are compared, and the time there ``[B]``."""
+    def _score_point(self, step: RolloutStep, random: StepRandom) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is moved, the point where its scores are compared, and the time there ``[B]``."""
         if self.score_point == "renoise":
-            t = draw.times(self.density, move.x).clamp(LEAST, MOST)
-            return move.x0, flow.interpolate(move.x0, draw.noise(move.x), t), t
+            t = random.times(self.density, step.x).clamp(T_MIN, T_MAX)
+            return step.x0, flow.interpolate(step.x0, random.noise(step.x), t), t
         if self.score_point == "shared-free":
-            t = draw.times(schedule.uniform, move.x)
-            t = move.t_next + (move.t - move.t_next) * t.clamp(LEAST, MOST)
+            t = random.times(schedule.uniform, step.x)
+            t = step.t_next + (step.t - step.t_next) * t.clamp(T_MIN, T_MAX)
         else:
-            t = flow.expand_time(_arrival(move), move.x)
-        return move.at(t), move.at(t), t
+            t = flow.expand_time(_end_time(step), step.x)
+        return step.at(t), step.at(t), t
 
 
-def _arrival(move: RolloutStep) -> float:
-    """Where a step arrives; of the last one, which arrives where no score is, half its way.
+def _end_time(step: RolloutStep) -> float:
+    """Return the time where a step ends; for the last step, which ends at 0, half its interval.
 
-    Not the last time of the grid: there that step starts, and a point where it starts does not depend on it.
+    The start time of the last step would not do: the point there does not depend on the step.
     """
-    return move.t_next or move.t / 2
+    return step.t_next or step.t / 2
 
 
 def implicit_distribution_alignment(
-    proxy: Any, student: Any, decay: float, draw: StepRandom
-) -> Sequence[Any]:
-    """The proxy follows the student, ``phi <- decay phi + (1 - decay) theta``: implicit distribution
-    alignment.
+    proxy: Module, student: Module, decay: float, random: StepRandom
+) -> Sequence[Parameter]:
+    """Move the proxy towards the student, ``phi <- decay phi + (1 - decay) theta``.
 
-    SenseFlow (Ge et al., arXiv 2506.00523, section 4.1). Its optimizer keeps what it knows.
+    SenseFlow (Ge et al., arXiv 2506.00523, section 4.1). The proxy's optimizer state is kept.
     """
-    for mine, its in zip(proxy.parameters(), student.parameters(), strict=True):
-        mine.lerp_(its.to(mine.dtype), 1 - decay)
+    for own, target in zip(proxy.parameters(), student.parameters(), strict=True):
+        own.lerp_(target.to(own.dtype), 1 - decay)
     return ()
 
 
 @dataclass(frozen=True)
-class Dmd:
+class DMD:
     """Distribution matching alone.
 
     Attributes:
-        student: the module that learns, a few-step net.
-        velocity: the same as a velocity.
+        student: the few-step net.
+        velocity: the student as a velocity.
         proxy: the module of ``matching.proxy``.
         matching: the losses.
         grid: the student's times.
-        updates: turns of the proxy before each of the student's (DMD2: 5).
-        follow: how much of itself the proxy keeps when it follows the student after a step; 1: all.
+        proxy_updates: updates of the proxy before each of the student's (DMD2: 5).
+        ida_decay: decay of the proxy towards the student after each of its updates; 1 turns it off.
     """
 
-    student: Any
+    student: Module
     velocity: Velocity
-    proxy: Any
+    proxy: Module
     matching: DistributionMatching
     grid: Sequence[float]
-    updates: int = 5
-    follow: float = 1.0
+    proxy_updates: int = 5
+    ida_decay: float = 1.0
 
     @property
-    def nets(self) -> dict[str, Any]:
+    def nets(self) -> dict[str, Module]:
         return {"student": self.student, "proxy": self.proxy}
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
-        turns: list[Update | InPlaceUpdate] = [
-            Update("proxy", partial(self.matching.proxy_loss, rollout))
-        ] * self.updates
-        turns.append(Update("student", partial(self.matching.student_loss, rollout)))
-        if self.follow < 1:
-            turns.append(
-                InPlaceUpdate(
-                    "proxy", partial(implicit_distribution_alignment, self.proxy, self.student, self.follow)
-                )
-            )
-        return turns
+        return [
+            *[Update("proxy", partial(self.matching.proxy_loss, rollout))] * self.proxy_updates,
+            Update("student", partial(self.matching.student_loss, rollout)),
+            *ida_updates(self.proxy, self.student, self.ida_decay),
+        ]
+
+
+def ida_updates(proxy: Module, student: Module, decay: float) -> list[InPlaceUpdate]:
+    """Return the update that moves the proxy towards the student; none at a decay of 1."""
+    follow = partial(implicit_distribution_alignment, proxy, student, decay)
+    return [InPlaceUpdate("proxy", follow)] if decay < 1 else []

@@ -1,8 +1,8 @@
-"""The adversarial loss in latent space: heads on a net's features tell the student's samples from the
+"""The adversarial loss in latent space: heads on a net's features separate the student's samples from the
 teacher's.
 
-LADD (Sauer et al., arXiv 2403.12015) taps the frozen teacher, SD3.5-Flash (arXiv 2509.21318) the proxy, and
-renews every head now and then so that none overfits.
+LADD (Sauer et al., arXiv 2403.12015) reads features of the frozen teacher, SD3.5-Flash (arXiv 2509.21318)
+those of the proxy. SD3.5-Flash also resets a head at random so that none overfits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.core import flow, losses, schedule
 from fewstep.core.types import Batch, Velocity
@@ -18,74 +18,78 @@ from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.rollout import Rollout
 from fewstep.modules.discriminator import DiscriminatorHeads, FeatureTaps
 
-Judged = Literal["finals", "last", "estimates"]
-"""What of the student is judged: the end of its walk with the gradient of every step, the same with that of
-the last step alone, or the clean estimate of a random step."""
+if TYPE_CHECKING:
+    from torch.nn import Module, Parameter
+
+DiscriminatorInput = Literal["finals", "last", "estimates"]
+"""Input of the heads from the student: its sample with the gradient of every step, the same with that of
+the last step alone, or the clean estimate at a random step."""
 
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """The losses of heads and student, for a method to put in turns.
+    """The losses of the discriminator heads and of the student.
 
     Attributes:
         taps: features of the teacher or the proxy.
-        heads: what judges them.
-        disc_input: what of the student is judged.
-        density: times to which both sides are noised before they are judged.
+        heads: the discriminator heads on them.
+        disc_input: what of the student the heads see.
+        density: of the times to which both sides are noised before the heads see them.
         kind: ``softplus`` or ``hinge``.
         weight: of the student's loss.
-        smooth: weight of the heads' own regularisation: judgements of a real sample shall not change when a
-            little noise is added to it, a gradient penalty without its second derivative (Lin et al.,
-            arXiv 2501.08316, equation 6).
-        renewal: probability that a head is begun anew after a step.
+        smooth: weight of the heads' regularisation: the output for a real sample may not change when a little
+            noise is added, a gradient penalty without second derivatives (Lin et al., arXiv 2501.08316,
+            equation 6).
+        reset_probability: of each head, per training step.
     """
 
     taps: FeatureTaps
     heads: DiscriminatorHeads
-    disc_input: Judged = "finals"
+    disc_input: DiscriminatorInput = "finals"
     density: schedule.Density = schedule.uniform
     kind: Literal["softplus", "hinge"] = "softplus"
     weight: float = 1.0
     smooth: float = 1.0
-    renewal: float = 0.005
+    reset_probability: float = 0.005
 
-    def discriminator_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
-        """The heads' loss: ``batch.latents`` are the teacher's samples."""
+    def discriminator_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
+        """Return the heads' loss; ``batch.latents`` are the teacher's samples."""
         import torch
 
-        real, fake = batch.latents, rollout.finals(batch, draw)
+        real, fake = batch.latents, rollout.finals(batch, random)
         if self.disc_input == "estimates":
             with torch.no_grad():
-                fake = rollout.move(batch, draw, rollout.pick(draw)).x0
-        t, noise = draw.times(self.density, real), draw.noise(real)
+                fake = rollout.step(batch, random, rollout.pick(random)).x0
+        t, noise = random.times(self.density, real), random.noise(real)
         with torch.no_grad():
             features = [self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake)]
-            near = self.taps(flow.interpolate(real + 0.05 * draw.noise(real), noise, t), t, batch.cond)
-        told, taken = (self.heads(x) for x in features)
-        apart = (self.heads(near) - told).square().mean()
+            near = self.taps(flow.interpolate(real + 0.05 * random.noise(real), noise, t), t, batch.cond)
+        real_logits, fake_logits = (self.heads(x) for x in features)
+        difference = (self.heads(near) - real_logits).square().mean()
+        accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
         return {
-            "heads": losses.discriminator(told, taken, self.kind),
-            "smooth": self.smooth * apart,
-            "heads/right": 0.5 * ((told > 0).float().mean() + (taken < 0).float().mean()).detach(),
+            "heads": losses.discriminator(real_logits, fake_logits, self.kind),
+            "smooth": self.smooth * difference,
+            "heads/right": accuracy.detach(),
         }
 
-    def generator_loss(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
-        """The student's loss."""
+    def generator_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
+        """Return the student's loss."""
         if self.disc_input == "finals":
-            x0 = rollout.whole(batch, draw)
+            x0 = rollout.finals_with_grad(batch, random)
         else:
             last = self.disc_input == "last"
-            index = rollout.steps - 1 if last else rollout.pick(draw)
-            x0 = rollout.move(batch, draw, index).x0
-        t, noise = draw.times(self.density, x0), draw.noise(x0)
+            index = rollout.steps - 1 if last else rollout.pick(random)
+            x0 = rollout.step(batch, random, index).x0
+        t, noise = random.times(self.density, x0), random.noise(x0)
         features = self.taps(flow.interpolate(x0, noise, t), t, batch.cond)
-        fooled = self.weight * losses.generator(self.heads(features), self.kind)
-        return {"adversarial": fooled, **rollout.figures(batch, draw)}
+        loss = self.weight * losses.generator(self.heads(features), self.kind)
+        return {"adversarial": loss, **rollout.figures(batch, random)}
 
-    def renew(self, draw: StepRandom) -> Sequence[Any]:
-        """Begin heads anew by chance; their parameters."""
-        fresh = [i for i in range(len(self.heads.heads)) if draw.rng.random() < self.renewal]
-        return [p for i in fresh for p in self.heads.reset_head(i, draw.torch)]
+    def reset_heads(self, random: StepRandom) -> Sequence[Parameter]:
+        """Reset heads at random and return their parameters."""
+        chosen = [i for i in range(len(self.heads.heads)) if random.rng.random() < self.reset_probability]
+        return [p for i in chosen for p in self.heads.reset_head(i, random.torch)]
 
 
 @dataclass(frozen=True)
@@ -93,25 +97,25 @@ class LADD:
     """The adversarial loss alone, as in LADD.
 
     Attributes:
-        student: the module that learns, a few-step net.
-        velocity: the same as a velocity.
-        critic: the losses.
+        student: the few-step net.
+        velocity: the student as a velocity.
+        adversarial: the losses.
         grid: the student's times.
     """
 
-    student: Any
+    student: Module
     velocity: Velocity
-    critic: AdversarialLoss
+    adversarial: AdversarialLoss
     grid: Sequence[float]
 
     @property
-    def nets(self) -> dict[str, Any]:
-        return {"student": self.student, "heads": self.critic.heads}
+    def nets(self) -> dict[str, Module]:
+        return {"student": self.student, "heads": self.adversarial.heads}
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
         return [
-            Update("heads", partial(self.critic.discriminator_loss, rollout)),
-            Update("student", partial(self.critic.generator_loss, rollout)),
-            InPlaceUpdate("heads", self.critic.renew),
+            Update("heads", partial(self.adversarial.discriminator_loss, rollout)),
+            Update("student", partial(self.adversarial.generator_loss, rollout)),
+            InPlaceUpdate("heads", self.adversarial.reset_heads),
         ]

@@ -1,18 +1,21 @@
-"""What several methods share: the student's own walk from noise, made once a step.
+"""The student's own sampling trajectory, simulated once per training step and shared by several losses.
 
-A student that learns only on points of its teacher's walks meets its own errors first in use. So it learns on
-its own walk (backward simulation, DMD2, arXiv 2405.14867, section 4.5).
+A student that is trained only at points of its teacher's trajectories meets its own errors first at
+inference. So it is trained on its own trajectory (backward simulation, DMD2, arXiv 2405.14867, section 4.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.core import flow, sampling
 from fewstep.core.types import Batch, Velocity
-from fewstep.methods.base import StepRandom
+from fewstep.methods.base import Losses, StepRandom
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,90 +23,90 @@ class RolloutStep:
     """One step of the student, with its gradient.
 
     Attributes:
-        x: where it starts, ``[B, C, H, W]``, without gradient.
+        x: the state where it starts, ``[B, C, H, W]``, without gradient.
         v: the student's velocity there.
         t: the time there.
-        t_next: the time where it arrives.
+        t_next: the time where it ends.
     """
 
-    x: Any
-    v: Any
+    x: Tensor
+    v: Tensor
     t: float
     t_next: float
 
     @property
-    def end(self) -> Any:
-        """Where it arrives."""
+    def end(self) -> Tensor:
+        """The state where it ends."""
         return self.x + (self.t_next - self.t) * self.v
 
     @property
-    def x0(self) -> Any:
+    def x0(self) -> Tensor:
         """The clean estimate."""
         return flow.to_x0(self.x, self.v, self.t)
 
-    def at(self, t: float | Any) -> Any:
-        """The point of time ``t`` on the straight line through ``x`` along ``v``: (1 - t) x̂_0 + t ε̂."""
+    def at(self, t: float | Tensor) -> Tensor:
+        """Return the point at time ``t`` of the line through ``x`` along ``v``: (1 - t) x̂_0 + t ε̂."""
         return flow.interpolate(self.x0, flow.to_noise(self.x, self.v, self.t), t)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The student's walks of one training step, made when they are first asked for and then kept.
+    """The student's trajectories of one training step, simulated on first use and then cached.
 
-    The student does not move while the proxy and the heads learn, so all turns of a step read the same walks.
-    Make a new one for every step.
+    The student does not change while the proxy and the heads are updated, so all updates of a step read the
+    same trajectories. Make a new one for every training step.
 
     Attributes:
         velocity: the student.
         grid: its times, descending from 1 to 0.
-        learns: the steps of the grid that learn; all of them where it is empty.
+        trained_steps: indices of the steps that are trained; all of them where it is empty.
     """
 
     velocity: Velocity
     grid: Sequence[float]
-    learns: Sequence[int] = ()
-    _kept: dict[int, list[Any]] = field(default_factory=dict[int, list[Any]])
+    trained_steps: Sequence[int] = ()
+    _cache: dict[int, list[Tensor]] = field(default_factory=lambda: {})
 
     @property
     def steps(self) -> int:
-        """Steps of a walk."""
+        """Number of steps of a trajectory."""
         return len(self.grid) - 1
 
-    def pick(self, draw: StepRandom) -> int:
-        """One of the steps that learn: the same for the whole batch, in every process."""
-        steps = self.learns or range(self.steps)
-        return int(steps[int(draw.rng.integers(len(steps)))])
+    def pick(self, random: StepRandom) -> int:
+        """Return the index of a random step among those that are trained, the same in every process."""
+        steps = self.trained_steps or range(self.steps)
+        return int(steps[int(random.rng.integers(len(steps)))])
 
-    def states(self, batch: Batch, draw: StepRandom) -> list[Any]:
-        """States at every time of the grid, ``steps + 1`` times ``[B, C, H, W]``, without gradient."""
+    def states(self, batch: Batch, random: StepRandom) -> list[Tensor]:
+        """Return the states at the grid's times, ``steps + 1`` of ``[B, C, H, W]``, without gradient."""
         import torch
 
-        part = draw.share.part
-        if part not in self._kept:
-            states = [draw.noise(batch.latents)]
+        part = random.share.part
+        if part not in self._cache:
+            states = [random.noise(batch.latents)]
             with torch.no_grad():
                 for i in range(self.steps):
-                    step = self.grid[i : i + 2]
-                    states.append(sampling.sample_flow(self.velocity, states[-1], step, batch.student_cond))
-            self._kept[part] = states
-        return self._kept[part]
+                    times = self.grid[i : i + 2]
+                    states.append(sampling.sample_flow(self.velocity, states[-1], times, batch.student_cond))
+            self._cache[part] = states
+        return self._cache[part]
 
-    def finals(self, batch: Batch, draw: StepRandom) -> Any:
-        """What the student draws, ``[B, C, H, W]``, without gradient."""
-        return self.states(batch, draw)[-1]
+    def finals(self, batch: Batch, random: StepRandom) -> Tensor:
+        """Return the student's samples, ``[B, C, H, W]``, without gradient."""
+        return self.states(batch, random)[-1]
 
-    def figures(self, batch: Batch, draw: StepRandom) -> dict[str, Any]:
-        """Mean and spread of what the student draws: what the log shows and a watch for collapse reads."""
-        finals = self.finals(batch, draw)
+    def figures(self, batch: Batch, random: StepRandom) -> Losses:
+        """Return mean and standard deviation of the samples, for the log and the divergence monitor."""
+        finals = self.finals(batch, random)
         return {"latent/mean": finals.mean(), "latent/std": finals.std()}
 
-    def move(self, batch: Batch, draw: StepRandom, index: int) -> RolloutStep:
-        """Step ``index`` of the walk, with its gradient."""
-        x, t = self.states(batch, draw)[index], self.grid[index]
-        return RolloutStep(
-            x, self.velocity(x, flow.expand_time(t, x), batch.student_cond), t, self.grid[index + 1]
-        )
+    def step(self, batch: Batch, random: StepRandom, index: int) -> RolloutStep:
+        """Return step ``index`` of the trajectory, with its gradient."""
+        x, t = self.states(batch, random)[index], self.grid[index]
+        v = self.velocity(x, flow.expand_time(t, x), batch.student_cond)
+        return RolloutStep(x, v, t, self.grid[index + 1])
 
-    def whole(self, batch: Batch, draw: StepRandom) -> Any:
-        """The end of the walk, with the gradient of every step, ``[B, C, H, W]``."""
-        return sampling.sample_flow(self.velocity, self.states(batch, draw)[0], self.grid, batch.student_cond)
+    def finals_with_grad(self, batch: Batch, random: StepRandom) -> Tensor:
+        """Return the student's samples with the gradient of every step, ``[B, C, H, W]``."""
+        noise = self.states(batch, random)[0]
+        return sampling.sample_flow(self.velocity, noise, self.grid, batch.student_cond)

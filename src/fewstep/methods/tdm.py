@@ -1,9 +1,8 @@
-"""Trajectory distribution matching, a rival (TDM, Luo et al., arXiv 2503.06674), without data.
+"""Trajectory distribution matching (TDM, Luo et al., arXiv 2503.06674), without data.
 
-Each step of the student has a stretch of time of its own, (t_{i+1}, t_i]. Where the step arrives, fresh
-noise carries the state on to a time of that stretch; there the scores are compared, and there the proxy
-learns. So the proxy models exactly what is compared, for every step: the path's own marginals, not the
-end's alone.
+Each step of the student has its own interval of time, (t_{i+1}, t_i]. From the state where the step ends,
+fresh noise leads to a time of that interval. The scores are compared there, and the proxy is trained there.
+So the proxy models what is compared, at every step: the marginals of the trajectory, not those of its end.
 """
 
 from __future__ import annotations
@@ -11,22 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.core import flow, losses, schedule
 from fewstep.core.types import Batch, Velocity
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
-from fewstep.methods.dmd import LEAST, MOST
+from fewstep.methods.dmd import T_MAX, T_MIN
 from fewstep.methods.rollout import Rollout
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
-def forward_diffuse(x: Any, noise: Any, t_from: float, t: Any) -> tuple[Any, Any]:
-    """The forward process from ``t_from`` on to ``t [B]``: the state, and the velocity that its denoiser
-    learns.
 
-    ``x_t = a x + b eps`` with ``a = (1 - t) / (1 - t_from)`` and ``b^2 = t^2 - (a t_from)^2``: what was
-    noised to ``t_from`` and goes on to ``t`` is as if it had been noised to ``t`` at once. Given ``x``, the
-    score is ``-eps / b``, so the noise that a velocity answers for is ``t eps / b``.
+def forward_diffuse(x: Tensor, noise: Tensor, t_from: float, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise ``x`` from time ``t_from`` to the later times ``t [B]``.
+
+    ``x_t = a x + b eps`` with ``a = (1 - t) / (1 - t_from)`` and ``b^2 = t^2 - (a t_from)^2``: two steps of
+    the forward process equal one. Given ``x``, the score is ``-eps / b``, so the noise that a velocity
+    predicts is ``t eps / b``.
+
+    Returns:
+        the state at ``t``, and the velocity that a denoiser regresses there.
     """
     a, time = (1 - t) / (1 - t_from), flow.expand(t, x)
     b = (t * t - (a * t_from) ** 2).sqrt()
@@ -35,59 +40,61 @@ def forward_diffuse(x: Any, noise: Any, t_from: float, t: Any) -> tuple[Any, Any
 
 
 @dataclass(frozen=True)
-class Tdm:
-    """The student's steps are matched each on its own stretch of time.
+class TDM:
+    """Distribution matching of each student step on its own interval of time.
 
     Attributes:
-        student: the module that learns, a few-step net.
-        velocity: the same as a velocity.
+        student: the few-step net.
+        velocity: the student as a velocity.
         proxy: the proxy's module.
-        proxy_velocity: the same as a velocity.
+        proxy_velocity: the proxy as a velocity.
         teacher: the guided teacher; gets no gradient.
         grid: the student's times.
-        updates: turns of the proxy before each of the student's.
+        proxy_updates: updates of the proxy before each of the student's.
     """
 
-    student: Any
+    student: Module
     velocity: Velocity
-    proxy: Any
+    proxy: Module
     proxy_velocity: Velocity
     teacher: Velocity
     grid: Sequence[float]
-    updates: int = 5
+    proxy_updates: int = 5
 
     @property
-    def nets(self) -> dict[str, Any]:
+    def nets(self) -> dict[str, Module]:
         return {"student": self.student, "proxy": self.proxy}
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
-        turns: list[Update | InPlaceUpdate] = [Update("proxy", partial(self._learn, rollout))] * self.updates
-        return [*turns, Update("student", partial(self._match, rollout))]
+        return [
+            *[Update("proxy", partial(self._proxy_loss, rollout))] * self.proxy_updates,
+            Update("student", partial(self._student_loss, rollout)),
+        ]
 
-    def _learn(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
-        index = rollout.pick(draw)
-        x = rollout.states(batch, draw)[index + 1]
-        t = self._times(index, x, draw)
-        x_t, v = forward_diffuse(x, draw.noise(x), self.grid[index + 1], t)
-        # In terms of noise: near t = 1 the velocity that is asked for grows without bound.
+    def _proxy_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
+        index = rollout.pick(random)
+        x = rollout.states(batch, random)[index + 1]
+        t = self._times(index, x, random)
+        x_t, v = forward_diffuse(x, random.noise(x), self.grid[index + 1], t)
+        # The error is weighted in terms of noise: near t = 1 the target velocity grows without bound.
         weight = 1 - flow.expand(t, x)
         error = weight * (self.proxy_velocity(x_t, t, batch.cond) - v)
         return {"proxy": (error * error).mean()}
 
-    def _match(self, rollout: Rollout, batch: Batch, draw: StepRandom) -> Losses:
+    def _student_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         import torch
 
-        index = rollout.pick(draw)
-        move = rollout.move(batch, draw, index)
-        t = self._times(index, move.x, draw)
+        index = rollout.pick(random)
+        step = rollout.step(batch, random, index)
+        t = self._times(index, step.x, random)
         with torch.no_grad():
-            x_t, _ = forward_diffuse(move.end, draw.noise(move.x), move.t_next, t)
+            x_t, _ = forward_diffuse(step.end, random.noise(step.x), step.t_next, t)
             proxy = flow.to_x0(x_t, self.proxy_velocity(x_t, t, batch.cond), t)
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
-        matching = losses.distribution_matching(move.end, proxy, teacher, move.x0)
-        return {"matching": matching, **rollout.figures(batch, draw)}
+        matching = losses.distribution_matching(step.end, proxy, teacher, step.x0)
+        return {"matching": matching, **rollout.figures(batch, random)}
 
-    def _times(self, index: int, like: Any, draw: StepRandom) -> Any:
-        t, t_next = min(self.grid[index], MOST), self.grid[index + 1]
-        return t_next + (t - t_next) * draw.times(schedule.uniform, like).clamp(LEAST, MOST)
+    def _times(self, index: int, like: Tensor, random: StepRandom) -> Tensor:
+        t, t_next = min(self.grid[index], T_MAX), self.grid[index + 1]
+        return t_next + (t - t_next) * random.times(schedule.uniform, like).clamp(T_MIN, T_MAX)

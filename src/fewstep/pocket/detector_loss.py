@@ -51,7 +51,7 @@ class DetectorTraining:
     def nets(self) -> dict[str, Any]:
         return {"net": self.net}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("net", self.losses)]
 
     def losses(self, batch: DetectionBatch, draw: StepRandom) -> Losses:

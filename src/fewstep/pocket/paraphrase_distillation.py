@@ -59,7 +59,7 @@ class ParaphraseDistillation:
     def nets(self) -> dict[str, nn.Module]:
         return {"student": self.trainable}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("student", self.losses)]
 
     def losses(self, batch: ParaphraseBatch, draw: StepRandom) -> Losses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewstep.methods.base import Losses, StepRandom, Update
 
@@ -58,7 +58,7 @@ class TextEncoderDistillation:
     def nets(self) -> dict[str, TextEncodersWithHeads]:
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("student", self.losses)]
 
     def losses(self, batch: TextBatch, draw: StepRandom) -> Losses:
@@ -70,7 +70,8 @@ class TextEncoderDistillation:
         import torch.nn.functional as F
 
         outputs, cells = self.student(batch.ids)
-        embedding_loss, label_loss = 0.0, 0.0
+        embedding_loss: Any = 0.0
+        label_loss: Any = 0.0
         for output in outputs:
             n = len(output.embedding)
             embedding_loss += 1 - F.cosine_similarity(output.embedding, batch.embedding[:n]).mean()

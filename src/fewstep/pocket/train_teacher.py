@@ -74,7 +74,7 @@ def pocket_teacher(
     from fewstep.data.shards import training_shards
     from fewstep.families import sd3
     from fewstep.families.common import fingerprint
-    from fewstep.methods.flow_matching import Finetune
+    from fewstep.methods.flow_matching import FlowMatching
     from fewstep.pocket.assemble import assemble_pocket, contact_sheet, encode_prompts, weights_file
     from fewstep.train import text_cache
     from fewstep.train.device import resolve_device, rows_on_device
@@ -94,7 +94,7 @@ def pocket_teacher(
     text_embeddings = text_cache.encode(
         partial(encode_prompts, family, t5=False), digest, captions, data / "captions"
     )
-    latents_of, cond_of = rows_on_device(latents.values, device), text_embeddings.held(device)
+    latents_of, cond_of = rows_on_device(latents.values, device), text_embeddings.on_device(device)
 
     def batches(step: int, part: BatchSlice) -> Batch:
         rng = np.random.Generator(np.random.Philox(key=[compute.seed, step]))
@@ -129,7 +129,7 @@ def pocket_teacher(
     # The caption matters most near pure noise: on these latents it lowers the loss by 0.27 at t = 0.99, by
     # 0.04 at 0.9 and by 0.002 at 0.5. With this shift a quarter of the times lies above 0.9 and a quarter
     # below 0.5, as on the sampling grid (Esser et al., arXiv 2403.03206, section 5.3.2).
-    method = Finetune(family.net, family.velocity, schedule.shifted(schedule.uniform, SHIFT))
+    method = FlowMatching(family.net, family.velocity, schedule.shifted(schedule.uniform, SHIFT))
     return Run(
         "pocket-teacher",
         output,

@@ -34,7 +34,7 @@ class AutoencoderTraining:
     def nets(self) -> dict[str, Any]:
         return {"vae": self.vae}
 
-    def turns(self, step: int) -> Sequence[Update]:
+    def updates(self, step: int) -> Sequence[Update]:
         return [Update("vae", self.losses)]
 
     def losses(self, images: Any, draw: StepRandom) -> Losses:

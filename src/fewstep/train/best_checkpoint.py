@@ -1,4 +1,4 @@
-"""The best averaged nets of a run so far, by its score: ``best/NAME.safetensors`` and ``best/best.json``."""
+"""The EMA nets with the best score of a run: ``best/NAME.safetensors`` and ``best/best.json``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTE = "best.json"
 
 @dataclass(frozen=True)
 class _Note:
-    """The shape of ``best.json``."""
+    """The content of ``best.json``."""
 
     step: int
     metric: str
@@ -28,30 +28,30 @@ class _Note:
 
 
 def update_best(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
-    """Score the averaged nets, and keep them where none before was better. All processes call it.
+    """Score the EMA nets, and keep them if none before was better. All processes call it.
 
-    Every process computes the score (a sharded net needs all of them to run); the first one's counts.
+    Every process computes the score, because a sharded net needs all of them to run. The first one's counts.
 
     Returns:
-        metric -> score, for the log.
+        the score by the name of its metric, for the log.
 
     Raises:
-        UserError: the disk refuses; the best before is kept.
+        UserError: the disk is full or refuses; the best nets before are kept.
     """
     if run.score is None:
         return {}
-    mine = float(run.score(nets))
-    score: float = on_rank_zero(lambda: mine)
+    own = float(run.score(nets))
+    score: float = on_rank_zero(lambda: own)
     before = on_rank_zero(lambda: read(run.folder))
     if math.isfinite(score) and (before is None or _better(run, score, before)):
-        kept = nets if run.averaged is None else run.averaged
-        held = {name: weights(nets[name]) for name in kept}
-        on_rank_zero(lambda: _write(run, held, {"step": step, "metric": run.metric, "value": score}))
+        names = nets if run.averaged is None else run.averaged
+        state = {name: weights(nets[name]) for name in names}
+        on_rank_zero(lambda: _write(run, state, {"step": step, "metric": run.metric, "value": score}))
     return {run.metric: score}
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """``{"step", "metric", "value"}`` of the best nets of a run's folder; ``None`` where there are none."""
+    """Return ``{"step", "metric", "value"}`` of the best nets of a run's folder, or ``None``."""
     note = folder / FOLDER / NOTE
     if not note.exists():
         return None
@@ -62,12 +62,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def best(run: Run) -> dict[str, Any]:
-    """The run's nets with their best weights, for a ``finish`` that wants those instead of the last.
+    """Load the best weights into the run's nets, for a ``finish`` that writes those instead of the last.
 
-    It is for nets that are whole, as they are in ``finish``.
+    The nets must be unsharded, as they are in ``finish``.
 
     Raises:
-        UserError: there are none, or they are broken.
+        UserError: there are no best nets, or they are broken.
     """
     from safetensors.torch import load_file
 
@@ -84,20 +84,20 @@ def best(run: Run) -> dict[str, Any]:
 
 def _better(run: Run, score: float, before: dict[str, Any]) -> bool:
     if before["metric"] != run.metric:
-        return True  # measured otherwise since: no comparison
+        return True  # another metric: no comparison
     return score > before["value"] if run.higher else score < before["value"]
 
 
-def _write(run: Run, held: dict[str, dict[str, Any]], note: dict[str, Any]) -> None:
+def _write(run: Run, state: dict[str, dict[str, Any]], note: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     try:
         with replacing_folder(run.folder / FOLDER) as fresh:
-            for name, tensors in held.items():
-                # Each on its own: weights that two modules share are no longer shared in a file.
+            for name, tensors in state.items():
+                # Cloned, because safetensors refuses weights that two modules share.
                 save_file({key: t.clone() for key, t in tensors.items()}, fresh / f"{name}.safetensors")
             (fresh / NOTE).write_text(json.dumps(note) + "\n")
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise UserError(
-            f"{run.folder / FOLDER} could not be written ({error}); the best before is kept"
+            f"{run.folder / FOLDER} could not be written ({error}); the best nets before are kept"
         ) from error

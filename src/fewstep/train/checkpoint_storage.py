@@ -1,7 +1,7 @@
-"""How a checkpoint lies on the disk: an index in JSON, and the numbers of tensors as they are in memory.
+"""The files of a checkpoint: an index in JSON, and the raw values of tensors.
 
-Torch's distributed checkpoints (DCP) plan which process writes and reads what. Their own readers unpickle,
-and a pickle executes what it says. Here nothing can be executed.
+Torch's distributed checkpoints (DCP) plan which process writes and reads what. DCP's own reader unpickles,
+which can execute code. This one reads JSON and raw values only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fewstep.core.types import UserError
 
 INDEX = ".metadata"
 LAYOUT = 1
-"""Of the index; counted up when readers of today could not read it."""
+"""Version of the index; it goes up when older readers could not read it."""
 
 Dtype = Literal[
     "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -42,19 +42,19 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class Damaged(Exception):
-    """A checkpoint is not what it should be: something in it is missing, cut short or has other bytes."""
+    """A checkpoint is broken: a part is missing, cut short or has other bytes than were written."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and where its numbers are.
+    """A part of a tensor, and where its values are stored.
 
     Attributes:
-        offsets: of the box in the tensor.
-        sizes: of the box.
+        offsets: of the part in the tensor.
+        sizes: of the part.
         file: name of a file of the checkpoint.
-        start: where in it the numbers begin, bytes.
-        crc32: of their bytes.
+        start: offset of the values in that file, bytes.
+        crc32: checksum of the values.
     """
 
     offsets: tuple[Count, ...]
@@ -66,7 +66,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, in boxes."""
+    """A tensor of a checkpoint, in parts."""
 
     dtype: Dtype
     size: tuple[Count, ...]
@@ -75,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds."""
+    """The content of a checkpoint's index."""
 
     layout: int
     tensors: dict[str, Tensor]
@@ -119,16 +119,16 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places: dict[MetadataIndex, Any] = {r.index: r.storage_data for part in results for r in part}
         tensors: dict[str, Tensor] = {}
-        for key, of in metadata.state_dict_metadata.items():
-            assert isinstance(of, TensorStorageMetadata), key  # write_data has refused anything else
-            dtype: Any = str(of.properties.dtype).removeprefix("torch.")
+        for key, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata), key  # write_data has refused anything else
+            dtype: Any = str(stored.properties.dtype).removeprefix("torch.")
             if dtype not in get_args(Dtype):
-                raise TypeError(f"{key} is of {of.properties.dtype}, which checkpoints do not hold")
+                raise TypeError(f"{key} is of {stored.properties.dtype}, which checkpoints do not hold")
             chunks = [
                 Chunk(tuple(box.offsets), tuple(box.sizes), *places[MetadataIndex(key, box.offsets)])
-                for box in of.chunks
+                for box in stored.chunks
             ]
-            tensors[key] = Tensor(dtype, tuple(of.size), chunks)
+            tensors[key] = Tensor(dtype, tuple(stored.size), chunks)
         with (self.folder / INDEX).open("w") as file:
             json.dump(asdict(Index(LAYOUT, tensors)), file, separators=(",", ":"))
             file.flush()
@@ -157,7 +157,9 @@ class Reader(StorageReader):
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata({key: _told(tensor) for key, tensor in self.index.tensors.items()}, storage_data={})
+        return Metadata(
+            {key: _metadata(tensor) for key, tensor in self.index.tensors.items()}, storage_data={}
+        )
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -193,11 +195,11 @@ class Reader(StorageReader):
         return True
 
     def _read(self, chunk: Chunk, dtype: Any) -> Any:
-        many = math.prod(chunk.sizes) * dtype.itemsize
-        if not many:
+        size = math.prod(chunk.sizes) * dtype.itemsize
+        if not size:
             return torch.empty(chunk.sizes, dtype=dtype)
-        data = read_bytes(self.folder / chunk.file, many, chunk.start)
-        if len(data) < many:
+        data = read_bytes(self.folder / chunk.file, size, chunk.start)
+        if len(data) < size:
             raise Damaged(f"{chunk.file} is cut short")
         if zlib.crc32(data) != chunk.crc32:
             raise Damaged(f"{chunk.file} has other bytes than were written")
@@ -205,14 +207,14 @@ class Reader(StorageReader):
 
 
 def read_bytes(path: Path, most: int, start: int = 0) -> bytearray:
-    """At most so many bytes of a file of a checkpoint.
+    """Read at most ``most`` bytes of a file of a checkpoint, from ``start`` on.
 
     Raises:
         Damaged: there is no such file.
         OSError: it cannot be read.
     """
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise Damaged(f"{path.name} is no file")
         with path.open("rb") as file:
             if start > os.fstat(file.fileno()).st_size:
@@ -244,7 +246,7 @@ def _read_index(folder: Path) -> Index:
 
 
 def _covered(tensor: Tensor) -> bool:
-    """Whether the boxes of a tensor, cut along its first dimension as FSDP does, are the whole of it."""
+    """Return whether the parts of a tensor, cut along its first dimension as FSDP does, are all of it."""
     if any(not len(box.offsets) == len(box.sizes) == len(tensor.size) for box in tensor.chunks):
         return False
     boxes = sorted((box for box in tensor.chunks if math.prod(box.sizes)), key=lambda box: box.offsets)
@@ -258,7 +260,7 @@ def _covered(tensor: Tensor) -> bool:
     return rows == tensor.size[0] or not math.prod(tensor.size)
 
 
-def _told(tensor: Tensor) -> TensorStorageMetadata:
+def _metadata(tensor: Tensor) -> TensorStorageMetadata:
     boxes = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
     properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
     return TensorStorageMetadata(properties, torch.Size(tensor.size), boxes)

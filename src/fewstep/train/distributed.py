@@ -1,8 +1,8 @@
-"""Several processes: torchrun's environment, sharded nets, and what all of them must agree on.
+"""Training in several processes: torchrun's environment, FSDP2 and collectives.
 
-A run's bodies are sharded (FSDP2): each process holds an equal part of every weight, gathers a block's when
-the block runs and lets them go after. What is in no body (heads, a codec) is held whole by each process, and
-its gradients are averaged. One process does neither.
+A run's bodies are sharded with FSDP2: each process stores an equal part of every weight, and gathers those of
+a block only while it runs. Nets in no body, such as heads, are replicated, and their gradients are
+averaged. A single process does neither.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class World:
     """The processes of a run, as torchrun numbers them.
 
     Attributes:
-        rank: this process.
-        size: how many there are.
-        local: this process among those of its machine: its GPU.
+        rank: index of this process.
+        size: number of processes.
+        local: this process among those of its machine; also the index of its GPU.
     """
 
     rank: int = 0
@@ -34,31 +34,31 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
 
 @cache
 def world() -> World:
-    """What torchrun's environment says; without it, one process."""
-    told = [int(os.environ.get(name, default)) for name, default in
+    """Return the processes that torchrun's environment names; without it, this one alone."""
+    values = [int(os.environ.get(name, default)) for name, default in
             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]  # fmt: skip
-    return World(*told)
+    return World(*values)
 
 
 def init_distributed(device: str) -> World:
-    """Meet the other processes, where there are any: gloo between CPUs, NCCL between GPUs."""
+    """Join the process group, if there are several processes: gloo between CPUs, NCCL between GPUs."""
     import torch.distributed as dist
 
     here = world()
     if here.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        atexit.register(shutdown)  # not after a run: the next one of a chain meets the same processes
+        atexit.register(shutdown)  # not after a run: the next one of a chain uses the same group
     return here
 
 
 def shutdown() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -66,37 +66,37 @@ def shutdown() -> None:
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """What the first process does, and its result or its ``UserError`` is everyone's."""
+    """Run an action in the first process; return its result, or raise its ``UserError``, in all."""
     if world().size == 1:
         return action()
     import torch.distributed as dist
 
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if world().first:
         try:
-            told[0] = action()
+            outcome[0] = action()
         except UserError as error:
-            told[1] = str(error)
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise UserError(told[1])
-    return told[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
-def all_reduce_any(asked: Sequence[bool]) -> list[bool]:
-    """For each question, whether any process says yes."""
-    return [bool(most) for most in largest(asked)]
+def all_reduce_any(flags: Sequence[bool]) -> list[bool]:
+    """Return for each flag whether it is set in any process."""
+    return [bool(flag) for flag in largest(flags)]
 
 
 def largest(numbers: Sequence[float]) -> list[float]:
-    """The largest of each number over the processes."""
+    """Return the maximum of each number over the processes."""
     if world().size == 1:
         return list(numbers)
     return _reduced(list(map(float, numbers)), "MAX")
 
 
 def means(figures: Mapping[str, float]) -> dict[str, float]:
-    """Means over the processes; all have the same names in the same order."""
+    """Return the means over the processes; all have the same names in the same order."""
     if world().size == 1:
         return dict(figures)
     sums = _reduced(list(figures.values()), "SUM")
@@ -104,24 +104,24 @@ def means(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def total(number: float) -> float:
-    """Sum over the processes."""
+    """Return the sum over the processes."""
     return number if world().size == 1 else _reduced([number], "SUM")[0]
 
 
-def _reduced(numbers: list[float], how: str) -> list[float]:
+def _reduced(numbers: list[float], operation: str) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    held = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: gloo carries it
-    dist.all_reduce(held, getattr(dist.ReduceOp, how))
-    return held.tolist()
+    values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, where gloo reduces
+    dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+    return values.tolist()
 
 
 def shard(bodies: Iterable[ParallelModule], device: str, half: bool) -> None:
-    """Shard every block of the bodies, then what is left of each, over all processes.
+    """Shard every block of the bodies, then the rest of each body, over all processes.
 
-    Weights stay what they are (float32 masters); in half precision blocks are gathered as bf16, which halves
-    the traffic, and gradients are summed in float32.
+    Weights stay in float32. In half precision blocks are gathered as bf16, which halves the traffic, and
+    gradients are summed in float32.
     """
     if world().size == 1:
         return
@@ -130,7 +130,7 @@ def shard(bodies: Iterable[ParallelModule], device: str, half: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device, (world().size,))
-    # Inputs are not cast: a time in bf16 has no 749.25. Autocast rounds where it multiplies.
+    # Inputs are not cast: bf16 cannot hold a time such as 749.25. Autocast rounds only for products.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32 if half else None,
@@ -138,38 +138,38 @@ def shard(bodies: Iterable[ParallelModule], device: str, half: bool) -> None:
     )
     for body in bodies:
         for part in (*body.blocks, body.net):
-            # Always let go after the forward pass, the root too: weights are frozen and thawed between turns,
-            # and what is frozen must be the shards.
+            # Always reshard after the forward pass, the root too: requires_grad changes between updates, and
+            # it must be set on the shards.
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        # At its first call a net settles in which precision its gradients come, and for a net that is frozen
-        # just then it settles none: let it be now, while it may learn.
+        # FSDP fixes the gradients' precision at the first call, and fixes none for a net that is frozen then.
+        # So initialise now, while the weights are trainable.
         body.net._get_fsdp_state()._lazy_init()
 
 
-def set_gradient_sync(bodies: Iterable[ParallelModule], held: bool) -> None:
-    """Whether gradients of sharded nets wait for a later micro-batch before processes exchange them."""
+def set_gradient_sync(bodies: Iterable[ParallelModule], deferred: bool) -> None:
+    """Set whether sharded nets exchange gradients only after a later micro-batch."""
     if world().size > 1:
         for body in bodies:
-            body.net.set_requires_gradient_sync(not held)
+            body.net.set_requires_gradient_sync(not deferred)
 
 
 def full_tensor(tensor: Any) -> Any:
-    """The whole of a tensor that may be sharded; every process must ask."""
+    """Return a tensor unsharded; every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def weights(net: Any) -> dict[str, Any]:
-    """A state dict, whole and on the CPU in the first process, empty elsewhere; every process must ask."""
-    told: dict[str, Any] = {}
+    """Return a state dict, unsharded on the CPU of the first process, empty elsewhere; all must call this."""
+    state: dict[str, Any] = {}
     for name, tensor in net.state_dict().items():
         full = full_tensor(tensor.detach())
         if world().first:
-            told[name] = full.cpu().contiguous()
-    return told
+            state[name] = full.cpu().contiguous()
+    return state
 
 
 def broadcast_weights(nets: Iterable[Any]) -> None:
-    """Give every process the first one's weights and buffers, where they are not sharded."""
+    """Give every process the first one's weights and buffers, unless they are sharded."""
     import torch.distributed as dist
 
     if world().size > 1:
@@ -184,18 +184,18 @@ def average_gradients(parameters: Iterable[Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    mine = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "full_tensor")]
-    if world().size == 1 or not mine:
+    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "full_tensor")]
+    if world().size == 1 or not gradients:
         return
-    flat = torch.cat([gradient.flatten() for gradient in mine])
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world().size
-    for gradient, piece in zip(mine, flat.split([g.numel() for g in mine]), strict=True):
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
 
 
 def unshard(bodies: Iterable[ParallelModule]) -> None:
-    """Make nets plain torch modules again, for good: whole and on the CPU in the first process alone."""
+    """Turn sharded nets back into plain torch modules, with weights on the CPU of the first process alone."""
     if world().size == 1:
         return
     import torch
@@ -204,15 +204,15 @@ def unshard(bodies: Iterable[ParallelModule]) -> None:
         for module in list(body.net.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 full = full_tensor(parameter.detach())
-                kept = full.cpu() if world().first else full.new_empty(0)
-                setattr(module, name, torch.nn.Parameter(kept, parameter.requires_grad))
+                value = full.cpu() if world().first else full.new_empty(0)
+                setattr(module, name, torch.nn.Parameter(value, parameter.requires_grad))
         for part in (*body.blocks, body.net):
             _plain(part)
         body.net.cpu()
 
 
 def _plain(part: Any) -> None:
-    """Take FSDP's hooks and class off a module; torch offers no public way back."""
+    """Remove FSDP's hooks and class from a module; torch has no public function for it."""
     state = part._get_fsdp_state()  # pyright: ignore[reportPrivateUsage]
     state._pre_forward_hook_handle.remove()  # pyright: ignore[reportPrivateUsage]
     state._post_forward_hook_handle.remove()  # pyright: ignore[reportPrivateUsage]

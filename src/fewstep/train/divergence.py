@@ -1,7 +1,7 @@
-"""What stops a run that learns the wrong thing while every number is finite.
+"""Stops a run that diverges while all its numbers are finite.
 
-Methods put detached figures beside their losses; the log's lines are their means. A figure is compared with
-what it was in the first lines of the run, and out of bounds for some lines running it stops the run.
+Methods return detached figures beside their losses, and the log's lines are their means. A figure is compared
+with its first values. Out of bounds for several consecutive lines, it stops the run.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from statistics import median
 from fewstep.core.types import UserError
 
 FIRST = 5
-"""Lines of the log whose median is what a figure began as; nothing is judged in them."""
+"""Lines of the log whose median is the reference of a figure; they are not checked."""
 
 PATIENCE = 5
-"""Lines running that a figure must be out of bounds."""
+"""Consecutive lines for which a figure must be out of bounds."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a figure may go.
+    """The range of a figure.
 
     Attributes:
-        figure: its name; one that goes on with a slash is meant as well.
-        least: of what it began as.
-        most: of what it began as.
-        away: or, where it is set, the distance from what it began as.
+        figure: its name; names that continue with a slash are included.
+        least: smallest ratio to the reference.
+        most: largest ratio to the reference.
+        away: if set, the largest distance from the reference instead.
         means: what being out of bounds means, and what to do.
     """
 
@@ -54,16 +54,16 @@ BOUNDS = (
     Bound("latent/std", least=0.5, most=2.0, means="the student's latents collapse or blow up; lower --lr"),
     Bound("proxy", most=3.0, means="the proxy has lost the student; let it learn oftener, or lower --lr"),
 )
-"""Latents have about unit variance: half a standard deviation is a shift of every picture's colour. A proxy's
-loss rises a little while the student sharpens; three times its first value is worse than foretelling
-nought."""
+"""Latents have about unit variance; a shift by half a standard deviation changes the colour of all images.
+A proxy's loss rises a little while the student sharpens; three times its first value is worse than predicting
+zero."""
 
 
 @dataclass
 class DivergenceMonitor:
-    """The bounds, applied to one line of the log after the other.
+    """Checks the lines of the log against the bounds.
 
-    It has no state to save: a resumed run shows it the lines that are there.
+    It has no state to save: a resumed run gives it the lines that are there.
     """
 
     bounds: tuple[Bound, ...] = BOUNDS
@@ -71,16 +71,16 @@ class DivergenceMonitor:
     _out: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def load_history(self, lines: Iterable[Mapping[str, float]]) -> None:
-        """Take in earlier lines. They stop nothing: a run that was stopped has room to recover."""
+        """Read the lines of an earlier run. They do not stop this one, so that a stopped run can recover."""
         for line in lines:
             self._read(line)
         self._out.clear()
 
     def check(self, step: int, line: Mapping[str, float]) -> None:
-        """Take in a new line.
+        """Check a new line.
 
         Raises:
-            UserError: a figure has been out of its bounds for :data:`PATIENCE` lines.
+            UserError: a figure has been out of bounds for :data:`PATIENCE` lines.
         """
         for name, bound in self._read(line):
             first = median(self._first[name])
@@ -90,8 +90,8 @@ class DivergenceMonitor:
             )
 
     def _read(self, line: Mapping[str, float]) -> list[tuple[str, Bound]]:
-        """Count a line; the figures that have been out of bounds for too long."""
-        gone: list[tuple[str, Bound]] = []
+        """Count a line; return the figures that have been out of bounds for too long."""
+        diverged: list[tuple[str, Bound]] = []
         for name, value in line.items():
             for bound in self.bounds:
                 if name != bound.figure and not name.startswith(bound.figure + "/"):
@@ -99,8 +99,8 @@ class DivergenceMonitor:
                 if len(self._first[name]) < FIRST:
                     self._first[name].append(value)
                     continue
-                good = bound.holds(value, median(self._first[name]))
-                self._out[name] = 0 if good else self._out[name] + 1
+                within = bound.holds(value, median(self._first[name]))
+                self._out[name] = 0 if within else self._out[name] + 1
                 if self._out[name] >= PATIENCE:
-                    gone.append((name, bound))
-        return gone
+                    diverged.append((name, bound))
+        return diverged

@@ -19,29 +19,29 @@ from fewstep import __version__
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_file, write
 from fewstep.train.distributed import world
-from fewstep.train.run import TrainOptions
+from fewstep.train.run import SaveableImage, TrainOptions
 
 MOST_BYTES = 2**28
-"""Of a log; a million lines have less."""
+"""Largest size of a log; a million lines have less."""
 _HALF_LINE = re.compile(rb"\{[ -~]*(?<!\})")
-"""The start of a line, as a process leaves it that is killed while it writes: ASCII, as ``json`` writes."""
+"""The start of a line, which a process leaves if it is killed while it writes; ``json`` writes ASCII."""
 
 
 class Log:
-    """Writes into the run's folder; opened again after a resume it goes on.
+    """Writes the log into the run's folder; a resumed run continues it.
 
-    Lines of steps that a killed run had done and not saved are dropped: they will be done again. Of several
-    processes the first writes.
+    Lines of steps after the last checkpoint are dropped, because those steps are repeated. Only the first
+    process writes.
     """
 
-    def __init__(self, folder: Path, name: str, about: dict[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, name: str, record: dict[str, Any], step: int) -> None:
         self._folder, self._name, self._start = folder, name, step
         self.earlier: list[dict[str, float]] = []
-        """The lines of an interrupted run, up to the step where this one goes on."""
+        """The lines of an interrupted run, up to the step at which this one resumes."""
         self._file: Any = None
         if world().first:
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "run.json", json.dumps(about, indent=1, default=str).encode())
+            write(folder / "run.json", json.dumps(record, indent=1, default=str).encode())
             self.earlier = _until(folder / "log.jsonl", step)
             self._file = (folder / "log.jsonl").open("a")
         self._board: Any = None
@@ -52,18 +52,18 @@ class Log:
     def write(
         self, step: int, figures: Mapping[str, float], options: TrainOptions
     ) -> dict[str, float] | None:
-        """Means of the figures since the last line, every ``log_every`` steps; the line, where there is one.
+        """Collect the figures of a step; every ``log_every`` steps write and return a line of their means.
 
-        A figure that some steps lack is the mean over those that have it.
+        The mean of a figure is taken over the steps that have it.
         """
         for name, value in figures.items():
             self._sums[name] += value
             self._counts[name] += 1
         if step % options.log_every and step != options.steps:
             return None
-        many, now = step - self._from, time.monotonic()
+        steps, now = step - self._from, time.monotonic()
         line = {name: total / self._counts[name] for name, total in self._sums.items()}
-        speed = many / max(1e-9, now - self._since)
+        speed = steps / max(1e-9, now - self._since)
         self._sums.clear()
         self._counts.clear()
         self._since, self._from = now, step
@@ -78,17 +78,17 @@ class Log:
         return line
 
     def score(self, step: int, figures: Mapping[str, float]) -> None:
-        """A line of its own for what was measured at this step, unless it is there from an earlier run."""
+        """Write a line of a step's scores, unless an earlier run wrote it."""
         if figures and not any(
             line["step"] == step and figures.keys() <= line.keys() for line in self.earlier
         ):
             self._put(step, figures)
             if world().first:
-                told = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-                print(f"{self._name} {step}  {told}", file=sys.stderr)
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+                print(f"{self._name} {step}  {shown}", file=sys.stderr)
 
-    def sheet(self, step: int, image: Any) -> None:
-        """Keep a contact sheet as ``sheets/STEP.png``."""
+    def sheet(self, step: int, image: SaveableImage) -> None:
+        """Write a contact sheet as ``sheets/STEP.png``."""
         if world().first:
             (self._folder / "sheets").mkdir(exist_ok=True)
             with replacing_file(self._folder / "sheets" / f"{step:07d}.png") as fresh:
@@ -119,27 +119,27 @@ class Log:
 
 
 def _until(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines up to a step; later ones, and one that a killed process left half written, leave the file.
+    """Return the lines up to a step; remove later lines and a half-written last line from the file.
 
     Raises:
-        UserError: another line is none of a log. The file stays as it is.
+        UserError: another line is no line of a log; the file stays as it is.
     """
     if not path.exists():
         return []
     *lines, rest = json_io.read_bytes(path, MOST_BYTES).split(b"\n")
     if rest and not _HALF_LINE.fullmatch(rest):
-        lines.append(rest)  # whole, or nothing that a log ever held
-    told: list[dict[str, float]] = [
+        lines.append(rest)  # complete, or no line of a log
+    parsed: list[dict[str, float]] = [
         json_io.parse(line, dict[str, int | float], f"{path}, line {number},", python=True)
         for number, line in enumerate(lines, 1)
     ]
-    kept = [line for line in told if line.get("step", math.inf) <= step]
+    kept = [line for line in parsed if line.get("step", math.inf) <= step]
     write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with what a run takes place, for ``run.json``."""
+    """Return versions, device and number of processes of a run, for ``run.json``."""
     import torch
 
     return {
@@ -161,12 +161,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source, where it lies in its own clone."""
+    """Return the commit of the source, if it lies in a clone of the repository."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:
-        ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

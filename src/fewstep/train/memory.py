@@ -1,6 +1,6 @@
 """The memory of a training step, counted while it runs (:mod:`fewstep.modules.memory_tracker`).
 
-No formula of ours: the very step of :class:`fewstep.train.train_step.State` runs.
+No formula estimates it: :meth:`fewstep.train.train_step.State.train_step` itself runs.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from fewstep.train.train_step import State
 
 @dataclass(frozen=True)
 class TrackedMethod:
-    """A method that tells a ledger whose turn it is."""
+    """A method that names the net of each update to a memory tracker."""
 
     method: Method
-    ledger: MemoryTracker
+    tracker: MemoryTracker
 
     @property
-    def nets(self) -> Mapping[str, Any]:
+    def nets(self) -> Mapping[str, torch.nn.Module]:
         return self.method.nets
 
-    def turns(self, step: int) -> Sequence[Update | InPlaceUpdate]:
+    def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         return [
-            turn if isinstance(turn, InPlaceUpdate) else replace(turn, losses=partial(self._losses, turn))
-            for turn in self.method.turns(step)
+            update
+            if isinstance(update, InPlaceUpdate)
+            else replace(update, losses=partial(self._losses, update))
+            for update in self.method.updates(step)
         ]
 
-    def _losses(self, turn: Update, batch: Any, draw: StepRandom) -> Losses:
-        self.ledger.begin(turn.net)
-        return turn.losses(batch, draw)
+    def _losses(self, update: Update, batch: Any, random: StepRandom) -> Losses:
+        self.tracker.begin(update.net)
+        return update.losses(batch, random)
 
 
-def profile_steps(run: Run, ledger: MemoryTracker, steps: int = 1) -> dict[str, Peak]:
-    """Take steps of a run within an entered ledger; the peak of every turn, by the net that learns.
+def profile_steps(run: Run, tracker: MemoryTracker, steps: int = 1) -> dict[str, Peak]:
+    """Take training steps within an active memory tracker; return the peak of every update, by its net.
 
-    Optimizers hold what they know of earlier steps: with one step, they are made to before it.
+    With a single step the optimizers are given their state beforehand, as they have it in later steps.
     """
-    state = State(replace(run, method=TrackedMethod(run.method, ledger)))
+    state = State(replace(run, method=TrackedMethod(run.method, tracker)))
     if steps == 1:
         for net, optimizer in ((state.nets[n], o) for n, o in state.optimizers.items()):
             for p in net.parameters():
@@ -55,36 +57,36 @@ def profile_steps(run: Run, ledger: MemoryTracker, steps: int = 1) -> dict[str, 
             optimizer.zero_grad(set_to_none=True)
     gc.collect()
     for body in state.bodies:
-        _tag(ledger, [*body.net.parameters(), *body.net.buffers()], "frozen")
+        _tag(tracker, [*body.net.parameters(), *body.net.buffers()], "frozen")
     for name, net in state.nets.items():
-        _tag(ledger, net.parameters(), "learning")
+        _tag(tracker, net.parameters(), "learning")
         for p in net.parameters():
-            p.register_post_accumulate_grad_hook(partial(_gradient, ledger))
+            p.register_post_accumulate_grad_hook(partial(_tag_gradient, tracker))
         if name in state.averages:
-            _tag(ledger, state.averages[name].values.values(), "averages")
+            _tag(tracker, state.averages[name].values.values(), "averages")
     for _ in range(steps):
         for optimizer in state.optimizers.values():
-            _tag(ledger, (t for held in optimizer.state.values() for t in held.values()), "optimizer")
-        ledger.peaks.clear()
-        ledger.begin("")
+            _tag(tracker, (t for state in optimizer.state.values() for t in state.values()), "optimizer")
+        tracker.peaks.clear()
+        tracker.begin("")
         state.train_step()
-    return {turn: peak for turn, peak in ledger.peaks.items() if turn}
+    return {update: peak for update, peak in tracker.peaks.items() if update}
 
 
-def _gradient(ledger: MemoryTracker, parameter: torch.Tensor) -> None:
+def _tag_gradient(tracker: MemoryTracker, parameter: torch.Tensor) -> None:
     if parameter.grad is not None:
-        ledger.track(parameter.grad, "gradients")
+        tracker.track(parameter.grad, "gradients")
 
 
-def _tag(ledger: MemoryTracker, tensors: Iterable[Any], kind: str) -> None:
+def _tag(tracker: MemoryTracker, tensors: Iterable[torch.Tensor], kind: str) -> None:
     for tensor in tensors:
-        ledger.track(tensor, kind)
+        tracker.track(tensor, kind)
 
 
 def measure_steps(run: Run) -> int:
-    """Take two real steps on the GPU: the bytes that torch's allocator had given out at most in the second.
+    """Take two training steps on the GPU; return the peak of torch's allocator in the second, bytes.
 
-    Nothing else may have tensors there.
+    No other tensors may be on the GPU.
     """
     state = State(run)
     state.train_step()

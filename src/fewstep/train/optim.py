@@ -1,4 +1,4 @@
-"""Optimizers, the rate's way, and the norm of a gradient."""
+"""The optimizer, the learning-rate schedule, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fewstep.train.run import TrainOptions
 
 
 def adamw(net: Any, options: TrainOptions) -> Any:
-    """AdamW; matrices have weight decay, vectors none."""
+    """Return AdamW with weight decay for matrices and none for vectors."""
     import torch
 
     matrices = [p for p in net.parameters() if p.ndim >= 2]
@@ -25,33 +25,32 @@ def adamw(net: Any, options: TrainOptions) -> Any:
 
 
 def schedule(step: int, options: TrainOptions) -> float:
-    """Share of the rate: up, level, down in a straight line to zero."""
-    up = (step + 1) / max(1, options.warmup)
-    down = (options.steps - step) / max(1.0, options.decay * options.steps)
-    return min(1.0, up, down)
+    """Return the factor of the learning rate: linear warm-up, constant, linear decay to zero."""
+    rising = (step + 1) / max(1, options.warmup)
+    falling = (options.steps - step) / max(1.0, options.decay * options.steps)
+    return min(1.0, rising, falling)
 
 
-def clip(parameters: Iterable[Any], largest: float) -> float:
-    """Scale gradients so that their norm over all of them, and over all processes' shards, is at most this.
+def clip(parameters: Iterable[Any], max_norm: float) -> float:
+    """Scale gradients to a norm of at most ``max_norm``, over all parameters and all processes' shards.
 
     Returns:
-        the norm before; where it is not finite nothing is scaled.
+        the norm before; if it is not finite, nothing is scaled.
     """
     import torch
 
     shards: list[Any] = []
-    wholes: list[Any] = []
+    replicated: list[Any] = []
     for p in parameters:
         if p.grad is not None:
-            (shards if hasattr(p.grad, "full_tensor") else wholes).append(local(p.grad))
-    norm = math.sqrt(_square(wholes) + (total(_square(shards)) if shards else 0.0))
-    if math.isfinite(norm) and norm > largest:
-        torch._foreach_mul_(shards + wholes, largest / norm)  # pyright: ignore[reportPrivateUsage]
+            (shards if hasattr(p.grad, "full_tensor") else replicated).append(local(p.grad))
+    norm = math.sqrt(_squared_norm(replicated) + (total(_squared_norm(shards)) if shards else 0.0))
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(shards + replicated, max_norm / norm)  # pyright: ignore[reportPrivateUsage]
     return norm
 
 
-def _square(tensors: list[Any]) -> float:
-    """Sum of squares."""
+def _squared_norm(tensors: list[Any]) -> float:
     import torch
 
     if not tensors:

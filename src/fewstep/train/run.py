@@ -1,4 +1,4 @@
-"""The trainer: turns, optimizers, averages, checkpoints and logs."""
+"""A training run: its method, its batches, its options and its results."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fewstep.core.cpu import threads as counted_threads
+from fewstep.core.cpu import threads as check_threads
 from fewstep.core.types import BatchSlice, UserError
 from fewstep.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a run is trained, whatever it trains.
+    """The options of a training run, whatever it trains.
 
     Attributes:
-        steps: updates in all.
+        steps: training steps.
         lr: learning rate of AdamW after the warm-up.
-        net_lrs: learning rates of nets that have one of their own, by name.
-        warmup: steps in which the rate rises from zero.
-        decay: share of the steps, the last ones, in which it falls to zero.
+        net_lrs: learning rates of single nets, by name; they override ``lr``.
+        warmup: steps in which the learning rate rises from zero.
+        decay: share of the steps, at the end, in which it falls to zero.
         weight_decay: of matrices; vectors have none.
         clip: largest norm of a gradient.
-        ema: decay of the averaged weights, which are what is kept.
+        ema: decay of the averaged weights, which are the result.
         seed: of data order, noise and times.
         save_minutes: minutes between checkpoints.
         preview_every: steps between contact sheets; 0 makes none.
         log_every: steps between log lines.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
-        precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 where the device
-            multiplies it faster, a GPU or a CPU with a unit for it. Elsewhere it is slower than fp32.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
+        precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 on a GPU or a CPU with
+            bf16 units, fp32 elsewhere.
         threads: torch threads on a CPU; 0 leaves torch's choice.
-        tokens: length of the longest sequence that a net attends to, where it is known, else 0.
-        gradient_accumulation_steps: micro-batches a batch: each process holds the activations of one at a
+        tokens: length of the longest sequence in attention; 0 if unknown.
+        gradient_accumulation_steps: micro-batches per batch; each process holds the activations of one at a
             time.
-        activation_checkpointing: compute inner values of the bodies' blocks anew in the backward pass
-            instead of keeping
-            them: less memory, a third more time.
+        activation_checkpointing: recompute activations of the bodies' blocks in the backward pass: less
+            memory, a third more time.
         compile: compile the bodies' blocks.
-        validate_every: steps between scores (see :class:`Run`); 0 scores at the end alone.
-        detect_divergence: whether figures that leave their bounds (:mod:`fewstep.train.divergence`) stop the
-            run.
-        max_minutes: do as many steps as fit into so many minutes, at most ``steps``; settled once the speed
-            is known (:data:`fewstep.train.trainer.SETTLED`), while the rate is still level. 0 does ``steps``.
+        validate_every: steps between scores (see :class:`Run`); 0 scores only at the end.
+        detect_divergence: whether figures out of bounds (:mod:`fewstep.train.divergence`) stop the run.
+        max_minutes: train for at most this many minutes, and at most ``steps`` steps. The number of steps is
+            fixed once the speed is known (:class:`fewstep.train.trainer.TimeBudget`). 0 sets no limit.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of its range.
     """
 
     steps: int
@@ -81,7 +82,7 @@ class TrainOptions:
             )
         if self.steps < 1:
             raise UserError("--steps must be at least 1")
-        counted_threads(self.threads)
+        check_threads(self.threads)
         if not 0 <= self.max_minutes < 1e6:
             raise UserError(f"--max-minutes must be a number of at least 0, not {self.max_minutes}")
         for rate in (self.lr, *self.net_lrs.values()):
@@ -92,37 +93,42 @@ class TrainOptions:
 
 
 class ParallelModule(Protocol):
-    """A torch module that runs, and its blocks: where to shard, compile and recompute. A family is one."""
+    """A torch module that runs, and its blocks, to be sharded, compiled and checkpointed. A family is one."""
 
     @property
-    def net(self) -> Any: ...
+    def net(self) -> Any: ...  # FSDP adds methods to the module
 
     @property
-    def blocks(self) -> Sequence[Any]: ...
+    def blocks(self) -> Sequence[Module]: ...
+
+
+class SaveableImage(Protocol):
+    """An image that can be saved; a Pillow image is one."""
+
+    def save(self, fp: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a training run is: recipes return it, :func:`fewstep.train.trainer.train` carries it out.
+    """A training run: recipes return it, and :func:`fewstep.train.trainer.train` trains it.
 
     Attributes:
         name: the recipe's name.
-        folder: where checkpoints, log and sheets go.
-        method: what is learnt.
-        batches: (step, share) -> that part of the step's batch; a pure function, so the step is all it needs.
-        options: how.
-        record: resolved options and sources, written into the folder.
-        averaged: the nets whose averages are kept, by name; all where it is ``None``. What is not averaged is
-            handed on as it is.
-        preview: averaged nets -> a contact sheet (a Pillow image).
-        finish: averaged nets -> writes what the run is for (a diffusers folder, say). Called last, by one
-            process, when the nets are whole again and need not learn any more.
+        folder: of checkpoints, log and contact sheets.
+        method: the training method.
+        batches: training step and slice to that part of the step's batch; a pure function.
+        options: the options.
+        record: resolved options and sources, written to ``run.json``.
+        averaged: names of the nets with an EMA; all of them if ``None``. Other nets are passed on as they
+            are.
+        preview: EMA nets to a contact sheet.
+        finish: writes the result of the run from EMA nets, such as a diffusers folder. It is called last, by
+            the first process, when the nets are unsharded.
         bodies: the modules that run, frozen ones too: those that hold the nets' weights, and a teacher. A net
-            in none of them is neither sharded nor compiled nor recomputed.
-        score: averaged nets -> how good they are; the best ones are kept
-            (:mod:`fewstep.train.best_checkpoint`).
-        metric: what the score is called.
-        higher: whether the higher score is the better.
+            in none of them is neither sharded nor compiled nor checkpointed.
+        score: EMA nets to a number; the best nets are kept (:mod:`fewstep.train.best_checkpoint`).
+        metric: name of the score.
+        higher: whether a higher score is better.
     """
 
     name: str
@@ -132,7 +138,7 @@ class Run:
     options: TrainOptions
     record: dict[str, Any]
     averaged: Sequence[str] | None = None
-    preview: Callable[[dict[str, Any]], Any] | None = None
+    preview: Callable[[dict[str, Any]], SaveableImage] | None = None
     finish: Callable[[dict[str, Any]], None] | None = None
     bodies: Sequence[ParallelModule] = ()
     score: Callable[[dict[str, Any]], float] | None = None

@@ -1,11 +1,11 @@
-"""What a run is at a step, and how it takes the next one: zero, backward, clip and step happen here alone."""
+"""The state of a run and its training step: only this file steps optimizers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,42 +18,46 @@ from fewstep.train.device import attention, resolve_device, to_device, use_bf16
 from fewstep.train.optim import adamw, clip, schedule
 from fewstep.train.run import ParallelModule, Run
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
 
 class State:
-    """Nets, their averages, their optimizers and the step: all that a checkpoint holds."""
+    """Nets, EMAs, optimizers and the number of training steps: all that a checkpoint holds."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.device = resolve_device(run.options.device)
         self.half = use_bf16(run.options.precision, self.device)
         self.world = distributed.init_distributed(self.device)
-        self.nets: dict[str, Any] = dict(run.method.nets)
+        self.nets: dict[str, Module] = dict(run.method.nets)
         self.bodies = list({id(body.net): body for body in run.bodies}.values())
         for net in self.nets.values():
             net.to(self.device).train().requires_grad_(True)
-        _prepare(self.bodies, run, self.device)
+        _transform_blocks(self.bodies, run, self.device)
         distributed.shard(self.bodies, self.device, self.half)
         distributed.broadcast_weights(self.nets.values())
         self.optimizers = {name: adamw(net, run.options) for name, net in self.nets.items()}
-        kept = self.nets if run.averaged is None else run.averaged
+        averaged = self.nets if run.averaged is None else run.averaged
         self.averages = {
-            name: EMA(dict(self.nets[name].named_parameters()), run.options.ema) for name in kept
+            name: EMA(dict(self.nets[name].named_parameters()), run.options.ema) for name in averaged
         }
         self.step = restore(run.folder, self.all(), run.record)
 
     def all(self) -> dict[str, Any]:
-        """What is saved and restored, by name."""
+        """Return what a checkpoint holds, by name."""
         return {"nets": self.nets, "optimizers": self.optimizers, "averages": self.averages}
 
     @contextmanager
-    def averaged(self) -> Generator[dict[str, Any]]:
-        """Within the block the nets, in eval mode and without gradients, are their averages."""
+    def averaged(self) -> Generator[dict[str, Module]]:
+        """Within the block the nets have their EMA weights, are in eval mode and without gradients."""
         import torch
 
-        shown = list(self.averages.values())
-        # What is drawn for a sheet has a size of its own: not worth a compilation.
+        averages = list(self.averages.values())
+        # Previews have batch sizes of their own, which are not worth a compilation.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, _all_of([a.applied for a in shown]), torch.no_grad(), self._autocast(sharded=True):
+        with eager, _all_of([a.applied for a in averages]), torch.no_grad(), self._autocast(sharded=True):
             for net in self.nets.values():
                 net.eval()
             try:
@@ -62,114 +66,120 @@ class State:
                 for net in self.nets.values():
                     net.train()
 
-    def finished(self) -> dict[str, Any]:
-        """The nets, in eval mode, as their averages for good; whole again in the first process."""
+    def finished(self) -> dict[str, Module]:
+        """Return the nets with their EMA weights, in eval mode, unsharded in the first process."""
         for average in self.averages.values():
             average.copy_to_model()
         distributed.unshard(self.bodies)
         return {name: net.eval() for name, net in self.nets.items()}
 
     def train_step(self) -> dict[str, float]:
-        """One step: every turn of the method on the batch of this step. Returns what the log shall know."""
+        """Apply all updates of the method to the batch of this step; return the figures for the log."""
         options = self.run.options
-        rate, shares = schedule(self.step, options), self._shares()
-        pieces = [(share, to_device(self.run.batches(self.step, share), self.device)) for share in shares]
+        factor, shares = schedule(self.step, options), self._shares()
+        micro_batches = [
+            (share, to_device(self.run.batches(self.step, share), self.device)) for share in shares
+        ]
         figures: dict[str, float] = {}
-        for number, turn in enumerate(self.run.method.turns(self.step)):
-            if isinstance(turn, InPlaceUpdate):
-                self._change(turn, draw(options.seed, self.step, number))
+        for number, update in enumerate(self.run.method.updates(self.step)):
+            if isinstance(update, InPlaceUpdate):
+                self._apply(update, draw(options.seed, self.step, number))
             else:
-                figures |= self._take(turn, number, pieces, rate)
+                figures |= self._update(update, number, micro_batches, factor)
         self.step += 1
-        return {"lr": rate * options.lr} | distributed.means(figures)
+        return {"lr": factor * options.lr} | distributed.means(figures)
 
     def _shares(self) -> list[BatchSlice]:
-        """This process's micro-batches."""
-        many, rank = self.run.options.gradient_accumulation_steps, self.world.rank
-        return [BatchSlice(rank * many + k, self.world.size * many) for k in range(many)]
+        """Return the slices of this process's micro-batches."""
+        count, rank = self.run.options.gradient_accumulation_steps, self.world.rank
+        return [BatchSlice(rank * count + k, self.world.size * count) for k in range(count)]
 
-    def _take(
-        self, turn: Update, number: int, pieces: Sequence[tuple[BatchSlice, Any]], rate: float
+    def _update(
+        self, update: Update, number: int, micro_batches: Sequence[tuple[BatchSlice, Any]], factor: float
     ) -> dict[str, float]:
-        net, optimizer = self.nets[turn.net], self.optimizers[turn.net]
+        """Take one optimizer step; return its mean losses and the norm of its gradient."""
+        net, optimizer = self.nets[update.net], self.optimizers[update.net]
         for group in optimizer.param_groups:
-            group["lr"] = rate * self.run.options.net_lrs.get(turn.net, self.run.options.lr)
-        self._thaw(net)
+            group["lr"] = factor * self.run.options.net_lrs.get(update.net, self.run.options.lr)
+        self._require_grad_of(net)
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        for share, batch in pieces:
-            distributed.set_gradient_sync(self.bodies, share is not pieces[-1][0])
-            for name, value in self._backward(turn, batch, number, share, len(pieces)).items():
+        for share, batch in micro_batches:
+            distributed.set_gradient_sync(self.bodies, share is not micro_batches[-1][0])
+            losses = self._backward(update, batch, number, share, len(micro_batches))
+            for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         distributed.average_gradients(net.parameters())
         norm = clip(net.parameters(), self.run.options.clip)
         if not math.isfinite(norm):
             raise UserError(
-                f"step {self.step}: the gradient of {turn.net} is not finite; the run diverged. "
+                f"step {self.step}: the gradient of {update.net} is not finite; the run diverged. "
                 f"Lower --lr; the last checkpoint in {self.run.folder} still resumes"
             )
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # what other turns need the room for
-        if turn.net in self.averages:
-            self.averages[turn.net].update()
-        return {name: total / len(pieces) for name, total in sums.items()} | {f"norm/{turn.net}": norm}
+        optimizer.zero_grad(set_to_none=True)  # frees memory for the other updates
+        if update.net in self.averages:
+            self.averages[update.net].update()
+        means = {name: total / len(micro_batches) for name, total in sums.items()}
+        return means | {f"norm/{update.net}": norm}
 
-    def _thaw(self, net: Any) -> None:
-        """Let this net alone have gradients: a loss may pass through the others, but leaves nothing there.
+    def _require_grad_of(self, net: Module) -> None:
+        """Let only this net collect gradients; a loss may be differentiated through the others.
 
-        Roles of one base are told apart by their parameters: the module that runs is the same.
+        Adapters of one net differ by their parameters, because the module that runs is the same.
         """
         own = {id(p) for p in net.parameters()}
         for other in self.nets.values():
             for parameter in other.parameters():
                 parameter.requires_grad_(id(parameter) in own)
 
-    def _backward(self, turn: Update, batch: Any, number: int, share: BatchSlice, many: int) -> Losses:
-        """The gradient of one micro-batch's losses, as its part of their mean."""
+    def _backward(self, update: Update, batch: Any, number: int, share: BatchSlice, parts: int) -> Losses:
+        """Add the gradient of one micro-batch, one of ``parts``; return its losses."""
         import torch
 
-        randomness = draw(self.run.options.seed, self.step, number, share, self.device)
-        # What a net draws for itself (dropout) is a function of the step, too.
+        random = draw(self.run.options.seed, self.step, number, share, self.device)
+        # A net's own randomness, such as dropout, is a function of the step, too.
         torch.manual_seed(int(np.random.SeedSequence([self.step, number, share.part]).generate_state(1)[0]))
-        # The kernel of attention is chosen for the backward pass as well: it may compute blocks anew.
+        # The attention kernel is set for the backward pass, too: it may recompute blocks.
         with attention(self.device, self.run.options.tokens):
             with self._autocast():
-                losses = turn.losses(batch, randomness)
+                losses = update.losses(batch, random)
             loss = _total(losses)
-            (loss if many == 1 else loss / many).backward()
+            (loss if parts == 1 else loss / parts).backward()
         return losses
 
-    def _change(self, change: InPlaceUpdate, randomness: StepRandom) -> None:
+    def _apply(self, update: InPlaceUpdate, random: StepRandom) -> None:
+        """Apply an update without gradient, and reset the optimizer state that it names."""
         import torch
 
         with torch.no_grad():
-            for parameter in change.apply(randomness):
-                self.optimizers[change.net].state.pop(parameter, None)
+            for parameter in update.apply(random):
+                self.optimizers[update.net].state.pop(parameter, None)
 
     def _autocast(self, sharded: bool = False) -> AbstractContextManager[Any]:
-        """bf16 where the run has it; ``sharded``: only where nets are gathered in bf16."""
+        """Return autocast to bf16 if the run uses it; with ``sharded`` only if nets are gathered in bf16."""
         import torch
 
-        wanted = self.half and (not sharded or self.world.size > 1)
-        return torch.autocast(self.device, torch.bfloat16, enabled=wanted)
+        enabled = self.half and (not sharded or self.world.size > 1)
+        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
 
 
-def draw(seed: int, step: int, turn: int, share: BatchSlice = WHOLE, device: str = "cpu") -> StepRandom:
-    """The randomness of one turn, for one share of its batch; its noise is drawn on ``device``."""
+def draw(seed: int, step: int, update: int, share: BatchSlice = WHOLE, device: str = "cpu") -> StepRandom:
+    """Return the randomness of one update, for one slice of its batch; noise is drawn on ``device``."""
     import torch
 
-    key = np.random.SeedSequence([seed, step, turn])
+    key = np.random.SeedSequence([seed, step, update])
     generator = torch.Generator(device)
     generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return StepRandom(np.random.Generator(np.random.Philox(key)), generator, share)
 
 
-def _prepare(bodies: Sequence[ParallelModule], run: Run, device: str) -> None:
-    """Compile and recompute blocks where the options say so."""
+def _transform_blocks(bodies: Sequence[ParallelModule], run: Run, device: str) -> None:
+    """Compile and checkpoint blocks if the options say so."""
     from fewstep.modules.block_transforms import checkpoint_activations, compile_block
 
     if (run.options.compile or run.options.activation_checkpointing) and not bodies:
-        raise UserError(f"{run.name} names no blocks to compile or to recompute")
+        raise UserError(f"{run.name} names no blocks to compile or to checkpoint")
     for body in bodies:
         body.net.to(device)
         for block in body.blocks:
@@ -179,9 +189,10 @@ def _prepare(bodies: Sequence[ParallelModule], run: Run, device: str) -> None:
                 checkpoint_activations(block)
 
 
-def _total(losses: Mapping[str, Any]) -> Any:
-    learnt = [value for value in losses.values() if value.requires_grad]
-    return sum(learnt[1:], start=learnt[0])
+def _total(losses: Losses) -> Tensor:
+    """Return the sum of the losses that are not detached."""
+    trained = [value for value in losses.values() if value.requires_grad]
+    return sum(trained[1:], start=trained[0])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The plan of a synthesis: all that its arrays depend on, written beside them."""
+"""The plan of a folder of teacher samples: everything that its arrays depend on."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ from fewstep.core.types import Model, UserError
 PLAN = "plan.json"
 NULL = "null.npz"
 LAYOUT = 1
-"""Of the folder; counted up when readers of today could not read it."""
+"""Version of the folder's layout; it goes up when older readers could not read a folder."""
 
+MAX_STEPS = 10_000
+MAX_VALUES = 2**27
+"""Most values of an array of one sample."""
 
-MOST_STEPS = 10_000
-MOST_NUMBERS = 2**27
-"""Of the arrays of one sample."""
-
-Steps = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
+Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 Width = Annotated[int, Meta(ge=1, le=2**20)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Same plan, same arrays: whatever the interruptions and the ranks, and within rounding the batch.
+    """Everything that the arrays depend on: equal plans give equal arrays.
+
+    Interruptions and the number of processes do not matter, and the batch size only by rounding.
 
     Attributes:
         layout: :data:`LAYOUT`.
-        teacher: its name.
+        teacher: name of the teacher.
         weights: fingerprint of its net's weights.
         text: fingerprint of its text encoders' weights.
-        dtype: in which it computes.
+        dtype: of the teacher's computation.
         t5: whether T5's tokens are in the contexts.
-        guidance: its guidance scale (``uncond + w (cond - uncond)``, or what a net with embedded guidance is
-            told); ``None`` for a net that has none.
-        steps: its Euler steps, on ``times.grid(steps, shift)``.
-        student_steps: the student's steps, at whose grid's times the walk is kept; 0 keeps the latents alone.
+        guidance: its guidance scale ``w`` in ``uncond + w (cond - uncond)``, or the scale that a net with
+            embedded guidance is given; ``None`` for a net without guidance.
+        steps: its Euler steps, on :func:`fewstep.core.schedule.grid`.
+        student_steps: steps of the student, at the times of whose grid the trajectory is kept; 0 keeps the
+            latents alone.
         shift: time shift of both grids.
-        seed: sample ``i`` starts from ``sample.noise(seed + i)``.
-        number: how many samples.
-        captions: digest of their captions in order.
-        per_shard: samples a shard; the last one may have fewer.
-        pictures: whether the pictures are there too.
+        seed: sample ``i`` starts from the noise of seed ``seed + i``.
+        number: number of samples.
+        captions: hash of their captions in order.
+        per_shard: samples per shard; the last one may have fewer.
+        pictures: whether the images are stored, too.
         latent: shape of the latents, ``(C, H, W)``.
-        context: shape of a caption's context, ``(L, D)``.
+        context: shape of a caption's token embeddings, ``(L, D)``.
         pooled: length of its pooled vector; 0 for a family without.
-        clip_length: the first rows of a context that make the condition without T5; ``None`` where T5 cannot
-            be left out.
+        clip_length: how many rows of the context come first and are the condition without T5; ``None`` if
+            T5 cannot be left out.
     """
 
     layout: int = LAYOUT
@@ -67,7 +69,7 @@ class Plan:
     t5: bool
     guidance: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
     steps: Steps
-    student_steps: Annotated[int, Meta(ge=0, le=MOST_STEPS)]
+    student_steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)]
     shift: Annotated[float, Meta(ge=1e-3, le=1e3)]
     seed: Annotated[int, Meta(ge=0)]
     number: Count
@@ -81,25 +83,25 @@ class Plan:
 
     @property
     def times(self) -> list[float]:
-        """Of the states that are kept, descending to 0: ``student_steps + 1`` of them, or 0 alone."""
+        """Times of the states that are kept, descending to 0: ``student_steps + 1`` of them, or 0 alone."""
         return schedule.grid(self.student_steps, self.shift) if self.student_steps else [0.0]
 
     def shape(self, kind: str) -> tuple[int, ...]:
-        """Of a sample's ``states``, ``(S + 1, C, H, W)``, its ``context`` or its ``pooled``."""
+        """Return the shape of a sample's ``states``, ``(S + 1, C, H, W)``, ``context`` or ``pooled``."""
         states = (self.student_steps + 1, *self.latent)
         return {"states": states, "context": self.context, "pooled": (self.pooled,)}[kind]
 
     @property
     def shards(self) -> int:
-        """How many."""
+        """Number of shards."""
         return -(-self.number // self.per_shard)
 
     def rows(self, shard: int) -> range:
-        """The samples in a shard."""
+        """Return the rows of the samples in a shard."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.number))
 
     def path(self, folder: Path, shard: int) -> Path:
-        """Where a shard lies."""
+        """Return the path of a shard."""
         return folder / f"synthetic-{shard:05d}.tar"
 
 
@@ -118,34 +120,34 @@ def make(
     per_shard: int = 128,
     pictures: bool = False,
 ) -> Plan:
-    """The plan to walk ``teacher`` for each of ``prompts``; what is not told follows from the teacher.
+    """Return the plan to sample ``teacher`` for each of ``prompts``; shapes and shift are the teacher's.
 
     Args:
-        teacher: where its ``guidance`` is ``None``, it is distilled in: no second pass.
-        prompts: a caption a sample.
-        guidance: and those below: see :class:`Plan`.
+        teacher: without a second pass if its ``guidance`` is ``None``.
+        prompts: one caption per sample.
+        guidance: as in :class:`Plan`.
         steps: a multiple of ``student_steps``.
-        student_steps: 0 keeps no walks.
+        student_steps: 0 keeps no trajectories.
         seed: of the first sample.
         weights: as in :class:`Plan`.
         text: as in :class:`Plan`.
         dtype: as in :class:`Plan`.
         clip_length: as in :class:`Plan`.
-        per_shard: what an interruption costs at most.
-        pictures: decode the latents too.
+        per_shard: samples per shard; an interruption loses at most as many.
+        pictures: store the decoded images, too.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number is out of its range.
     """
     if not prompts:
         raise UserError("there is no caption to make samples of")
     if steps < 1 or per_shard < 1 or student_steps < 0:
         raise UserError("steps and per-shard must be at least 1")
     if student_steps and steps % student_steps:
-        near = max(1, round(steps / student_steps)) * student_steps
+        nearest = max(1, round(steps / student_steps)) * student_steps
         raise UserError(
-            f"the teacher's {steps} steps do not divide into {student_steps} moves of the student; "
-            f"take {near} steps"
+            f"the teacher's {steps} steps do not divide into {student_steps} steps of the student; "
+            f"take {nearest} steps"
         )
     if not 0 <= seed <= 2**64 - len(prompts):
         raise UserError(f"seeds lie between 0 and 2**64 - 1; {len(prompts)} from {seed} on do not")
@@ -175,7 +177,7 @@ def make(
 
 
 def _checked(plan: Plan, where: str) -> Plan:
-    """The plan, if its numbers fit together.
+    """Return the plan, if its numbers fit together.
 
     Raises:
         UserError: they do not.
@@ -184,13 +186,13 @@ def _checked(plan: Plan, where: str) -> Plan:
         raise UserError(f"{where} has {plan.steps} steps, which {plan.student_steps} do not divide")
     if plan.seed > 2**64 - plan.number:
         raise UserError(f"{where} has seeds from {plan.seed} on: they end at 2**64 - 1")
-    if max(prod(plan.shape(kind)) for kind in ("states", "context", "pooled")) > MOST_NUMBERS:
-        raise UserError(f"{where} has samples of more than {MOST_NUMBERS} numbers")
+    if max(prod(plan.shape(kind)) for kind in ("states", "context", "pooled")) > MAX_VALUES:
+        raise UserError(f"{where} has samples of more than {MAX_VALUES} values")
     return plan
 
 
 def digest(prompts: Sequence[str]) -> str:
-    """What tells these captions in this order from all others."""
+    """Return a hash of the captions in this order."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:12]
 
 
@@ -200,7 +202,7 @@ class _Layout:
 
 
 def read(folder: Path) -> Plan:
-    """The plan of a folder.
+    """Read the plan of a folder.
 
     Raises:
         UserError: there is none, or it is broken or of another layout.
@@ -209,20 +211,20 @@ def read(folder: Path) -> Plan:
     if not path.is_file():
         raise UserError(f"{folder} holds no {PLAN}; make samples there with: fewstep sample-teacher")
     try:
-        told: dict[str, Any] = json_io.read(path, python=True)
-        if (layout := json_io.convert(told, _Layout, str(path)).layout) != LAYOUT:
+        content: dict[str, Any] = json_io.read(path, python=True)
+        if (layout := json_io.convert(content, _Layout, str(path)).layout) != LAYOUT:
             raise UserError(f"{path} is of layout {layout}, which is not read here")
-        if odd := sorted(told.keys() - {field.name for field in fields(Plan)}):
-            raise UserError(f"{path} is broken: {odd[0][:40]} is no entry of a plan")
-        return _checked(json_io.convert(told, Plan, str(path)), str(path))
+        if unknown := sorted(content.keys() - {field.name for field in fields(Plan)}):
+            raise UserError(f"{path} is broken: {unknown[0][:40]} is no entry of a plan")
+        return _checked(json_io.convert(content, Plan, str(path)), str(path))
     except UserError as error:
         raise UserError(f"{error}; delete the folder and make it again") from None
 
 
 def claim(folder: Path, plan: Plan) -> Plan:
-    """Write the plan into a folder, or make sure that it is the one there.
+    """Write the plan into a folder, or check that the folder has the same plan.
 
-    The fingerprint of its weights tells a teacher from others, not its name: folders are renamed.
+    A teacher is identified by the fingerprint of its weights, not by its name: folders are renamed.
 
     Returns:
         The plan that is in the folder.

@@ -1,20 +1,19 @@
-"""Progress and ranks of processes that sample a teacher."""
+"""Progress lines and ranks of processes that sample a teacher."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fewstep.core.progress import duration
+from fewstep.core.progress import duration, say
 from fewstep.core.signals import check
 from fewstep.core.types import UserError
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of several processes this one is, and which GPU of its machine is its own."""
+    """The rank of this process, the number of processes, and its rank on this machine, which is its GPU."""
 
     rank: int = 0
     world: int = 1
@@ -22,34 +21,36 @@ class Ranks:
 
 
 def ranks_from_env(environment: Mapping[str, str]) -> Ranks:
-    """What torchrun says in the environment; alone where it says nothing.
+    """Read the ranks that torchrun sets in the environment; without them this is the only process.
 
     Raises:
-        UserError: it says what cannot be.
+        UserError: they are no valid ranks.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    said = [environment.get(name, default) for name, default in zip(names, "010", strict=True)]
-    if not all(value.isdecimal() for value in said) or int(said[0]) >= int(said[1]):
-        raise UserError(f"RANK {said[0]} of WORLD_SIZE {said[1]} in the environment cannot be; unset both")
-    return Ranks(*map(int, said))
+    values = [environment.get(name, default) for name, default in zip(names, "010", strict=True)]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        raise UserError(
+            f"RANK {values[0]} of WORLD_SIZE {values[1]} in the environment is not valid; unset both"
+        )
+    return Ranks(*map(int, values))
 
 
 def progress_printer(every: float = 10.0) -> Callable[[int, int], None]:
-    """A progress that prints a line of done, speed and time left, at most one in ``every`` seconds."""
-    begun = last = time.monotonic()
-    before: int | None = None
+    """Return a progress callback that prints counts, speed and time left, at most every ``every`` seconds."""
+    started = last = time.monotonic()
+    first: int | None = None
 
-    def say(done: int, total: int) -> None:
-        nonlocal last, before
+    def progress(done: int, total: int) -> None:
+        nonlocal last, first
         check()
         now = time.monotonic()
-        if before is None:  # what an earlier run made says nothing of this one's speed
-            before = done
+        if first is None:  # samples of an earlier run do not count for the speed
+            first = done
             if done:
-                print(f"fewstep: {done} of {total} samples are there", file=sys.stderr)
+                say(f"{done} of {total} samples are there")
         elif now - last >= every or done == total:
-            last, speed = now, (done - before) / (now - begun)
+            last, speed = now, (done - first) / (now - started)
             left = duration((total - done) / speed)
-            print(f"fewstep: {done} of {total} samples, {speed:.2g} a second, {left} left", file=sys.stderr)
+            say(f"{done} of {total} samples, {speed:.2g} per second, {left} left")
 
-    return say
+    return progress

@@ -1,4 +1,7 @@
-"""Walk a guided teacher, shard by shard: a shard is whole or not there, so a killed synthesis goes on."""
+"""Write samples of a guided teacher, shard by shard.
+
+A shard is complete or absent, so an interrupted run continues with the next shard.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from fewstep.images.pixels import finite, to_pil, to_uint8
 
 Numpy = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
-"""``progress(done, total)`` in samples of this rank."""
+"""Called with the number of samples of this rank that are done, and of all."""
 
 
 def write_samples(
@@ -36,27 +39,26 @@ def write_samples(
     world: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write this rank's shards of ``plan`` into ``folder``; those that are there already are kept.
+    """Write this rank's shards of ``plan`` into ``folder``; existing ones are kept.
 
     Args:
-        teacher: walked with guidance; where its own ``guidance`` is ``None``, it is distilled in, and there
-            is no second pass.
+        teacher: sampled with guidance; without a second pass if its ``guidance`` is ``None``.
         prompts: the captions, ``plan.number`` of them.
-        plan: from :func:`fewstep.data.teacher_samples.manifest.make`, on every rank the same.
+        plan: from :func:`fewstep.data.teacher_samples.manifest.make`, the same on every rank.
         folder: of the shards.
-        batch: samples walked at once.
-        rank: shard ``k`` is written by rank ``k % world``; ranks need not know of each other.
+        batch: samples per batch.
+        rank: shard ``k`` is written by rank ``k % world``; ranks do not communicate.
         world: number of ranks.
-        progress: told after every batch.
+        progress: called after every batch.
 
     Raises:
-        UserError: the folder was made by another plan, other captions than the plan's, or samples that
-            half precision does not hold.
+        UserError: the folder has another plan, the captions are not the plan's, or values of a sample exceed
+            half precision.
     """
     if len(prompts) != plan.number or manifest.digest(prompts) != plan.captions:
         raise UserError("these captions are not the plan's")
-    doing = "filled" if world == 1 else f"filled as rank {rank}"
-    with held(folder, doing, f".rank-{rank}.lock"):
+    action = "filled" if world == 1 else f"filled as rank {rank}"
+    with held(folder, action, f".rank-{rank}.lock"):
         _write(teacher, prompts, plan, folder, batch, range(rank, plan.shards, world), progress)
 
 
@@ -69,7 +71,7 @@ def _write(
     mine: range,
     progress: Progress,
 ) -> None:
-    """Write the shards ``mine`` of ``plan``, but for those that are there."""
+    """Write the shards ``mine`` of ``plan`` that do not exist."""
     plan = manifest.claim(folder, plan)
     null = teacher.text([""])
     if not (folder / NULL).exists():
@@ -79,7 +81,7 @@ def _write(
                 context=_half(teacher.to_numpy(null.context)),
                 pooled=_half(teacher.to_numpy(null.pooled)),
             )
-    maker = _Maker(teacher, prompts, plan, null, batch)
+    writer = _SampleFiles(teacher, prompts, plan, null, batch)
     total = sum(len(plan.rows(shard)) for shard in mine)
     todo = [shard for shard in mine if not plan.path(folder, shard).exists()]
     done = total - sum(len(plan.rows(shard)) for shard in todo)
@@ -87,17 +89,17 @@ def _write(
     for shard in todo:
         path = plan.path(folder, shard)
         with replacing_file(path) as fresh, tarfile.open(fresh, "w") as tar:
-            for made in maker.batches(plan.rows(shard)):
-                for files in made:
+            for samples in writer.batches(plan.rows(shard)):
+                for files in samples:
                     for name, data in files.items():
-                        shards.add(tar, name, data)
-                done += len(made)
+                        shards.add_file(tar, name, data)
+                done += len(samples)
                 progress(done, total)
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """What makes the files of samples."""
+class _SampleFiles:
+    """Samples the teacher and returns the files of each sample."""
 
     teacher: Model
     prompts: Sequence[str]
@@ -112,7 +114,7 @@ class _Maker:
         return guidance.Guided(self.teacher.velocity, self.null, self.plan.guidance)
 
     def batches(self, rows: range) -> Iterator[list[dict[str, bytes]]]:
-        """The files of ``rows``, batch by batch; batches begin anew with every shard."""
+        """Yield the files of ``rows``, batch by batch; no batch crosses shards."""
         for start in range(rows.start, rows.stop, self.batch):
             yield self._make(range(start, min(start + self.batch, rows.stop)))
 
@@ -120,20 +122,20 @@ class _Maker:
         cond = self.teacher.text([self.prompts[row] for row in rows])
         states, last = self._sample(rows, cond)
         context, pooled = (_half(self.teacher.to_numpy(array)) for array in (cond.context, cond.pooled))
-        made: list[dict[str, bytes]] = []
-        for place, row in enumerate(rows):
+        samples: list[dict[str, bytes]] = []
+        for index, row in enumerate(rows):
             key = f"{row:08d}"
             files = {
                 f"{key}.txt": self.prompts[row].encode(),
-                f"{key}.json": json.dumps(self._about(row)).encode(),
-                f"{key}.states.npy": _npy(states[place]),
-                f"{key}.context.npy": _npy(context[place]),
-                f"{key}.pooled.npy": _npy(pooled[place]),
+                f"{key}.json": json.dumps(self._record(row)).encode(),
+                f"{key}.states.npy": _npy(states[index]),
+                f"{key}.context.npy": _npy(context[index]),
+                f"{key}.pooled.npy": _npy(pooled[index]),
             }
             if self.plan.pictures:
-                files[f"{key}.png"] = self._picture(last[place : place + 1])
-            made.append(files)
-        return made
+                files[f"{key}.png"] = self._image(last[index : index + 1])
+            samples.append(files)
+        return samples
 
     def _sample(self, rows: range, cond: Cond) -> tuple[Numpy, Array]:
         """Return the states to keep, float16 ``[B, S + 1, C, H, W]``, and the teacher's latents."""
@@ -164,12 +166,12 @@ class _Maker:
                 )
         return _half(states), latents
 
-    def _about(self, row: int) -> dict[str, Any]:
+    def _record(self, row: int) -> dict[str, Any]:
         plan = self.plan
-        about = {"seed": plan.seed + row, "guidance": plan.guidance, "steps": plan.steps}
-        return about | {"teacher": plan.teacher, "weights": plan.weights, "times": plan.times}
+        record = {"seed": plan.seed + row, "guidance": plan.guidance, "steps": plan.steps}
+        return record | {"teacher": plan.teacher, "weights": plan.weights, "times": plan.times}
 
-    def _picture(self, latents: Array) -> bytes:
+    def _image(self, latents: Array) -> bytes:
         file = io.BytesIO()
         to_pil(to_uint8(self.teacher.codec.decode(latents)))[0].save(file, "PNG")
         return file.getvalue()

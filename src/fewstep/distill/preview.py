@@ -1,0 +1,42 @@
+"""Images of the student while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fewstep.core.types import Velocity
+from fewstep.distill.context import DistillContext
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def sample_student(
+    context: DistillContext, velocity: Velocity, prompts: Sequence[str], seeds: Sequence[int]
+) -> Any:
+    """Sample a student: latents ``[B, C, H, W]``, one seed per prompt."""
+    import torch
+
+    from fewstep.core import sampling
+    from fewstep.families import common
+
+    family = context.teacher
+    with torch.no_grad():
+        with common.on_device(family), common.cuts_known():
+            cond = family.text(prompts)
+        if context.config.t5_dropout > 0:
+            cond = context.samples.without_t5(cond)
+        noise = family.from_numpy(sampling.batch_noise(seeds, family.latent))
+        step = sampling.step_rule(context.sampler, seeds, family.from_numpy)
+        return sampling.sample_flow(velocity, noise, context.grid, cond, step)
+
+
+def draw_preview(context: DistillContext) -> Image:
+    """Return a contact sheet of the student, from fixed prompts and seeds."""
+    from fewstep.families import common
+    from fewstep.train.preview import SHOWN, decode_grid
+
+    latents = sample_student(context, context.student.velocity, SHOWN, range(len(SHOWN)))
+    with common.on_device(context.teacher, "vae"):
+        return decode_grid(context.teacher, latents, SHOWN)
