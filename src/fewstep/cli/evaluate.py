@@ -19,7 +19,7 @@ from fewstep.evaluate.candidates import Candidate, Spec, candidate, check_seeds,
 from fewstep.evaluate.report import markdown
 from fewstep.evaluate.run import evaluate as run
 from fewstep.export.common.output_paths import check_folder
-from fewstep.pipeline.loading import parse_family, resolve
+from fewstep.pipeline.resolve import parse_family, resolve
 from fewstep.pocket import render, stickers
 from fewstep.pocket.assemble import check_counts
 from fewstep.pocket.ceilings import ceiling_sources

@@ -83,7 +83,8 @@ def export(
     more = read_metadata(metadata)
     need(*target.needs(bits or max(target.BITS)))
 
-    from fewstep.pipeline.loading import bundle_of, kind_of, load_family, parse_family, resolve
+    from fewstep.pipeline.loading import kind_of, load_family
+    from fewstep.pipeline.resolve import bundle_of, parse_family, resolve
 
     target.check(output)
     place = resolve(parse_family(source)[1])

@@ -12,14 +12,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeAlias
 
 from cyclopts import Parameter, Token
 
 from fewstep.core.progress import emit, printable, say, stdout_errors
 from fewstep.core.types import UserError
 from fewstep.inference.options import TorchOptions
-from fewstep.pipeline.loading import builtin_models, is_bundle, load, parse_family
+from fewstep.pipeline.loading import load
+from fewstep.pipeline.resolve import builtin_models, is_bundle, parse_family
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +83,7 @@ def generate(
     image: str | None = None,
     strength: float | None = None,
     model: str | None = None,
-    backend: Literal["onnx", "openvino", "executorch", "torch"] | None = None,
+    backend: str | None = None,
     output: Annotated[str | None, Parameter(name=["-o", "--output"])] = None,
     grid: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -109,7 +110,8 @@ def generate(
         model: A shipped model, a folder, also of a finished run, or a hub name (org/name); sd3: or flux: in
             front says its family.
             [default: pocket]
-        backend: Insist on onnx, openvino, executorch or torch.
+        backend: Require onnx, openvino, executorch or torch; or the import path of your own engine for a
+            bundle.
         output: A .png, .jpg or .webp file (overwritten), a folder, a pattern with {index} {seed} {prompt}
             {model} {steps}, or "-" for standard output. Folders and patterns never overwrite: a taken name
             gets -2, -3, …. [default: PROMPT-SEED.png in the current folder]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.session import Run, Session
 
 with warnings.catch_warnings():
@@ -22,6 +23,15 @@ _LOCK = Lock()
 """Held by whoever loads or runs: all programs of a process share a pool of threads and XNNPACK's memory."""
 _POOL: list[int] = []
 """The threads of that pool, once it is made."""
+
+
+FORMAT = "executorch"
+SUFFIXES = (".pte",)
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads)
 
 
 class Graph(Session):

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fewstep.runtime.bundle import Compute
+from fewstep.runtime.bundle import Bundle, Compute
 from fewstep.runtime.session import Run, Session
 
 # Imported with this at hand, OpenVINO and NNCF write an id into the home folder and tell Google Analytics of
@@ -23,6 +23,15 @@ import openvino  # noqa: E402
 GROUP = 64
 """Activations of a token that share a scale, where they are quantized: it divides the widths of Pocket and of
 SD3.5. On Pocket 32 take a tenth longer, and 256 lose 1.5 dB more."""
+
+
+FORMAT = "openvino"
+SUFFIXES = (".xml", ".bin")
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads, compute_dtype(stem, bundle.compute))
 
 
 class Graph(Session):

@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.session import Run, Session
 
 # Imported without this, onnxruntime (1.32) writes an id into the home folder and tells Microsoft of each use,
@@ -16,6 +17,14 @@ from fewstep.runtime.session import Run, Session
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
+
+FORMAT = "onnx"
+SUFFIXES = (".onnx",)
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads, convolutions=stem in ("decoder", "encoder"))
 
 
 class Graph(Session):
