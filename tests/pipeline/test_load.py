@@ -146,5 +146,6 @@ def test_a_path_is_as_good_as_its_text(option: str) -> None:
 
 @pytest.mark.parametrize("model", [3, b"pocket", ["pocket"], 1.5, True])
 def test_a_model_of_another_type_is_one_line(model: object) -> None:
-    with pytest.raises(UserError, match=f"a model is named by a string or a path, not {type(model).__name__}"):
+    message = f"a model is named by a string or a path, not {type(model).__name__}"
+    with pytest.raises(UserError, match=message):
         fewstep.load(model)  # pyright: ignore[reportArgumentType]

@@ -175,7 +175,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "photo.png", "strength": 1.5}, "strength must be"),
     ({"image": "photo.png", "strength": "much"}, "strength must be"),
     ({"image": "nowhere.png"}, "there is no image nowhere.png"),
-    ({"image": __file__}, "not a picture"),
+    ({"image": __file__}, "not an image"),
     ({"prompts": "\u200b\ufeff"}, "prompt is empty"),
     ({"prompts": "。。。"}, "prompt is empty"),
     ({"seed": 10**5000}, "seed must be"),
