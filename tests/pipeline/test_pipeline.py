@@ -186,7 +186,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompts": bytearray(b"x")}, "must be text, not bytearray"),
     ({"prompts": {"a": 1}}, "must be text, not dict"),
     ({"style": 3}, "style must be text, not int"),
-    ({"strength": 0.5}, "give a picture"),
+    ({"strength": 0.5}, "give an image"),
     ({"image": 5}, "must be a path or a Pillow image"),
     ({"batch": 0}, "batch must be"),
 ]

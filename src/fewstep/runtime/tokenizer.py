@@ -17,7 +17,7 @@ from fewstep.runtime.tokenizer_check import check, guarded
 __all__ = ["PromptWarning", "Tokens", "normalize_text"]
 
 TRAINED = 4096
-"""A vocabulary of so many tokens tells words of its training from others; a smaller one breaks all."""
+"""A vocabulary of this size keeps words of its training whole; a smaller one splits all words."""
 
 
 MOST_WARNINGS = 5
