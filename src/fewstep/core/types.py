@@ -133,6 +133,10 @@ class PrefetchingTextEncoder(TextEncoder, Protocol):
         """Encode prompts and keep their embeddings."""
         ...
 
+    def clear_cache(self) -> None:
+        """Drop the embeddings that are kept."""
+        ...
+
 
 class Codec(Protocol):
     """Encodes pixels to latents and decodes them."""

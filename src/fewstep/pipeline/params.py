@@ -19,7 +19,8 @@ SEEDS = 2**32
 MOST = 2**16
 """Most images of a prompt in one call."""
 FEW = 8
-"""Most steps of a few-step model. A guided model, or one of more steps, takes up to :data:`fewstep.core.validate.MANY`."""
+"""Most steps of a few-step model. A guided model, or one of more steps, takes up to
+:data:`fewstep.core.validate.MANY`."""
 STRENGTH = 0.95
 
 LONGEST = 10_000
