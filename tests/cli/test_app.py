@@ -699,7 +699,7 @@ def test_only_the_named_file_is_overwritten(at: Path) -> None:
 
 
 def test_models(capsys: Capture, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    monkeypatch.setattr("fewstep.pipeline.loading.SHIPPED", bundle.parent)
+    monkeypatch.setattr("fewstep.pipeline.resolve.SHIPPED", bundle.parent)
     assert cli.run(["models"]) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "size", "steps", "licence", "folder"]

@@ -8,6 +8,7 @@ import pytest
 
 from fewstep.core import flow, schedule
 from fewstep.core.types import UserError
+from inverse_flow import unshift
 
 
 def test_the_four_step_grid_of_sd35() -> None:
@@ -21,14 +22,14 @@ def test_grids_descend_from_one_to_zero(steps: int, shift: float) -> None:
     assert len(grid) == steps + 1
     assert (grid[0], grid[-1]) == (1, 0)
     assert (np.diff(grid) < 0).all()
-    np.testing.assert_allclose(np.diff(flow.unshift(np.array(grid), shift)), -1 / steps)
+    np.testing.assert_allclose(np.diff(unshift(np.array(grid), shift)), -1 / steps)
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8, 1.0])
 def test_strength_is_the_unshifted_start_and_the_steps_stay(strength: float) -> None:
     grid = schedule.strength_grid(4, strength, 3.0)
     assert len(grid) == 5
-    assert flow.unshift(grid[0], 3.0) == pytest.approx(strength)
+    assert unshift(grid[0], 3.0) == pytest.approx(strength)
     assert grid[-1] == 0
 
 

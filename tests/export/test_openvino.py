@@ -36,7 +36,7 @@ from fewstep.export.base import ExportMetadata
 from fewstep.export.common import graphs, openvino_ir
 from fewstep.families import flux, sd3
 from fewstep.families.base import Family
-from fewstep.pipeline import loading
+from fewstep.pipeline.resolve import SHIPPED
 from fewstep.runtime import openvino as runtime
 from fewstep.runtime.bundle import Bundle, read, write_manifest
 from fewstep.runtime.model import open_bundle
@@ -436,7 +436,7 @@ words = ["export", "pocket", "--to", "openvino", "--compute", "bfloat16", "--ste
 sys.exit(run([*words, "-o", {str(tmp_path / "b")!r}]))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    made, shipped = read(tmp_path / "b"), read(loading.SHIPPED / "pocket")
+    made, shipped = read(tmp_path / "b"), read(SHIPPED / "pocket")
     assert (made.engine, made.compute, made.name, made.steps) == ("openvino", "bfloat16", "mine", 2)
     assert (made.styles, made.license, made.about["bits"]) == (shipped.styles, shipped.license, 16)
     others = {name for name in shipped.files if not name.endswith(".onnx")}
@@ -473,7 +473,7 @@ def test_what_no_bundle_can_become_is_one_clear_line(
         (("pocket", tmp_path / "b", "--bits", "16", "--compute", "int8"), "give --bits 8"),
         ((str(bundles[8].folder), tmp_path / "b"), "is a bundle for openvino: give one for onnx"),
         (("pocket", tmp_path / "b", "--steps", "5000"), "steps must be 1 to 4096, not 5000"),
-        (("pocket", loading.SHIPPED / "pocket" / ".." / "pocket"), "is the bundle itself"),
+        (("pocket", SHIPPED / "pocket" / ".." / "pocket"), "is the bundle itself"),
     ]
     for given, told in cases:
         assert convert(str(given[0]), Path(given[1]), *map(str, given[2:])) == 2
@@ -484,9 +484,9 @@ def test_what_no_bundle_can_become_is_one_clear_line(
 def test_a_graph_that_cannot_be_unpacked_is_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(loading.SHIPPED / "pocket", tmp_path / "a")
+    shutil.copytree(SHIPPED / "pocket", tmp_path / "a")
     (tmp_path / "a" / "decoder.onnx").write_bytes(b"\x3a\x00")  # an empty one, of no version
-    write_manifest(tmp_path / "a", read(loading.SHIPPED / "pocket").to_dict())
+    write_manifest(tmp_path / "a", read(SHIPPED / "pocket").to_dict())
     assert convert(str(tmp_path / "a"), tmp_path / "b") == 2
     line = capsys.readouterr().err
     assert "decoder.onnx cannot be unpacked by onnxruntime: " in line and line.count("\n") == 1

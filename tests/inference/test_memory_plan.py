@@ -368,7 +368,7 @@ def test_weights_that_are_missing_are_one_line(folder: Path, tmp_path: Path) -> 
 
 def test_hub_names_take_a_family_in_front() -> None:
     from fewstep.families.registry import built_in
-    from fewstep.pipeline.loading import parse_family
+    from fewstep.pipeline.resolve import parse_family
 
     assert parse_family("sd3:stabilityai/stable-diffusion-3.5-medium") == (
         "sd3",

@@ -12,6 +12,7 @@ import fewstep
 from fewstep.cli import app as cli
 from fewstep.core.types import UserError
 from fewstep.pipeline import loading
+from fewstep.pipeline.resolve import LORA, bundle_of, resolve
 from tiny_bundle import write_bundle
 
 Capture = pytest.CaptureFixture[str]
@@ -28,7 +29,7 @@ def a_run(folder: Path, steps: int = 40, done: tuple[int, ...] = ()) -> Path:
 
 def line(name: object) -> str:
     with pytest.raises(UserError) as told:
-        loading.resolve(str(name))
+        resolve(str(name))
     assert "\n" not in str(told.value)
     return str(told.value)
 
@@ -36,8 +37,8 @@ def line(name: object) -> str:
 def test_a_finished_run_is_its_model(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", done=(20, 40))
     write_bundle(run / "model")
-    assert loading.resolve(str(run)) == run / "model"
-    assert loading.bundle_of(str(run)) == loading.bundle_of(str(run / "model"))
+    assert resolve(str(run)) == run / "model"
+    assert bundle_of(str(run)) == bundle_of(str(run / "model"))
     pipe = fewstep.load(run, threads=1)
     assert (pipe("a cat", seed=3)[0].tobytes()) == fewstep.load(run / "model")("a cat", seed=3)[0].tobytes()
 
@@ -45,7 +46,7 @@ def test_a_finished_run_is_its_model(tmp_path: Path) -> None:
 def test_a_folder_that_is_a_model_hides_no_other(tmp_path: Path) -> None:
     write_bundle(tmp_path / "both")
     write_bundle(tmp_path / "both" / "model")
-    assert loading.resolve(str(tmp_path / "both")) == tmp_path / "both"
+    assert resolve(str(tmp_path / "both")) == tmp_path / "both"
 
 
 def test_an_unfinished_run_is_called_that(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_what_else_a_folder_may_be_is_said(tmp_path: Path) -> None:
     assert "trained a part of a model" in line(part)
     lora = a_run(tmp_path / "lora")
     (lora / "lora").mkdir()
-    (lora / "lora" / loading.LORA).touch()
+    (lora / "lora" / LORA).touch()
     for place in (lora, lora / "lora"):
         assert "holds a LoRA alone: give its base with --model, and it with --student" in line(place)
     for bits in ("8", "4"):
@@ -86,7 +87,10 @@ def test_a_damaged_run_is_one_line(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 2000, "\udcff", "org/" + "x" * 300, ""])
 def test_odd_names_are_no_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_fetch", lambda name: (_ for _ in ()).throw(UserError("nothing there")))
+    def fetch(name: str) -> Path:
+        raise UserError("nothing there")
+
+    monkeypatch.setattr("fewstep.pipeline.resolve._fetch", fetch)
     assert line(name)
 
 
@@ -142,5 +146,6 @@ def test_a_path_is_as_good_as_its_text(option: str) -> None:
 
 @pytest.mark.parametrize("model", [3, b"pocket", ["pocket"], 1.5, True])
 def test_a_model_of_another_type_is_one_line(model: object) -> None:
-    with pytest.raises(UserError, match=f"a model is named by a text or a path, not {type(model).__name__}"):
+    message = f"a model is named by a string or a path, not {type(model).__name__}"
+    with pytest.raises(UserError, match=message):
         fewstep.load(model)  # pyright: ignore[reportArgumentType]

@@ -186,7 +186,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompts": bytearray(b"x")}, "must be text, not bytearray"),
     ({"prompts": {"a": 1}}, "must be text, not dict"),
     ({"style": 3}, "style must be text, not int"),
-    ({"strength": 0.5}, "give a picture"),
+    ({"strength": 0.5}, "give an image"),
     ({"image": 5}, "must be a path or a Pillow image"),
     ({"batch": 0}, "batch must be"),
 ]
@@ -373,7 +373,7 @@ def test_an_argument_that_there_is_not(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 64}, "draws 32x32 pixels, not 64x32: leave it out"),
+        ({"width": 64}, "generates 32x32 pixels, not 64x32: leave it out"),
         ({"height": 512, "width": 512}, "not 512x512"),
         ({"height": 0}, "height must be a whole number"),
         ({"height": "tall"}, "height must be a whole number"),

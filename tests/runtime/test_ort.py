@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fewstep.core.types import Model, UserError, Velocity
-from fewstep.pipeline.loading import SHIPPED
+from fewstep.pipeline.resolve import SHIPPED
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.ort import Graph
 from tiny_bundle import write_bundle

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import normalizers
 
 from fewstep.core.types import UserError
-from fewstep.pipeline.loading import SHIPPED
+from fewstep.pipeline.resolve import SHIPPED
 from fewstep.runtime.tokenizer import Tokens
 from fewstep.runtime.tokenizer_check import OTHER_GROWTH, UNICODE_GROWTH, check, guarded
 from tiny_bundle import LENGTH, write_bundle

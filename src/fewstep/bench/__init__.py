@@ -1,1 +1,1 @@
-"""What generation costs, measured on this machine."""
+"""Benchmarks: time and memory of generation on this machine."""

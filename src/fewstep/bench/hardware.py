@@ -1,4 +1,4 @@
-"""What this machine is, and how fast it multiplies and moves.
+"""Describes this machine, and measures its peak rates of arithmetic and copying.
 
 Run as a script (``python -m fewstep.bench.hardware``) it measures both rates in a process of its own, whose
 libraries take their number of threads from the environment.
@@ -19,10 +19,10 @@ from typing import Any
 from fewstep.core.types import UserError
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd")
-"""Of those that a processor names, the ones that matter here."""
+"""Instruction sets that are recorded."""
 
 SIDE = 1536
-"""Of the matrices that are multiplied."""
+"""Side of the matrices that are multiplied."""
 
 COPIED = 2**26
 """Numbers that are copied: 256 MB, more than any cache."""
@@ -32,11 +32,11 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """What a device can do.
+    """Peak rates of a device.
 
     Attributes:
-        operations: float32 multiplications and additions of a matrix product, each counted, a second.
-        bytes: read or written, each counted, a second.
+        operations: float32 multiplications and additions per second in a matrix product, both counted.
+        bytes: bytes per second read or written, both counted.
     """
 
     operations: float
@@ -44,7 +44,7 @@ class DevicePeak:
 
 
 def describe() -> dict[str, Any]:
-    """This machine in words and numbers, for a record."""
+    """Return a description of this machine for a record."""
     from fewstep.core.cpu import cores
 
     return {
@@ -58,7 +58,7 @@ def describe() -> dict[str, Any]:
 
 
 def _gpu() -> str | None:
-    """The name of the graphics card that its driver tells, if any."""
+    """Return the name of the GPU that its driver reports; ``None`` without one."""
     try:
         said = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
@@ -78,7 +78,7 @@ def rates(threads: int) -> DevicePeak:
     command = [sys.executable, "-m", "fewstep.bench.hardware"]
     said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if said.returncode:
-        last = (said.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (said.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the device's rates could not be measured: {last}")
     return DevicePeak(**json.loads(said.stdout))
 
@@ -111,12 +111,12 @@ def _processor() -> str:
 
 
 def _instructions() -> list[str]:
-    told = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return [name for name in INSTRUCTIONS if name in told]
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def _memory() -> int | None:
-    """Bytes of memory, where the system tells."""
+    """Return the bytes of memory; ``None`` if the system does not report them."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

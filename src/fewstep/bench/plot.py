@@ -1,4 +1,4 @@
-"""Pictures of any number of benchmark records: latency by device, and quality against latency."""
+"""Plots benchmark records: latency by device, and quality against latency."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Device:
 
 @dataclass(frozen=True)
 class _Record:
-    """What is drawn of a record."""
+    """The fields of a record that are plotted."""
 
     model: str
     engine: str
@@ -62,16 +62,16 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Results:
-    """What is drawn of a ``results.json``."""
+    """The fields of a ``results.json`` that are plotted."""
 
     rows: list[_Row]
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records of files of JSON lines.
+    """Read the records of files of JSON lines.
 
     Raises:
-        UserError: a file cannot be read, or holds something else.
+        UserError: a file cannot be read, or a line is no record.
     """
     found: list[dict[str, Any]] = []
     for path in paths:
@@ -82,18 +82,18 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 raise UserError(f"{path}, line {number}: no record of fewstep bench ({error})") from None
             found.append(line)
     if not found:
-        raise UserError("there is no record to draw")
+        raise UserError("there is no record to plot")
     return found
 
 
 def label(record: Line) -> str:
-    """A record's engine in a few words."""
+    """Return the label of a record."""
     batch = f", {record['batch']} at once" if record["batch"] > 1 else ""
     return f"{_model(record)}, {record['steps']} steps{batch}"
 
 
 def latency(records: Sequence[Line], path: Path) -> None:
-    """Seconds a picture of every engine, the devices one below the other; the floor is a line in the bar."""
+    """Plot seconds per image of every engine, by device. A line in the bar is the roofline bound."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,23 +118,23 @@ def latency(records: Sequence[Line], path: Path) -> None:
         axis.set_title(name, fontsize=9, loc="left")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("seconds a picture, warm (black: this device's floor)")
+    axes[-1, 0].set_xlabel("seconds per image, warm (black: roofline bound)")
     _write(figure, path)
 
 
 def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, path: Path) -> None:
-    """Quality against latency; a bubble's area is its process's memory, the number in it its steps.
+    """Plot quality against latency. A bubble's area is the memory of its process, its number the steps.
 
-    A model's bubbles have one colour and are joined in the order of their steps.
+    The bubbles of a model have one colour and are joined in the order of their steps.
 
     Args:
-        records: those whose ``MODEL@STEPS`` is not scored are left out.
+        records: records whose ``MODEL@STEPS`` has no score are left out.
         scores: by ``MODEL@STEPS``, as ``fewstep evaluate`` labels them.
         name: of the score.
-        path: of the picture.
+        path: of the plot.
 
     Raises:
-        UserError: none of the records is scored.
+        UserError: no record has a score.
     """
     import matplotlib
 
@@ -145,28 +145,28 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
     if not scored:
         raise UserError("none of the records is of a model that was evaluated, by its label MODEL@STEPS")
     several = len({_device(record) for record, _ in scored}) > 1
-    walks: dict[str, list[tuple[Line, float]]] = {}
+    curves: dict[str, list[tuple[Line, float]]] = {}
     for record, score in sorted(scored, key=lambda pair: pair[0]["steps"]):
-        told = f"{_model(record)}{f' ({_device(record)})' if several else ''}"
-        walks.setdefault(told, []).append((record, score))
+        name_of = f"{_model(record)}{f' ({_device(record)})' if several else ''}"
+        curves.setdefault(name_of, []).append((record, score))
     figure, axis = plt.subplots(figsize=(9, 5.5))
     colours: Any = plt.get_cmap("tab10")
-    for order, (told, walk) in enumerate(walks.items()):
-        x, y = [_seconds(record) for record, _ in walk], [score for _, score in walk]
-        memory, colour = [record["peak"] for record, _ in walk], [colours(order % 10)]
-        held = f"{min(memory) / 1e9:.2f} GB" if len(walk) == 1 else f"{max(memory) / 1e9:.2f} GB at most"
+    for order, (name_of, curve) in enumerate(curves.items()):
+        x, y = [_seconds(record) for record, _ in curve], [score for _, score in curve]
+        memory, colour = [record["peak"] for record, _ in curve], [colours(order % 10)]
+        peak = f"{min(memory) / 1e9:.2f} GB" if len(curve) == 1 else f"{max(memory) / 1e9:.2f} GB at most"
         axis.plot(x, y, color=colour[0], alpha=0.4, lw=1)
-        axis.scatter(x, y, [size / 2e6 for size in memory], colour, alpha=0.5, label=f"{told}: {held}")
-        for (record, score), seconds in zip(walk, x, strict=True):
+        axis.scatter(x, y, [size / 2e6 for size in memory], colour, alpha=0.5, label=f"{name_of}: {peak}")
+        for (record, score), seconds in zip(curve, x, strict=True):
             axis.annotate(str(record["steps"]), (seconds, score), ha="center", va="center", fontsize=7)
-    # Beside the picture: bubbles of rungs that cost alike lie on each other, and their labels would too.
+    # Beside the axes: bubbles of similar models overlap, and so would their labels.
     legend = axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     for handle in legend.legend_handles:
         cast("Any", handle).set_sizes([60])
     axis.set_xscale("log")
     for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         ticks(lambda value, _: f"{value:g}")
-    axis.set_xlabel("seconds a picture, warm (in the bubble: steps)")
+    axis.set_xlabel("seconds per image, warm (in the bubble: steps)")
     axis.set_ylabel(name)
     axis.margins(0.2)
     axis.spines[["top", "right"]].set_visible(False)
@@ -174,10 +174,10 @@ def quality(records: Sequence[Line], scores: Mapping[str, float], name: str, pat
 
 
 def scores_of(path: Path, name: str) -> dict[str, float]:
-    """A figure of every model of a ``results.json`` of ``fewstep evaluate``, by its label.
+    """Return a figure of every model in a ``results.json`` of ``fewstep evaluate``, by label.
 
     Raises:
-        UserError: no such file, or no such figure in it.
+        UserError: the file cannot be read, or lacks the figure.
     """
     try:
         rows = json_io.read(path, _Results, python=True).rows
@@ -192,7 +192,7 @@ def scores_of(path: Path, name: str) -> dict[str, float]:
 
 
 def _model(record: Line) -> str:
-    """What draws, in a few words."""
+    """Return the label of a record's model and engine."""
     bits = f", {record['bits']} bit" if record.get("bits") else ""
     return _drawable(f"{Path(record['model']).name} {record['engine']}{bits}")
 
@@ -202,7 +202,7 @@ def _seconds(record: Line) -> float:
 
 
 def _evaluated(record: Line) -> str:
-    """The label that ``fewstep evaluate`` gives such a model."""
+    """Return the label of the model in ``fewstep evaluate``."""
     guidance = record.get("guidance")
     return f"{record['model']}@{record['steps']}" + ("" if guidance is None else f"x{guidance:g}")
 
@@ -213,7 +213,7 @@ def _device(record: Line) -> str:
 
 
 def _drawable(text: str) -> str:
-    """Text that matplotlib draws as it is: without halves of characters, and with no formulas in it."""
+    """Escape text for matplotlib: no lone surrogates, no formulas."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""How fast a graph could be at best: its operations and bytes over what the device does."""
+"""Roofline bounds: operations and bytes of a graph over the peak rates of the device."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from fewstep.bench.hardware import DevicePeak
 from fewstep.runtime.bundle import read
 
 FLOAT = 4
-"""Bytes of an ONNX weight while it is multiplied: all are unpacked when the session is made."""
+"""Bytes of an ONNX weight in a product: the session unpacks all weights."""
 
 
 @dataclass(frozen=True)
 class GraphCost:
-    """What one call of a graph must do.
+    """Operations and bytes of one call of a graph.
 
     Attributes:
-        operations: multiplications and additions of matrix products and convolutions, each counted.
-        bytes: of the weights that they read.
+        operations: multiplications and additions of matrix products and convolutions, both counted.
+        bytes: of the weights that these read.
     """
 
     operations: float
     bytes: float
 
     def seconds(self, rates: DevicePeak) -> float:
-        """The least time: that of whichever takes longer."""
+        """Return the roofline bound: the longer of the times of arithmetic and reading."""
         return max(self.operations / rates.operations, self.bytes / rates.bytes)
 
 
 def bundle_cost(folder: Path, batch: int, steps: int) -> dict[str, GraphCost]:
-    """The work of a batch of pictures, by stage as :mod:`fewstep.bench.worker` names them; nothing for an
-    engine whose graphs cannot be counted."""
+    """Return the cost of one batch of images by stage; empty for an engine whose graphs cannot be counted."""
     bundle = read(folder)
     counted = {"onnx": count, "openvino": count_openvino}.get(bundle.engine)
     if counted is None:
@@ -46,13 +45,13 @@ def bundle_cost(folder: Path, batch: int, steps: int) -> dict[str, GraphCost]:
 
 
 def count(path: Path, batch: int) -> GraphCost:
-    """The work of one call of an ONNX graph, its free batch size being ``batch``."""
+    """Return the cost of one call of an ONNX graph at this batch size."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
-    del model.graph.value_info[:]  # as traced, with a batch of no size
+    del model.graph.value_info[:]  # as traced, with an unknown batch size
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.input, *graph.output)}
     shapes |= {weight.name: list(weight.dims) for weight in graph.initializer}
@@ -69,9 +68,9 @@ def count(path: Path, batch: int) -> GraphCost:
 
 
 def count_openvino(path: Path, batch: int) -> GraphCost:
-    """The work of one call of an OpenVINO graph, its free batch size being ``batch``.
+    """Return the cost of one call of an OpenVINO graph at this batch size.
 
-    OpenVINO can multiply by weights as they are stored: their bytes count so.
+    OpenVINO multiplies by weights as stored, so their stored bytes are counted.
     """
     from fewstep.runtime import openvino
 
@@ -98,15 +97,14 @@ def count_openvino(path: Path, batch: int) -> GraphCost:
 
 
 def _stored(node: Any, made_of: Sequence[int | None]) -> int | None:
-    """Bytes of the constants that ``node`` is made of, by those of its inputs; ``None`` where it is made of
-    other things too."""
+    """Return the bytes of the constants that ``node`` consists of; ``None`` if it depends on other values."""
     if node.get_type_name() == "Constant":
         return node.get_byte_size()
     return None if not made_of or None in made_of else sum(part or 0 for part in made_of)
 
 
 def _inner(node: Any, shapes: dict[str, list[int]]) -> int:
-    """How many products are summed for one number of the output."""
+    """Return how many products are summed for one number of the output."""
     weights = shapes[node.input[1]]
     if node.op_type == "Conv":
         return prod(weights[1:])

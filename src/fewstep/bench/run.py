@@ -216,6 +216,6 @@ def first_psnr(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def _path(spec: Spec) -> Path:
-    from fewstep.pipeline.loading import parse_family, resolve
+    from fewstep.pipeline.resolve import parse_family, resolve
 
     return resolve(parse_family(spec.model)[1]) if spec.engine == FEWSTEP else Path(spec.model)

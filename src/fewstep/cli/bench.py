@@ -90,7 +90,7 @@ def bench(
     from fewstep.bench.engines import Spec
     from fewstep.bench.hardware import describe, rates
     from fewstep.bench.run import measure
-    from fewstep.pipeline.loading import DEFAULT, bundle_of
+    from fewstep.pipeline.resolve import DEFAULT, bundle_of
 
     new = not output.exists()
     _append(output, [])  # an output that cannot be written is reported before the measurement
@@ -127,7 +127,7 @@ def _check(models: Sequence[str], baselines: Sequence[Path], engine: str | None)
         The folders of the baselines; for the folder of a run its model.
     """
     from fewstep.bench.engines import DIFFUSERS, FEWSTEP, GENAI, find
-    from fewstep.pipeline.loading import parse_family, resolve
+    from fewstep.pipeline.resolve import parse_family, resolve
 
     need("onnx", extra="bench")
     for model in models:
@@ -160,7 +160,7 @@ def _loras(
     if not given:
         return ()
     from fewstep.families.lora.adapters import specs
-    from fewstep.pipeline.loading import bundle_of
+    from fewstep.pipeline.resolve import bundle_of
 
     if baselines or end_to_end:
         raise UserError("--lora is for fewstep's own models: leave out --baseline and --end-to-end")

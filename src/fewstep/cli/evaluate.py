@@ -27,7 +27,7 @@ from fewstep.evaluate.report import markdown
 from fewstep.evaluate.run import evaluate as run
 from fewstep.evaluate.run import plan
 from fewstep.export.common.output_paths import check_folder
-from fewstep.pipeline.loading import parse_family, resolve
+from fewstep.pipeline.resolve import parse_family, resolve
 
 
 def whole(hint: Any, tokens: Sequence[Token]) -> int:

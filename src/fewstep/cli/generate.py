@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -25,7 +25,8 @@ from fewstep.cli.options import (
 from fewstep.core.progress import emit, printable, say, stdout_errors
 from fewstep.core.types import UserError
 from fewstep.inference.options import TorchOptions
-from fewstep.pipeline.loading import is_bundle, load
+from fewstep.pipeline.loading import load
+from fewstep.pipeline.resolve import is_bundle
 from fewstep.pipeline.writing import StandardOutput, draw, standard_output, write, write_grid
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def generate(
     image: Annotated[str | None, Parameter(metavar="PATH")] = None,
     strength: float | None = None,
     model: Annotated[str | None, Parameter(metavar="MODEL")] = None,
-    backend: Literal["onnx", "openvino", "executorch", "torch"] | None = None,
+    backend: Annotated[str | None, Parameter(metavar="NAME")] = None,
     output: Annotated[str | None, Parameter(name=["-o", "--output"], metavar="PATH")] = None,
     grid: Flag = False,
     json: Flag = False,
@@ -79,7 +80,8 @@ def generate(
         strength: How much of that image changes, 0 to 1. [default: 0.95]
         model: An installed model, a folder, a run folder, or a hub name (org/name). A prefix sd3: or flux:
             names its family. [default: pocket]
-        backend: The runtime. [default: the model's own]
+        backend: onnx, openvino, executorch or torch, or the import path of your own engine for a bundle.
+            [default: the model's own]
         output: A .png, .jpg or .webp file (overwritten), a folder, a pattern with {index} {seed} {prompt}
             {model} {steps}, or "-" for standard output. Folders and patterns never overwrite: a name that
             exists gets -2, -3, …. [default: PROMPT-SEED.png in the current folder]

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from fewstep.core.progress import emit, printable
 from fewstep.core.types import UserError
-from fewstep.pipeline.loading import SHIPPED, builtin_models
+from fewstep.pipeline.resolve import SHIPPED, builtin_models
 
 JsonFlag = Annotated[bool, Parameter(negative="")]
 

@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there, and names and folders that one process alone holds.
+"""Writes files and folders atomically, and locks folders for one process.
 
-What is unfinished lies in a part: a hidden folder ``.NAME.RANDOM.part`` beside its target, which its process
-keeps locked. The lock ends with the process, so the next writer of the same target knows what was left behind
-and removes it. What takes the place of something keeps its permissions; nobody else can look into a part.
+Unfinished files are in a part: a hidden folder ``.NAME.RANDOM.part`` beside the target, which its process
+keeps locked. The lock ends with the process, so the next writer of the same target recognizes a leftover part
+and removes it. A replacement keeps the permissions of the old file. Other users cannot read a part.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from fewstep.core.types import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of a disk that takes no more."""
+"""Errors of a full or read-only disk."""
 LOCK = ".lock"
 """The lock of a folder, and of a part."""
 _PART = re.compile(r"\.(.+\.)?[0-9a-f-]{8,}\.part(\.tar)?")
-"""The name of a part, whatever its target. Other programs call what is unfinished ``.part``, too."""
+"""Name of a part of any target. Other programs name unfinished files ``.part``, too."""
 _DEPTH = 3
-"""How many folders below one that is held are looked through: someone may give a home folder."""
+"""Levels of folders below a locked one that are searched: it may be a home folder."""
 _OLD = ".old"
 """In a part: the folder that held the target before, where the two cannot be exchanged at once."""
 _NAME_BYTES = 200
@@ -34,7 +34,7 @@ _NAME_BYTES = 200
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole, and make its folder. A link stays, and what it points at is written.
+    """Write a file whole, and make its folder. A link stays, and its target is written.
 
     Raises:
         UserError: it cannot be written.
@@ -156,15 +156,15 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def held(folder: Path, doing: str, lock: str = LOCK) -> Generator[None]:
-    """Hold a folder for this process alone, and remove what killed processes left unfinished in it.
+    """Lock a folder for this process, and remove unfinished files that killed processes left in it.
 
     The lock ends with the process, however that ends.
 
     Args:
-        folder: made where it does not exist, and removed at the end if nothing was put into it. What was
-            left is looked for in the folders below it, too.
-        doing: what another process is told that is being done there, such as ``trained``.
-        lock: name of the lock in the folder, for processes that share a folder and each have a part of it.
+        folder: created if it does not exist, and removed at the end if it is empty. Leftovers are
+            searched in the folders below it, too.
+        doing: what happens to the folder, for the error of another process, such as ``trained``.
+        lock: name of the lock in the folder, for processes that share the folder.
 
     Raises:
         UserError: another process holds it, or the folder cannot be made.
@@ -255,7 +255,7 @@ def _remove(folder: Path) -> None:
 
 
 def _pointed_at(path: Path) -> Path:
-    """What a path stands for: itself, or what a link at its end points at in the end."""
+    """Return the path itself, or the final target of a link."""
     if path.is_symlink():
         path = Path(os.path.realpath(path))
         if path.is_symlink():
@@ -296,7 +296,7 @@ def _write_if_free(path: Path, data: bytes | memoryview) -> bool:
     """Write a whole file under a name, unless something has it; whether it was free."""
     if os.path.lexists(path):
         return False
-    with suppress(OSError):  # a system that only says it can; the other way tells what is wrong
+    with suppress(OSError):  # some systems only claim support; the other way raises a clear error
         if (unnamed := _unnamed(path.parent)) is not None:
             with _holding(unnamed, data):
                 return _name(unnamed, path)

@@ -19,7 +19,7 @@ def cores() -> int:
 
 
 def threads(count: Any, least: int = 0) -> int:
-    """A number of processor threads: at most :data:`PER_CORE` a core, and :data:`ALWAYS` anywhere.
+    """Return a number of processor threads: at most ``PER_CORE`` per core, and ``ALWAYS`` on any machine.
 
     Each takes memory, and more than there are cores only wait for each other.
 

@@ -18,9 +18,9 @@ class Guided:
 
     Attributes:
         velocity: the net.
-        uncond: what it is guided away from; one row for all samples, or one row a sample. Its
-            context has the same length as the conditions'.
-        scale: 1 is no guidance, and then no second pass.
+        uncond: conditions without the prompt; one row for all samples, or one row per sample. The
+            context is as long as that of the conditions.
+        scale: guidance scale; 1 is no guidance and needs no second pass.
 
     Raises:
         UserError: the scale is not a finite number.
@@ -41,7 +41,7 @@ class Guided:
         return self._mixed(self.velocity(_join([x_t, x_t]), _join([t, t]), self._both(cond)))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
-        """The guided velocity at each of ``times``, prepared where the net can be."""
+        """Return the guided velocity at each of ``times``, prepared if the net can be."""
         if self.scale == 1:
             return prepare_steps(self.velocity, times, cond)
 
@@ -51,7 +51,7 @@ class Guided:
         return [guided(step) for step in prepare_steps(self.velocity, times, self._both(cond))]
 
     def _both(self, cond: Cond) -> Cond:
-        """What the doubled batch is told: first without, then with the conditions."""
+        """Return the conditions of the doubled batch: first without, then with the prompt."""
         uncond = self.uncond
         if len(uncond) == 1:
             uncond = uncond.map(lambda array: array[[0] * len(cond)])

@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written, read by shape: one way for every format of ours and of others."""
+"""Reads JSON from untrusted files, and checks it against a type."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _loads(data: bytes | str, where: str) -> Any:
 
 
 def convert(value: Any, kind: type[T] | Any, where: str) -> T:
-    """What JSON or Python gave as ``kind``, checked as :func:`parse` does.
+    """Convert parsed JSON to ``kind``, and check it as :func:`parse` does.
 
     Raises:
         UserError: it has another shape.

@@ -29,7 +29,7 @@ def trajectory(v_pred: Array, x_t: Array, x_next: Array, t: Array, t_next: Array
 
     Args:
         v_pred: the student's velocity at ``(x_t, t)``, ``[B, C, H, W]``.
-        x_t: where the teacher's walk started, ``[B, C, H, W]``.
+        x_t: start of the teacher's trajectory, ``[B, C, H, W]``.
         x_next: where it arrived at ``t_next``, ``[B, C, H, W]``.
         t: start times, a float or ``[B]``.
         t_next: arrival times, a float or ``[B]``; different from ``t``.
@@ -57,8 +57,7 @@ def distribution_matching(x: Array, x0_proxy: Array, x0_teacher: Array, x0_stude
 
 
 def generator(fake: Array, kind: str = "softplus") -> Array:
-    """What the student pays for being told from the teacher: ``softplus(-d)`` (non-saturating) or ``-d``
-    (hinge).
+    """Return the student's adversarial loss: ``softplus(-d)`` (non-saturating) or ``-d`` (hinge).
 
     Goodfellow et al., arXiv 1406.2661; Lim and Ye, arXiv 1705.02894.
 
@@ -72,7 +71,7 @@ def generator(fake: Array, kind: str = "softplus") -> Array:
 
 
 def discriminator(real: Array, fake: Array, kind: str = "softplus") -> Array:
-    """What the heads pay for taking one for the other; arguments as in :func:`generator`."""
+    """Return the loss of the discriminator heads; arguments as in :func:`generator`."""
     from torch.nn.functional import relu, softplus
 
     if kind == "hinge":

@@ -87,7 +87,7 @@ def _installed(module: str) -> bool:
 
 
 def _source(extra: str) -> str:
-    """What to install. fewstep is on no public index, so its name alone would not do."""
+    """Return the requirement to install. fewstep is on no public index, so its name is not enough."""
     if (ROOT / "pyproject.toml").is_file() and (ROOT / "src" / "fewstep").is_dir():
         return f"-e {_quoted(f'{_near(ROOT)}[{extra}]')}"
     origin = _origin()
@@ -105,7 +105,7 @@ def _source(extra: str) -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """What pip noted of where fewstep was installed from (PEP 610); nothing where it came from an index."""
+    """Return pip's record of the source of fewstep (PEP 610); empty if it is from an index."""
     from importlib import metadata  # 20 ms of which drawing an image has no use
 
     from fewstep.core import json_io

@@ -1,4 +1,4 @@
-"""What long work says of itself on standard error: bars on a terminal, lines elsewhere."""
+"""Shows progress on standard error: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def say(line: str) -> None:
-    """Print ``fewstep: LINE`` on standard error; it is lost where nobody can take it."""
+    """Print ``fewstep: LINE`` on standard error. A closed standard error is no error."""
     with suppress(OSError, ValueError):
         print(f"fewstep: {' '.join(printable(line).split())}", file=sys.stderr, flush=True)
 
@@ -39,7 +39,7 @@ def emit(line: str) -> None:
 
     Raises:
         UserError: standard output is full or broken.
-        BrokenPipeError: nobody reads it any more.
+        BrokenPipeError: the reader has closed it.
     """
     with stdout_errors():
         print(STEERING.sub(" ", line), flush=True)
@@ -51,7 +51,7 @@ def stdout_errors() -> Generator[None]:
 
     Raises:
         UserError: standard output is full or broken.
-        BrokenPipeError: nobody reads it any more.
+        BrokenPipeError: the reader has closed it.
     """
     try:
         yield
@@ -129,7 +129,7 @@ class Progress:
         Args:
             stage: its name.
             done: how much of it is done; the first value may be what an earlier run did.
-            total: of how much; 0 where nobody knows.
+            total: of how much; 0 if unknown.
 
         Raises:
             Stop: the command was asked to end, and a library lost it.

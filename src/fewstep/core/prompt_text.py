@@ -54,7 +54,7 @@ def negative_prompt(text: str) -> Generator[None]:
 
 
 def prompt_name(text: str) -> str:
-    """What a prompt is called in warnings and errors: ``the prompt`` or ``the negative prompt``."""
+    """Return a prompt's name in warnings and errors: ``the prompt`` or ``the negative prompt``."""
     return "the negative prompt" if text == _negative.get() else "the prompt"
 
 

@@ -18,7 +18,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _RunFile:
-    """What ``run.json`` says of how far a run shall go; a chain's own says nothing of it."""
+    """The target of a run in ``run.json``; that of a chain has none."""
 
     options: _Options = _Options()
 

@@ -1,4 +1,4 @@
-"""Times: the few-step grids that samplers walk and the densities that training draws from."""
+"""Times: the grids of sampling, and the densities that training samples from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Density = Callable[[int, np.random.Generator], np.ndarray]
 
 
 def grid(steps: int, shift: float = 3.0) -> list[float]:
-    """The sampling times, ``steps + 1`` of them, descending from 1 to 0.
+    """Return the ``steps + 1`` sampling times, descending from 1 to 0.
 
     Evenly spaced, then shifted: 4 steps at shift 3 are 1, .9, .75, .5, 0.
 
@@ -26,11 +26,11 @@ def grid(steps: int, shift: float = 3.0) -> list[float]:
 
 
 def strength_grid(steps: int, strength: float, shift: float = 3.0) -> list[float]:
-    """The grid of image-to-image: always ``steps`` steps, from the unshifted position ``strength`` to 0.
+    """Return the grid of image-to-image: ``steps`` steps from the unshifted position ``strength`` to 0.
 
     Args:
         steps: number of steps, at least 1.
-        strength: 1 is the full grid, 0 keeps the picture: a grid of one time, so no step at all.
+        strength: 1 is the full grid. 0 keeps the image: the grid is a single time, without a step.
         shift: time shift ``s``.
 
     Raises:
@@ -48,11 +48,12 @@ def strength_grid(steps: int, strength: float, shift: float = 3.0) -> list[float
 
 
 def diffusers_grid(steps: int, shift: float = 3.0, train_steps: int = 1000) -> list[float]:
-    """The times that stock ``FlowMatchEulerDiscreteScheduler(shift=s).set_timesteps(steps)`` walks.
+    """Return the times of ``FlowMatchEulerDiscreteScheduler(shift=s).set_timesteps(steps)`` in diffusers.
 
-    It differs from :func:`grid` near data. Stock keeps the training times ``k / train_steps``, shifts them,
-    and spaces the sampling times evenly from the largest (1) to the smallest, ``shift(1 / train_steps)``;
-    then it shifts once more and appends 0. So its last step starts much closer to 0 than an even one.
+    They differ from :func:`grid` near data. diffusers keeps the training times ``k / train_steps``, shifts
+    them, and spaces the sampling times evenly from the largest (1) to the smallest, ``shift(1 /
+    train_steps)``; then it shifts once more and appends 0. So its last step starts much closer to 0 than an
+    even one.
 
     Raises:
         UserError: as :func:`grid`.
@@ -64,18 +65,18 @@ def diffusers_grid(steps: int, shift: float = 3.0, train_steps: int = 1000) -> l
 
 
 def uniform(n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` times, uniform in [0, 1), float32 ``[n]``."""
+    """Draw ``n`` times, uniform in [0, 1), float32 ``[n]``."""
     return rng.random(n, dtype=np.float32)
 
 
 def logit_normal(n: int, rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-    """``n`` times whose logit is normal (arXiv 2403.03206, equation 19), float32 ``[n]``."""
+    """Draw ``n`` times whose logit is normal (arXiv 2403.03206, equation 19), float32 ``[n]``."""
     logits = mean + std * rng.standard_normal(n)
     return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 def shifted(density: Density, s: float) -> Density:
-    """The density of ``shift(u, s)`` with ``u`` drawn from ``density``."""
+    """Return the density of ``shift(u, s)`` with ``u`` drawn from ``density``."""
 
     def draw(n: int, rng: np.random.Generator) -> np.ndarray:
         return shift_time(density(n, rng), s)

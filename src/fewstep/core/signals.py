@@ -6,7 +6,7 @@ import signal
 import time
 from contextlib import contextmanager
 
-# The command line imports this before anything else, and signals are not heard until then.
+# The command line imports this first, because signals are not handled before.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -68,9 +68,9 @@ def check() -> None:
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Generator[None]:
-    """Within the block ``handler`` gets these signals; afterwards who had them before.
+    """Handle these signals by ``handler`` within the block, and restore the handlers after it.
 
-    What the process was told to ignore, as ``nohup`` tells it to ignore SIGHUP, stays so.
+    A signal that the process ignores, such as SIGHUP under ``nohup``, stays ignored.
 
     Raises:
         Stop: one was raised before, and lost.
@@ -85,9 +85,9 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Generator[None]
 
 
 def _numbers() -> list[int]:
-    """The numbers of these signals. One that is ignored is not among them, but for SIGINT.
+    """Return the numbers of these signals, without ignored ones except SIGINT.
 
-    A shell tells what it starts with ``&`` to ignore SIGINT. Whoever sends it to such a process means it.
+    A shell makes processes started with ``&`` ignore SIGINT. Sending it to such a process is deliberate.
     """
     there = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [n for n in there if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]

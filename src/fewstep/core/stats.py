@@ -1,6 +1,6 @@
 """A figure with its confidence interval, and the bootstrap over prompts that gives one.
 
-Pictures of one prompt are not independent, so the prompt (not the picture) is what is resampled: each
+Images of one prompt are not independent, so whole prompts are resampled, not images: each
 prompt is first reduced to one number, and whole prompts are drawn with replacement (Efron and Tibshirani,
 *An Introduction to the Bootstrap*, chapters 8 and 13: cluster resampling, percentile interval).
 """

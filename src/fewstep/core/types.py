@@ -1,8 +1,7 @@
-"""The nouns of fewstep: what flows between the rooms (floor 0, no heavy imports).
+"""Types that all packages share: models, velocities, conditions, batches. No heavy imports.
 
-Everywhere: ``t = 0`` is data, ``t = 1`` is noise, ``x_t = (1 - t) x_0 + t eps`` and nets speak the
-velocity ``v = eps - x_0``. Arrays are numpy arrays or torch tensors; the arithmetic above them is
-written once and only adds and multiplies.
+Everywhere ``t = 0`` is data, ``t = 1`` is noise, ``x_t = (1 - t) x_0 + t eps``, and nets predict the velocity
+``v = eps - x_0``. Arrays are numpy arrays or torch tensors. Arithmetic on them is written once for both.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Cond:
-    """What a velocity is conditioned on.
+    """The conditions of a velocity.
 
     Attributes:
         context: token embeddings, ``[B, L, D]``, float32.
-        pooled: one embedding a prompt, ``[B, P]``, float32.
+        pooled: one embedding per prompt, ``[B, P]``, float32.
     """
 
     context: Array
@@ -52,11 +51,10 @@ class Batch:
     Attributes:
         latents: clean latents ``x_0``, ``[B, C, H, W]``.
         cond: the captions, encoded.
-        prompts: the captions themselves, for logs and metrics.
-        trajectory: the teacher's walks to ``latents`` at the times of the student's grid, noise first and
-            ``latents`` last, ``[B, S + 1, C, H, W]``; ``None`` where nobody kept them.
-        cond_without_t5: the captions as the student reads them, without the encoder that it learns to do
-            without; ``None`` where it reads what the teacher reads.
+        prompts: the captions as text, for logs and metrics.
+        trajectory: the teacher's sampling trajectories to ``latents`` at the times of the student's grid,
+            noise first and ``latents`` last, ``[B, S + 1, C, H, W]``; ``None`` if the samples have none.
+        cond_without_t5: the student's conditions without T5; ``None`` if the student has the teacher's.
     """
 
     latents: Array
@@ -73,19 +71,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Part ``part`` of ``parts`` of every batch: a process's, or a micro-batch's."""
+    """Part ``part`` of ``parts`` of every batch: that of a process or a micro-batch."""
 
     part: int = 0
     parts: int = 1
 
     def slice_of(self, batch: int) -> slice:
-        """The rows of this part in a batch of so many.
+        """Return the rows of this part in a batch of ``batch`` samples.
 
         Raises:
             UserError: the batch cannot be cut into equal parts.
         """
         if batch % self.parts:
-            many = f"{self.parts} equal parts, one a process and micro-batch"
+            many = f"{self.parts} equal parts, one per process and micro-batch"
             raise UserError(f"a batch of {batch} cannot be cut into {many}")
         rows = batch // self.parts
         return slice(self.part * rows, (self.part + 1) * rows)
@@ -97,7 +95,7 @@ WHOLE = BatchSlice()
 
 @runtime_checkable
 class Velocity(Protocol):
-    """Teacher, student, proxy, guided pair, branch pair or exported graph: all are this."""
+    """A velocity field: teacher, student, proxy, guided net or exported graph."""
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
         """``x_t [B, C, H, W]``, ``t [B]`` in [0, 1] float32 -> velocity ``[B, C, H, W]``."""
@@ -105,39 +103,43 @@ class Velocity(Protocol):
 
 
 Step = Callable[[Array], Array]
-"""``x_t [B, C, H, W]`` -> velocity, at a time and for conditions that are settled."""
+"""``x_t [B, C, H, W]`` -> velocity, at a fixed time and for fixed conditions."""
 
 
 @runtime_checkable
 class PreparableVelocity(Velocity, Protocol):
-    """A velocity that does before a walk, for all its steps at once, what does not depend on the picture."""
+    """A velocity that computes in advance, for all steps at once, what does not depend on the latents."""
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
-        """A step for each of ``times``, for the ``B`` samples of ``cond``."""
+        """Return a step for each of ``times``, for the ``B`` samples of ``cond``."""
         ...
 
 
 Sampler = Literal["euler", "renoise"]
-"""How a step is taken: along the velocity, or by estimating the data and mixing it with fresh noise."""
+"""The solver step: along the velocity, or an estimate of the data that is mixed with fresh noise."""
 
 
 class TextEncoder(Protocol):
-    """Prompts to their embeddings."""
+    """Encodes prompts."""
 
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
 
 @runtime_checkable
 class PrefetchingTextEncoder(TextEncoder, Protocol):
-    """A text encoder that would rather read all prompts of a call before the net needs the room."""
+    """A text encoder that encodes all prompts of a call in advance, while the net is not in memory."""
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Read prompts, so that their embeddings are at hand."""
+        """Encode prompts and keep their embeddings."""
+        ...
+
+    def clear_cache(self) -> None:
+        """Drop the embeddings that are kept."""
         ...
 
 
 class Codec(Protocol):
-    """Pixels to latents and back."""
+    """Encodes pixels to latents and decodes them."""
 
     def encode(self, images: Array) -> Array:
         """``[B, 3, h, w]`` in [-1, 1] -> latents ``[B, C, H, W]``, scaled to about unit variance."""
@@ -154,23 +156,23 @@ def _same(array: Array) -> Array:
 
 @dataclass(frozen=True)
 class Model:
-    """All that turning prompts into pictures needs, whatever runs it.
+    """All parts that generation needs, on any runtime.
 
     Attributes:
-        name: what the user calls it.
+        name: the model's name.
         velocity: the net.
-        text: its text encoders.
-        codec: its autoencoder.
+        text: the text encoders.
+        codec: the autoencoder.
         latent: default latent shape ``(C, H, W)``.
         downscale: pixels per latent cell along a side.
-        shift: time shift ``s`` of its sampling grid.
+        shift: time shift ``s`` of the sampling grid.
         steps: default number of steps.
-        guidance: default guidance scale; ``None`` when guidance is distilled into the net.
-        embedded_guidance: default scale that a net with embedded guidance is given (its velocity then has
-            ``with_guidance(scale)``); ``None`` for a net without.
-        sampler: how its steps are taken (:func:`fewstep.core.sampling.step_rule`).
-        from_numpy: numpy float32 array -> the array kind that the parts above take.
-        to_numpy: the way back, to numpy float32.
+        guidance: default guidance scale; ``None`` if guidance is distilled into the net.
+        embedded_guidance: default scale of a net with embedded guidance, whose velocity has
+            ``with_guidance(scale)``; ``None`` for other nets.
+        sampler: the solver step (:func:`fewstep.core.sampling.step_rule`).
+        from_numpy: numpy float32 array -> the array kind of the parts.
+        to_numpy: an array of that kind -> numpy float32.
     """
 
     name: str

@@ -10,39 +10,39 @@ from typing import Any
 from fewstep.core.types import UserError
 
 MOST_AT_ONCE = 64
-"""Most pictures that run through the net together."""
-
+"""Most images in one batch of the net."""
 
 MANY = 100
+"""Most sampling steps."""
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number from ``low`` to ``high``.
+    """Return ``value`` as a whole number from ``low`` to ``high``.
 
     Raises:
-        UserError: it is not.
+        UserError: it is no such number.
     """
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or not low <= number <= high:
-        raise UserError(f"{name} must be a whole number from {low} to {high}, not {_told(value)}")
+        raise UserError(f"{name} must be a whole number from {low} to {high}, not {_shown(value)}")
     return number
 
 
 def check_float(name: str, value: Any, low: float, high: float) -> float:
-    """A finite number from ``low`` to ``high``.
+    """Return ``value`` as a finite number from ``low`` to ``high``.
 
     Raises:
-        UserError: it is not.
+        UserError: it is no such number.
     """
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {_told(value)}")
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {_shown(value)}")
     return number
 
 
@@ -50,7 +50,7 @@ _UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a memory's size as people write it: ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
+    """Return the bytes of a memory size, such as ``24``, ``24GiB``, ``80 GB``, ``512MiB``.
 
     Raises:
         UserError: it is no such size.
@@ -62,7 +62,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     try:
         return str(value)[:40]
     except ValueError:  # Python does not print whole numbers of thousands of digits
@@ -90,7 +90,7 @@ def require_at_least(least: int, **counts: int) -> None:
 
 
 def require_fraction(**options: float) -> None:
-    """Refuse what is no share from 0 to 1, by the names of their options.
+    """Refuse values that are not from 0 to 1, by the names of their options.
 
     Raises:
         UserError: one is not.

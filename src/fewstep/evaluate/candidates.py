@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 import fewstep
 from fewstep.core.types import UserError
 from fewstep.data.folders import list_files
-from fewstep.pipeline.loading import parse_family, resolve
 from fewstep.pipeline.pipeline import Pipeline
+from fewstep.pipeline.resolve import parse_family, resolve
 
 Draw = Callable[[Sequence[str], Sequence[int]], NDArray[np.uint8]]
 """Prompts and as many seeds -> uint8 ``[B, 3, h, w]``, one image per pair."""

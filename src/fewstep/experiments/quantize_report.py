@@ -95,7 +95,8 @@ def quantize(
     from fewstep.export.common.output_paths import check_folder, write_errors
     from fewstep.export.common.sensitivity import allocate_bits, calibrate
     from fewstep.export.metadata import read_metadata, source_metadata
-    from fewstep.pipeline.loading import kind_of, load_family, parse_family, resolve
+    from fewstep.pipeline.loading import kind_of, load_family
+    from fewstep.pipeline.resolve import parse_family, resolve
 
     require_positive(rounds=rounds, images_per_prompt=images_per_prompt)
     require_at_least(0, prompts=prompts, scenes=scenes)

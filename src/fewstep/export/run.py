@@ -62,7 +62,7 @@ def export_model(source: str, output: Path, to: str, options: ExportOptions) -> 
     Raises:
         UserError: the target does not support an option or this model, or ``output`` cannot be written.
     """
-    from fewstep.pipeline.loading import bundle_of
+    from fewstep.pipeline.resolve import bundle_of
 
     if options.steps is not None and not 1 <= options.steps <= LARGEST:
         raise UserError(f"steps must be 1 to {LARGEST}, not {options.steps}")
@@ -81,7 +81,7 @@ def export_model(source: str, output: Path, to: str, options: ExportOptions) -> 
 
 
 def _resolve(source: str) -> Path:
-    from fewstep.pipeline.loading import parse_family, resolve
+    from fewstep.pipeline.resolve import parse_family, resolve
 
     return resolve(parse_family(source)[1])
 

@@ -32,7 +32,7 @@ JPEG_QUALITY = 95
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open and decode an image file; see :func:`decode`.
+    """Open and decode an image file; see :func:`fewstep.images.decode.decode`.
 
     Raises:
         UserError: it cannot be read, is no image, or is damaged.

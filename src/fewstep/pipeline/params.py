@@ -1,4 +1,4 @@
-"""What is asked of a model, checked: every bad value becomes one clear line here."""
+"""Checks the options of a generation: every bad value becomes an error of one line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from fewstep.core.validate import MANY, check_float, check_int
 
 SEEDS = 2**32
 MOST = 2**16
-"""Most pictures of a prompt in one call."""
+"""Most images of a prompt in one call."""
 FEW = 8
-"""Most steps of a few-step model; one that is guided, or made for more, may take :data:`MANY`."""
+"""Most steps of a few-step model. A guided model, or one of more steps, takes up to
+:data:`fewstep.core.validate.MANY`."""
 STRENGTH = 0.95
 
 LONGEST = 10_000
-"""Characters of a prompt, as the Stability REST API has it; a model reads far fewer."""
+"""Most characters of a prompt, as in the Stability REST API. Models read far fewer."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Request:
     """Checked values; see ``Pipeline.__call__`` for what they mean.
 
     Attributes:
-        jobs: (prompt, seed) of each picture, in order.
+        jobs: (prompt, seed) of each image, in order.
         steps: number of steps.
-        guidance: guidance scale, of a second pass or embedded; ``None`` for a model that takes none.
+        guidance: guidance scale, of a second pass or embedded; ``None`` for a model without.
         negative: negative prompt, or ``None``.
-        image: the input picture: a path, a Pillow image, or ``None``.
-        strength: how much of the input picture is given up, 0 to 1.
+        image: the input image: a path, a Pillow image, or ``None``.
+        strength: 0 keeps the input image, 1 ignores it.
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -67,15 +68,15 @@ ALIASES = {
     "num_images_per_prompt": "n",
 }
 INSTEAD = {"generator": "seed", "callback_on_step_end": "on_step", "num_images": "n", "cfg_scale": "guidance"}
-"""Arguments that other libraries have, and ours that does the same."""
+"""Arguments of other libraries, and those of fewstep that do the same."""
 
 
 class ArgumentError(UserError, TypeError):
-    """A keyword argument that there is not, or that is given under two names."""
+    """A keyword argument is unknown, or given under two names."""
 
 
 def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments under our names; what is ``None`` was not given.
+    """Return arguments under fewstep's names, without those that are ``None``.
 
     Raises:
         ArgumentError: one is given under both its names.
@@ -88,10 +89,10 @@ def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keyword arguments that there are not.
+    """Refuse unknown keyword arguments.
 
     Raises:
-        ArgumentError: there is one. The line names the nearest that there is.
+        ArgumentError: one is unknown. The message names the nearest known one.
     """
     names = list(known)
     for name in given:
@@ -104,10 +105,10 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
-    """Refuse another size than the model draws, in pixels; ``other`` says how to get another.
+    """Refuse another size than the model's, in pixels. ``other`` says how to get another size.
 
     Raises:
-        UserError: it is another, or no size.
+        UserError: the size differs, or is no size.
     """
     asked = tuple(
         own if value is None else check_int(name, value, 1, 2**16)
@@ -115,7 +116,7 @@ def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> No
     )
     if asked != size:
         there, here = (f"{side[0]}x{side[1]}" for side in (size, asked))
-        raise UserError(f"this model draws {there} pixels, not {here}: {other.format(size=here)}")
+        raise UserError(f"this model generates {there} pixels, not {here}: {other.format(size=here)}")
 
 
 def check(
@@ -132,10 +133,10 @@ def check(
     image: Any = None,
     strength: float | None = None,
 ) -> Request:
-    """Check what is asked of ``model``, fill in its defaults and draw a seed where none is given.
+    """Check options for ``model``, fill in its defaults, and draw a seed if there is none.
 
     Raises:
-        UserError: a value that makes no sense, or that this model has no use for.
+        UserError: a value is out of its range, or not for this model.
     """
     texts, count, first = _values(prompts, seed, n, strength, image)
     lines = [_style(text, style, styles) for text in texts]
@@ -162,10 +163,10 @@ def check_values(
     strength: float | None = None,
     **others: Any,
 ) -> None:
-    """Refuse what no model takes, before one is loaded; ``others`` are for a model.
+    """Refuse values that no model takes, before one is loaded. ``others`` depend on the model.
 
     Raises:
-        UserError: a value that makes no sense, or a picture that cannot be read.
+        UserError: a value is out of its range, or the input image cannot be read.
     """
     _values(prompts, seed, n, strength, image)
     if steps is not None:
@@ -181,31 +182,31 @@ def check_values(
 def _values(
     prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
 ) -> tuple[list[str], int, int]:
-    """The prompts, how many pictures of each, and the first seed, drawn where none is given."""
+    """Return the prompts, the number of images of each, and the first seed, which is random by default."""
     texts = _texts(prompts)
     if not texts:
-        raise UserError('there is no prompt: say what to draw, as in "a red apple, 3D style"')
+        raise UserError('there is no prompt: say what to generate, as in "a red apple, 3D style"')
     count = check_int("n", n, 1, MOST)
     first = _draw(SEEDS - count + 1) if seed is None else check_int("seed", seed, 0, SEEDS - 1)
     check_int("the last seed (seed + n - 1)", first + count - 1, 0, SEEDS - 1)
     clean = [_prompt(text) for text in texts]
     if strength is not None and image is None:
-        raise UserError("strength is for image-to-image: give a picture with image (--image)")
+        raise UserError("strength is for image-to-image: give an image with image (--image)")
     check_float("strength", STRENGTH if strength is None else strength, 0, 1)
     return clean, count, first
 
 
 def _draw(limit: int) -> int:
-    """A number below ``limit`` from the operating system."""
+    """Return a random number below ``limit`` from the operating system."""
     return int.from_bytes(os.urandom(8)) % limit
 
 
 _SINGLE = (str, bytes, bytearray, memoryview, Mapping)
-"""What Python can iterate over, and is no list of prompts."""
+"""Types that Python can iterate over, but that are no list of prompts."""
 
 
 def _texts(prompts: Any) -> list[Any]:
-    """One prompt or several as a list; :func:`_prompt` then refuses what is no text."""
+    """Return one prompt or several as a list; :func:`_prompt` then refuses what is no text."""
     single = isinstance(prompts, _SINGLE) or not isinstance(prompts, Iterable)
     return [prompts] if single else list(prompts)
 
@@ -218,8 +219,8 @@ def _prompt(text: Any) -> str:
     except UnicodeEncodeError:
         raise UserError("a prompt is not valid UTF-8: check the encoding of the terminal or file") from None
     line = clean(text)
-    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in line):  # nothing but signs unseen
-        raise UserError('a prompt is empty: say what to draw, as in "a red apple, 3D style"')
+    if not any(unicodedata.category(sign)[0] not in "CPZ" for sign in line):  # only invisible characters
+        raise UserError('a prompt is empty: say what to generate, as in "a red apple, 3D style"')
     if len(line) > LONGEST:
         raise UserError(f"a prompt has {len(line)} characters; at most {LONGEST} are taken: shorten it")
     if parts := syntax(line):
@@ -230,7 +231,7 @@ def _prompt(text: Any) -> str:
 
 
 def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
-    """``PROMPT, STYLE style``, unless the prompt says so already; another style in it gives way."""
+    """Return ``PROMPT, STYLE style``, in place of another style in the prompt."""
     if style is None:
         return prompt
     if not isinstance(style, str):

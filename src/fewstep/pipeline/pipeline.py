@@ -215,7 +215,7 @@ class _Batch:
     on_step: OnStep | None
     stage: StageRunner
     hint: str = ""
-    """What else to do about values that are NaN or infinite."""
+    """Advice for an error about values that are NaN or infinite."""
 
     def generate(self, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
         """Generate the images of these prompts and seeds."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.core.types import UserError
 from fewstep.core.validate import MOST_AT_ONCE, check_int
 from fewstep.images.io import file_hash
-from fewstep.pipeline.loading import builtin_models, parse_family
+from fewstep.pipeline.resolve import builtin_models, parse_family
 
 if TYPE_CHECKING:
     from fewstep.images.record import Record

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.session import Run, Session
 
 with warnings.catch_warnings():
@@ -19,20 +20,28 @@ with warnings.catch_warnings():
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
 _LOCK = Lock()
-"""Held by whoever loads or runs: all programs of a process share a pool of threads and XNNPACK's memory."""
+"""Lock for loading and running: all programs of a process share a thread pool and XNNPACK's memory."""
 _POOL: list[int] = []
-"""The threads of that pool, once it is made."""
+"""Number of threads of that pool, once it exists."""
+
+
+FORMAT = "executorch"
+SUFFIXES = (".pte",)
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads)
 
 
 class Graph(Session):
-    """One ``.pte`` file, a program for one picture: the rows of a batch run one after the other.
+    """One ``.pte`` file, a program for one image. The rows of a batch run one after the other.
 
-    A program knows its inputs by their places: they are given in the order in which
-    ``export/common/graphs.py`` names them.
+    Inputs are positional, in the order of ``export/common/graphs.py``.
 
     Args:
         path: the ``.pte`` file.
-        threads: threads inside one operator; those of a process's first graph hold for all that follow.
+        threads: threads inside one operator; the first graph of a process decides for all.
     """
 
     ENGINE = "ExecuTorch"
@@ -40,7 +49,7 @@ class Graph(Session):
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__(path, threads)
         with _LOCK:
-            if not _POOL:  # never again: programs that are loaded hold on to it
+            if not _POOL:  # once only: loaded programs keep using it
                 portable_lib._unsafe_reset_threadpool(threads)
                 _POOL.append(threads)
 

@@ -1,4 +1,4 @@
-"""OpenVINO graphs on OpenVINO's plugin for processors."""
+"""OpenVINO graphs on OpenVINO's CPU plugin."""
 
 from __future__ import annotations
 
@@ -11,30 +11,39 @@ from typing import Any, cast
 
 import numpy as np
 
-from fewstep.runtime.bundle import Compute
+from fewstep.runtime.bundle import Bundle, Compute
 from fewstep.runtime.session import Run, Session
 
-# Imported with this at hand, OpenVINO and NNCF write an id into the home folder and tell Google Analytics of
-# each use, without asking. Both do without it.
+# With this module, OpenVINO and NNCF write an id into the home folder and report each use to Google
+# Analytics, without asking. Both work without it.
 cast("dict[str, Any]", sys.modules)["openvino_telemetry"] = None
 
 import openvino  # noqa: E402
 
 GROUP = 64
-"""Activations of a token that share a scale, where they are quantized: it divides the widths of Pocket and of
-SD3.5. On Pocket 32 take a tenth longer, and 256 lose 1.5 dB more."""
+"""Activations of a token that share a scale if they are quantized. It divides the widths of Pocket and SD3.5.
+On Pocket 32 takes a tenth longer, and 256 loses 1.5 dB more."""
+
+
+FORMAT = "openvino"
+SUFFIXES = (".xml", ".bin")
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads, compute_dtype(stem, bundle.compute))
 
 
 class Graph(Session):
     """One OpenVINO graph on the processor: an ``.xml`` file, its weights beside it in the ``.bin``.
 
-    It computes in float32 unless told otherwise, whatever its weights are stored in.
+    It computes in float32 by default, whatever type stores its weights.
 
     Args:
         path: the ``.xml`` file.
         threads: threads inside one operator.
-        compute: bfloat16 where the processor multiplies it, else float32 all the same; int8 quantizes what
-            meets weights of few bits as well, each token by scales of its own, and the rest is bfloat16.
+        compute: bfloat16 if the processor has it, else float32. int8 also quantizes the activations that
+            meet weights of few bits, with scales per token; the rest is bfloat16.
     """
 
     ENGINE = "OpenVINO"
@@ -46,7 +55,7 @@ class Graph(Session):
     def _load(self) -> Run:
         compiled = _core().compile_model(read(self.path), "CPU", properties(self.threads, self.compute))
         request: Any = compiled.create_infer_request()
-        lock = Lock()  # a request does one thing at a time
+        lock = Lock()  # a request runs one inference at a time
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
             with lock:
@@ -58,8 +67,8 @@ class Graph(Session):
 def read(path: Path) -> Any:
     """An ``.xml`` file with its ``.bin`` as an ``openvino.Model``.
 
-    OpenVINO's own reading goes by what is in the file: an ONNX graph that is named ``.xml`` would be read as
-    one, with all the files that it names. This reads no other file than those two.
+    OpenVINO itself goes by the content of the file. It would read an ONNX graph named ``.xml``, with all
+    files that the graph names. This function reads only those two files.
     """
     from openvino.frontend import FrontEndManager
 
@@ -68,10 +77,10 @@ def read(path: Path) -> Any:
 
 
 def compute_dtype(stem: str, compute: Compute) -> Compute:
-    """What one graph of a bundle that computes in ``compute`` computes in.
+    """Return the type that one graph computes in, for a bundle that computes in ``compute``.
 
-    int8 are the products of the net and its modulations; the codec is bfloat16. Texts are read once, lose
-    most, and stay float32.
+    int8 is for products of the net and its modulations. The codec is then bfloat16. Text encoders run once,
+    lose most, and stay float32.
     """
     if compute != "int8" or stem in ("modulation", "transformer"):
         return compute
@@ -79,10 +88,10 @@ def compute_dtype(stem: str, compute: Compute) -> Compute:
 
 
 def properties(threads: int, compute: Compute = "float32") -> dict[str, Any]:
-    """Of a graph on the processor, as :class:`Graph` describes."""
+    """Return the properties of a graph on the processor, as :class:`Graph` describes."""
     able = compute != "float32" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {
-        "INFERENCE_PRECISION_HINT": "bf16" if able else "f32",  # untold it would be bf16 wherever it can
+        "INFERENCE_PRECISION_HINT": "bf16" if able else "f32",  # the default would be bf16 if possible
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if compute == "int8" else 0),
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -92,5 +101,5 @@ def properties(threads: int, compute: Compute = "float32") -> dict[str, Any]:
 
 @cache
 def _core() -> Any:
-    """The process's own; each would load the plugin anew."""
+    """Return the core of this process; each core loads the plugin anew."""
     return openvino.Core()

@@ -9,13 +9,22 @@ from typing import cast
 
 import numpy as np
 
+from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.session import Run, Session
 
-# Imported without this, onnxruntime (1.32) writes an id into the home folder and tells Microsoft of each use,
-# without asking. Who imports it elsewhere takes it from here.
+# Without this, onnxruntime (1.32) writes an id into the home folder and reports each use to Microsoft,
+# without asking. Other modules import it from here.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
+
+FORMAT = "onnx"
+SUFFIXES = (".onnx",)
+
+
+def open_graph(bundle: Bundle, stem: str, threads: int) -> Session:
+    """Return the session of one graph (:class:`fewstep.runtime.engine.RuntimeEngine`)."""
+    return Graph(bundle.graph(stem), threads, convolutions=stem in ("decoder", "encoder"))
 
 
 class Graph(Session):
@@ -24,8 +33,8 @@ class Graph(Session):
     Args:
         path: the ``.onnx`` file.
         threads: threads inside one operator.
-        convolutions: optimise the graph in full, layout included. Convolutions gain a third by that;
-            a transformer gains nothing, and its session takes half as long again to make.
+        convolutions: optimise the graph in full, layout included. Convolutions gain a third;
+            a transformer gains nothing, and its session takes 50% longer to load.
     """
 
     ENGINE = "onnxruntime"
@@ -38,11 +47,11 @@ class Graph(Session):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong comes as an exception
-        # Threads that wait by spinning cost a quarter of a generation's processor time, and win 3 ms a step
-        # only where nothing else runs.
+        options.log_severity_level = 4  # errors are exceptions
+        # Spinning threads cost a quarter of a generation's processor time, and save 3 ms per step only on an
+        # idle machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever its first bytes
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if self.convolutions else level.ORT_ENABLE_BASIC
@@ -51,7 +60,7 @@ class Graph(Session):
             str(self.path),
             sess_options=options,
             providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # it would print, and try the same once more
+            enable_fallback=0,  # it would print and retry
         )
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""A graph that is loaded in the background, or on first use, whichever engine runs it."""
+"""A graph of any engine, which is loaded in the background or at its first use."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Session(ABC):
         self._error: Exception | None = None
 
     def start(self) -> Session:
-        """Begin to load the graph in the background; the engines let go of Python's lock meanwhile."""
+        """Load the graph in the background. The engines release Python's lock meanwhile."""
         if self._maker is None:
             self._maker = Thread(target=self._make, name=self.path.name)
             self._maker.start()
         return self
 
     def __call__(self, **feeds: np.ndarray) -> list[np.ndarray]:
-        """Run the graph on named inputs; its outputs in the graph's order.
+        """Run the graph on named inputs, and return its outputs in the graph's order.
 
         Raises:
-            UserError: the file is no graph that the engine can load, or not one for these inputs.
+            UserError: the engine cannot load the file, or the graph does not take these inputs.
         """
         self.start()
         assert self._maker is not None
@@ -58,7 +58,7 @@ class Session(ABC):
 
     @abstractmethod
     def _load(self) -> Run:
-        """Read the file and make it ready to run."""
+        """Load the file, and return a function that runs the graph."""
 
     def _make(self) -> None:
         try:
@@ -68,5 +68,5 @@ class Session(ABC):
 
 
 def reason(error: Exception | None) -> str:
-    """What an engine said, in one line that is not too long."""
+    """Return an engine's error message as one line of limited length."""
     return " ".join(str(error).split())[:200]

@@ -17,7 +17,7 @@ from fewstep.runtime.tokenizer_check import check, guarded
 __all__ = ["PromptWarning", "Tokens", "normalize_text"]
 
 TRAINED = 4096
-"""A vocabulary of so many tokens tells words of its training from others; a smaller one breaks all."""
+"""A vocabulary of this size keeps words of its training whole; a smaller one splits all words."""
 
 
 MOST_WARNINGS = 5
@@ -45,9 +45,9 @@ class Tokens:
         self._tokenizer: Tokenizer = guarded(Tokenizer.from_str, text, where=self._where)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token numbers, int64 ``[B, L]``.
+        """Return token ids, int64 ``[B, L]``.
 
-        What is left out, and words that the tokenizer hardly knows, are said in a :class:`PromptWarning`.
+        A :class:`fewstep.core.prompt_text.PromptWarning` names what is cut, and words that are hardly known.
 
         Raises:
             UserError: nothing of a prompt can be read.

@@ -35,7 +35,7 @@ OTHER_GROWTH = {"BertNormalizer": 12, "ByteLevel": 4, "Metaspace": 2}
 MOST_PATTERN = 1000
 """Characters of a regular expression."""
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
-"""What can make a search take time that grows as a power of the prompt's length."""
+"""Patterns whose search time can grow as a power of the prompt's length."""
 
 Identifier = Annotated[int, Meta(ge=0, lt=2**24)]
 Count = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
@@ -100,7 +100,7 @@ class _Special:
 
 @dataclass(frozen=True)
 class _Template:
-    """What the library does not check itself: each special token of a template must be known."""
+    """Check that each special token of a template is known, which the library does not do."""
 
     single: list[dict[str, dict[str, Any]]]
     special_tokens: dict[str, _Special]
@@ -131,12 +131,12 @@ def check(path: Path) -> bytes:
     """
     data = json_io.read_bytes(path)
     where = str(path)
-    told = json_io.parse(data, _File, where)
-    json_io.convert(told.model, _Model, where)
-    _check_strings({name: text for name, text in told.model.items() if isinstance(text, str)}, where)
+    file = json_io.parse(data, _File, where)
+    json_io.convert(file.model, _Model, where)
+    _check_strings({name: text for name, text in file.model.items() if isinstance(text, str)}, where)
     growth = 1
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        tree = getattr(told, name)
+        tree = getattr(file, name)
         _check_strings(tree, where)
         steps = list(_steps(tree))
         if len(steps) > MOST_STEPS:

@@ -48,7 +48,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine runs.
+    """Description of the model that an engine runs.
 
     Attributes:
         engine: the engine's name in records.
@@ -70,7 +70,7 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine runs."""
+        """Description of the model."""
         ...
 
     def generate(self, prompt: str, seeds: Sequence[int], timer: StageTimer) -> np.ndarray:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from fewstep.bench.engines import EngineInfo, Spec
 from fewstep.bench.timer import StageTimer
+from fewstep.core.types import PrefetchingTextEncoder
 from fewstep.pipeline.loading import load as load_pipeline
 from fewstep.pipeline.params import STRENGTH, Request
 
@@ -34,9 +34,8 @@ class FewstepEngine:
         return EngineInfo(f"fewstep {runtime}", bits, self.steps, self.model.guidance, self.pipe.size)
 
     def generate(self, prompt: str, seeds: Sequence[int], timer: StageTimer) -> np.ndarray:
-        text: Any = self.model.text
-        if hasattr(text, "clear_cache"):  # every round encodes the prompt anew
-            text.clear_cache()
+        if isinstance(self.model.text, PrefetchingTextEncoder):
+            self.model.text.clear_cache()  # every round encodes the prompt anew
         guidance = self.model.guidance
         request = Request(
             jobs=tuple((prompt, seed) for seed in seeds),
