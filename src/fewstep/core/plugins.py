@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -29,11 +30,28 @@ def load(spec: str, package: str, kind: str) -> Any:
     Args:
         spec: the name or import path.
         package: the package that holds the built-in extensions, such as ``fewstep.export``.
-        kind: what is named, for the entry-point group and the error message, such as ``target``.
+        kind: what is named, for the entry-point group and the error message, such as ``bench_engine``.
 
     Raises:
         UserError: there is no such extension, or it cannot be imported.
     """
+    if spec in (known := names(package)):
+        return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
+    return load_external(spec, kind, known)
+
+
+def load_external(spec: str, kind: str, known: Sequence[str] = ()) -> Any:
+    """Import an extension from outside the package: by an import path, or by the name of an entry point.
+
+    Args:
+        spec: see :func:`load`.
+        kind: see :func:`load`.
+        known: names of the built-in extensions, for the error message.
+
+    Raises:
+        UserError: there is no such extension, or it cannot be imported.
+    """
+    label = kind.replace("_", " ")
     if "." in spec or ":" in spec:
         module_name, _, attribute = spec.partition(":")
         try:
@@ -42,13 +60,9 @@ def load(spec: str, package: str, kind: str) -> Any:
             module = importlib.import_module(module_name)
             return getattr(module, attribute) if attribute else module
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot import the {kind} {spec}: {' '.join(str(error).split())}") from None
-    known = names(package)
-    if spec in known:
-        return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
+            raise UserError(f"cannot import the {label} {spec}: {' '.join(str(error).split())}") from None
     points = {point.name: point for point in entry_points(group=f"fewstep.{kind}")}
     if spec in points:
         return points[spec].load()
-    raise UserError(
-        f"there is no {kind} {spec}: give one of {', '.join([*known, *sorted(points)])}, or an import path"
-    )
+    listed = ", ".join([*known, *sorted(points)])
+    raise UserError(f"there is no {label} {spec}: give one of {listed}, or an import path")

@@ -1,10 +1,4 @@
-"""SD3.5 and FLUX on PyTorch within a given memory: parts come to the device when their turn is.
-
-``outline`` is what configurations say of a model, and ``student`` what is laid over it. ``held`` and
-``rehearse`` find by shapes what parts and ``stages`` of a picture hold; ``plan`` chooses. ``parts`` come and
-go, and are filled (``fill``) with ``weights``; ``blocks`` and ``again`` make them quick; ``assemble`` makes a
-model of them, and ``load`` does it all.
-"""
+"""Options of PyTorch inference."""
 
 from __future__ import annotations
 
@@ -22,20 +16,20 @@ Device = Literal["auto", "cpu", "cuda"]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TorchOptions:
-    """How a PyTorch model shall run.
+    """How a PyTorch model runs.
 
     Attributes:
-        student: A student to lay over the model: a run folder, a diffusers folder, or a LoRA.
-        lora: A LoRA to add to the model, as FILE or FILE:WEIGHT; several options add several.
-        memory: What may be used, such as 8GiB: of the GPU, or of this process on a CPU. [default: no limit]
-        bits: Of the net's weights: 32, 16, 8 or 4. [default: what the device is fast in, or what fits]
-        tiny_decoder: A folder with a tiny autoencoder (TAESD3) to decode with.
-        size: Pixels, such as 768 or 1344x768, width first. [default: the model's own]
+        student: A distilled student of the model: a run folder, a diffusers folder, or a LoRA.
+        lora: A LoRA to add to the model, as FILE or FILE:WEIGHT; repeat the option for more.
+        memory: Memory limit, such as 8GiB, of the GPU, or of this process on a CPU. [default: no limit]
+        bits: Bits per weight of the net: 32, 16, 8 or 4. [default: the fastest on the device that fits]
+        tiny_decoder: A folder with a tiny autoencoder (TAESD3) for decoding.
+        size: Image size in pixels, such as 768 or 1344x768 (width first). [default: the model's own]
         device: auto, cpu or cuda.
-        compile: Compile text encoders, net and decoder, and on a GPU record what it is told; the first
-            picture then takes a minute longer.
-        batch: Pictures that run together and that memory is planned for.
-        image: Whether memory is planned for a picture to start from.
+        compile: Compile text encoders, net and decoder, and on a GPU capture CUDA graphs. The first image
+            then takes a minute longer.
+        batch: Images per batch, for which memory is planned.
+        image: Whether memory is planned for image-to-image.
     """
 
     student: str | None = None
@@ -50,10 +44,10 @@ class TorchOptions:
     image: Annotated[bool, Parameter(parse=False)] = False
 
     def named(self) -> list[str]:
-        """The options that somebody gave, as the command line names them."""
-        plain = TorchOptions(batch=self.batch, image=self.image)
+        """Return the options that differ from their defaults, as named on the command line."""
+        defaults = TorchOptions(batch=self.batch, image=self.image)
         names = ("student", "lora", "memory", "bits", "tiny_decoder", "size", "device", "compile")
-        return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != getattr(plain, n)]
+        return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != getattr(defaults, n)]
 
 
 class TorchOptionsDict(TypedDict, total=False):
