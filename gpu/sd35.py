@@ -35,7 +35,7 @@ from fewstep.families.presets import SD35_MEDIUM
 from fewstep.families.safetensors_reader import Weights, tied
 from fewstep.families.spec import ModelSpec
 from fewstep.images.psnr import psnr
-from fewstep.inference.load import staged
+from fewstep.inference.load import load_spec
 from fewstep.inference.meta_init import init_from_config, init_on_meta
 from fewstep.inference.offloaded import Codec, OffloadedVelocity
 from fewstep.inference.options import TorchOptions
@@ -139,7 +139,7 @@ def stock(outline: ModelSpec, side: int) -> Callable[[], Any]:
 
 def ours(outline: ModelSpec, side: int, **wish: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Ours, and what was planned."""
-    done = staged(
+    done = load_spec(
         outline, replace(STUDENT, t5=outline.t5 is not None), TorchOptions(size=str(side), **wish), random
     )
     pipe = Pipeline(done.model)

@@ -23,7 +23,7 @@ from fewstep.families import flux, sd3
 from fewstep.families.spec import read
 from fewstep.inference.build import ModelBuilder, on_disk
 from fewstep.inference.compile import ChannelsLastGroupNorm, compile_decoder, compile_encoder
-from fewstep.inference.cuda_graphs import CUDAGraphCache, _Recorded
+from fewstep.inference.cuda_graphs import CUDAGraphCache, _CapturedGraph
 from fewstep.inference.load import load
 from fewstep.inference.materialize import WeightLoader
 from fewstep.inference.memory_model import MemoryCosts, StagePeaks
@@ -175,7 +175,7 @@ class Tied(nn.Module):
 def gone(module: nn.Module) -> tuple[OffloadedModule, dict[str, torch.Tensor]]:
     """A part that has left once, and what it held."""
     source = WeightLoader(cast("Any", None), "cpu:0", torch.float32)
-    part = OffloadedModule(module, source, here=True)
+    part = OffloadedModule(module, source, loaded=True)
     held = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     part.offload()
     return part, held
@@ -210,7 +210,7 @@ def test_who_is_interrupted_on_the_way_is_still_where_he_was(monkeypatch: pytest
     assert not part.loaded
     assert all(one.owner[one.name].data_ptr() == one.tensor.data_ptr() for one in part._host_tensors)
     assert all(torch.equal(tensor, held[name]) for name, tensor in part.load().state_dict().items())
-    fresh = OffloadedModule(Tied(), part.source, here=True)
+    fresh = OffloadedModule(Tied(), part.source, loaded=True)
 
     def refused(self: Any, tensor: torch.Tensor) -> torch.Tensor:
         raise MemoryError
@@ -254,7 +254,7 @@ class Graph:
 def recording(monkeypatch: pytest.MonkeyPatch) -> CUDAGraphCache:
     again = CUDAGraphCache()
 
-    def record(run: Any, inputs: Sequence[torch.Tensor]) -> _Recorded:
+    def record(run: Any, inputs: Sequence[torch.Tensor]) -> _CapturedGraph:
         ours = [tensor.clone() for tensor in inputs]
         outputs, graph = run(*ours), Graph()
 
@@ -264,9 +264,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> CUDAGraphCache:
                 old.copy_(new)
 
         graph.replay = replay
-        return _Recorded(graph, ours, outputs)
+        return _CapturedGraph(graph, ours, outputs)
 
-    monkeypatch.setattr(again, "_record", record)
+    monkeypatch.setattr(again, "_capture", record)
     return again
 
 
@@ -294,7 +294,7 @@ SIZES = MemoryCosts(
     encoding=lambda part, bits: 3,
     stepping=lambda bits, batch: 7,
     decoding=lambda tiles, batch: 40,
-    coding=lambda tiles: 11,
+    image_encoding=lambda tiles: 11,
 )
 
 

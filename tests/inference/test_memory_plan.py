@@ -37,7 +37,7 @@ HAVE_AO = importlib.util.find_spec("torchao") is not None
 def fp32() -> Any:
     """What a CPU without units for bf16 computes in, whichever this one is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.inference.load.bf16_pays", lambda device: False)
+        patch.setattr("fewstep.inference.load.prefers_bf16", lambda device: False)
         yield
 
 

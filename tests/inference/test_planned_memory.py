@@ -52,7 +52,7 @@ def counted(weights: dict[str, int], steps: int = 10) -> Callable[[ExecutionConf
         encoding=lambda part, bits: 1,
         stepping=lambda bits, batch: steps * batch,
         decoding=lambda tiles, batch: 40 // tiles**2,
-        coding=lambda tiles: 0,
+        image_encoding=lambda tiles: 0,
     )
     return lambda choice: StagePeaks(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice).stages()
 

@@ -75,7 +75,7 @@ class MemoryProfiler:
         hidden = {"output_hidden_states": True} if part in self.spec.architecture.hidden_states else {}
         length = self.spec.max_tokens[part]
         config = self.spec.configs[part]
-        kept = (
+        retained = (
             length * config["hidden_size"] * max(config["num_hidden_layers"] - PROFILED_LAYERS, 0)
             if hidden
             else 0
@@ -84,7 +84,7 @@ class MemoryProfiler:
         def run(net: Any) -> Any:
             return net(torch.zeros(1, length, dtype=torch.long), **hidden)
 
-        return self._activation_peak(part, bits, run) + kept * self.weight_memory.dtype(bits).itemsize
+        return self._activation_peak(part, bits, run) + retained * self.weight_memory.dtype(bits).itemsize
 
     def stepping(self, bits: int, batch: int) -> int:
         """Return the bytes of the modulations of all steps and of one step's activations."""
@@ -100,15 +100,15 @@ class MemoryProfiler:
             steps = PrecomputedAdaLN(velocity, embedder).steps([0.5] * self.constraints.steps, cond)
             return x, [step(x) for step in steps[:1]]
 
-        beside = self._activation_peak("transformer", bits, run)
+        nbytes = self._activation_peak("transformer", bits, run)
         # The profiled net has few blocks, so the modulations of the others are added.
         short = split_modulation(
             init_on_meta(with_few_blocks(self.spec, "transformer"), "transformer", torch.float32), embedder
         )[0]
         left_out = _modulation_size(self.weight_memory.modulated[0]) - _modulation_size(short)
-        beside += self.constraints.steps * rows * left_out * self.weight_memory.dtype(bits).itemsize
+        nbytes += self.constraints.steps * rows * left_out * self.weight_memory.dtype(bits).itemsize
         # The net runs in one thread, which uses half of the workspace.
-        return beside + (WORKSPACE // 2 if self.constraints.gpu else 0)
+        return nbytes + (WORKSPACE // 2 if self.constraints.gpu else 0)
 
     def decoding(self, tiles: int, batch: int) -> int:
         """Return the bytes of decoding a batch."""
@@ -119,13 +119,13 @@ class MemoryProfiler:
             codec = tiled_vae(net, tiles, (height, width), self.spec.downscale)
             return latents, codec.decode(latents).float()
 
-        beside = self._activation_peak(self.spec.decoder, self.constraints.native, run)
+        nbytes = self._activation_peak(self.spec.decoder, self.constraints.native, run)
         if not (self.constraints.gpu and self.constraints.compile) or self.spec.decoder != "vae":
-            return beside
+            return nbytes
         # Compiled code writes a block's scaled sum in place.
         narrowest = self.spec.configs["vae"]["block_out_channels"][0]
         pixels = height * width * self.spec.downscale**2 // tiles**2
-        return beside - narrowest * pixels * self.weight_memory.dtype(self.constraints.native).itemsize
+        return nbytes - narrowest * pixels * self.weight_memory.dtype(self.constraints.native).itemsize
 
     def image_encoding(self, tiles: int) -> int:
         """Return the bytes of encoding an input image."""

@@ -43,13 +43,13 @@ def latent_size(size: str | None, spec: ModelSpec, family: Family) -> tuple[int,
         return family.latent[1], family.latent[2]
     sides = size.lower().split("x")
     unit = spec.downscale * spec.patch
-    most = spec.max_side
+    max_side = spec.max_side
     if len(sides) > 2 or not all(s.isascii() and s.isdigit() and len(s) < 7 for s in sides):
         raise UserError(f"--size must be pixels such as 1024 or 1344x768, not {size[:40]}")
     width, height = int(sides[0]), int(sides[-1])
     for side in (width, height):
-        if side % unit or not 0 < side <= most:
-            raise UserError(f"--size must be of multiples of {unit} up to {most}, not {size}")
+        if side % unit or not 0 < side <= max_side:
+            raise UserError(f"--size must be of multiples of {unit} up to {max_side}, not {size}")
     return height // spec.downscale, width // spec.downscale
 
 

@@ -176,15 +176,17 @@ def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
 def _lora(file: Path, base: ModelSpec) -> Student:
     """Load a LoRA with the sampling configuration beside it, or that of the merged student of its run."""
     adapter = read(file)
-    found, left = resolve(adapter, base.architecture, shapes_of(base))
-    if left:
-        raise UserError(f"{file} is a LoRA of another net: the model has no layer {left[0]}")
+    layers_by_part, unmatched = resolve(adapter, base.architecture, shapes_of(base))
+    if unmatched:
+        raise UserError(f"{file} is a LoRA of another net: the model has no layer {unmatched[0]}")
     for note in adapter.notes:
         warnings.warn(f"{file}: {note}", adapters.LoraWarning, stacklevel=2)
-    updates = {part: {at: [update] for at, update in layers.items()} for part, layers in found.items()}
-    beside = file.parent / FACTS
-    if beside.is_file():
-        return Student(**_parse_facts(checked_facts(read_json(beside), beside), beside), lora=updates)
+    updates = {
+        part: {at: [update] for at, update in layers.items()} for part, layers in layers_by_part.items()
+    }
+    facts = file.parent / FACTS
+    if facts.is_file():
+        return Student(**_parse_facts(checked_facts(read_json(facts), facts), facts), lora=updates)
     model = file.parent.parent / "model"
     if (model / "model_index.json").is_file():
         return Student(**_facts(model, base), lora=updates)
