@@ -148,7 +148,7 @@ def ours(outline: ModelSpec, side: int, **wish: Any) -> tuple[Callable[[], Any],
     text: Any = done.model.text
 
     def draw() -> Any:
-        text.forget()  # so that encoders are in the time, as they are in stock's
+        text.clear_cache()  # so that encoders are in the time, as they are in stock's
         return pipe(PROMPT, seed=0)
 
     return draw, facts

@@ -350,10 +350,10 @@ def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
     said: list[str] = []
 
     class Layer:
-        def go(self) -> None:
+        def offload(self) -> None:
             said.append("go")
 
-        def approach(self) -> None:
+        def prefetch(self) -> None:
             said.append("approach")
 
     class Decoder:

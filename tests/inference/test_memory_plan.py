@@ -62,7 +62,7 @@ def walked(model: Any, guidance: float | None) -> torch.Tensor:
     velocity = model.velocity
     if guidance is not None:
         velocity = Guided(velocity, model.text([""]), guidance)
-    noise = model.lift(sampling.batch_noise([3], model.latent))
+    noise = model.from_numpy(sampling.batch_noise([3], model.latent))
     with torch.no_grad():
         return sampling.sample_flow(velocity, noise, schedule.grid(3, model.shift), model.text([PROMPT]))
 
