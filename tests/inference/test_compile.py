@@ -326,10 +326,10 @@ def test_what_decoding_needs_is_spare_until_then() -> None:
     assembly: Any = ModelBuilder(
         *[cast("Any", None)] * 3, planned("encoders"), None, "cuda", cast("Any", None), True
     )
-    assert assembly._meanwhile(part) == part[:2]
+    assert assembly._spare_layers(part) == part[:2]
     part[0].stays_loaded = True
-    assert assembly._meanwhile(part) == part[1:3]
-    assert replace(assembly, device="cpu")._meanwhile(part) == []
+    assert assembly._spare_layers(part) == part[1:3]
+    assert replace(assembly, device="cpu")._spare_layers(part) == []
 
 
 def test_layers_stay_that_there_is_room_for() -> None:
@@ -357,7 +357,7 @@ def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
             said.append("approach")
 
     class Decoder:
-        def take(self, name: str) -> Any:
+        def acquire(self, name: str) -> Any:
             said.append(name)
             return tiny.parts()["vae"].eval()
 
