@@ -36,7 +36,7 @@ from fewstep.families.safetensors_match import tied
 from fewstep.families.safetensors_weights import Weights
 from fewstep.families.spec import ModelSpec
 from fewstep.images.psnr import psnr
-from fewstep.inference.load import staged
+from fewstep.inference.load import load_spec
 from fewstep.inference.meta_init import init_from_config, init_on_meta
 from fewstep.inference.offloaded import Codec, OffloadedVelocity
 from fewstep.inference.options import TorchOptions
@@ -139,7 +139,7 @@ def baseline(spec: ModelSpec, side: int) -> Callable[[], Any]:
 
 def fewstep_pipeline(spec: ModelSpec, side: int, **options: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Return a call of the fewstep pipeline, and its memory plan."""
-    loaded = staged(
+    loaded = load_spec(
         spec,
         replace(STUDENT, t5=spec.t5 is not None),
         TorchOptions(size=str(side), **options),

@@ -93,8 +93,7 @@ def test_an_entry_point_names_it(module: str, monkeypatch: pytest.MonkeyPatch) -
     def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
         return [point] if group == "fewstep.target" else []
 
-    for place in ("fewstep.export.base", "fewstep.core.plugins"):
-        monkeypatch.setattr(f"{place}.entry_points", entry_points)
+    monkeypatch.setattr("fewstep.core.plugins.entry_points", entry_points)
     assert find_target("shapes").BITS == (32,)
     with pytest.raises(
         UserError, match=r"there is no target shape: give one of .*, shapes, or an import path"

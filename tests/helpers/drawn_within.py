@@ -17,7 +17,7 @@ import torch
 from fewstep.core.types import UserError
 from fewstep.families import sd3
 from fewstep.inference.host_memory import rss
-from fewstep.inference.load import STARTING, load
+from fewstep.inference.load import STARTUP, load
 from fewstep.inference.options import TorchOptions
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pocket.config import byte_tokenizer
@@ -88,7 +88,7 @@ def draw(folder: Path, memory: str) -> dict[str, Any]:
     low()
     staged = load(folder, sd3.ARCHITECTURE, TorchOptions(memory=memory))
     Pipeline(staged.model)("a red apple", seed=0)
-    measured = high() - (staged.plan.base - STARTING)  # which the first picture of all has taken
+    measured = high() - (staged.plan.base - STARTUP)  # which the first picture of all has taken
     return {"planned": staged.plan.peak, "measured": measured, **vars(staged.plan.config)}
 
 
@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
     whole = weights(folder) * native / 32  # a processor that multiplies bfloat16 holds half of what is stored
     for budget in BUDGETS:
         gc.collect()
-        memory = f"{(rss() + STARTING + whole * budget / REAL) / 2**20:.0f}MiB"
+        memory = f"{(rss() + STARTUP + whole * budget / REAL) / 2**20:.0f}MiB"
         try:
             row = draw(folder, memory)
         except UserError as error:

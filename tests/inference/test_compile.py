@@ -23,11 +23,11 @@ from fewstep.families import flux, sd3
 from fewstep.families.spec import read
 from fewstep.inference.build import ModelBuilder, on_disk
 from fewstep.inference.compile import ChannelsLastGroupNorm, compile_decoder, compile_encoder
-from fewstep.inference.cuda_graphs import CUDAGraphCache, _Recorded
+from fewstep.inference.cuda_graphs import CUDAGraphCache, _CapturedGraph
 from fewstep.inference.load import load
 from fewstep.inference.materialize import WeightLoader
 from fewstep.inference.memory_model import MemoryCosts, StagePeaks
-from fewstep.inference.memory_plan import STAYS, ExecutionConfig, Plan, PlanConstraints, required_bytes
+from fewstep.inference.memory_plan import RESIDENCIES, ExecutionConfig, Plan, PlanConstraints, required_bytes
 from fewstep.inference.offload import OffloadedModule, PinnedBuffer
 from fewstep.inference.offloaded import Codec
 from fewstep.inference.options import TorchOptions
@@ -175,7 +175,7 @@ class Tied(nn.Module):
 def gone(module: nn.Module) -> tuple[OffloadedModule, dict[str, torch.Tensor]]:
     """A part that has left once, and what it held."""
     source = WeightLoader(cast("Any", None), "cpu:0", torch.float32)
-    part = OffloadedModule(module, source, here=True)
+    part = OffloadedModule(module, source, loaded=True)
     held = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     part.offload()
     return part, held
@@ -183,12 +183,12 @@ def gone(module: nn.Module) -> tuple[OffloadedModule, dict[str, torch.Tensor]]:
 
 def test_what_left_a_gpu_comes_back_the_same() -> None:
     part, held = gone(Tied())
-    assert not part.here
+    assert not part.loaded
     aside = part.module.image.weight.data_ptr()
     assert part.module.image.weight.is_contiguous(memory_format=torch.channels_last)
     for _ in range(2):
         net = part.load()
-        assert part.here and net.out.weight is net.words.weight
+        assert part.loaded and net.out.weight is net.words.weight
         assert all(torch.equal(tensor, held[name]) for name, tensor in net.state_dict().items())
         part.offload()
         assert part.module.image.weight.data_ptr() == aside  # it is not copied again
@@ -207,10 +207,10 @@ def test_who_is_interrupted_on_the_way_is_still_where_he_was(monkeypatch: pytest
         patch.setattr(torch.Tensor, "to", moved)
         with pytest.raises(KeyboardInterrupt):
             part.load()
-    assert not part.here
-    assert all(one.held[one.name].data_ptr() == one.tensor.data_ptr() for one in part._aside)
+    assert not part.loaded
+    assert all(one.owner[one.name].data_ptr() == one.tensor.data_ptr() for one in part._host_tensors)
     assert all(torch.equal(tensor, held[name]) for name, tensor in part.load().state_dict().items())
-    fresh = OffloadedModule(Tied(), part.source, here=True)
+    fresh = OffloadedModule(Tied(), part.source, loaded=True)
 
     def refused(self: Any, tensor: torch.Tensor) -> torch.Tensor:
         raise MemoryError
@@ -219,7 +219,7 @@ def test_who_is_interrupted_on_the_way_is_still_where_he_was(monkeypatch: pytest
         patch.setattr(PinnedBuffer, "copy", refused)
         with pytest.raises(MemoryError):
             fresh.offload()
-    assert fresh.here
+    assert fresh.loaded
 
 
 def test_a_reading_that_was_broken_off_begins_again() -> None:
@@ -254,7 +254,7 @@ class Graph:
 def recording(monkeypatch: pytest.MonkeyPatch) -> CUDAGraphCache:
     again = CUDAGraphCache()
 
-    def record(run: Any, inputs: Sequence[torch.Tensor]) -> _Recorded:
+    def record(run: Any, inputs: Sequence[torch.Tensor]) -> _CapturedGraph:
         ours = [tensor.clone() for tensor in inputs]
         outputs, graph = run(*ours), Graph()
 
@@ -264,9 +264,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> CUDAGraphCache:
                 old.copy_(new)
 
         graph.replay = replay
-        return _Recorded(graph, ours, outputs)
+        return _CapturedGraph(graph, ours, outputs)
 
-    monkeypatch.setattr(again, "_record", record)
+    monkeypatch.setattr(again, "_capture", record)
     return again
 
 
@@ -278,11 +278,11 @@ def test_what_is_told_again_is_told_of_other_inputs(monkeypatch: pytest.MonkeyPa
     assert torch.equal(first["y"], 2 * one)  # a result is the caller's
     assert torch.equal(second["y"], 2 * two) and torch.equal(one, torch.ones(2))
     assert torch.equal(again("triple", lambda x: 3 * x, one), 3 * one)
-    assert len(again._made) == 2
+    assert len(again._graphs) == 2
     assert again("double", lambda x: {"y": 2 * x}, torch.ones(1))["y"].shape == (1,)
-    assert len(again._made) == 3  # the smaller one needs no more memory
+    assert len(again._graphs) == 3  # the smaller one needs no more memory
     again("double", lambda x: {"y": 2 * x}, torch.ones(9))
-    assert len(again._made) == 1  # the larger one does
+    assert len(again._graphs) == 1  # the larger one does
 
 
 # --- what is planned of it ---
@@ -294,7 +294,7 @@ SIZES = MemoryCosts(
     encoding=lambda part, bits: 3,
     stepping=lambda bits, batch: 7,
     decoding=lambda tiles, batch: 40,
-    coding=lambda tiles: 11,
+    image_encoding=lambda tiles: 11,
 )
 
 
@@ -307,7 +307,7 @@ def planned(stay: Any, **asked: Any) -> Plan:
 
 
 def test_a_recording_is_counted_where_the_net_stays() -> None:
-    for stay in STAYS:
+    for stay in RESIDENCIES:
         kept = 7 if stay in ("all", "encoders", "net") else 0
         for stage, size in planned(stay).stages.items():
             more = 0 if stage.startswith("reading") else kept
@@ -315,7 +315,7 @@ def test_a_recording_is_counted_where_the_net_stays() -> None:
 
 
 def test_who_comes_first_may_still_be_there_when_a_picture_is_encoded() -> None:
-    at = {stay: planned(stay, image=True).stages["encoding the picture"] for stay in STAYS}
+    at = {stay: planned(stay, image=True).stages["encoding the image"] for stay in RESIDENCIES}
     assert at == {"all": 116, "encoders": 96, "net": 96, "codec": 66, "none": 16}
 
 
@@ -326,36 +326,38 @@ def test_what_decoding_needs_is_spare_until_then() -> None:
     assembly: Any = ModelBuilder(
         *[cast("Any", None)] * 3, planned("encoders"), None, "cuda", cast("Any", None), True
     )
-    assert assembly._meanwhile(part) == part[:2]
-    part[0].stays = True
-    assert assembly._meanwhile(part) == part[1:3]
-    assert replace(assembly, device="cpu")._meanwhile(part) == []
+    assert assembly._spare_layers(part) == part[:2]
+    part[0].stays_loaded = True
+    assert assembly._spare_layers(part) == part[1:3]
+    assert replace(assembly, device="cpu")._spare_layers(part) == []
 
 
 def test_layers_stay_that_there_is_room_for() -> None:
     plan = replace(planned("encoders"), limit=200)  # of which it needs 125; 10 % are left
-    assert plan.with_resident_layers([30, 9, 30, 25]).staying == 2
+    assert plan.with_resident_layers([30, 9, 30, 25]).resident_layers == 2
     filled = plan.with_resident_layers([30, 9, 30, 25])
     assert filled.stages == {stage: size + 55 for stage, size in plan.stages.items()}
     assert required_bytes(filled) <= 200 and filled.spare == plan.spare
     assert "2 layers of the modulations stay" in filled.describe("")[0]
-    assert plan.with_resident_layers([1, 57]) == plan and plan.with_resident_layers([1, 2]).staying == 2
-    assert replace(planned("all"), limit=900).with_resident_layers([1]).staying == 0
-    assert planned("encoders").with_resident_layers([1]).staying == 0
+    assert (
+        plan.with_resident_layers([1, 57]) == plan and plan.with_resident_layers([1, 2]).resident_layers == 2
+    )
+    assert replace(planned("all"), limit=900).with_resident_layers([1]).resident_layers == 0
+    assert planned("encoders").with_resident_layers([1]).resident_layers == 0
 
 
 def test_a_codec_makes_room_and_fetches_what_comes_next() -> None:
     said: list[str] = []
 
     class Layer:
-        def go(self) -> None:
+        def offload(self) -> None:
             said.append("go")
 
-        def approach(self) -> None:
+        def prefetch(self) -> None:
             said.append("approach")
 
     class Decoder:
-        def take(self, name: str) -> Any:
+        def acquire(self, name: str) -> Any:
             said.append(name)
             return tiny.parts()["vae"].eval()
 
@@ -372,17 +374,17 @@ def test_only_what_stays_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)
     asked = PlanConstraints(True, 32, (32,), (32,), batch=1, rows=1, steps=3, latents=(8, 8), compile=True)
-    for stay in STAYS:
+    for stay in RESIDENCIES:
         plan = Plan(ExecutionConfig(32, 32, 1, stay, 1), gpu=True)
         model: Any = ModelBuilder(base, family, asked, plan, None, "cpu:0", on_disk, True).model()
         net = stay in ("all", "encoders", "net")
-        assert (model.velocity.again is not None) == net, stay
-        readers = [model.text.encode.parts[name].again for name in base.encoders]
+        assert (model.velocity.graph_cache is not None) == net, stay
+        readers = [model.text.encode.parts[name].graph_cache for name in base.encoders]
         assert all((reader is not None) == (stay in ("all", "encoders")) for reader in readers), stay
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("stay", STAYS)
+@pytest.mark.parametrize("stay", RESIDENCIES)
 def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
     stay: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,12 +394,14 @@ def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
     expected = np.asarray(plain("a red apple", seed=1)[0], int)
     for name in ("compile_blocks", "compile_encoder", "compile_decoder"):
         monkeypatch.setattr(assemble, name, lambda net: None)  # what is compiled is another test's
-    monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", (stay,))
-    monkeypatch.setattr(Plan, "filled", lambda plan, layers: plan)
+    monkeypatch.setattr("fewstep.inference.memory_plan.RESIDENCIES", (stay,))
+    monkeypatch.setattr(Plan, "with_resident_layers", lambda plan, layers: plan)
     model: Any = load(tmp_path / "base", sd3.ARCHITECTURE, TorchOptions(memory="64GiB", compile=True)).model
     ours = Pipeline(model)
     for _ in range(3):
         assert abs(np.asarray(ours("a red apple", seed=1)[0], int) - expected).max() <= 1
-    assert bool(model.velocity.again and model.velocity.again._made) == (stay in ("all", "encoders", "net"))
-    assert all(part.here and part._arrival is not None for part in model.codec.meanwhile)
+    assert bool(model.velocity.graph_cache and model.velocity.graph_cache._graphs) == (
+        stay in ("all", "encoders", "net")
+    )
+    assert all(part.loaded and part._arrival is not None for part in model.codec.meanwhile)
     assert model.codec.meanwhile or stay != "encoders"

@@ -27,7 +27,7 @@ from fewstep.families.base import Family
 from fewstep.families.lora.alpha import FILE
 from fewstep.families.lora.role_files import save_role
 from fewstep.inference.load import load
-from fewstep.inference.memory_plan import STAYS, Plan
+from fewstep.inference.memory_plan import RESIDENCIES, Plan
 from fewstep.inference.options import TorchOptions
 from fewstep.modules.lora import LoRARoles
 
@@ -64,7 +64,7 @@ def walked(model: Any, guidance: float | None) -> torch.Tensor:
     velocity = model.velocity
     if guidance is not None:
         velocity = Guided(velocity, model.text([""]), guidance)
-    noise = model.lift(sampling.batch_noise([3], model.latent))
+    noise = model.from_numpy(sampling.batch_noise([3], model.latent))
     with torch.no_grad():
         return sampling.sample_flow(velocity, noise, schedule.grid(3, model.shift), model.text([PROMPT]))
 
@@ -76,13 +76,15 @@ def pixels(model: Any, latents: torch.Tensor, plain: bool = False) -> torch.Tens
         return model.codec.decode(latents)
 
 
-@pytest.mark.parametrize(("stay", "staying"), [*((stay, 0) for stay in STAYS), ("encoders", 3)])
+@pytest.mark.parametrize(("stay", "staying"), [*((stay, 0) for stay in RESIDENCIES), ("encoders", 3)])
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_a_staged_picture_is_the_plain_one_to_the_bit(
     folder: Path, stay: Any, staying: int, guidance: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", (stay,))
-    monkeypatch.setattr(Plan, "with_resident_layers", lambda plan, layers: replace(plan, staying=staying))
+    monkeypatch.setattr("fewstep.inference.memory_plan.RESIDENCIES", (stay,))
+    monkeypatch.setattr(
+        Plan, "with_resident_layers", lambda plan, layers: replace(plan, resident_layers=staying)
+    )
     plain = plainly(folder)
     expected = walked(plain, guidance)
     made = load(folder, sd3.ARCHITECTURE, TorchOptions(memory="64GiB"))
@@ -92,18 +94,18 @@ def test_a_staged_picture_is_the_plain_one_to_the_bit(
     assert torch.equal(latents, expected)
     assert torch.equal(pixels(made.model, latents), pixels(plain, expected, plain=True))
     velocity: Any = made.model.velocity
-    here = {name for name, part in velocity.place.parts.items() if part.here}
+    here = {name for name, part in velocity.manager.parts.items() if part.loaded}
     if stay == "none":
         assert here == {"vae"}
     if stay in ("codec", "net"):
         assert here == {"vae", "transformer"}
-    layers = [layer.here for layer in velocity.layers.values()]
+    layers = [layer.loaded for layer in velocity.layers.values()]
     assert layers == [stay == "all"] * (len(layers) - staying) + [True] * staying
     assert torch.equal(walked(made.model, guidance), expected)  # what left comes back the same
 
 
 def test_flux_is_staged_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", ("none",))
+    monkeypatch.setattr("fewstep.inference.memory_plan.RESIDENCIES", ("none",))
     flux.save(flux.assemble(tiny_flux.parts("dev"), name="small", steps=3, side=8), tmp_path / "m")
     made = load(tmp_path / "m", flux.ARCHITECTURE, TorchOptions(memory="64GiB"))
     assert torch.equal(walked(made.model, None), walked(plainly(tmp_path / "m", flux), None))
@@ -153,7 +155,7 @@ def test_a_students_net_steps_and_guidance_are_laid_over(folder: Path, tmp_path:
     made = load(folder, sd3.ARCHITECTURE, TorchOptions(student=str(tmp_path / "run")))
     model = made.model
     assert (model.name, model.steps, model.guidance, model.sampler) == ("student", 2, None, "euler")
-    assert "text_encoder_3" not in model.velocity.place.parts  # type: ignore[attr-defined]
+    assert "text_encoder_3" not in model.velocity.manager.parts  # type: ignore[attr-defined]
     assert torch.equal(walked(model, None), walked(plainly(tmp_path / "run" / "model"), None))
 
 
@@ -204,7 +206,7 @@ def test_a_lora_in_8_bits_loses_no_more_than_one_beside_the_weights(folder: Path
 
 @pytest.mark.skipif(not HAVE_AO, reason="torchao is not installed")
 def test_weights_of_8_bits_leave_and_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", ("none",))
+    monkeypatch.setattr("fewstep.inference.memory_plan.RESIDENCIES", ("none",))
     model = load(folder, sd3.ARCHITECTURE, TorchOptions(bits=8, memory="64GiB")).model
     first = walked(model, None)
     pixels(model, first)

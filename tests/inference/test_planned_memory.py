@@ -52,7 +52,7 @@ def counted(weights: dict[str, int], steps: int = 10) -> Callable[[ExecutionConf
         encoding=lambda part, bits: 1,
         stepping=lambda bits, batch: steps * batch,
         decoding=lambda tiles, batch: 40 // tiles**2,
-        coding=lambda tiles: 0,
+        image_encoding=lambda tiles: 0,
     )
     return lambda choice: StagePeaks(ONE, sizes, ["text_encoder"], "text_encoder", "vae", choice).stages()
 
@@ -102,7 +102,8 @@ def test_sd35_medium_fits_cards_by_what_is_counted_of_it() -> None:
     asked = PlanConstraints(True, 16, bits, bits, batch=1, rows=1, steps=4, latents=(128, 128))
     rehearsal = MemoryProfiler(outline, family, asked)
     held = {
-        part: rehearsal.held.weights(part, 16) for part in ("transformer", "modulation", "text_encoder_3")
+        part: rehearsal.weight_memory.weights(part, 16)
+        for part in ("transformer", "modulation", "text_encoder_3")
     }
     assert held["modulation"] == pytest.approx(1.53e9, rel=0.02)
     assert held["transformer"] == pytest.approx(2.95e9, rel=0.02)

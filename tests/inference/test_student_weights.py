@@ -250,7 +250,7 @@ def test_it_is_added_to_a_students_net(models: Any, nets: Any, tmp_path: Path) -
 def test_a_plan_with_a_lora_is_the_same_image(
     models: Any, nets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.inference.memory_plan.STAYS", ("none",))
+    monkeypatch.setattr("fewstep.inference.memory_plan.RESIDENCIES", ("none",))
     monkeypatch.setattr("fewstep.families.lora.adapters.CHUNK", 64)  # several pieces of each layer
     path = layouts.write(tmp_path / "a.safetensors", layouts.diffusers(attention("flux", nets)))
     image = ours(models["flux"], str(path), memory="64GiB", bits=32, device="cpu")

@@ -10,7 +10,6 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -148,13 +147,7 @@ def find_target(name: str) -> Target:
         UserError: there is no such target, or the import path leads to something else.
     """
     known = targets()
-    if name in known:
-        return known[name]
-    installed = sorted(point.name for point in entry_points(group="fewstep.target"))
-    if name not in installed and "." not in name and ":" not in name:
-        names = ", ".join([*known, *installed])
-        raise UserError(f"there is no target {name}: give one of {names}, or an import path")
-    target = plugins.load(name, PACKAGE, "target")
+    target = known[name] if name in known else plugins.load_external(name, "target", list(known))
     if not isinstance(target, Target):
         raise UserError(f"{name} is no export target: it needs FAMILIES, BITS, T5, needs, check and export")
     return target

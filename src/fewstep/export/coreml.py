@@ -52,8 +52,8 @@ FLOAT32_OPS = ("mul", "expand_dims", "sin", "cos")
 steps of a half. All other graphs compute in float16."""
 
 SLICED = "common::scaled_dot_product_attention_sliced_q"
-"""coremltools' pass for attention over 1280 tokens and more. It slices the queries: the full attention
-matrix is never in memory."""
+"""coremltools' pass for attention over 1280 tokens and more. It slices the queries, so that the whole
+attention matrix is never in memory."""
 
 
 def needs(bits: int) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> st
     """Write ``family`` as a ``.safetensors`` file with the net, the autoencoder and the text encoders.
 
     The header contains name, licence, steps, guidance, shift and sampler
-    (:func:`fewstep.export.common.sd3_keys.file_metadata`), which :func:`fewstep.families.sd3.load` reads.
+    (:func:`fewstep.export.common.sd3_keys.file_metadata`), which :mod:`fewstep.families.single_file` reads.
 
     Args:
         family: an SD3-type family in float32 on the CPU.

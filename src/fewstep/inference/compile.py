@@ -1,4 +1,4 @@
-"""Parts compiled (floor 3, torch): blocks that are given their modulations, text encoders, decoders."""
+"""Compilation of a model's parts: net blocks with given modulations, text encoders and decoders."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from fewstep.modules.block_transforms import compile_block
 
 
 def compile_blocks(body: Any, backend: str = "inductor") -> None:
-    """Compile the blocks of a net in place, without its modulations.
+    """Compile the blocks of a net without its modulation layers, in place.
 
-    A block takes its own piece of all modulations, so that blocks of one kind are one code, and sizes of its
-    tensors are left open, so that pictures of other sizes are the same code too.
+    Each block gets its own slice of the modulations, so that all blocks of a kind share their code. Tensor
+    sizes are dynamic, so that images of other sizes share it, too.
     """
     for block in (*body.transformer_blocks, *getattr(body, "single_transformer_blocks", ())):
         slices = [layer for layer in block.modules() if isinstance(layer, Slice)]
-        first = min(piece.start for piece in slices)
-        size = max(piece.start + piece.size for piece in slices) - first
-        for piece in slices:
-            piece.start -= first
+        start = min(layer.start for layer in slices)
+        size = max(layer.start + layer.size for layer in slices) - start
+        for layer in slices:
+            layer.start -= start
         compile_block(block, backend, dynamic=True)
-        block.forward = _Piece(block.forward, first, size)
+        block.forward = _SlicedModulation(block.forward, start, size)
 
 
 def compile_encoder(encoder: Any, backend: str = "inductor") -> None:
-    """Compile the layers of a CLIP or a T5, in place."""
+    """Compile the layers of a CLIP or T5 encoder in place."""
     stack = getattr(encoder, "text_model", encoder).encoder
     for layer in stack.block if hasattr(stack, "block") else stack.layers:
         compile_block(layer, backend)
 
 
 def compile_decoder(vae: Any, backend: str = "inductor") -> None:
-    """Compile the decoder of an autoencoder, in place: norms and what follows them in one pass, and in the
-    layout that a GPU convolves in."""
+    """Compile the decoder of an autoencoder in place.
+
+    Norms and the operators after them are fused, in the ``channels_last`` layout.
+    """
     warnings.filterwarnings("ignore", message="(?s).*functools.lru_cache", module="torch._dynamo")
     for norm in vae.decoder.modules():
         if type(norm) is nn.GroupNorm:
@@ -46,27 +48,30 @@ def compile_decoder(vae: Any, backend: str = "inductor") -> None:
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """The same norm, its sums taken by channel and then by group: in ``channels_last`` a group's numbers lie
-    scattered, a few bytes here and there, and a channel's beside all others'."""
+    """A group norm that sums over channels first and then over groups.
+
+    In ``channels_last``, sums over a channel read memory in order, while sums over a group read scattered
+    bytes.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[B, C, ...]`` -> the same shape; sums are float32."""
+        """Normalize ``[B, C, ...]`` with float32 sums; the shape stays."""
         x = input.float()
-        places = tuple(range(2, x.ndim))
+        axes = tuple(range(2, x.ndim))
         mean, square = (
             sums.unflatten(1, (self.num_groups, -1)).mean(-1, keepdim=True)
-            for sums in (x.mean(places), x.square().mean(places))
+            for sums in (x.mean(axes), x.square().mean(axes))
         )
-        narrow = (square - mean * mean).clamp(min=0).add(self.eps).rsqrt()
-        scale = (self.weight.float().unflatten(0, (self.num_groups, -1)) * narrow).flatten(1)
+        inverse_std = (square - mean * mean).clamp(min=0).add(self.eps).rsqrt()
+        scale = (self.weight.float().unflatten(0, (self.num_groups, -1)) * inverse_std).flatten(1)
         shift = self.bias.float() - (mean * scale.unflatten(1, (self.num_groups, -1))).flatten(1)
-        shape = (*scale.shape, *[1] * len(places))
+        shape = (*scale.shape, *[1] * len(axes))
         return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A block's forward pass, which is handed its part of ``temb [B, M]``."""
+class _SlicedModulation:
+    """A block's forward pass with its slice of ``temb [B, M]``."""
 
     forward: Any
     start: int

@@ -1,7 +1,7 @@
-"""What a GPU was told, told again at once (floor 3, torch).
+"""CUDA graphs: capture and replay of a model's computations.
 
-A step of an MMDiT is a thousand kernels, and Python takes longer to ask for them than a fast GPU takes to
-run them. A CUDA graph asks for all of them in one call.
+A step of an MMDiT launches a thousand kernels, and Python needs longer to launch them than a fast GPU to run
+them. A CUDA graph launches all of them in one call.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WARM = 2
-"""Runs before the one that is recorded: what is compiled and chosen at a first run is not recorded."""
+WARMUP_RUNS = 2
+"""Runs before the capture, in which code is compiled and kernels are selected."""
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _CapturedGraph:
     graph: Any
     inputs: Sequence[Tensor]
     outputs: Any
@@ -29,63 +29,67 @@ class _Recorded:
 
 @dataclass
 class CUDAGraphCache:
-    """Recordings of computations on a GPU, a recording for each kind of input.
+    """CUDA graphs of computations, one for each name and shapes of inputs.
 
-    Recorded is where tensors lie, too: only for modules whose weights stay where they are. All recordings
-    share their memory, so that they need what the largest of them does; that is why results are copied, and
-    why all are made anew when a larger one comes.
+    A graph contains the addresses of tensors, so the modules' weights must not move. All graphs share one
+    memory pool, which is as large as the largest needs. Therefore outputs are copied, and a computation with
+    larger inputs clears the cache.
     """
 
-    _made: dict[Any, _Recorded] = field(default_factory=dict[Any, _Recorded])
+    _graphs: dict[Any, _CapturedGraph] = field(default_factory=dict[Any, _CapturedGraph])
     _pool: Any = None
     _lock: Any = field(default_factory=Lock)
 
     def __call__(self, name: str, run: Callable[..., Any], *inputs: Tensor) -> Any:
-        """What ``run`` makes of ``inputs``.
+        """Run a computation, captured at its first call and replayed afterwards.
 
         Args:
-            name: of the computation, under which it is found again.
-            run: tensors of ``inputs``' shapes -> tensors, in any container that torch's pytree knows.
+            name: name of the computation.
+            run: takes tensors of the shapes of ``inputs`` and returns tensors in any pytree.
             inputs: tensors on the GPU.
-        """
-        kind = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        with self._lock:
-            if kind not in self._made:
-                if any(
-                    name == other[0] and size(inputs) > size(one.inputs) for other, one in self._made.items()
-                ):
-                    self._made.clear()
-                    self._pool = None
-                self._made[kind] = self._record(run, inputs)
-            made = self._made[kind]
-            for ours, given in zip(made.inputs, inputs, strict=True):
-                ours.copy_(given)
-            made.graph.replay()
-            return pytree.tree_map_only(Tensor, torch.clone, made.outputs)
 
-    def _record(self, run: Callable[..., Any], inputs: Sequence[Tensor]) -> _Recorded:
+        Returns:
+            The output of ``run``, copied.
+        """
+        key = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        with self._lock:
+            if key not in self._graphs:
+                if any(
+                    name == other[0] and size(inputs) > size(graph.inputs)
+                    for other, graph in self._graphs.items()
+                ):
+                    self._graphs.clear()
+                    self._pool = None
+                self._graphs[key] = self._capture(run, inputs)
+            captured = self._graphs[key]
+            for static, tensor in zip(captured.inputs, inputs, strict=True):
+                static.copy_(tensor)
+            captured.graph.replay()
+            return pytree.tree_map_only(Tensor, torch.clone, captured.outputs)
+
+    def _capture(self, run: Callable[..., Any], inputs: Sequence[Tensor]) -> _CapturedGraph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        ours = [tensor.clone() for tensor in inputs]
-        aside, usual = _aside(), torch.cuda.current_stream()
-        aside.wait_stream(usual)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM):
-                run(*ours)
-        usual.wait_stream(aside)
+        static = [tensor.clone() for tensor in inputs]
+        side, current = _capture_stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_RUNS):
+                run(*static)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local")
-        with torch.cuda.stream(usual), recording:  # a recording that fails does not go back by itself
-            outputs = run(*ours)
-        return _Recorded(graph, ours, outputs)
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), capture:  # a failed capture does not restore the stream
+            outputs = run(*static)
+        return _CapturedGraph(graph, static, outputs)
 
 
 def size(tensors: Sequence[Tensor]) -> int:
-    """Numbers of all tensors."""
+    """Return the number of elements of all tensors."""
     return sum(tensor.numel() for tensor in tensors)
 
 
 @cache
-def _aside() -> Any:
-    """The stream on which all is recorded: cuBLAS keeps a workspace for each that it was used on."""
+def _capture_stream() -> Any:
+    """The stream of all captures. cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream()

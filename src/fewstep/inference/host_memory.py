@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""CPU memory of this process."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 
 def rss() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the resident memory of this process in bytes; without procfs the peak of it."""
     trim()
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):  # no Linux: the most there ever was
+    except (OSError, ValueError, IndexError):  # no procfs
         import resource
         import sys
 
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
     return pages * mmap.PAGESIZE
 
 
 def trim() -> None:
-    """Give back what the C library keeps of freed memory."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    """Return freed memory of the C library to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only in glibc
     if trim is not None:
         trim(0)
 
@@ -32,8 +32,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def set_malloc_thresholds() -> None:
-    """From here on the C library gives freed tensors of 128 KiB back, where it else learns to keep ever
-    larger ones for later."""
+    """Make the C library return freed memory of 128 KiB and more, a limit that glibc raises by default."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
         option(M_MMAP_THRESHOLD, 2**17)

@@ -1,4 +1,4 @@
-"""A diffusers folder as a model that fits a given memory (floor 3, torch)."""
+"""Loading of a diffusers folder for generation within a memory limit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from fewstep.core.types import Model
-from fewstep.core.validate import MOST_AT_ONCE, check_int
-from fewstep.core.validate import parse_bytes as bytes_of
+from fewstep.core.validate import MOST_AT_ONCE, check_int, parse_bytes
 from fewstep.families.base import Architecture, Family
 from fewstep.families.diffusers_io import check_device, prefers_bf16
 from fewstep.families.spec import ModelSpec, read, with_tiny_decoder
-from fewstep.inference.build import ModelBuilder, Opened, on_disk
+from fewstep.inference.build import ModelBuilder, OpenWeights, on_disk
 from fewstep.inference.host_memory import rss, set_malloc_thresholds
 from fewstep.inference.memory_plan import CONTEXT, ExecutionConfig, Plan, PlanConstraints, choices, choose
 from fewstep.inference.memory_profile import MemoryProfiler
@@ -22,21 +21,21 @@ from fewstep.inference.options import TorchOptions
 from fewstep.inference.quantize import check as check_bits
 from fewstep.inference.quantize import unsupported
 from fewstep.inference.sampling_config import build_family, latent_size
-from fewstep.inference.student_weights import Student, load_student, loras_of
+from fewstep.inference.student_weights import Student, load_student, read_loras
 
-STARTING = 2**25
-"""Bytes that a process takes at its first picture on a CPU, once and whatever it draws (some 28 MiB with
-torch 2.13: kernels that are made then, and threads)."""
+STARTUP = 2**25
+"""Bytes that a process allocates once at its first image on a CPU, for kernels and threads (about 28 MiB with
+torch 2.13)."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model and how it was decided to run.
+    """A model and its memory plan.
 
     Attributes:
-        model: ready to draw.
-        plan: what was chosen.
-        lines: the plan, told; none where no memory was given.
+        model: the model, ready to generate.
+        plan: the plan.
+        lines: the plan as text; empty without a memory limit.
     """
 
     model: Model
@@ -44,96 +43,103 @@ class PlannedModel:
     lines: list[str]
 
 
-def load(folder: Path, architecture: Architecture, wish: TorchOptions) -> PlannedModel:
+def load(folder: Path, architecture: Architecture, options: TorchOptions) -> PlannedModel:
     """Load a diffusers folder for generation.
 
     Args:
-        folder: the base model.
+        folder: the folder of the base model.
         architecture: its family.
-        wish: how to run it.
+        options: how to run it.
 
     Raises:
-        UserError: the model or the student is missing, foreign or broken; the device lacks what was asked
-            for; or nothing fits the memory.
+        UserError: the model or the student is missing, damaged or of another family; the device does not
+            support an option; or no plan fits the memory.
     """
-    if wish.memory is not None:
-        bytes_of(wish.memory)
-    check_int("batch", wish.batch, 1, MOST_AT_ONCE)
+    if options.memory is not None:
+        parse_bytes(options.memory)
+    check_int("batch", options.batch, 1, MOST_AT_ONCE)
     base = read(folder, architecture)
-    return staged(base, None if wish.student is None else load_student(wish.student, base), wish)
+    return load_spec(base, None if options.student is None else load_student(options.student, base), options)
 
 
-def staged(
-    base: ModelSpec, student: Student | None, wish: TorchOptions, opened: Opened = on_disk
+def load_spec(
+    base: ModelSpec, student: Student | None, options: TorchOptions, open_weights: OpenWeights = on_disk
 ) -> PlannedModel:
-    """A model of an outline.
+    """Load a model by its spec.
 
     Args:
-        base: of the base model.
-        student: what is laid over it.
-        wish: how to run it.
-        opened: (outline, part) -> where the part's weights come from.
+        base: the spec of the base model.
+        student: a student of the base model, if any.
+        options: how to run it.
+        open_weights: opens the weights of a part, given the spec and the part's name.
 
     Raises:
         UserError: see :func:`load`.
     """
-    device = device_of(wish.device)
-    if wish.bits is not None:
-        check_bits(wish.bits, device)
-    outline = base
+    device = device_of(options.device)
+    if options.bits is not None:
+        check_bits(options.bits, device)
+    spec = base
     if student is not None and not student.t5 and base.t5 is not None:
-        outline = base.without(base.t5)
-    if wish.tiny_decoder is not None:
-        outline = with_tiny_decoder(outline, Path(wish.tiny_decoder))
-    loras = loras_of(wish.lora, outline)
-    family = build_family(outline, student)
-    asked = _asked(wish, outline, family, device)
-    plan = _plan(outline, family, asked, wish)
-    model = ModelBuilder(outline, family, asked, plan, student, device, opened, wish.compile, loras).model()
-    t5 = "" if base.t5 is None else "left out" if outline.t5 is None else "kept"
+        spec = base.without(base.t5)
+    if options.tiny_decoder is not None:
+        spec = with_tiny_decoder(spec, Path(options.tiny_decoder))
+    loras = read_loras(options.lora, spec)
+    family = build_family(spec, student)
+    constraints = _constraints(options, spec, family, device)
+    plan = _plan(spec, family, constraints, options)
+    model = ModelBuilder(
+        spec, family, constraints, plan, student, device, open_weights, options.compile, loras
+    ).model()
+    t5 = "" if base.t5 is None else "left out" if spec.t5 is None else "kept"
     return PlannedModel(model, plan, plan.describe(t5))
 
 
-def _asked(wish: TorchOptions, outline: ModelSpec, family: Family, device: str) -> PlanConstraints:
-    """What a plan is for; its bits are those that somebody insists on, or the device's own and all fewer.
+def _constraints(options: TorchOptions, spec: ModelSpec, family: Family, device: str) -> PlanConstraints:
+    """Return the constraints of the plan.
 
-    A CPU that is slow in bf16 skips it: 8 bits times float32 need less, and no more time.
+    Candidates are the requested bits, or the device's native precision and all lower ones. A CPU that is slow
+    in bfloat16 skips it: 8-bit weights with float32 arithmetic need less memory and no more time.
     """
-    native = 16 if prefers_bf16(device) and wish.bits != 32 else 32
-    fewer = (native, *(bits for bits in (8, 4) if unsupported(bits, device) is None))
+    native = 16 if prefers_bf16(device) and options.bits != 32 else 32
+    precisions = (native, *(bits for bits in (8, 4) if unsupported(bits, device) is None))
     return PlanConstraints(
         gpu=device != "cpu",
         native=native,
-        bits=fewer if wish.bits is None else (wish.bits,),
-        text_bits=(native,) if outline.t5 is None else fewer,
-        batch=wish.batch,
+        bits=precisions if options.bits is None else (options.bits,),
+        text_bits=(native,) if spec.t5 is None else precisions,
+        batch=options.batch,
         rows=1 if family.guidance in (None, 1) else 2,
         steps=family.steps,
-        latents=latent_size(wish.size, outline, family),
-        image=wish.image,
-        compile=wish.compile,
+        latents=latent_size(options.size, spec, family),
+        image=options.image,
+        compile=options.compile,
     )
 
 
-def _plan(outline: ModelSpec, family: Family, asked: PlanConstraints, wish: TorchOptions) -> Plan:
-    """How to run: in the device's own precision with everything there, or what fits the memory."""
-    if wish.memory is None:
-        return Plan(ExecutionConfig(asked.bits[0], asked.native, 1, "all", asked.batch), gpu=asked.gpu)
-    if not asked.gpu:
+def _plan(spec: ModelSpec, family: Family, constraints: PlanConstraints, options: TorchOptions) -> Plan:
+    """Return the plan: native precision with all parts resident, or the best that fits the memory."""
+    if options.memory is None:
+        return Plan(
+            ExecutionConfig(constraints.bits[0], constraints.native, 1, "all", constraints.batch),
+            gpu=constraints.gpu,
+        )
+    if not constraints.gpu:
         set_malloc_thresholds()
-    rehearsal = MemoryProfiler(outline, family, asked)
-    rehearsal.stages(next(choices(asked)))  # what torch imports for it is in memory from here on
+    profiler = MemoryProfiler(spec, family, constraints)
+    # Torch imports modules for this, whose memory is then part of the base.
+    profiler.stages(next(choices(constraints)))
     gc.collect()
-    base = CONTEXT if asked.gpu else rss() + STARTING
-    plan = choose(asked, rehearsal.stages, bytes_of(wish.memory), base)
-    return plan.with_resident_layers(rehearsal.held.layers(plan.config.bits))
+    base = CONTEXT if constraints.gpu else rss() + STARTUP
+    plan = choose(constraints, profiler.stages, parse_bytes(options.memory), base)
+    return plan.with_resident_layers(profiler.weight_memory.layers(plan.config.bits))
 
 
 def device_of(name: str) -> str:
-    """``auto``, ``cpu`` or ``cuda`` -> the device.
+    """Return the device of the name ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: the device is not available.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Weights from files into a module on a device (floor 3, torch)."""
+"""Loading of weights from files into a module on a device."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fewstep.families.safetensors_weights import Weights
 from fewstep.inference.meta_init import frozen_parameter
 from fewstep.inference.quantize import quantize
 
-Change = Callable[[str, Tensor, torch.dtype], Tensor]
-"""``(name, weight, dtype) -> weight``: what is done to a weight before it is cast to ``dtype``."""
+WeightUpdate = Callable[[str, Tensor, torch.dtype], Tensor]
+"""``(name, weight, dtype) -> weight``: applied to a weight before it is cast to ``dtype``."""
 
 
 @dataclass(frozen=True)
 class WeightLoader:
-    """Where the weights of a net come from, and what becomes of them.
+    """Reads the weights of a net, converts them and puts them on the device.
 
     Attributes:
-        weights: its tensors, matched to the net
+        weights: tensors, matched to the net
             (:meth:`fewstep.families.safetensors_weights.Weights.matched`).
-        device: where they go.
-        dtype: what they are cast to.
-        bits: of the layers ``quantized`` names.
-        quantized: names of the linear layers that are stored in ``bits``.
-        change: what is done to weights first.
-        window: a table of which a part is enough: its name, its shape and the part.
-        pixels: lay kernels ``channels_last``, which a CPU convolves in twice the speed and without copies,
-            and a GPU with copies of one image instead of two.
+        device: the device.
+        dtype: the data type.
+        bits: bits per weight of the ``quantized`` layers.
+        quantized: names of the linear layers to quantize.
+        update: applied to each weight first, such as a LoRA.
+        window: a tensor of which only a part is read: its name, its stored shape and the slices.
+        pixels: whether convolution kernels are ``channels_last``. A CPU then convolves at twice the speed and
+            without copies, a GPU with copies of one image instead of two.
     """
 
     weights: Weights
@@ -40,15 +40,15 @@ class WeightLoader:
     dtype: torch.dtype
     bits: int = 16
     quantized: frozenset[str] = frozenset()
-    change: Change | None = None
+    update: WeightUpdate | None = None
     window: tuple[str, tuple[int, ...], tuple[slice, ...]] | None = None
     pixels: bool = False
 
     def fill(self, module: Any, prefix: str = "") -> None:
-        """Give ``module``, which lies at ``prefix`` in the net, its weights.
+        """Load the weights of ``module``, whose path in the net is ``prefix``.
 
         Raises:
-            UserError: one is missing.
+            UserError: a weight is missing.
         """
         copies = tied(module)
         for path, layer in module.named_modules():
@@ -57,7 +57,7 @@ class WeightLoader:
                 if at not in copies:
                     self._set(layer, name, at)
             for name, buffer in layer.named_buffers(recurse=False):
-                layer._buffers[name] = buffer.to(self.device)  # those that are in no file
+                layer._buffers[name] = buffer.to(self.device)  # buffers that files do not contain
             if self.bits < 16 and f"{prefix}{path}" in self.quantized:
                 quantize(layer, self.bits, self.device)
         for target, source in copies.items():
@@ -66,12 +66,12 @@ class WeightLoader:
 
     def _set(self, layer: Any, name: str, at: str) -> None:
         if self.window is not None and at == self.window[0]:
-            _, shape, cut = self.window
-            tensor = self.weights.window(at, shape, cut).reshape(1, -1, shape[-1])
+            _, shape, slices = self.window
+            tensor = self.weights.window(at, shape, slices).reshape(1, -1, shape[-1])
         else:
             tensor = self.weights.read(at)
-        if self.change is not None:
-            tensor = self.change(at, tensor, self.dtype)
+        if self.update is not None:
+            tensor = self.update(at, tensor, self.dtype)
         tensor = tensor.to(self.device, self.dtype)
         if self.pixels and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)

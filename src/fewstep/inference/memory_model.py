@@ -1,4 +1,4 @@
-"""What a choice holds in each stage of a picture (floor 3, no torch)."""
+"""The memory of a configuration in each stage of generation. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fewstep.inference.memory_plan import ExecutionConfig, PlanConstraints
 
 @dataclass(frozen=True)
 class MemoryCosts:
-    """Bytes that parts and stages hold; each is asked for when a plan needs it.
+    """Functions that return the bytes of parts and stages, called when a plan needs them.
 
     Attributes:
-        weights: ``(part, bits)`` -> bytes of its weights; ``modulation`` is a part.
-        layer: bits -> bytes of the largest layer of the modulations.
-        reading: ``(part, bits)`` -> bytes at most while it is read, its weights so far among them.
-        encoding: ``(encoder, bits)`` -> bytes beside the weights while a prompt is read.
-        stepping: ``(bits, batch)`` -> the same of the net's steps.
-        decoding: ``(tiles, batch)`` -> the same of a batch's decoding.
-        coding: tiles -> the same of an input picture's encoding.
+        weights: weights of ``(part, bits)``. ``modulation`` is a part of its own.
+        layer: the largest modulation layer in ``bits``.
+        reading: peak while the weights of ``(part, bits)`` are read, with the weights already read.
+        encoding: activations of a text encoder ``(part, bits)`` for one prompt.
+        stepping: activations of the net's steps for ``(bits, batch)``.
+        decoding: activations of decoding for ``(tiles, batch)``.
+        image_encoding: activations of encoding an input image with ``tiles``.
     """
 
     weights: Callable[[str, int], int]
@@ -29,14 +29,14 @@ class MemoryCosts:
     encoding: Callable[[str, int], int]
     stepping: Callable[[int, int], int]
     decoding: Callable[[int, int], int]
-    coding: Callable[[int], int]
+    image_encoding: Callable[[int], int]
 
 
 @dataclass(frozen=True)
 class StagePeaks:
-    """The stages of one choice, in bytes."""
+    """The stages of generation with one configuration, in bytes."""
 
-    asked: PlanConstraints
+    constraints: PlanConstraints
     sizes: MemoryCosts
     encoders: Sequence[str]
     t5: str | None
@@ -48,21 +48,21 @@ class StagePeaks:
             return self.choice.bits
         if part == self.t5:
             return self.choice.text_bits
-        return self.asked.native
+        return self.constraints.native
 
-    def _held(self, parts: Sequence[str]) -> int:
+    def _weights(self, parts: Sequence[str]) -> int:
         return sum(self.sizes.weights(part, self._bits(part)) for part in parts)
 
     @cached_property
     def _codecs(self) -> list[str]:
-        return sorted({self.decoder, *(["vae"] if self.asked.image else [])})
+        return sorted({self.decoder, *(["vae"] if self.constraints.image else [])})
 
     def stages(self) -> dict[str, int]:
-        """Bytes on the device in each."""
-        choice, sizes, asked = self.choice, self.sizes, self.asked
+        """Return the bytes on the device in each stage."""
+        choice, sizes, constraints = self.choice, self.sizes, self.constraints
         names = [*self.encoders, "transformer", *self._codecs]
         everything = [*names, "modulation"]
-        beside = {
+        resident = {
             "all": everything,
             "encoders": names,
             "net": ["transformer", *self._codecs],
@@ -70,28 +70,28 @@ class StagePeaks:
             "none": [],
         }[choice.residency]
 
-        def with_others(*parts: str) -> int:
-            return self._held(list({*beside, *parts}))
+        def resident_and(*parts: str) -> int:
+            return self._weights(list({*resident, *parts}))
 
         step = sizes.stepping(choice.bits, choice.batch)
-        recorded = step if asked.gpu and asked.compile and "transformer" in beside else 0
-        found: dict[str, int] = {}
+        captured = step if constraints.gpu and constraints.compile and "transformer" in resident else 0
+        stages: dict[str, int] = {}
         for part in names:
-            others = [other for other in beside if other != part]
-            found[f"reading {part}"] = self._held(others) + sizes.reading(part, self._bits(part))
+            others = [other for other in resident if other != part]
+            stages[f"reading {part}"] = self._weights(others) + sizes.reading(part, self._bits(part))
         for part in self.encoders:
-            found[f"the prompt ({part})"] = with_others(part) + sizes.encoding(part, self._bits(part))
+            stages[f"the prompt ({part})"] = resident_and(part) + sizes.encoding(part, self._bits(part))
         layer = 0 if choice.residency == "all" else sizes.layer(choice.bits)
-        found["the modulations"] = with_others("transformer") + layer
-        found["the steps"] = with_others("transformer") + step
-        # A codec that stays comes to where the net is, or the encoder that read last.
+        stages["the modulations"] = resident_and("transformer") + layer
+        stages["the steps"] = resident_and("transformer") + step
+        # A resident VAE is loaded while the net, or the last text encoder, is on the device.
         net = ["transformer"] if choice.residency == "codec" else []
-        guests = [*self.encoders, *net] if choice.residency in ("net", "codec") else []
-        last = [max(guests, key=lambda part: self._held([part]))] if guests else []
-        found["decoding"] = with_others(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
-        if self.asked.image:
-            found["encoding the picture"] = with_others("vae", *last) + sizes.coding(choice.tiles)
-        # A recording of the steps keeps what they need, beside those of another kind that is tried first.
+        transient = [*self.encoders, *net] if choice.residency in ("net", "codec") else []
+        last = [max(transient, key=lambda part: self._weights([part]))] if transient else []
+        stages["decoding"] = resident_and(self.decoder, *net) + sizes.decoding(choice.tiles, choice.batch)
+        if self.constraints.image:
+            stages["encoding the image"] = resident_and("vae", *last) + sizes.image_encoding(choice.tiles)
+        # Captured steps keep their memory beside that of another input shape, which is tried first.
         return {
-            stage: size + (0 if stage.startswith("reading") else recorded) for stage, size in found.items()
+            stage: size + (0 if stage.startswith("reading") else captured) for stage, size in stages.items()
         }

@@ -1,8 +1,7 @@
-"""What the stages of a picture hold in memory, found by shapes alone (floor 3, torch).
+"""Memory profile of the stages of generation, measured without weights.
 
-The very modules run on tensors without bytes, and every storage is counted
-(:mod:`fewstep.modules.memory_tracker`). Of
-weights in few bits the layers run as they do on a GPU, or as torchao runs them on a CPU.
+The model's modules run on fake tensors, and every storage is counted (:mod:`fewstep.modules.memory_tracker`).
+Quantized layers run as on a GPU, or as torchao runs them on a CPU.
 """
 
 from __future__ import annotations
@@ -29,138 +28,145 @@ from fewstep.inference.weight_memory import WeightMemory
 from fewstep.modules.adaln import PrecomputedAdaLN, split_modulation
 from fewstep.modules.memory_tracker import WORKSPACE, cast_parameters, fake_tensors
 
-FEW = 2
-"""Layers of a text encoder that are rehearsed: the others hold as much, one after the other."""
+PROFILED_LAYERS = 2
+"""Number of text encoder layers that are profiled. The others reuse the same memory in turn."""
 
 
 @dataclass(frozen=True)
 class MemoryProfiler:
-    """A model's sizes.
+    """Measures the memory of a model.
 
     Attributes:
-        outline: of the model; with a tiny decoder, which is its part ``decoder``.
-        family: its family, of stand-ins.
-        asked: what it is to do.
+        spec: the model; a tiny decoder is its part ``decoder``.
+        family: its family, with placeholders for the nets.
+        constraints: device, candidates and workload.
     """
 
-    outline: ModelSpec
+    spec: ModelSpec
     family: Any
-    asked: PlanConstraints
+    constraints: PlanConstraints
 
     @cached_property
-    def held(self) -> WeightMemory:
-        """What weights hold."""
-        return WeightMemory(self.outline, self.asked)
+    def weight_memory(self) -> WeightMemory:
+        """The sizes of the weights."""
+        return WeightMemory(self.spec, self.constraints)
 
     @cached_property
-    def sizes(self) -> MemoryCosts:
-        """What a plan asks for, each counted once."""
+    def costs(self) -> MemoryCosts:
+        """The sizes that a plan needs, each measured once."""
         return MemoryCosts(
-            cache(self.held.weights),
-            cache(self.held.layer),
-            cache(self.held.reading),
+            cache(self.weight_memory.weights),
+            cache(self.weight_memory.layer),
+            cache(self.weight_memory.reading),
             cache(self.encoding),
             cache(self.stepping),
             cache(self.decoding),
-            cache(self.coding),
+            cache(self.image_encoding),
         )
 
     def stages(self, choice: ExecutionConfig) -> dict[str, int]:
-        """Bytes on the device in each stage of a choice."""
-        outline = self.outline
-        counted = StagePeaks(self.asked, self.sizes, outline.encoders, outline.t5, outline.decoder, choice)
-        return counted.stages()
+        """Return the bytes on the device in each stage with this configuration."""
+        spec = self.spec
+        peaks = StagePeaks(self.constraints, self.costs, spec.encoders, spec.t5, spec.decoder, choice)
+        return peaks.stages()
 
     def encoding(self, part: str, bits: int) -> int:
-        """While it reads a prompt."""
-        hidden = {"output_hidden_states": True} if part in self.outline.architecture.hidden_states else {}
-        length = self.outline.max_tokens[part]
-        config = self.outline.configs[part]
-        kept = length * config["hidden_size"] * max(config["num_hidden_layers"] - FEW, 0) if hidden else 0
+        """Return the bytes of a text encoder's activations for one prompt."""
+        hidden = {"output_hidden_states": True} if part in self.spec.architecture.hidden_states else {}
+        length = self.spec.max_tokens[part]
+        config = self.spec.configs[part]
+        retained = (
+            length * config["hidden_size"] * max(config["num_hidden_layers"] - PROFILED_LAYERS, 0)
+            if hidden
+            else 0
+        )
 
         def run(net: Any) -> Any:
             return net(torch.zeros(1, length, dtype=torch.long), **hidden)
 
-        return self._beside(part, bits, run) + kept * self.held.dtype(bits).itemsize
+        return self._activation_peak(part, bits, run) + retained * self.weight_memory.dtype(bits).itemsize
 
     def stepping(self, bits: int, batch: int) -> int:
-        """While it walks: modulations of all steps, and a step."""
-        rows, channels = batch * self.asked.rows, self.family.latent[0]
-        height, width = self.asked.latents
-        embedder = self.outline.architecture.modulation
+        """Return the bytes of the modulations of all steps and of one step's activations."""
+        rows, channels = batch * self.constraints.rows, self.family.latent[0]
+        height, width = self.constraints.latents
+        embedder = self.spec.architecture.modulation
 
         def run(net: Any) -> Any:
             velocity = replace(self.family.velocity, net=net)
             x = torch.zeros(rows, channels, height, width)
-            context = torch.zeros(rows, *self.outline.context_shape)
-            cond = Cond(context, torch.zeros(rows, self.outline.pooled_dim))
-            steps = PrecomputedAdaLN(velocity, embedder).steps([0.5] * self.asked.steps, cond)
+            context = torch.zeros(rows, *self.spec.context_shape)
+            cond = Cond(context, torch.zeros(rows, self.spec.pooled_dim))
+            steps = PrecomputedAdaLN(velocity, embedder).steps([0.5] * self.constraints.steps, cond)
             return x, [step(x) for step in steps[:1]]
 
-        beside = self._beside("transformer", bits, run)
-        # The rehearsed net has few blocks; the real one is given the modulations of all.
+        nbytes = self._activation_peak("transformer", bits, run)
+        # The profiled net has few blocks, so the modulations of the others are added.
         short = split_modulation(
-            init_on_meta(with_few_blocks(self.outline, "transformer"), "transformer", torch.float32), embedder
+            init_on_meta(with_few_blocks(self.spec, "transformer"), "transformer", torch.float32), embedder
         )[0]
-        left_out = _made(self.held.modulated[0]) - _made(short)
-        beside += self.asked.steps * rows * left_out * self.held.dtype(bits).itemsize
-        return beside + (WORKSPACE // 2 if self.asked.gpu else 0)  # of one thread
+        left_out = _modulation_size(self.weight_memory.modulated[0]) - _modulation_size(short)
+        nbytes += self.constraints.steps * rows * left_out * self.weight_memory.dtype(bits).itemsize
+        # The net runs in one thread, which uses half of the workspace.
+        return nbytes + (WORKSPACE // 2 if self.constraints.gpu else 0)
 
     def decoding(self, tiles: int, batch: int) -> int:
-        """While latents become pixels."""
-        channels, (height, width) = self.family.latent[0], self.asked.latents
+        """Return the bytes of decoding a batch."""
+        channels, (height, width) = self.family.latent[0], self.constraints.latents
 
         def run(net: Any) -> Any:
             latents = torch.zeros(batch, channels, height, width)
-            codec = tiled_vae(net, tiles, (height, width), self.outline.downscale)
+            codec = tiled_vae(net, tiles, (height, width), self.spec.downscale)
             return latents, codec.decode(latents).float()
 
-        beside = self._beside(self.outline.decoder, self.asked.native, run)
-        if not (self.asked.gpu and self.asked.compile) or self.outline.decoder != "vae":
-            return beside
-        # Compiled code writes a block's scaled sum over one of its summands.
-        narrowest = self.outline.configs["vae"]["block_out_channels"][0]
-        pixels = height * width * self.outline.downscale**2 // tiles**2
-        return beside - narrowest * pixels * self.held.dtype(self.asked.native).itemsize
+        nbytes = self._activation_peak(self.spec.decoder, self.constraints.native, run)
+        if not (self.constraints.gpu and self.constraints.compile) or self.spec.decoder != "vae":
+            return nbytes
+        # Compiled code writes a block's scaled sum in place.
+        narrowest = self.spec.configs["vae"]["block_out_channels"][0]
+        pixels = height * width * self.spec.downscale**2 // tiles**2
+        return nbytes - narrowest * pixels * self.weight_memory.dtype(self.constraints.native).itemsize
 
-    def coding(self, tiles: int) -> int:
-        """While the picture to start from becomes latents."""
-        height, width = self.asked.latents
-        down = self.outline.downscale
+    def image_encoding(self, tiles: int) -> int:
+        """Return the bytes of encoding an input image."""
+        height, width = self.constraints.latents
+        down = self.spec.downscale
 
         def run(net: Any) -> Any:
             images = torch.zeros(1, 3, down * height, down * width)
             return images, tiled_vae(net, tiles, (height, width), down).encode(images)
 
-        return self._beside("vae", self.asked.native, run)
+        return self._activation_peak("vae", self.constraints.native, run)
 
-    def _beside(self, part: str, bits: int, run: Callable[[Any], Any]) -> int:
-        """Bytes beside its weights while a part runs, as ``run`` runs it."""
+    def _activation_peak(self, part: str, bits: int, run: Callable[[Any], Any]) -> int:
+        """Return the peak bytes beside the weights while ``run`` runs a part."""
         with (
             warnings.catch_warnings(),
-            fake_tensors(gpu=self.asked.gpu) as ledger,
+            fake_tensors(gpu=self.constraints.gpu) as ledger,
             torch.no_grad(),
             ExitStack() as stack,
         ):
-            warnings.simplefilter("ignore")  # torch's, about fake tensors
-            short = with_few_blocks(self.outline, part)
-            net = cast_parameters(init_from_config(short, part), self.held.dtype(bits)).eval()
-            if self.asked.gpu and not self.asked.compile and part in ("vae", "decoder"):
-                stack.enter_context(_converting(net))
+            warnings.simplefilter("ignore")  # torch warns about fake tensors
+            short = with_few_blocks(self.spec, part)
+            net = cast_parameters(init_from_config(short, part), self.weight_memory.dtype(bits)).eval()
+            if self.constraints.gpu and not self.constraints.compile and part in ("vae", "decoder"):
+                stack.enter_context(_layout_copies(net))
             if bits < 16:
-                fake_quantize(net, quantizable(short, part, net), bits, self.asked.gpu)
+                fake_quantize(net, quantizable(short, part, net), bits, self.constraints.gpu)
             ledger.begin(part)
             before = sum(ledger.live.values())
-            kept = run(net)
-            most = ledger.peaks[part].total - before
-            del kept
-        return most
+            output = run(net)
+            peak = ledger.peaks[part].total - before
+            del output
+        return peak
 
 
 @contextmanager
-def _converting(net: Any) -> Generator[None]:
-    """As a GPU runs an autoencoder that is not compiled: it convolves in ``channels_last`` and norms in the
-    usual layout, and makes copies to change between them."""
+def _layout_copies(net: Any) -> Generator[None]:
+    """Emulate the memory layouts of an uncompiled autoencoder on a GPU.
+
+    Convolutions run in ``channels_last`` and norms in the contiguous layout, with copies in between.
+    """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight = frozen_parameter(layer.weight.contiguous(memory_format=torch.channels_last))
@@ -177,20 +183,22 @@ def _converting(net: Any) -> Generator[None]:
         yield
 
 
-def with_few_blocks(outline: ModelSpec, part: str) -> ModelSpec:
-    """The outline with a net of no more blocks than it has kinds of them; the last of SD3's is a kind."""
-    config = dict(outline.configs[part])
+def with_few_blocks(spec: ModelSpec, part: str) -> ModelSpec:
+    """Return a spec whose net has one block of each kind. The last block of SD3 is a kind of its own."""
+    config = dict(spec.configs[part])
     if part == "transformer":
-        config = outline.architecture.few_blocks(config, FEW + 1)
+        config = spec.architecture.few_blocks(config, PROFILED_LAYERS + 1)
     for name in ("num_layers", "num_hidden_layers") if part != "transformer" else ():
         if name in config:
-            config[name] = min(int(config[name]), FEW)
-    return replace(outline, configs={**outline.configs, part: config})
+            config[name] = min(int(config[name]), PROFILED_LAYERS)
+    return replace(spec, configs={**spec.configs, part: config})
 
 
 def fake_quantize(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None:
-    """Let layers run as they do on a GPU, or as torchao runs weights of 8 bits on a CPU: they are cast, then
-    multiplied."""
+    """Replace layers by quantized ones without values.
+
+    They run as on a GPU, or as torchao runs 8-bit weights on a CPU: cast, then multiplied.
+    """
     for path in names:
         layer = net.get_submodule(path)
         if gpu:
@@ -200,11 +208,11 @@ def fake_quantize(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None
         codes = torch.zeros(weight.shape, dtype=torch.int8)
         layer.register_buffer("scale", torch.zeros(weight.shape[0], dtype=weight.dtype))
         layer._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
-        layer.forward = _Cast(layer)
+        layer.forward = _CastLinear(layer)
 
 
 @dataclass(frozen=True)
-class _Cast:
+class _CastLinear:
     layer: Any
 
     def __call__(self, x: Any) -> Any:
@@ -216,6 +224,6 @@ class _Cast:
         return y
 
 
-def _made(modulation: Any) -> int:
-    """Numbers of all modulations of a sample at one time."""
+def _modulation_size(modulation: Any) -> int:
+    """Return the number of modulation values of one sample at one time."""
     return sum(layer.out_features for layer in modulation.layers)

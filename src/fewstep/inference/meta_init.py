@@ -1,4 +1,4 @@
-"""Nets with shapes and no bytes (floor 3, torch)."""
+"""Initialization of nets on the meta device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fewstep.families.diffusers_io import first_line
 from fewstep.families.spec import ModelSpec
 
 
-def init_on_meta(outline: ModelSpec, part: str, dtype: torch.dtype) -> Any:
-    """A net with the shapes of its weights and none of their bytes, frozen.
+def init_on_meta(spec: ModelSpec, part: str, dtype: torch.dtype) -> Any:
+    """Return a frozen net on the meta device, with shapes and without values.
 
     Raises:
-        UserError: its class is unknown, or its configuration makes no net.
+        UserError: the class is unknown, or the configuration is invalid.
     """
     from accelerate import init_empty_weights
 
-    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those
-    # of text encoders are counted up when they are made, and in no file.
-    ours = hasattr(class_in(outline, part), "load_config")
+    # Files of diffusers nets contain the buffers, of which a position table takes gigabytes to compute.
+    # Files of text encoders do not contain them, so they are computed here.
+    ours = hasattr(class_in(spec, part), "load_config")
     with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
-        net = init_from_config(outline, part)
+        net = init_from_config(spec, part)
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = frozen_parameter(parameter.to(dtype))
@@ -35,30 +35,30 @@ def init_on_meta(outline: ModelSpec, part: str, dtype: torch.dtype) -> Any:
     return net.eval()
 
 
-def init_from_config(outline: ModelSpec, part: str) -> Any:
-    """A net of its class and configuration, its weights whatever they are.
+def init_from_config(spec: ModelSpec, part: str) -> Any:
+    """Return a net of its class and configuration with arbitrary weights.
 
     Raises:
         UserError: see :func:`init_on_meta`.
     """
-    net_class = class_in(outline, part)
+    net_class = class_in(spec, part)
     try:
-        return make_net(net_class, outline.configs[part])
-    except Exception as error:  # of two libraries that believe what they read
+        return make_net(net_class, spec.configs[part])
+    except Exception as error:  # the libraries do not validate configurations
         name = net_class.__name__
         raise UserError(f"the configuration of the {part} makes no {name} ({first_line(error)})") from None
 
 
-def class_in(outline: ModelSpec, part: str) -> Any:
+def class_in(spec: ModelSpec, part: str) -> Any:
     """Return the class of a part.
 
     Raises:
         UserError: the class is unknown.
     """
-    where = str(outline.folder or "the outline")
-    return class_of(outline.classes[part], part, where, outline.architecture)
+    where = str(spec.folder or "the spec")
+    return class_of(spec.classes[part], part, where, spec.architecture)
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:
-    """A parameter that does not learn."""
+    """Return a parameter without gradient."""
     return nn.Parameter(tensor, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Parts of a model whose weights come to the device and go (floor 3, torch)."""
+"""Offloading of a model's parts: weights are loaded to the device when needed."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from fewstep.inference.meta_init import frozen_parameter
 from fewstep.modules.memory_tracker import ALLOCATED
 
 CHUNK = 2**28
-"""Bytes of the CPU's memory that are asked for at once: of memory that a GPU reads by itself torch gives
-powers of two, for a weight up to twice what it needs."""
+"""Bytes of pinned memory per allocation.
+
+Torch rounds pinned allocations up to powers of two. Single weights would take up to twice their size."""
 
 
 @dataclass
 class PinnedBuffer:
-    """The CPU's memory for weights that have left a GPU, which reads them there by itself; where the system
-    gives no more of such memory, any other."""
+    """Pinned CPU memory for weights that are offloaded from a GPU.
+
+    Where the system provides no more pinned memory, pageable memory is used.
+    """
 
     _chunk: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _used: int = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """The tensor, copied here; it has no gaps."""
+        """Copy a dense tensor to the buffer and return the copy."""
         size = -(-tensor.nbytes // ALLOCATED) * ALLOCATED
         if self._used + size > len(self._chunk):
             self._chunk, self._used = _pinned(max(CHUNK, size)), 0
-        room = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype)
+        target = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype)
         self._used += size
-        return room.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        return target.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def _pinned(size: int) -> Tensor:
@@ -47,71 +50,77 @@ def _pinned(size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A tensor on the shelf, and where a module has it."""
+class _HostTensor:
+    """A tensor in the pinned buffer, and its place in a module.
 
-    held: dict[str, Any]
+    Attributes:
+        owner: the parameters or buffers of a layer.
+        name: its name there.
+        tensor: the copy in the buffer.
+    """
+
+    owner: dict[str, Any]
     name: str
     tensor: Tensor
 
 
 @dataclass
 class OffloadedModule:
-    """A module that has its weights on the device for a while.
+    """A module whose weights are on the device only while needed.
 
-    On a CPU they are let go and read again. What has left a GPU once is kept on a shelf, and comes back from
-    there.
+    Weights offloaded from a GPU are copied to pinned memory once and are loaded from there. On a CPU they are
+    freed and read from the file again.
 
     Attributes:
-        module: with or without weights.
-        source: of the weights.
-        shelf: for those that leave a GPU.
-        prefix: where the module lies in its net, with a dot at the end.
-        stays: after a visit.
-        here: whether it has them.
+        module: the module, with weights or on the meta device.
+        source: reads the weights.
+        host_buffer: pinned memory for offloaded weights.
+        prefix: path of the module in its net, with a dot at the end.
+        stays_loaded: whether the weights resident_parts loaded after :meth:`resident`.
+        loaded: whether the weights are loaded.
     """
 
     module: Any
     source: WeightLoader
-    shelf: PinnedBuffer = field(default_factory=PinnedBuffer)
+    host_buffer: PinnedBuffer = field(default_factory=PinnedBuffer)
     prefix: str = ""
-    stays: bool = False
-    here: bool = False
-    _aside: list[_Kept] = field(default_factory=list[_Kept], repr=False)
+    stays_loaded: bool = False
+    loaded: bool = False
+    _host_tensors: list[_HostTensor] = field(default_factory=list[_HostTensor], repr=False)
     _arrival: Any = field(default=None, repr=False)
 
     def load(self) -> Any:
-        """The module, on the device.
+        """Load the weights if needed and return the module.
 
         Raises:
             UserError: weights are missing or of another shape.
         """
-        if not self.here:
-            if self._aside:
+        if not self.loaded:
+            if self._host_tensors:
                 self._fetch(lambda tensor: tensor.to(self.source.device, non_blocking=True))
             else:
                 self.source.fill(self.module, self.prefix)
-            self.here = True
+            self.loaded = True
         self._arrive()
         return self.module
 
     def prefetch(self) -> None:
-        """Begin to come back to a GPU that does other things meanwhile; where it has no room, do not."""
-        if self.here or not self._aside:
+        """Start an asynchronous load to the GPU. Without free memory nothing happens."""
+        if self.loaded or not self._host_tensors:
             return
-        path = _path(self.source.device)
-        path.wait_stream(torch.cuda.current_stream())  # whoever had the room has used it until then
+        stream = _copy_stream(self.source.device)
+        stream.wait_stream(torch.cuda.current_stream())  # earlier kernels may still use the memory
 
-        def begun(tensor: Tensor) -> Tensor:
-            room = torch.empty_like(tensor, device=self.source.device)
-            room.record_stream(path)  # so that nobody else gets it while it is written
-            with torch.cuda.stream(path):
-                return room.copy_(tensor, non_blocking=True)
+        def start_copy(tensor: Tensor) -> Tensor:
+            target = torch.empty_like(tensor, device=self.source.device)
+            target.record_stream(stream)  # keeps the memory allocated until the copy is done
+            with torch.cuda.stream(stream):
+                return target.copy_(tensor, non_blocking=True)
 
         with suppress(torch.OutOfMemoryError):
-            self._fetch(begun)
-            self._arrival = path.record_event()
-            self.here = True
+            self._fetch(start_copy)
+            self._arrival = stream.record_event()
+            self.loaded = True
 
     def _arrive(self) -> None:
         if self._arrival is not None:
@@ -119,41 +128,41 @@ class OffloadedModule:
             self._arrival = None
 
     def offload(self) -> None:
-        """Leave the device."""
-        if not self.here:
+        """Remove the weights from the device."""
+        if not self.loaded:
             return
         self._arrive()
         if self.source.device != "cpu":
-            if not self._aside:
-                self._aside = self._kept()
+            if not self._host_tensors:
+                self._host_tensors = self._copy_to_host()
             self._put(lambda tensor: tensor)
         else:
             for layer in self.module.modules():
                 for name, old in layer.named_parameters(recurse=False):
                     layer._parameters[name] = frozen_parameter(self._empty(old))
                 for name, old in layer.named_buffers(recurse=False):
-                    if name not in layer._non_persistent_buffers_set:  # those are in no file
+                    if name not in layer._non_persistent_buffers_set:  # files do not contain the others
                         layer._buffers[name] = self._empty(old)
-        self.here = False
+        self.loaded = False
 
-    def _kept(self) -> list[_Kept]:
+    def _copy_to_host(self) -> list[_HostTensor]:
         copies: dict[int, Tensor] = {}  # a tied weight is one tensor in several places
-        kept: list[_Kept] = []
+        tensors: list[_HostTensor] = []
         for layer in self.module.modules():
-            for held in (layer._parameters, layer._buffers):
-                for name, tensor in held.items():
+            for owner in (layer._parameters, layer._buffers):
+                for name, tensor in owner.items():
                     if tensor is None:
                         continue
                     if id(tensor) not in copies:
-                        copy = self.shelf.copy(tensor.detach())
+                        copy = self.host_buffer.copy(tensor.detach())
                         copies[id(tensor)] = (
                             frozen_parameter(copy) if isinstance(tensor, nn.Parameter) else copy
                         )
-                    kept.append(_Kept(held, name, copies[id(tensor)]))
-        return kept
+                    tensors.append(_HostTensor(owner, name, copies[id(tensor)]))
+        return tensors
 
     def _fetch(self, moved: Callable[[Tensor], Tensor]) -> None:
-        """Put what ``moved`` makes of the tensors aside, all or none of it."""
+        """Set the module's tensors to ``moved`` of the host tensors, all or none of them."""
         try:
             self._put(moved)
         except BaseException:
@@ -161,67 +170,67 @@ class OffloadedModule:
             raise
 
     def _put(self, moved: Callable[[Tensor], Tensor]) -> None:
-        made: dict[int, Tensor] = {}
-        for one in self._aside:
-            key = id(one.tensor)
-            if key not in made:
-                tensor = moved(one.tensor)
-                made[key] = frozen_parameter(tensor) if isinstance(one.tensor, nn.Parameter) else tensor
-            one.held[one.name] = made[key]
+        results: dict[int, Tensor] = {}
+        for host in self._host_tensors:
+            key = id(host.tensor)
+            if key not in results:
+                tensor = moved(host.tensor)
+                results[key] = frozen_parameter(tensor) if isinstance(host.tensor, nn.Parameter) else tensor
+            host.owner[host.name] = results[key]
 
     def _empty(self, old: Tensor) -> Tensor:
         return torch.empty(old.shape, dtype=self.source.dtype, device="meta")
 
     @contextmanager
     def resident(self) -> Generator[None]:
-        """Within the block the module has its weights; it leaves afterwards, unless it stays."""
+        """Load the weights for the block, and offload them afterwards unless they resident_parts."""
         self.load()
         try:
             yield
         finally:
-            if not self.stays:
+            if not self.stays_loaded:
                 self.offload()
 
 
 @cache
-def _path(device: str) -> Any:
-    """The stream on which weights come while the device works on another."""
+def _copy_stream(device: str) -> Any:
+    """The stream of asynchronous loads."""
     return torch.cuda.Stream(device)
 
 
 @dataclass
 class OffloadManager:
-    """A device with room for some parts at a time.
+    """Loads and offloads the parts of a model.
 
     Attributes:
-        parts: by name.
-        stay: those that do not leave; of the others one at a time is there.
+        parts: the parts by name.
+        resident_parts: names of the resident parts. Of the others, one at a time is loaded.
     """
 
     parts: Mapping[str, OffloadedModule]
-    stay: frozenset[str]
+    resident_parts: frozenset[str]
 
     def load_resident(self) -> None:
-        """Fetch what stays."""
-        for name in sorted(self.stay & self.parts.keys()):
+        """Load the resident parts."""
+        for name in sorted(self.resident_parts & self.parts.keys()):
             self.parts[name].load()
 
     def acquire(self, name: str) -> Any:
-        """A part with its weights; the ones that do not stay leave for it."""
+        """Load a part and return its module. Other parts are offloaded unless they are resident."""
         part = self.parts[name]
-        if not part.here and name not in self.stay:
-            self.evict(other for other in self.parts if other not in self.stay)
+        if not part.loaded and name not in self.resident_parts:
+            self.evict(other for other in self.parts if other not in self.resident_parts)
         return part.load()
 
     def acquire_exclusive(self, name: str) -> Any:
-        """The same for a part that needs the room even where it stays itself."""
-        self.evict(other for other in self.parts if other not in self.stay and other != name)
+        """Load a part as :meth:`acquire` does, and offload other parts even if this one is resident."""
+        self.evict(other for other in self.parts if other not in self.resident_parts and other != name)
         return self.acquire(name)
 
     def evict(self, names: Iterable[str]) -> None:
-        """Let parts go, and give the memory back to the system."""
-        gone = [self.parts[name] for name in names if self.parts[name].here]
-        for part in gone:
+        """Offload parts and return their memory to the system."""
+        evicted = [self.parts[name] for name in names if self.parts[name].loaded]
+        for part in evicted:
             part.offload()
-        if any(part.source.device == "cpu" for part in gone):
+        if any(part.source.device == "cpu" for part in evicted):
             trim()

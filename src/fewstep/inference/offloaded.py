@@ -1,4 +1,4 @@
-"""A model whose parts come to the device when their turn is (floor 3, torch)."""
+"""The net and the autoencoder of a model with offloaded parts."""
 
 from __future__ import annotations
 
@@ -20,71 +20,73 @@ from fewstep.modules.adaln import Modulation
 
 @dataclass(frozen=True)
 class OffloadedVelocity:
-    """The net: a velocity that makes its modulations for all steps of a walk, for which their layers come.
+    """The velocity of an offloaded net, which computes the modulations of all sampling steps first.
 
     Attributes:
-        place: where its part ``transformer`` is, without the modulations.
-        velocity: the family's adapter of it.
-        modulation: what makes them.
-        layers: the parts that its embedder and layers are, by their ids.
-        again: what steps at once, where the net stays in its place.
+        manager: the manager of the part ``transformer``, which has no modulation layers.
+        velocity: the family's velocity of the net.
+        modulation: the modulation layers.
+        layers: the offloaded modules of the time embedder and the modulation layers, by ``id``.
+        graph_cache: CUDA graphs, if the net is resident.
     """
 
-    place: OffloadManager
+    manager: OffloadManager
     velocity: Any
     modulation: Modulation
     layers: Mapping[int, OffloadedModule]
-    again: CUDAGraphCache | None = None
+    graph_cache: CUDAGraphCache | None = None
 
     def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array:
-        """``x_t [B, C, H, W]``, ``t [B]`` -> ``[B, C, H, W]``."""
-        (made,) = self._modulations([self.modulation.inputs(self.velocity, t, cond.pooled)])
-        return self._moved(x_t, t, cond.context, made)
+        """Predict the velocity ``[B, C, H, W]`` of ``x_t [B, C, H, W]`` at ``t [B]``."""
+        (modulation,) = self._modulations([self.modulation.inputs(self.velocity, t, cond.pooled)])
+        return self._velocity(x_t, t, cond.context, modulation)
 
     def with_guidance(self, scale: float) -> OffloadedVelocity:
-        """The same net at another scale of its embedded guidance, which its modulations alone depend on."""
+        """Return this velocity with another embedded guidance scale, on which only the modulations depend."""
         return replace(self, velocity=self.velocity.with_guidance(scale))
 
     def steps(self, times: Sequence[float], cond: Cond) -> Sequence[Step]:
-        """A step for each of ``times``."""
-        told = [
+        """Return one step per time, with precomputed modulations."""
+        inputs = [
             self.modulation.inputs(self.velocity, expand_time(t, cond.context), cond.pooled) for t in times
         ]
-        return [partial(self._step, *pair, cond) for pair in zip(times, self._modulations(told), strict=True)]
+        return [
+            partial(self._step, *pair, cond) for pair in zip(times, self._modulations(inputs), strict=True)
+        ]
 
-    def _step(self, t: float, made: Array, cond: Cond, x: Array) -> Array:
-        return self._moved(x, expand_time(t, x), cond.context, made)
+    def _step(self, t: float, modulation: Array, cond: Cond, x: Array) -> Array:
+        return self._velocity(x, expand_time(t, x), cond.context, modulation)
 
-    def _moved(self, *inputs: Array) -> Array:
-        self.place.acquire("transformer")
+    def _velocity(self, *inputs: Array) -> Array:
+        self.manager.acquire("transformer")
         with torch.no_grad():
-            if self.again is None:
+            if self.graph_cache is None:
                 return self._run(*inputs)
-            return self.again("transformer", self._run, *inputs)
+            return self.graph_cache("transformer", self._run, *inputs)
 
-    def _run(self, x: Array, t: Array, context: Array, made: Array) -> Array:
-        return self.velocity(x, t, Cond(context, made))
+    def _run(self, x: Array, t: Array, context: Array, modulation: Array) -> Array:
+        return self.velocity(x, t, Cond(context, modulation))
 
-    def _modulations(self, told: Sequence[Sequence[Array]]) -> list[Array]:
+    def _modulations(self, inputs: Sequence[Sequence[Array]]) -> list[Array]:
         with torch.no_grad():
-            self.place.acquire_exclusive("transformer")
-            return self.modulation.each(told, lambda layer: self.layers[id(layer)].resident())
+            self.manager.acquire_exclusive("transformer")
+            return self.modulation.each(inputs, lambda layer: self.layers[id(layer)].resident())
 
 
 @dataclass(frozen=True)
 class Codec:
-    """The autoencoder, one picture at a time; another may decode.
+    """The autoencoder, which processes one image at a time.
 
     Attributes:
-        place: where its parts are.
-        decoder: the part that decodes.
-        tiles: along a side.
+        manager: the manager of its parts.
+        decoder: name of the part that decodes, ``vae`` or a tiny ``decoder``.
+        tiles: tiles per side for decoding.
         latents: (height, width).
         downscale: pixels per latent along a side.
-        meanwhile: parts that the next picture begins with, for which there is room unless one is decoded.
+        meanwhile: modules for the start of the next image, offloaded while an image is decoded.
     """
 
-    place: OffloadManager
+    manager: OffloadManager
     decoder: str
     tiles: int
     latents: tuple[int, int]
@@ -92,12 +94,12 @@ class Codec:
     meanwhile: Sequence[OffloadedModule] = ()
 
     def encode(self, images: Array) -> Array:
-        """``[B, 3, h, w]`` in [-1, 1] -> ``[B, C, H, W]`` float32."""
+        """Encode ``[B, 3, h, w]`` in [-1, 1] as ``[B, C, H, W]`` float32."""
         with torch.no_grad():
             return self._codec("vae").encode(images)
 
     def decode(self, latents: Array) -> Array:
-        """``[B, C, H, W]`` -> ``[B, 3, h, w]``, about [-1, 1], float32."""
+        """Decode ``[B, C, H, W]`` to ``[B, 3, h, w]`` float32, about [-1, 1]."""
         for part in self.meanwhile:
             part.offload()
         with torch.no_grad():
@@ -107,14 +109,14 @@ class Codec:
         return pixels
 
     def _codec(self, part: str) -> LatentCodec:
-        return tiled_vae(self.place.acquire(part), self.tiles, self.latents, self.downscale)
+        return tiled_vae(self.manager.acquire(part), self.tiles, self.latents, self.downscale)
 
 
 def tiled_vae(vae: Any, tiles: int, latents: tuple[int, int], downscale: int) -> LatentCodec:
-    """The codec, one picture at a time, each in ``tiles`` x ``tiles`` tiles (with what they overlap)."""
+    """Return the codec with one image per pass and ``tiles`` x ``tiles`` overlapping tiles."""
     vae.enable_slicing()
     for layer in vae.modules():
-        if isinstance(layer, nn.SiLU):  # what a norm gave, which nobody reads again
+        if isinstance(layer, nn.SiLU):  # its input, a norm's output, is not used graph_cache
             layer.inplace = True
     if tiles > 1:
         vae.enable_tiling()

@@ -1,4 +1,4 @@
-"""Text encoders that come when they are to read, and are remembered (floor 3, torch)."""
+"""Offloaded text encoders with a cache of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fewstep.inference.cuda_graphs import CUDAGraphCache
 from fewstep.inference.offload import OffloadManager
 
 CACHED = 64
-"""Prompts whose embeddings are kept, in the precision that their encoders speak."""
+"""Number of prompts whose embeddings are cached."""
 
 
 @dataclass
 class CachedTextEncoder:
-    """Text encoders that remember what they read.
+    """Text encoders with a cache of embeddings.
 
     Attributes:
-        encode: the family's, whose encoders read a prompt at a time (:class:`UnbatchedEncoder`).
-        device: where conditions go.
-        dtype: what the encoders compute in.
+        encode: the family's text encoder, made of :class:`UnbatchedEncoder`.
+        device: device of the embeddings that are returned.
+        dtype: data type of the encoders and of the cache.
     """
 
     encode: TextEncoder
@@ -34,55 +34,56 @@ class CachedTextEncoder:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self._known: OrderedDict[str, Cond] = OrderedDict()
+        self._cache: OrderedDict[str, Cond] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        """``B`` prompts -> context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
+        """Encode ``B`` prompts as context ``[B, L, D]`` and pooled ``[B, P]``, float32."""
         self.prepare(prompts)
-        rows = [self._known[text] for text in prompts]
+        rows = [self._cache[text] for text in prompts]
         context, pooled = (
             torch.cat([getattr(row, name).to(self.device, non_blocking=True) for row in rows]).float()
             for name in ("context", "pooled")
         )
         return Cond(context, pooled)
 
-    def _kept(self, array: Tensor) -> Tensor:
-        """In the CPU's memory; nobody waits until a GPU has written it, for it alone reads it."""
+    def _to_host(self, array: Tensor) -> Tensor:
+        """Copy to CPU memory. The copy need not be awaited, because only the same GPU reads it."""
         array = array.to(self.dtype)
         if self.device == "cpu":
             return array
         return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=True)
 
     def clear_cache(self) -> None:
-        """Forget all prompts."""
-        self._known.clear()
+        """Remove all prompts from the cache."""
+        self._cache.clear()
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Read prompts that are not known, before the net needs the room; the oldest are forgotten."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._known]
+        """Encode prompts that are not in the cache, before the net needs the memory; drop the oldest."""
+        new = [text for text in dict.fromkeys(prompts) if text not in self._cache]
         if not new:
             return
-        made = self.encode(new).map(self._kept)
+        cond = self.encode(new).map(self._to_host)
         for row, text in enumerate(new):
-            self._known[text] = made[row : row + 1]
-        while len(self._known) > max(CACHED, len(set(prompts))):
-            self._known.popitem(last=False)
+            self._cache[text] = cond[row : row + 1]
+        while len(self._cache) > max(CACHED, len(set(prompts))):
+            self._cache.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class UnbatchedEncoder:
-    """A text encoder that comes when it is to read, and reads a prompt at a time: what it says does not
-    depend on what else is read, and many prompts need no more memory.
+    """An offloaded text encoder that encodes one prompt at a time.
+
+    So an embedding does not depend on the batch, and many prompts need no more memory.
 
     Attributes:
-        place: where it comes.
-        name: of its part.
-        again: what reads at once, where the encoder stays in its place.
+        manager: the manager of the encoder.
+        name: name of its part.
+        graph_cache: CUDA graphs, if the encoder is resident.
     """
 
-    place: OffloadManager
+    manager: OffloadManager
     name: str
-    again: CUDAGraphCache | None = None
+    graph_cache: CUDAGraphCache | None = None
 
     @property
     def config(self) -> Any:
@@ -94,21 +95,21 @@ class UnbatchedEncoder:
 
     @property
     def _part(self) -> Any:
-        return self.place.parts[self.name]
+        return self.manager.parts[self.name]
 
     def __call__(self, ids: Tensor, **options: Any) -> BatchedOutput:
-        """Token ids ``[B, L]`` -> what the encoder gives for each."""
-        encoder = self.place.acquire(self.name)
+        """Encode token ids ``[B, L]``."""
+        encoder = self.manager.acquire(self.name)
 
-        def read(row: Tensor) -> Any:
-            return _short(encoder(row, **options))
+        def encode(row: Tensor) -> Any:
+            return _last_states(encoder(row, **options))
 
-        once = read if self.again is None else partial(self.again, self.name, read)
-        return BatchedOutput([once(row) for row in ids.split(1)])
+        run = encode if self.graph_cache is None else partial(self.graph_cache, self.name, encode)
+        return BatchedOutput([run(row) for row in ids.split(1)])
 
 
-def _short(out: Any) -> Any:
-    """An encoder's output with the last of its hidden states alone: a family takes the last but one."""
+def _last_states(out: Any) -> Any:
+    """Keep only the last two hidden states of an encoder's output; families use the last but one."""
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = out.hidden_states[-2:]
     return out
@@ -116,15 +117,15 @@ def _short(out: Any) -> Any:
 
 @dataclass(frozen=True)
 class BatchedOutput:
-    """Outputs of an encoder for one prompt each, read as one for all."""
+    """Outputs of single prompts, accessed as the output of a batch."""
 
     each: Sequence[Any]
 
     def __getattr__(self, name: str) -> Any:
-        found = [getattr(out, name) for out in self.each]
-        if isinstance(found[0], tuple):
-            return [torch.cat(parts) for parts in zip(*found, strict=True)]
-        return torch.cat(found)
+        values = [getattr(out, name) for out in self.each]
+        if isinstance(values[0], tuple):
+            return [torch.cat(parts) for parts in zip(*values, strict=True)]
+        return torch.cat(values)
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.cat([out[index] for out in self.each])

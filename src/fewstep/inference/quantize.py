@@ -1,7 +1,8 @@
-"""Fewer bits a weight (floor 3, torch).
+"""Weight-only quantization of linear layers to 8 and 4 bits.
 
-On a GPU weights are unpacked here, where they meet thousands of tokens: torchao's kernels of few bits are
-made for a few rows (on an H200 a picture took them six times as long as 16 bits).
+On a CPU torchao quantizes. On a GPU the layers here unpack their weights before each product. torchao's GPU
+kernels are made for few rows: with thousands of tokens, an image takes six times as long as in 16 bits
+(H200).
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from fewstep.core.types import UserError
 from fewstep.families.spec import ModelSpec
 
 GROUP = 64
-"""Weights of a row that share a scale, in 4 bits; fewer where a row's are no multiple."""
+"""Largest number of 4-bit weights that share a scale."""
 
 
 def check(bits: int, device: str) -> None:
-    """Refuse bits that the device has no kernels for.
+    """Check that the device supports this many bits per weight.
 
     Raises:
-        UserError: it has none, there are no such bits, or torchao is not installed.
+        UserError: it does not, the number is unknown, or torchao is not installed.
     """
     if bits not in (32, 16, 8, 4):
         raise UserError(f"bits must be 32, 16, 8 or 4, not {bits}")
-    lack = unsupported(bits, device)
-    if lack is not None:
-        raise UserError(f"--bits {bits} needs {lack}")
+    missing = unsupported(bits, device)
+    if missing is not None:
+        raise UserError(f"--bits {bits} needs {missing}")
 
 
 def unsupported(bits: int, device: str) -> str | None:
-    """What the device or this installation lacks for so few bits, if anything."""
+    """Return what the device or installation lacks for this many bits per weight; ``None`` if nothing."""
     if bits >= 16 or device != "cpu":
         return None
     if bits == 4:
@@ -56,7 +57,7 @@ def quantize(linear: nn.Linear, bits: int, device: str) -> None:
         device: ``cpu`` or ``cuda``.
     """
     if isinstance(linear, Int8Linear | Int4Linear):
-        return  # by a reading that was broken off
+        return  # an interrupted load already quantized it
     if device != "cpu":
         quantize_weight_only(linear, bits)
         return
@@ -71,13 +72,13 @@ def _linear(module: nn.Module, name: str) -> bool:
 
 
 def quantized_nbytes(rows: int, columns: int, bits: int, wide: int) -> int:
-    """Bytes of a weight ``[rows, columns]``.
+    """Return the size of a weight ``[rows, columns]`` in bytes.
 
     Args:
-        rows: and
-        columns: its shape.
-        bits: 32, 16, 8 or 4.
-        wide: bytes of a number in the precision that the net computes in.
+        rows: output features.
+        columns: input features.
+        bits: bits per weight: 32, 16, 8 or 4.
+        wide: bytes per number of the net's arithmetic.
     """
     if bits >= 16:
         return rows * columns * bits // 8
@@ -94,12 +95,12 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """``[rows, columns]``, unpacked."""
+        """The unpacked weight ``[rows, columns]``."""
         return self.codes.to(self.scale.dtype) * self.scale
 
 
 class Int4Linear(nn.Linear):
-    """The same in 4 bits, two weights in a byte, between the least and the most of their group."""
+    """A linear layer with 4-bit weights, two per byte, scaled between minimum and maximum of a group."""
 
     codes: Tensor
     low: Tensor
@@ -107,54 +108,53 @@ class Int4Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """``[rows, columns]``, unpacked."""
+        """The unpacked weight ``[rows, columns]``."""
         halves = torch.cat([self.codes & 15, self.codes >> 4], dim=-1)
         return torch.addcmul(self.low, halves.to(self.scale.dtype), self.scale).flatten(1)
 
 
 def quantize_weight_only(linear: nn.Linear, bits: int) -> None:
-    """Make a layer one of 8 or 4 bits, in place; of 4 where its columns are even.
+    """Quantize a layer to 8 or 4 bits in place. 4 bits need an even number of columns.
 
-    A product costs what it does in 16 bits and the unpacking of its weights, a few hundredths of that where
-    there are thousands of tokens.
+    Unpacking costs a few per cent of a product with thousands of tokens.
     """
     weight = linear.weight.detach()
     dtype, wide = weight.dtype, weight.float()
-    least = torch.finfo(torch.float32).tiny  # a row of zeros, or a group of one value, has no scale
+    least = torch.finfo(torch.float32).tiny  # for a row of zeros or a group of equal values
     if bits == 8:
         scale = (wide.abs().amax(-1, keepdim=True) / 127).to(dtype)
         codes = wide.div_(scale.float().clamp(min=least)).round_().clamp_(-127, 127).to(torch.int8)
-        held = {"codes": codes, "scale": scale}
+        buffers = {"codes": codes, "scale": scale}
     else:
         groups = wide.unflatten(1, (-1, group_of(weight.shape[1])))
         low = groups.amin(-1, keepdim=True).to(dtype)
         scale = ((groups.amax(-1, keepdim=True) - low.float()) / 15).to(dtype)
         steps = groups.sub(low.float()).div_(scale.float().clamp(min=least))
         first, second = steps.round_().clamp_(0, 15).to(torch.uint8).chunk(2, dim=-1)
-        held = {"codes": first | second << 4, "low": low, "scale": scale}
+        buffers = {"codes": first | second << 4, "low": low, "scale": scale}
     del linear.weight
-    for name, tensor in held.items():
+    for name, tensor in buffers.items():
         linear.register_buffer(name, tensor)
     linear.__class__ = Int8Linear if bits == 8 else Int4Linear
 
 
 def group_of(columns: int) -> int:
-    """Weights of a row that share a scale, in 4 bits; the row's number of them is a multiple of it."""
+    """Return the number of 4-bit weights that share a scale, which divides the row length."""
     return math.gcd(columns, GROUP)
 
 
-def quantizable(outline: ModelSpec, part: str, net: Any) -> frozenset[str]:
-    """Names of the linear layers that are stored in few bits: those of the blocks, of the net and of T5.
+def quantizable(spec: ModelSpec, part: str, net: Any) -> frozenset[str]:
+    """Return the names of the linear layers to quantize: those of the blocks of the net and of T5.
 
-    What all tokens share, the modulations and the CLIPs keep theirs: they are small, or leave the device.
+    Other layers, the modulations and the CLIPs keep their precision. They are small, or are offloaded.
     """
     blocks = {
-        "transformer": tuple(f"{name}." for name in outline.architecture.block_lists),
-        str(outline.t5): ("encoder.block.",),
+        "transformer": tuple(f"{name}." for name in spec.architecture.block_lists),
+        str(spec.t5): ("encoder.block.",),
     }.get(part, ())
     return frozenset(
         path
         for path, layer in net.named_modules()
         if isinstance(layer, nn.Linear) and blocks and path.startswith(blocks) and ".norm" not in path
-        if layer.in_features % 2 == 0  # 4 bits lie two in a byte
+        if layer.in_features % 2 == 0  # a byte holds two 4-bit weights
     )

@@ -1,8 +1,8 @@
-"""A student over its base model (floor 3, torch): another net, or a LoRA added to the base's.
+"""A distilled student of a base model: another net, or a LoRA.
 
-A LoRA is added to the weights when they are read, in float32 and before they are cast or quantized: that is
-what :meth:`fewstep.modules.lora.LoRARoles.merged` makes, takes no time and no memory in a step, and loses
-nothing to a LoRA beside a quantized weight, which has as large an error of rounding.
+A LoRA is added to the weights when they are read, in float32 and before they are cast or quantized, as in
+:meth:`fewstep.modules.lora.LoRARoles.merged`. It then costs no time and no memory in a step. The rounding
+error is that of a LoRA beside a quantized weight.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from fewstep.families.schedulers import Schedule
 from fewstep.families.spec import ModelSpec, read_config
 
 PartUpdates = Mapping[str, Updates]
-"""Part -> layer -> what is added to its weight."""
+"""LoRA updates by part and layer."""
 
 
 @dataclass(frozen=True)
 class AddLoras:
-    """What LoRAs do to the weights of one part (:data:`fewstep.inference.materialize.Change`).
+    """Adds LoRAs to the weights of one part (:data:`fewstep.inference.materialize.WeightUpdate`).
 
     Attributes:
-        student: the student's own, rounded to the precision that weights are stored in, as its run merges it.
-        others: laid over that, and rounded to the precision that the net computes in.
+        student: the student's LoRA, rounded to the stored precision, as its run merges it.
+        others: further LoRAs, rounded to the precision of the net's arithmetic.
     """
 
     student: Updates
     others: Updates
 
     def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """``W + sum(scale B A)``."""
+        """Return ``W + sum(scale B A)``."""
         layer, _, end = name.rpartition(".")
         if end != "weight":
             return weight
@@ -56,28 +56,28 @@ class AddLoras:
         return adapters.added(weight, self.others[layer], dtype) if layer in self.others else weight
 
 
-def change_of(part: str, student: Student | None, loras: PartUpdates) -> AddLoras | None:
-    """What is done to the weights of a part, if anything."""
+def updates_of(part: str, student: Student | None, loras: PartUpdates) -> AddLoras | None:
+    """Return the LoRAs of a part; ``None`` if there are none."""
     own = {} if student is None else student.lora.get(part, {})
     others = loras.get(part, {})
     return AddLoras(own, others) if own or others else None
 
 
-def loras_of(given: Sequence[str], base: ModelSpec) -> PartUpdates:
-    """What LoRAs add to a model; what cannot be used of them is warned of.
+def read_loras(loras: Sequence[str], base: ModelSpec) -> PartUpdates:
+    """Read LoRAs for a model. Unused tensors give a warning.
 
     Args:
-        given: ``FILE[:WEIGHT]`` of each.
+        loras: the LoRAs, each ``FILE[:WEIGHT]``.
         base: the model.
 
     Raises:
-        UserError: one is missing, damaged, another model's, or not followed.
+        UserError: one is missing, damaged, for another model, or of an unsupported kind.
     """
-    return adapters.updates_of(given, base.architecture, shapes_of(base)) if given else {}
+    return adapters.updates_of(loras, base.architecture, shapes_of(base)) if loras else {}
 
 
 def shapes_of(base: ModelSpec) -> Callable[[str], Shapes | None]:
-    """Part -> the layers that a LoRA may change; ``None`` for a part that the model has not."""
+    """Return a function of a part that returns the shapes of its layers; ``None`` for a missing part."""
     from fewstep.inference.meta_init import init_on_meta
 
     def shapes(part: str) -> Shapes | None:
@@ -88,17 +88,17 @@ def shapes_of(base: ModelSpec) -> Callable[[str], Shapes | None]:
 
 @dataclass(frozen=True)
 class Student:
-    """What is laid over a base model.
+    """A distilled student of a base model.
 
     Attributes:
-        name: what it calls itself.
-        steps: that it needs.
-        guidance: its scale; ``None`` where it is distilled into the net.
-        sampler: how its steps are taken.
-        schedule: its scheduler's; ``None`` is the base's with this sampler.
-        t5: whether it hears T5.
+        name: its name.
+        steps: number of sampling steps.
+        guidance: guidance scale; ``None`` if guidance is distilled into the net.
+        sampler: the sampler.
+        schedule: its schedule; ``None`` is the base's with this sampler.
+        t5: whether it is conditioned on T5.
         net: folder of its transformer; ``None`` for a LoRA.
-        lora: what a LoRA adds; empty for a net.
+        lora: updates of a LoRA; empty for a net.
     """
 
     name: str
@@ -112,25 +112,25 @@ class Student:
 
 
 def load_student(name: str, base: ModelSpec) -> Student:
-    """A student of ``base``.
+    """Load a student of ``base``.
 
     Args:
-        name: a run folder (``model`` or ``lora`` is in it), a diffusers folder, or a LoRA's folder or file.
-        base: the model that it was distilled from.
+        name: a run folder (with ``model`` or ``lora``), a diffusers folder, or a LoRA's folder or file.
+        base: the model that it is distilled from.
 
     Raises:
-        UserError: there is none, it is another model's, or it does not say how it draws.
+        UserError: it is missing, belongs to another model, or lacks its sampling configuration.
     """
-    place = Path(name)
-    for folder in (place, place / "model"):
+    path = Path(name)
+    for folder in (path, path / "model"):
         if (folder / "model_index.json").is_file():
             return _net(folder, base)
-    for file in (place, place / FILE, place / PEFT_FILE, place / "lora" / FILE):
+    for file in (path, path / FILE, path / PEFT_FILE, path / "lora" / FILE):
         if file.is_file() and file.suffix == ".safetensors":
             return _lora(file, base)
-    if (why := unfinished(place)) is not None:
-        raise UserError(why)
-    if place.exists():
+    if (reason := unfinished(path)) is not None:
+        raise UserError(reason)
+    if path.exists():
         raise UserError(f"--student {name} is no student: neither model_index.json nor {FILE} is in it")
     raise UserError(f"there is no student {name}: give a run folder, a diffusers folder or a LoRA")
 
@@ -151,13 +151,13 @@ def _net(folder: Path, base: ModelSpec) -> Student:
 
 
 def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a net's weights depend on, alike from a file and from Python."""
+    """Normalize the configuration of a net, so that a file and Python give the same values."""
     plain = {k: list(v) if isinstance(v, tuple | list) else v for k, v in config.items()}
     return {k: v for k, v in plain.items() if v not in (None, [], False)}
 
 
 def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
-    """How the student in a diffusers folder draws."""
+    """Read the sampling configuration of a student in a diffusers folder."""
     facts = read_facts(folder)
     if not facts.get("steps"):
         raise UserError(f"student {folder} does not say its steps: {FACTS} is missing in it")
@@ -174,24 +174,26 @@ def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
 
 
 def _lora(file: Path, base: ModelSpec) -> Student:
-    """A LoRA; how it draws is said beside it, or by the merged student of its run."""
+    """Load a LoRA with the sampling configuration beside it, or that of the merged student of its run."""
     adapter = read(file)
-    found, left = resolve(adapter, base.architecture, shapes_of(base))
-    if left:
-        raise UserError(f"{file} is a LoRA of another net: the model has no layer {left[0]}")
+    layers_by_part, unmatched = resolve(adapter, base.architecture, shapes_of(base))
+    if unmatched:
+        raise UserError(f"{file} is a LoRA of another net: the model has no layer {unmatched[0]}")
     for note in adapter.notes:
         warnings.warn(f"{file}: {note}", adapters.LoraWarning, stacklevel=2)
-    updates = {part: {at: [update] for at, update in layers.items()} for part, layers in found.items()}
-    beside = file.parent / FACTS
-    if beside.is_file():
-        return Student(**_told(checked_facts(read_json(beside), beside), beside), lora=updates)
+    updates = {
+        part: {at: [update] for at, update in layers.items()} for part, layers in layers_by_part.items()
+    }
+    facts = file.parent / FACTS
+    if facts.is_file():
+        return Student(**_parse_facts(checked_facts(read_json(facts), facts), facts), lora=updates)
     model = file.parent.parent / "model"
     if (model / "model_index.json").is_file():
         return Student(**_facts(model, base), lora=updates)
     raise UserError(f"{file} does not say its steps: {FACTS} is missing beside it")
 
 
-def _told(facts: dict[str, Any], place: Path) -> dict[str, Any]:
+def _parse_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
     sampler = facts.get("sampler", "euler")
     if not facts.get("steps") or sampler not in ("euler", "renoise"):
         raise UserError(f"{place} does not say its steps, or an unknown sampler")

@@ -1,4 +1,4 @@
-"""Bytes that the weights of parts hold, by their shapes (floor 3, torch)."""
+"""Sizes of the weights of a model's parts, from their shapes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fewstep.modules.adaln import split_modulation
 from fewstep.modules.memory_tracker import ALLOCATED
 
 QUANTIZING = 3
-"""Float32 copies of a weight while torchao quantizes it."""
+"""Number of float32 copies of a weight while torchao quantizes it."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a part: its shape, and whether it is a weight that may have few bits."""
+    """A tensor of a part: its shape, and whether it may be quantized."""
 
     shape: tuple[int, ...]
-    few: bool
+    quantizable: bool
 
     @property
     def count(self) -> int:
@@ -35,78 +35,85 @@ class Weight:
 
 @dataclass(frozen=True)
 class WeightMemory:
-    """What the parts of a model hold.
+    """Sizes of a model's weights.
 
     Attributes:
-        outline: of the model.
-        asked: what it is to do.
+        spec: the model.
+        constraints: device, candidates and workload.
     """
 
-    outline: ModelSpec
-    asked: PlanConstraints
+    spec: ModelSpec
+    constraints: PlanConstraints
 
     def dtype(self, bits: int) -> torch.dtype:
-        """What a part of so many bits computes in."""
-        return torch.float32 if (bits if bits >= 16 else self.asked.native) == 32 else torch.bfloat16
+        """Return the data type in which a part with this many bits per weight computes."""
+        return torch.float32 if (bits if bits >= 16 else self.constraints.native) == 32 else torch.bfloat16
 
     @cached_property
     def modulated(self) -> tuple[Any, Any]:
-        """The net's modulations, and the net without them."""
+        """The net's modulation layers, and the net without them."""
         return split_modulation(
-            init_on_meta(self.outline, "transformer", torch.float32), self.outline.architecture.modulation
+            init_on_meta(self.spec, "transformer", torch.float32), self.spec.architecture.modulation
         )
 
     @cached_property
     def tensors(self) -> Mapping[str, list[Weight]]:
-        """The tensors of each part; the modulations are a part of their own."""
+        """The tensors of each part. The modulations are a part of their own."""
         modulation, body = self.modulated
-        found = {"modulation": self._listed("modulation", modulation)}
-        for part in self.outline.configs:
-            net = body if part == "transformer" else init_on_meta(self.outline, part, torch.float32)
-            found[part] = self._listed(part, net)
-        return found
+        tensors = {"modulation": self._listed("modulation", modulation)}
+        for part in self.spec.configs:
+            net = body if part == "transformer" else init_on_meta(self.spec, part, torch.float32)
+            tensors[part] = self._listed(part, net)
+        return tensors
 
     def _listed(self, part: str, net: Any) -> list[Weight]:
-        few = {f"{name}.weight" for name in quantizable(self.outline, part, net)}
+        quantized = {f"{name}.weight" for name in quantizable(self.spec, part, net)}
         tied = getattr(net, "_tied_weights_keys", None) or {}
-        held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
-        return [Weight(self._cut(n, t), n in few) for n, t in held if n not in tied]
+        tensors = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
+        return [Weight(self._cropped(n, t), n in quantized) for n, t in tensors if n not in tied]
 
-    def _cut(self, name: str, tensor: Any) -> tuple[int, ...]:
-        if name != self.outline.architecture.position_table:
+    def _cropped(self, name: str, tensor: Any) -> tuple[int, ...]:
+        if name != self.spec.architecture.position_table:
             return tuple(tensor.shape)
-        return (1, self.outline.pos_embed_crop(self.asked.latents) ** 2, tensor.shape[-1])
+        return (1, self.spec.pos_embed_crop(self.constraints.latents) ** 2, tensor.shape[-1])
 
-    def _of(self, weight: Weight, bits: int) -> int:
+    def _nbytes(self, weight: Weight, bits: int) -> int:
         wide = self.dtype(bits).itemsize
-        few = weight.few and bits < 16
-        count = quantized_nbytes(weight.shape[0], weight.shape[1], bits, wide) if few else wide * weight.count
-        return -(-count // ALLOCATED) * ALLOCATED if self.asked.gpu else count
+        quantized = weight.quantizable and bits < 16
+        count = (
+            quantized_nbytes(weight.shape[0], weight.shape[1], bits, wide)
+            if quantized
+            else wide * weight.count
+        )
+        return -(-count // ALLOCATED) * ALLOCATED if self.constraints.gpu else count
 
     def weights(self, part: str, bits: int) -> int:
-        """A part's weights."""
-        return sum(self._of(weight, bits) for weight in self.tensors[part])
+        """Return the size of a part's weights in bytes."""
+        return sum(self._nbytes(weight, bits) for weight in self.tensors[part])
 
     def layer(self, bits: int) -> int:
-        """The largest of :meth:`layers`."""
+        """Return the size of the largest of :meth:`layers` in bytes."""
         return max(self.layers(bits), default=0)
 
     def layers(self, bits: int) -> list[int]:
-        """What comes one by one of the modulations: what embeds the time, and each layer."""
+        """Return the sizes of the time embedder and of each modulation layer, which are loaded one by one."""
         modulation = self.modulated[0]
         modules = (modulation.embedder, *modulation.layers) if modulation.layers else ()
-        apart = (self._listed("modulation", one) for one in modules)
-        return [sum(self._of(weight, bits) for weight in one) for one in apart]
+        layers = (self._listed("modulation", layer) for layer in modules)
+        return [sum(self._nbytes(weight, bits) for weight in layer) for layer in layers]
 
     def reading(self, part: str, bits: int) -> int:
-        """At most while a part is read: a tensor as its file has it, beside what is made of it."""
-        stored = self.outline.stored.get(part, 2)
+        """Return the peak bytes while a part is read.
+
+        A tensor as stored in the file is in memory beside its converted copy.
+        """
+        stored = self.spec.stored.get(part, 2)
         wide = self.dtype(bits).itemsize
-        so_far, most = 0, 0
+        loaded, peak = 0, 0
         for weight in self.tensors[part]:
-            so_far += self._of(weight, bits)
-            beside = 0 if self.asked.gpu or stored == wide else stored * weight.count
-            if weight.few and bits < 16:
-                beside += (wide + 4 * QUANTIZING) * weight.count
-            most = max(most, so_far + beside)
-        return most
+            loaded += self._nbytes(weight, bits)
+            temporary = 0 if self.constraints.gpu or stored == wide else stored * weight.count
+            if weight.quantizable and bits < 16:
+                temporary += (wide + 4 * QUANTIZING) * weight.count
+            peak = max(peak, loaded + temporary)
+        return peak

@@ -156,7 +156,7 @@ def sensitivity(
     """
     import torch
 
-    found, seen = list[WeightSensitivity](), set[int]()
+    results, seen = list[WeightSensitivity](), set[int]()
     with torch.no_grad():
         reference = outcome()
         variance = float((reference - reference.mean()).square().sum())
@@ -177,8 +177,8 @@ def sensitivity(
             unit = change / squared[MEASURED] if squared[MEASURED] else 0.0
             errors = {bits: unit * value for bits, value in squared.items()}
             bytes_ = {bits: size for bits, (_, size) in quantized.items()}
-            found.append(WeightSensitivity(graph, name, array.size, digest(array), bytes_, errors))
-    return sorted(found, key=lambda weight: weight.errors[MEASURED] / weight.size, reverse=True)
+            results.append(WeightSensitivity(graph, name, array.size, digest(array), bytes_, errors))
+    return sorted(results, key=lambda weight: weight.errors[MEASURED] / weight.size, reverse=True)
 
 
 def allocate_bits(weights: Sequence[WeightSensitivity], bits: int) -> list[int]:
