@@ -39,7 +39,7 @@ BATCH_SIZE = 8
 DEFAULTS = TorchOptions()
 
 JSON_FIELDS = ("path", "prompt", "seed", "steps", "model", "seconds")
-"""What ``--json`` prints of each image."""
+"""Fields that ``--json`` prints of each image."""
 
 
 def generate(

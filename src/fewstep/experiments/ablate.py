@@ -45,7 +45,7 @@ class _Machine:
 def ablate(
     *,
     teacher: str = "models/pocket-teacher",
-    samples: Path = Path("data/walks"),
+    samples: Path = Path("data/teacher-samples"),
     output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("runs/ablate"),
     report: Path | None = None,
     student_steps: tuple[int, ...] = (4, 2),

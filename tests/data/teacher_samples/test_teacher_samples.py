@@ -458,7 +458,7 @@ def test_walks_that_half_precision_does_not_hold_are_refused(
     teacher: Family, tmp_path: Path, value: float
 ) -> None:
     wild = replace(teacher, velocity=lambda x, t, cond: 0 * x + value)
-    with pytest.raises(UserError, match="walk from seed 5 grows to"):
+    with pytest.raises(UserError, match="trajectory from seed 5 grows to"):
         write_samples(wild, PROMPTS, plan_of(teacher), tmp_path)
     assert not list(tmp_path.glob("*.tar"))
 

@@ -15,13 +15,8 @@ import tiny
 from fewstep.export.common import graphs
 from fewstep.export.common import sensitivity as sensitivity_module
 from fewstep.export.common.calibration import DAMPING, POSITIONS, TOKENS, CalibrationStats, collect_stats
-from fewstep.export.common.onnx_quantize import (
-    GROUP,
-    QuantSpec,
-    quantize_dequantize,
-    quantize_weights,
-    to_groups,
-)
+from fewstep.export.common.gptq import GROUP, to_groups
+from fewstep.export.common.onnx_quantize import QuantSpec, quantize_dequantize, quantize_weights
 from fewstep.export.common.sensitivity import calibrate, sensitivity
 from fewstep.families import sd3
 

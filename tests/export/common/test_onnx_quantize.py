@@ -9,15 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fewstep.export.common.onnx_quantize import (
-    CLIP_RATIOS,
-    GROUP,
-    QuantSpec,
-    quantize_dequantize,
-    quantize_weights,
-    to_groups,
-    to_int8,
-)
+from fewstep.export.common.gptq import CLIP_RATIOS, GROUP, to_groups
+from fewstep.export.common.onnx_quantize import QuantSpec, quantize_dequantize, quantize_weights, to_int8
 from fewstep.runtime.ort import ort
 
 RNG = np.random.default_rng(0)

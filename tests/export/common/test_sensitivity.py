@@ -13,7 +13,8 @@ from torch import nn
 import tiny
 from fewstep.export.common import graphs
 from fewstep.export.common import sensitivity as measured
-from fewstep.export.common.onnx_quantize import GROUP, QuantSpec, quantize_dequantize
+from fewstep.export.common.gptq import GROUP
+from fewstep.export.common.onnx_quantize import QuantSpec, quantize_dequantize
 from fewstep.export.common.sensitivity import (
     BUDGET_BITS,
     MEASURED,

@@ -161,8 +161,8 @@ class _SampleFiles:
         for row, size in zip(rows, sizes, strict=True):
             if not size <= np.finfo(np.float16).max:  # NaN is not
                 raise UserError(
-                    f"the teacher's walk from seed {plan.seed + row} grows to {size}; take another --dtype, "
-                    "or less guidance"
+                    f"the teacher's trajectory from seed {plan.seed + row} grows to {size}; "
+                    "take another --dtype, or less guidance"
                 )
         return _half(states), latents
 

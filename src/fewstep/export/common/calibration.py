@@ -1,7 +1,7 @@
 """Calibration statistics: the inputs of a graph's layers during generation.
 
 The cost of an error in a weight depends on the layer's inputs. Where inputs correlate, the error of one
-weight can compensate that of another, which :func:`fewstep.export.common.onnx_quantize.to_groups` uses.
+weight can compensate that of another, which :func:`fewstep.export.common.gptq.to_groups` uses.
 """
 
 from __future__ import annotations

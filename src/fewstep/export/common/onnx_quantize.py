@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.export.common.calibration import CalibrationStats
+from fewstep.export.common.gptq import GROUP, LARGEST, to_groups
 
 SMALLEST = 4096
 """Smallest number of elements of a quantized tensor. Biases and scales of norms have fewer."""
 
-GROUP = 64
-"""Number of codes that share a scale, for codes of less than 8 bits."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 """Bit planes of packed codes: the low bits of all codes, then the high bits.
@@ -33,12 +32,6 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 A byte of a plane holds codes that are far apart, so that one shift moves a long row of bytes. With adjacent
 codes in a byte, onnxruntime unpacks at half the speed.
 """
-
-CLIP_RATIOS = np.linspace(0.7, 1.0, 7, dtype=np.float32)
-"""Candidate clipping ratios of a group's peak. Clipping can cost less than coarser codes."""
-
-LARGEST = float(np.finfo(np.float16).max)
-"""Largest scale of a group. Compensation of earlier columns can move a group's peak beyond it."""
 
 
 @dataclass(frozen=True)
@@ -229,61 +222,3 @@ def to_int8(matrix: np.ndarray, axes: Sequence[int] = (0, 1)) -> tuple[np.ndarra
         candidates.append((float(np.square(codes * scale - matrix).sum()), codes, scale))
     _, codes, scale = min(candidates, key=lambda item: item[0])
     return codes, scale
-
-
-def to_groups(
-    matrix: np.ndarray, bits: int, factor: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return codes with a scale per group: ``(codes - 2^(bits - 1)) * scale`` approximates ``matrix``.
-
-    The clipping ratio of a group is the one of :data:`CLIP_RATIOS` with the smallest error. With ``factor``,
-    the products with the calibration inputs are approximated instead: later columns compensate the error of
-    earlier ones before they are rounded (GPTQ; Frantar et al., arXiv 2210.17323, section 3).
-
-    Args:
-        matrix: float32 ``[R, C]``; :data:`GROUP` divides ``C``.
-        bits: bits per code.
-        factor: Cholesky factor of the ``C`` inputs
-            (:meth:`fewstep.export.common.calibration.CalibrationStats.factor`).
-
-    Returns:
-        uint8 codes ``[R C]`` in row-major order, float16 scales ``[R C / GROUP, 1]``, and the sum of squared
-        errors of the elements.
-    """
-    half, count = 2 ** (bits - 1), matrix.shape[1]
-    left = matrix.copy()
-    codes, scales = np.empty_like(left), np.empty((len(left), count // GROUP), np.float32)
-    for begin in range(0, count, GROUP):
-        group = left[:, begin : begin + GROUP]  # a view
-        scale = _scale(group, half)
-        scales[:, begin // GROUP] = scale[:, 0]
-        if factor is None:
-            codes[:, begin : begin + GROUP] = _codes(group, scale, half)
-            continue
-        errors = np.empty_like(group)
-        for at in range(GROUP):
-            row, column = factor[begin + at], group[:, at : at + 1]
-            code = _codes(column, scale, half)
-            codes[:, begin + at] = code[:, 0]
-            errors[:, at] = ((column - code * scale) / row[begin + at])[:, 0]
-            group[:, at + 1 :] -= np.outer(errors[:, at], row[begin + at + 1 : begin + GROUP])
-        left[:, begin + GROUP :] -= errors @ factor[begin : begin + GROUP, begin + GROUP :]
-    restored = (codes.reshape(-1, GROUP) * scales.reshape(-1, 1)).reshape(matrix.shape)
-    packed = (codes + half).astype(np.uint8).reshape(-1)
-    return packed, scales.reshape(-1, 1).astype(np.float16), float(np.square(restored - matrix).sum())
-
-
-def _scale(groups: np.ndarray, half: int) -> np.ndarray:
-    """Return the scale of the smallest error of each group (a row), rounded to float16, ``[N, 1]``."""
-    peak = np.abs(groups).max(1, keepdims=True)
-    best, least = np.ones_like(peak), np.full_like(peak, np.inf)
-    for ratio in CLIP_RATIOS:
-        scale = np.minimum(peak * ratio / (half - 1), LARGEST).astype(np.float16).astype(np.float32)
-        scale[scale == 0] = 1  # a group of zeros, or below the range of float16
-        error = np.square(_codes(groups, scale, half) * scale - groups).sum(1, keepdims=True)
-        best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    return best
-
-
-def _codes(groups: np.ndarray, scale: np.ndarray, half: int) -> np.ndarray:
-    return np.rint(groups / scale).clip(-half, half - 1)

@@ -18,8 +18,9 @@ import numpy as np
 from fewstep.core import sampling, schedule
 from fewstep.core.types import Cond
 from fewstep.export.common.calibration import CalibrationStats, collect_stats
+from fewstep.export.common.gptq import GROUP
 from fewstep.export.common.graphs import GraphSpec
-from fewstep.export.common.onnx_quantize import GROUP, SMALLEST, QuantSpec, quantize_dequantize
+from fewstep.export.common.onnx_quantize import SMALLEST, QuantSpec, quantize_dequantize
 from fewstep.families.base import Family
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
