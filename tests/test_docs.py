@@ -170,6 +170,8 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_are_known(path: Path) -> None:
     for command in commands(path):
+        if command[:1] == ["distill"] and "." in command[1]:  # a method of the reader's own
+            command = ["distill", "trajectory", *command[2:]]
         application().parse_args(command, exit_on_error=False, print_error=False)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fewstep
 from fewstep.cli import evaluate
 from fewstep.cli.app import run
 from fewstep.cli.evaluate import expand
@@ -55,7 +54,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "bundle.json").write_text(name)
     loaded = {"student": blobs(None), "teacher": blobs(4.5)}
-    monkeypatch.setattr(fewstep, "load", lambda name: loaded.get(name) or load(name), raising=False)
+    monkeypatch.setattr(candidates, "load", lambda name: loaded.get(name) or load(name))
     monkeypatch.chdir(tmp_path)
     candidates._pipeline.cache_clear()
     yield tmp_path

@@ -124,7 +124,7 @@ def test_two_rows_end_to_end_interrupted_and_done_once(
         (["--prompts", "1"], "--prompts must be at least 2"),
         (["--data", "nosuch"], "fewstep data stickers"),
         (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--rows", "flash, split and merged", "--student-steps", "2"], "nothing is left to compare"),
+        (["--rows", "flash, split and merged", "--student-steps", "2"], "nothing to compare"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_it_begins(
@@ -158,7 +158,7 @@ def test_an_update_costs_what_the_row_says(
 ) -> None:
     """Passes are counted as they are made: a net that is called with gradients has a pass back too."""
     monkeypatch.setattr(merge, "RATIOS", (0.5,))
-    monkeypatch.setattr(validation, "PICTURES", 4)
+    monkeypatch.setattr(validation, "NUM_IMAGES", 4)
     counts: list[float] = []
 
     def counted(run: Run) -> None:

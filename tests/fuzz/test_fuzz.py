@@ -344,7 +344,7 @@ def test_single_file(models: dict[str, Path], tmp_path: Path) -> None:
         path,
         {"format": "pt", "fewstep": '{"steps": 2}'},
     )
-    read = lambda: read_single(path, models["sd3"], torch_dtype("float32"), None) and None  # noqa: E731
+    read = lambda: read_single(sd3.ARCHITECTURE, path, models["sd3"], torch_dtype("float32"), None) and None  # noqa: E731
     Format(tmp_path, ("one.safetensors",), read).check(6)
 
 

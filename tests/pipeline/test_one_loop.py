@@ -44,7 +44,7 @@ def test_one_module_assembles_the_loop() -> None:
 def test_all_that_generate_call_it() -> None:
     assert callers("generate_latents") == {
         "pipeline/pipeline.py",
-        "distill/context.py",
+        "distill/preview.py",
         "pocket/assemble.py",
         "data/teacher_samples/write.py",
         "export/common/sensitivity.py",

@@ -298,7 +298,7 @@ def test_a_thing_is_most_like_its_own_rendering(tone: str) -> None:
     for place, concept in enumerate(known.concepts):
         assert gallery.concepts[concept.name] == place
         page = Image.new("RGB", (200, 200), COLOURS[tone])
-        drawn = Image.fromarray(known.pictures[place]).resize((80, 80))
+        drawn = Image.fromarray(known.images[place]).resize((80, 80))
         page.paste(drawn, (30, 90), drawn)
         image = np.asarray(page.filter(ImageFilter.GaussianBlur(1.5))).transpose(2, 0, 1)
         likeness = gallery.similarity(image, Box(0.36, 0.64, 0.4, 1), border_colour(image))

@@ -19,7 +19,7 @@ import gc
 import io
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from fewstep.core import signals
 
@@ -27,6 +27,7 @@ from fewstep.core import signals
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
+    from contextlib import AbstractContextManager
     from typing import NoReturn
 
     from cyclopts import App
@@ -161,12 +162,9 @@ def _run(tokens: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _our_warnings(warnings.showwarning)
-            if tokens[:1] == ["distill"] and len(tokens) > 1:
-                from fewstep.cli.train import add_method
-
-                add_method(tokens[1])
             call = application(described=tokens[:1])
-            status = call(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+            with _extended(tokens):
+                status = call(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except UserError as error:
         from fewstep.cli.renamed import new_name
@@ -201,6 +199,15 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _extended(tokens: Sequence[str]) -> AbstractContextManager[None]:
+    """Return a context in which a distillation method from outside is a command, if ``tokens`` names one."""
+    if len(tokens) < 2 or tokens[0] != "distill":
+        return nullcontext()
+    from fewstep.cli.train import outside_method
+
+    return outside_method(tokens[1])
 
 
 def _our_warnings(plain: Callable[..., None]) -> Callable[..., None]:

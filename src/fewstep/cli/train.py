@@ -6,8 +6,8 @@ import functools
 import gc
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,8 +44,9 @@ POCKET = {
 """Modules of ``fewstep.pocket`` by the commands of ``fewstep train``."""
 
 
-def add_method(method: str) -> None:
-    """Make a method from outside the package a command of ``fewstep distill``.
+@contextmanager
+def outside_method(method: str) -> Generator[None]:
+    """Within the context a method from outside the package is a command of ``fewstep distill``.
 
     Args:
         method: an import path, or an entry point of the group ``fewstep.method``. Any other word is left to
@@ -54,10 +55,16 @@ def add_method(method: str) -> None:
     Raises:
         UserError: it cannot be imported, or has no recipe.
     """
-    if method.startswith("-") or method in distill:
+    known = method.startswith("-") or method in distill
+    points = () if known else entry_points(group="fewstep.method")
+    if known or not ("." in method or ":" in method or any(point.name == method for point in points)):
+        yield
         return
-    if "." in method or ":" in method or any(p.name == method for p in entry_points(group="fewstep.method")):
-        _add_command(distill, method, load_recipe(method))
+    _add_command(distill, method, load_recipe(method))
+    try:
+        yield
+    finally:
+        del distill[method]
 
 
 def _add_command(app: App, name: str, recipe: Callable[..., Any]) -> None:

@@ -27,9 +27,9 @@ def sample_student(
             cond = family.text(prompts)
         if context.config.t5_dropout > 0:
             cond = context.samples.without_t5(cond)
-        noise = family.from_numpy(sampling.batch_noise(seeds, family.latent))
-        step = sampling.step_rule(context.sampler, seeds, family.from_numpy)
-        return sampling.sample_flow(velocity, noise, context.grid, cond, step)
+        return sampling.generate_latents(
+            family, cond, seeds, context.grid, velocity=velocity, sampler=context.sampler
+        )
 
 
 def draw_preview(context: DistillContext) -> Image:

@@ -16,7 +16,6 @@ from fewstep.train.run import Run, TrainOptions
 if TYPE_CHECKING:
     from fewstep.data.teacher_samples.read import TeacherSamples
     from fewstep.families.base import Family
-    from fewstep.families.lora.role_files import load_role
     from fewstep.methods.base import Method
     from fewstep.modules.lora import LoRARoles
 
@@ -150,6 +149,7 @@ def make_adapters(config: DistillConfig, teacher: Family, split: bool = False) -
 
     The adapters of the student, or of its two branches, start from ``--init``, a LoRA of an earlier run.
     """
+    from fewstep.families.lora.role_files import load_role
     from fewstep.modules.lora import LoRARoles
 
     students = ("early", "late") if split else ("student",)

@@ -12,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-import fewstep
+from fewstep import __version__
 from fewstep.core.types import UserError
 from fewstep.data.folders import list_files
+from fewstep.pipeline.loading import load
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pipeline.resolve import parse_family, resolve
 
@@ -71,7 +72,7 @@ def candidate(spec: Spec) -> Candidate:
     """
     request = _pipeline(spec.name).request("a", seed=0, steps=spec.steps, guidance=spec.guidance)
     guided = "" if request.guidance is None else f"x{request.guidance:g}"
-    origin = [fewstep.__version__, _weights(spec.name), request.steps, request.guidance]
+    origin = [__version__, _weights(spec.name), request.steps, request.guidance]
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         pipe = _pipeline(spec.name)
@@ -86,7 +87,7 @@ def candidate(spec: Spec) -> Candidate:
 
 @lru_cache(maxsize=1)  # candidates run one after the other: no need to hold all models at once
 def _pipeline(name: str) -> Pipeline:
-    return fewstep.load(name)
+    return load(name)
 
 
 def _weights(name: str) -> str:

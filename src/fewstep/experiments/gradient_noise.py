@@ -73,7 +73,7 @@ def gradient_noise(
     Args:
         config: Shared.
         proxy_updates: Updates of the proxy per update of the student.
-        every: Training steps between two measurements. [default: before, halfway and after]
+        every: Training steps between two measurements; 0 measures before, halfway and after.
         draws: Gradients per measurement.
     """
     require_positive(proxy_updates=proxy_updates, steps=config.steps)

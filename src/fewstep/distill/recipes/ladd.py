@@ -22,8 +22,8 @@ def recipe(
 
     Args:
         config: Shared.
-        disc_input: What of the student the heads see: its sample with the gradient of all steps, the same
-            with that of the last step alone, or the estimate at a random step.
+        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate at
+            a random step.
         kind: The loss.
         heads_lr: Learning rate of the heads.
     """
