@@ -186,7 +186,7 @@ def graph_memory() -> int:
 
 STAGES = (
     (CachedTextEncoder, "prepare", "text"), (OffloadedVelocity, "_modulations", "modulations"),
-    (OffloadedVelocity, "_moved", "steps"),
+    (OffloadedVelocity, "_velocity", "steps"),
     (Codec, "decode", "decode"), (StableDiffusion3Pipeline, "encode_prompt", "text"),
     (SD3Transformer2DModel, "forward", "steps"), (AutoencoderKL, "decode", "decode"),
 )  # fmt: skip

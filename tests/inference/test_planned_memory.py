@@ -33,7 +33,7 @@ def test_planned_peaks_are_those_of_the_process(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     drawn = [row for row in rows if "planned" in row]
     assert len(drawn) >= 4, rows
-    ways = {(row["bits"], row["text_bits"], row["stay"]) for row in drawn}
+    ways = {(row["bits"], row["text_bits"], row["residency"]) for row in drawn}
     assert len(ways) >= (3 if importlib.util.find_spec("torchao") else 2), rows
     for row in drawn:
         assert abs(row["planned"] / row["measured"] - 1) < 0.1, rows
