@@ -37,13 +37,13 @@ lint: setup
 types: setup
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
 
-PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types
-	$(PYTEST) -m "not slow and not system and not gpu and not executorch"
+	$(PYTEST) -m "not slow and not system and not gpu and not data and not executorch"
 
 test: lint types
-	$(PYTEST) -m "not system and not gpu and not executorch"
+	$(PYTEST) -m "not system and not gpu and not data and not executorch"
 
 test-system: setup
 	$(PYTEST) -m "system and not gpu"

@@ -25,6 +25,8 @@ from fewstep.families import sd3
 from fewstep.runtime.bundle import write_manifest
 from tiny_bundle import write_bundle, write_openvino_bundle
 
+pytestmark = pytest.mark.slow(70)
+
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 

@@ -12,6 +12,8 @@ from tests.helpers import tiny_stickers
 
 import fewstep
 
+pytestmark = pytest.mark.slow(10)
+
 HELP = {
     "train": ("pocket-vae", "Train Pocket's MMDiT.", "scene-detector"),
     "distill": ("trajectory",),

@@ -23,6 +23,8 @@ from fewstep.families.spec import ModelSpec
 from fewstep.modules.memory_tracker import KINDS, MemoryTracker
 from fewstep.train import memory
 
+pytestmark = pytest.mark.slow(35)
+
 
 def narrow(spec: ModelSpec, net: dict[str, Any]) -> ModelSpec:
     """The same parts with another transformer, and 24 tokens of each text encoder."""
@@ -171,7 +173,7 @@ def test_a_folder_without_its_configurations_is_refused(
     assert "is incomplete: vae, " in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [True, False])
 def test_on_a_gpu_the_plan_is_within_a_tenth_of_the_measurement(recompute: bool) -> None:
     wide = {"num_attention_heads": 16, "attention_head_dim": 64, "caption_projection_dim": 1024}

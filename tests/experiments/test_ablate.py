@@ -23,6 +23,8 @@ from fewstep.experiments.subprocesses import ProcessGroup
 from fewstep.train import checkpoint, train_step, trainer
 from fewstep.train.run import Run
 
+pytestmark = pytest.mark.slow(45)
+
 ROWS_USED = ("LCM", "flash, split and merged")
 FOLDERS = ("warm.4", "lcm.4.0", "flash-split-and-merged.4.0")
 

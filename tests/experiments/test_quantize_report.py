@@ -20,7 +20,10 @@ from fewstep.export.common import onnx_quantize, sensitivity
 from fewstep.runtime.bundle import read
 from fewstep.train.preview import SHOWN
 
-pytestmark = pytest.mark.filterwarnings("ignore::fewstep.runtime.tokenizer.PromptWarning")
+pytestmark = [
+    pytest.mark.slow(55),
+    pytest.mark.filterwarnings("ignore::fewstep.runtime.tokenizer.PromptWarning"),
+]
 """The tiny tokenizer cuts the prompts that are shown."""
 
 

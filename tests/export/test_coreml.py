@@ -38,6 +38,8 @@ from fewstep.families import flux, sd3
 from fewstep.families.base import Family
 from fewstep.families.presets import PRESETS
 
+pytestmark = pytest.mark.slow(45)
+
 try:
     coreml._check_tools()
 except (ImportError, UserError) as error:

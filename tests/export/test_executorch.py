@@ -81,18 +81,19 @@ class TestWithout:
 @pytest.fixture(scope="module")
 def bundle(small: Family, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tests below share it, since lowering takes a minute or more."""
-    pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
     folder = tmp_path_factory.mktemp("executorch")
     executorch.export(small, folder / "b", 32, ExportMetadata(license="Apache-2.0"))
     return read(folder / "b")
 
 
+@pytest.mark.executorch
 def test_a_bundle_draws_what_its_family_draws(small: Family, bundle: Bundle) -> None:
     theirs, ours = draw(small), draw(open_bundle(bundle, threads=1))
     assert theirs.std() > 0.05
     assert psnr(theirs, ours) > 60
 
 
+@pytest.mark.executorch
 def test_quantized_it_is_smaller_and_nearly_the_same_and_the_same_alone(
     small: Family, bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -110,11 +111,13 @@ def test_quantized_it_is_smaller_and_nearly_the_same_and_the_same_alone(
     assert np.array_equal(drawn[1:2], draw(model, slice(1, 2)))
 
 
+@pytest.mark.executorch
 def test_a_picture_is_the_same_alone(bundle: Bundle) -> None:
     model = open_bundle(bundle, threads=1)
     assert np.array_equal(draw(model)[1:2], draw(model, slice(1, 2)))
 
 
+@pytest.mark.executorch
 def test_the_encoder_encodes(small: Family, bundle: Bundle) -> None:
     images = sampling.batch_noise([3], (3, 64, 64)).clip(-1, 1)
     theirs = small.codec.encode(torch.from_numpy(images)).numpy()
@@ -122,6 +125,7 @@ def test_the_encoder_encodes(small: Family, bundle: Bundle) -> None:
     assert psnr(theirs, ours) > 60
 
 
+@pytest.mark.executorch
 def test_nothing_of_this_machine_is_in_the_files(bundle: Bundle) -> None:
     places = [str(Path(fewstep.__file__).parents[2]), str(Path(torch.__file__).parents[1])]
     for name in bundle.files:
@@ -130,11 +134,13 @@ def test_nothing_of_this_machine_is_in_the_files(bundle: Bundle) -> None:
         assert not [place for place in places if place.encode() in data], name
 
 
+@pytest.mark.executorch
 def test_every_part_goes_to_xnnpack(bundle: Bundle) -> None:
     for stem in ("text", "modulation", "transformer", "decoder", "encoder"):
         assert b"XnnpackBackend" in bundle.path(f"{stem}.pte").read_bytes(), stem
 
 
+@pytest.mark.executorch
 def test_several_threads_may_draw_at_once(bundle: Bundle) -> None:
     model = open_bundle(bundle, threads=1)
     alone = draw(model)
@@ -143,6 +149,7 @@ def test_several_threads_may_draw_at_once(bundle: Bundle) -> None:
             assert np.array_equal(pictures, alone)
 
 
+@pytest.mark.executorch
 def test_the_command_line_draws(bundle: Bundle, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -152,6 +159,7 @@ def test_the_command_line_draws(bundle: Bundle, tmp_path: Path) -> None:
         assert picture.size == (64, 64)
 
 
+@pytest.mark.executorch
 def test_a_damaged_program_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> None:
     from fewstep.runtime.executorch import Graph
 
@@ -168,16 +176,17 @@ def test_a_damaged_program_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.executorch
 def test_a_backend_that_is_not_the_bundles(bundle: Bundle) -> None:
     fewstep.load(bundle.folder, backend="executorch", threads=1)
     with pytest.raises(UserError, match="runs on executorch, not on onnx: `fewstep export --to onnx`"):
         fewstep.load(bundle.folder, backend="onnx")
 
 
+@pytest.mark.executorch
 def test_an_interrupted_export_leaves_nothing(
     small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("executorch", reason="it has its own environment: make test-executorch")
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -34,6 +34,8 @@ from fewstep.families.base import Family
 from fewstep.images.psnr import psnr
 from tiny_bundle import write_bundle
 
+pytestmark = pytest.mark.slow(20)
+
 PROMPT = "a red apple, 3D style"
 LONG = f"{PROMPT}, two blue cars, and much that no row of tokens has room for"
 

@@ -29,6 +29,8 @@ from fewstep.runtime.bundle import Bundle, read
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.ort import Graph
 
+pytestmark = pytest.mark.slow(10)
+
 
 def family(**options: Any) -> Family:
     return sd3.assemble(tiny.parts(with_t5=False, **options), name="small", steps=4, guidance=None)

@@ -42,6 +42,8 @@ from fewstep.runtime.bundle import Bundle, read, write_manifest
 from fewstep.runtime.model import open_bundle
 from fewstep.runtime.openvino import Graph, openvino
 
+pytestmark = pytest.mark.slow(30)
+
 INTEGERS = "avx512_vnni" in hardware.describe()["instructions"]
 """Without such instructions activations may stay as they are."""
 

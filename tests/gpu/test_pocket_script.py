@@ -56,9 +56,13 @@ ARCHIVED = {
 }
 """By archive: files that it must hold."""
 
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("bash", "timeout", "split"))), reason="the script needs bash and GNU coreutils"
-)
+pytestmark = [
+    pytest.mark.slow(105),
+    pytest.mark.skipif(
+        not all(map(shutil.which, ("bash", "timeout", "split"))),
+        reason="the script needs bash and GNU coreutils",
+    ),
+]
 
 
 def script(at: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow(10)
+
 SCRIPT = Path(__file__).parents[2] / "gpu" / "sd35.py"
 
 

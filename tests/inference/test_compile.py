@@ -383,7 +383,7 @@ def test_only_what_stays_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert all((reader is not None) == (stay in ("all", "encoders")) for reader in readers), stay
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("stay", RESIDENCIES)
 def test_on_a_gpu_what_is_recorded_or_comes_meanwhile_draws_the_same(
     stay: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

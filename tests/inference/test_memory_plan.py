@@ -31,6 +31,8 @@ from fewstep.inference.memory_plan import RESIDENCIES, Plan
 from fewstep.inference.options import TorchOptions
 from fewstep.modules.lora import LoRARoles
 
+pytestmark = pytest.mark.slow(35)
+
 PROMPT = "a red apple"
 HAVE_AO = importlib.util.find_spec("torchao") is not None
 

@@ -18,6 +18,8 @@ from fewstep.inference.memory_model import MemoryCosts, StagePeaks
 from fewstep.inference.memory_plan import ExecutionConfig, PlanConstraints, choose
 from fewstep.pocket.config import byte_tokenizer
 
+pytestmark = pytest.mark.slow(10)
+
 WORKER = Path(__file__).parents[1] / "helpers/drawn_within.py"
 ONE = PlanConstraints(
     gpu=False, native=32, bits=(32, 8), text_bits=(32, 8), batch=4, rows=1, steps=4, latents=(8, 8)

@@ -26,6 +26,8 @@ from fewstep.images.record import read_records
 from fewstep.inference.load import load
 from fewstep.inference.options import TorchOptions
 
+pytestmark = pytest.mark.slow(10)
+
 PROMPT, STEPS = "a red apple", 3
 KINDS: dict[str, ModuleType] = {"sd3": sd3, "flux": flux}
 Loras = Sequence[tuple[Path, float]]

@@ -26,6 +26,8 @@ from fewstep.train.train_step import State, draw
 from mixture import ring
 from points import GRID, flash, methods, net, none, quality, taught, walked
 
+pytestmark = pytest.mark.slow(35)
+
 
 def batch(n: int = 8) -> Batch:
     return walked(n)(n)(0, BatchSlice())

@@ -25,6 +25,8 @@ from fewstep.train.train_step import draw
 from mixture import energy_distance, ring
 from points import GRID, net, none
 
+pytestmark = pytest.mark.slow(15)
+
 
 def learn(method: Method, batches: Callable[[int], Any], steps: int, lr: float) -> float:
     """Adam with a rate that falls to zero; the last loss."""

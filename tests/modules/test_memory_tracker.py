@@ -70,8 +70,6 @@ def test_fake_tensors_follow_a_gpus_rules_within_the_block_alone() -> None:
 
 def test_the_widened_operations_are_those_of_torchs_table() -> None:
     header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
-    if not header.is_file():
-        pytest.skip("this torch comes without headers")
     text = header.read_text()
 
     def table(name: str) -> set[str]:

@@ -324,9 +324,7 @@ def test_a_detector_joins_boxes_and_likeness() -> None:
     assert detector.name == "one"
 
 
-@pytest.mark.skipif(
-    not (DATA / "renderings-128.npy").exists(), reason="needs the pictures of fewstep data stickers"
-)
+@pytest.mark.data
 def test_the_ceiling_on_real_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     test = geneval.load(DATA, FOLDER, 36)

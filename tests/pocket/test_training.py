@@ -33,6 +33,8 @@ from fewstep.pocket.train_vae import pocket_vae
 from fewstep.train.checkpoint import last_step
 from fewstep.train.trainer import train
 
+pytestmark = pytest.mark.slow(15)
+
 
 @dataclass(frozen=True)
 class Chain:

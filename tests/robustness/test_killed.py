@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow(45)
+
 KILLED = Path(__file__).with_name("killed.py")
 
 

@@ -19,6 +19,8 @@ from tests.helpers.held import held
 from fewstep.train.best_checkpoint import read
 from fewstep.train.checkpoint import last_step
 
+pytestmark = pytest.mark.slow(35)
+
 ROOT = Path(__file__).parents[2]
 HALF = pair.STEPS["full"] // 2
 

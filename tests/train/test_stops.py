@@ -17,6 +17,8 @@ from tests.helpers.worker import run_of
 from fewstep.train.checkpoint import last_step
 from fewstep.train.trainer import train
 
+pytestmark = pytest.mark.slow(45)
+
 ROOT = Path(__file__).parents[2]
 ENDS = [
     (signal.SIGINT, 130, "interrupted"),

@@ -26,6 +26,8 @@ from fewstep.train.run import TrainOptions
 from fewstep.train.train_step import State
 from fewstep.train.trainer import USED, WARMUP_STEPS, TimeBudget, train
 
+pytestmark = pytest.mark.slow(10)
+
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -34,6 +34,8 @@ from fewstep.families.base import Family
 from fewstep.pipeline.loading import load_family
 from mixture import Mixture, images
 
+pytestmark = pytest.mark.slow(10)
+
 PROMPTS = [f"a {word}" for word in ("cat", "dog", "pear", "kite", "sun", "red key", "blue sea")]
 
 

@@ -53,8 +53,8 @@ def recipe(
         proxy_target: What the proxy models: the student's samples, its estimates at a random step, or the
             states of its trajectory.
         disc_backbone: The net whose features the heads read.
-        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate at
-            a random step.
+        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate
+            at a random step.
         gan_weight: Weight of the adversarial loss.
         trajectory_weight: Weight of trajectory guidance beside the two.
         proxy_updates: Updates of the proxy per update of the student.

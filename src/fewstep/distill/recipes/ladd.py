@@ -22,8 +22,8 @@ def recipe(
 
     Args:
         config: Shared.
-        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate at
-            a random step.
+        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate
+            at a random step.
         kind: The loss.
         heads_lr: Learning rate of the heads.
     """
