@@ -7,10 +7,8 @@ import numpy as np
 GROUP = 64
 """Number of codes that share a scale, for codes of less than 8 bits."""
 
-
 CLIP_RATIOS = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 """Candidate clipping ratios of a group's peak. Clipping can cost less than coarser codes."""
-
 
 LARGEST = float(np.finfo(np.float16).max)
 """Largest scale of a group. Compensation of earlier columns can move a group's peak beyond it."""

@@ -3,7 +3,8 @@
 * 16 bits: float16.
 * 8 bits: int8. A matrix (linear layer, embedding) has one scale per row or per column, whichever has the
   smaller error. A convolution kernel has one scale per output channel.
-* Fewer bits: packed codes with a float16 scale per :data:`GROUP` elements of a row or column.
+* Fewer bits: packed codes with a float16 scale per :data:`~fewstep.export.common.gptq.GROUP` elements of a row
+  or column.
 
 Operators that unpack the codes (``Cast``, shifts, ``Mul`` by the scale) precede the layer. onnxruntime folds
 them when it creates the session. A file of a quarter of the size therefore runs as fast as float32. An image
@@ -122,7 +123,7 @@ class _StoredWeight:
         self._node("Mul", real, self._tensor("scale", scale), out=self.name)
 
     def _grouped(self, array: np.ndarray, spec: QuantSpec, axes: Sequence[int]) -> None:
-        """Store in fewer bits with a scale per :data:`GROUP`.
+        """Store in fewer bits with a scale per :data:`fewstep.export.common.gptq.GROUP`.
 
         Groups are along the inputs if their statistics are known, else along the axis of the smaller error.
         """
