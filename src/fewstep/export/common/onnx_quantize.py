@@ -3,8 +3,8 @@
 * 16 bits: float16.
 * 8 bits: int8. A matrix (linear layer, embedding) has one scale per row or per column, whichever has the
   smaller error. A convolution kernel has one scale per output channel.
-* Fewer bits: packed codes with a float16 scale per :data:`~fewstep.export.common.gptq.GROUP` elements of a row
-  or column.
+* Fewer bits: packed codes with a float16 scale per :data:`~fewstep.export.common.gptq.GROUP` elements of a
+  row or column.
 
 Operators that unpack the codes (``Cast``, shifts, ``Mul`` by the scale) precede the layer. onnxruntime folds
 them when it creates the session. A file of a quarter of the size therefore runs as fast as float32. An image
