@@ -27,7 +27,7 @@ class NetVelocity(Velocity, Protocol):
     """A family's velocity: a dataclass with its net as a field."""
 
     @property
-    def net(self) -> Any: ...
+    def net(self) -> nn.Module: ...
 
     def embedder_inputs(self, t: Array, pooled: Array) -> tuple[Array, ...]:
         """Return the inputs of the net's embedder at ``t [B]``, the pooled text ``[B, P]`` last."""
@@ -82,7 +82,7 @@ def _resident(layer: nn.Module) -> AbstractContextManager[object]:
 class Modulation(nn.Module):
     """Computes all modulations of a net, concatenated."""
 
-    def __init__(self, embedder: Any, layers: Sequence[Any]) -> None:
+    def __init__(self, embedder: nn.Module, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.embedder = embedder
         self.layers = nn.ModuleList(layers)
@@ -91,7 +91,7 @@ class Modulation(nn.Module):
         """Return the modulation ``[B, M]`` of the embedder's inputs, the pooled text ``[B, P]`` last."""
         return self.each([inputs])[0]
 
-    def inputs(self, velocity: Any, t: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, velocity: NetVelocity, t: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
         """Return the embedder's inputs at ``t [B]``; the pooled text alone where nothing was split off."""
         return velocity.embedder_inputs(t, pooled) if self.layers else (pooled,)
 
@@ -157,7 +157,7 @@ def split_modulation(net: Any, embedder: str | None = EMBEDDER) -> tuple[Modulat
     if embed is None or not norms:
         raise ValueError(f"{type(net).__name__} has no modulations to take out")
     at = 0
-    instead: dict[str, Any] = {embedder: _Given()}
+    instead: dict[str, nn.Module] = {embedder: _Given()}
     for name, norm in norms.items():
         size = norm.linear.out_features
         instead |= {f"{name}.linear": Slice(at, size), f"{name}.silu": nn.Identity()}
@@ -165,11 +165,11 @@ def split_modulation(net: Any, embedder: str | None = EMBEDDER) -> tuple[Modulat
     return Modulation(embed, [norm.linear for norm in norms.values()]), with_submodules(net, instead)
 
 
-def with_submodules(net: Any, instead: Mapping[str, Any]) -> Any:
+def with_submodules(net: Any, instead: Mapping[str, nn.Module]) -> Any:
     """Return ``net`` with other modules at some paths. All else is shared, and ``net`` is not changed."""
     other = copy.copy(net)
     other._modules = dict(net._modules)
-    below: dict[str, dict[str, Any]] = {}
+    below: dict[str, dict[str, nn.Module]] = {}
     for path, module in instead.items():
         name, _, rest = path.partition(".")
         if rest:

@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.modules.lora import active_role, use_role
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-def checkpoint_activations(block: Any) -> None:
+
+def checkpoint_activations(block: torch.nn.Module) -> None:
     """Compute the block's activations again in the backward pass instead of keeping them."""
     block.forward = partial(_run, block.forward)
 
 
-def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(forward: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     role = active_role()  # another may be active by the backward pass
@@ -31,7 +34,7 @@ def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def compile_block(block: Any, backend: str = "inductor", dynamic: bool | None = None) -> None:
+def compile_block(block: torch.nn.Module, backend: str = "inductor", dynamic: bool | None = None) -> None:
     """Compile a block. Blocks of one class and shape share the compiled code.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.types import Cond, Velocity
 
@@ -27,14 +27,14 @@ class FeatureTaps:
     """
 
     velocity: Velocity
-    modules: Sequence[Any]
+    modules: Sequence[nn.Module]
 
-    def __call__(self, x_t: Any, t: Any, cond: Cond) -> list[Any]:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """``x_t [B, C, H, W]``, ``t [B]`` -> a tensor ``[B, N, D]`` for every module, in its order."""
-        kept: dict[int, Any] = {}
+        kept: dict[int, Tensor] = {}
 
         def keep(place: int) -> Callable[..., None]:
-            def hook(module: Any, inputs: Any, output: Any) -> None:
+            def hook(module: nn.Module, inputs: object, output: object) -> None:
                 kept[place] = _tokens(output)
 
             return hook
@@ -50,7 +50,7 @@ class FeatureTaps:
         return [kept[i] + 0 * v.mean() for i in range(len(self.modules))]
 
 
-def _tokens(output: Any) -> Any:
+def _tokens(output: object) -> Tensor:
     tensors = output if isinstance(output, tuple | list) else [output]
     last = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)][-1].float()
     return last[:, None] if last.ndim == 2 else last
@@ -76,14 +76,14 @@ class DiscriminatorHeads(nn.Module):
             for index in range(len(widths)):
                 self.reset_head(index, generator)
 
-    def forward(self, features: Sequence[Any]) -> Any:
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
         """A tensor ``[B, N, D]`` for every head -> logits ``[B, sum of N]``; larger is more real."""
         # In half precision the judgements would be rounded by more than the regularisation is about.
         with torch.autocast(features[0].device.type, enabled=False):
             judged = [head(x.float()).squeeze(-1) for head, x in zip(self.heads, features, strict=True)]
             return torch.cat(judged, 1)
 
-    def reset_head(self, index: int, generator: Any) -> list[Any]:
+    def reset_head(self, index: int, generator: torch.Generator) -> list[nn.Parameter]:
         """Initialize one head again, in place, from a CPU generator, and return its parameters."""
         for layer in self.heads[index]:
             if isinstance(layer, nn.Linear):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -73,7 +72,7 @@ class EMA:
             self._exchange(saved, back=True)
 
     @torch.no_grad()
-    def _exchange(self, saved: Mapping[str, Any], back: bool = False) -> None:
+    def _exchange(self, saved: Mapping[str, torch.Tensor], back: bool = False) -> None:
         for name, p in self._of.items():
             mine, its = local(self.values[name]), local(p)
             if name not in saved:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -102,7 +102,7 @@ class LoRARoles:
 
     def __init__(
         self,
-        net: Any,
+        net: nn.Module,
         names: Sequence[str] = ("student", "proxy"),
         *,
         rank: int = 64,
@@ -129,7 +129,7 @@ class LoRARoles:
             layer.add_module(ADAPTERS, nn.ModuleDict(adapters))
             layer.register_forward_hook(self._add)
 
-    def _add(self, layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+    def _add(self, layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
         role = _active
         if role is None:
             return out
@@ -153,10 +153,10 @@ class LoRARoles:
     def layers(self, name: str) -> dict[str, LoRALayer]:
         """Return the layers of one adapter by the names of the linear layers that they adapt."""
         self._check(name)
-        found: dict[str, Any] = {
-            path: layer.get_submodule(ADAPTERS).get_submodule(name) for path, layer in self._linears.items()
+        return {
+            path: cast(LoRALayer, layer.get_submodule(ADAPTERS).get_submodule(name))
+            for path, layer in self._linears.items()
         }
-        return found
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
         """Return the state dict of the net with an adapter merged: ``W + scale B A``, in the base's

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Net = TypeVar("Net", bound=torch.nn.Module)
 
 ALLOCATED = 512
 """Bytes to which torch's CUDA allocator rounds every tensor up (c10/cuda/CUDACachingAllocator.h,
@@ -53,14 +55,18 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, *, shapes: bool = False, unit: int = 1) -> None:
         super().__init__()
         self._shapes, self._unit = shapes, unit
-        self._known: dict[int, tuple[Any, str, int]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
         self.live = dict.fromkeys(KINDS, 0)
         self.peaks: dict[str, Peak] = {}
         self.turn = ""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if self._shapes:
             name = func.overloadpacket.__name__
             if name == "_local_scalar_dense":
@@ -103,14 +109,14 @@ class MemoryTracker(TorchDispatchMode):
         if peak is None or sum(self.live.values()) > peak.total:
             self.peaks[self.turn] = Peak(dict(self.live))
 
-    def _free(self, key: int, reference: Any) -> None:
+    def _free(self, key: int, reference: weakref.ref[torch.UntypedStorage]) -> None:
         known = self._known.get(key)
         if known is not None and known[0] is reference:  # another storage may have the same address by now
             del self._known[key]
             self.live[known[1]] -= known[2]
 
 
-def _stay(net: Any, *where: Any, **how: Any) -> Any:
+def _stay(net: Net, *where: object, **how: object) -> Net:
     return net
 
 
@@ -133,7 +139,7 @@ def fake_tensors(*, gpu: bool) -> Generator[MemoryTracker]:
         yield stack.enter_context(ledger)
 
 
-def cast_parameters(net: Any, dtype: Any = None) -> Any:
+def cast_parameters(net: Net, dtype: torch.dtype | None = None) -> Net:
     """The net with its weights and buffers copied one by one.
 
     Fake ones refuse ``Module.to``, and by ``deepcopy`` get a storage that is not the one their views have.
@@ -176,26 +182,26 @@ def simulate_cuda() -> Generator[None]:
         yield
 
 
-def _overload(name: str) -> Any:
+def _overload(name: str) -> Callable[..., torch.Tensor]:
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _beneath() -> Any:
+def _beneath() -> AbstractContextManager[object]:
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)  # pyright: ignore[reportPrivateUsage]
     return torch._C._ExcludeDispatchKeyGuard(key)  # pyright: ignore[reportPrivateUsage]
 
 
-def _narrow(value: Any) -> bool:
+def _narrow(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
-def _widened(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _widened(function: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
     with _beneath():
         return function(*(a.float() if _narrow(a) else a for a in args), **kwargs)
 
 
-def _summed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _summed(function: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
     if _narrow(args[0]) and kwargs.get("dtype") is None:
         kwargs["dtype"] = torch.float32
     with _beneath():
@@ -203,15 +209,15 @@ def _summed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> torch.Tensor:
     """By the kernels that a GPU takes: they keep a number a row, and no matrix."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.core.types import Array, Cond, Velocity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BORDER = 0.5
 """The time at which SD3.5-Flash splits (arXiv 2509.21318): early up to it, late above."""
@@ -37,7 +40,7 @@ def split_grid(grid: Sequence[float]) -> tuple[list[int], list[int]]:
     return [i for i, t in starts if t <= BORDER], [i for i, t in starts if t > BORDER]
 
 
-def merge(early: Mapping[str, Any], late: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+def merge(early: Mapping[str, Tensor], late: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """Interpolate two state dicts: ``ratio`` of ``late`` and the rest of ``early``, in float32.
 
     Raises:
