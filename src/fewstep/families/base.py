@@ -11,12 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.core.types import Model, UserError
 from fewstep.families import diffusers_io
 from fewstep.families.lora.original_names import DIFFUSERS, OriginalNames
 from fewstep.families.net_classes import SHARED_CLASSES, NetClass
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
 
 GuidanceKind = Literal["cfg", "embedded", "none"]
 """Classifier-free guidance in a second pass, a scale that is an input of the net, or no guidance."""
@@ -37,7 +41,7 @@ class Family(Model):
     """
 
     net: Any
-    blocks: Sequence[Any]
+    blocks: Sequence[Module]
     parts: Mapping[str, Any]
     architecture: Architecture
     clip_length: int | None = None
@@ -47,7 +51,7 @@ class Family(Model):
         """The name of the family, such as ``sd3``."""
         return self.architecture.name
 
-    def student(self, net: Any, name: str, steps: int) -> Family:
+    def student(self, net: Module, name: str, steps: int) -> Family:
         """Return the same model with another net of the same kind, which takes ``steps`` steps and no
         classifier-free guidance."""
         return self.architecture.student(self, net, name, steps)
@@ -193,7 +197,7 @@ class Architecture(ABC):
         """
         diffusers_io.write_folder(family.parts, folder, self.pipeline_class(), self.facts(family))
 
-    def student(self, teacher: Family, net: Any, name: str, steps: int) -> Family:
+    def student(self, teacher: Family, net: Module, name: str, steps: int) -> Family:
         """Return the teacher with another net, which takes ``steps`` steps and no second pass. Embedded
         guidance stays."""
         return self.assemble(
@@ -216,7 +220,7 @@ class Architecture(ABC):
             device=str(family.net.device),
         )
 
-    def blocks(self, net: Any) -> list[Any]:
+    def blocks(self, net: Module) -> list[Module]:
         """Return the net's transformer blocks, in order."""
         return [block for blocks in self.block_lists for block in getattr(net, blocks)]
 
@@ -226,16 +230,16 @@ class Architecture(ABC):
         """Return the pipeline class that writes model folders and downloads them."""
         return getattr(importlib.import_module("diffusers"), self.pipeline)
 
-    def facts(self, family: Family) -> dict[str, Any]:
+    def facts(self, family: Family) -> dict[str, object]:
         """Return what :meth:`save` writes into ``fewstep.json``."""
         return {"name": family.name, "steps": family.steps, "guidance": family.guidance}
 
-    def assemble_options(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def assemble_options(self, facts: Mapping[str, object]) -> dict[str, Any]:
         """Return the options of :meth:`assemble` that the facts of a model folder set."""
         return {key: facts[key] for key in ("steps", "guidance") if key in facts}
 
     def read_file(
-        self, path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+        self, path: Path, config: str | Path | None, dtype: torch.dtype, t5: bool | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the components of a single-file checkpoint and the facts in its header.
 
@@ -264,7 +268,7 @@ class Architecture(ABC):
         """
         return diffusers_io.read_index(folder, self, self.required if required is None else required)
 
-    def read_folder(self, folder: Path, dtype: Any, t5: bool | None = None) -> dict[str, Any]:
+    def read_folder(self, folder: Path, dtype: torch.dtype, t5: bool | None = None) -> dict[str, Any]:
         """Return the components of a diffusers folder, nets in the torch ``dtype``.
 
         Raises:

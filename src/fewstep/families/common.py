@@ -7,12 +7,15 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core.prompt_text import PromptWarning, prompt_name
 from fewstep.core.types import Array, TextEncoder, UserError, Velocity
 from fewstep.families.base import Architecture, Family
 from fewstep.families.schedulers import of_scheduler
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, words: int | None = None) -> Array:
@@ -267,7 +270,7 @@ def on_device(family: Family, prefix: str = "text_encoder") -> Generator[None]:
             part.to("cpu")
 
 
-def fingerprint(net: Any) -> str:
+def fingerprint(net: Module) -> str:
     """Return a hash of a net's weights, 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():

@@ -11,13 +11,16 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from msgspec import Meta
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
 from fewstep.families.net_classes import SHARED_CLASSES, CLIPConfig, NetClass, T5Config
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 OMITTED_FIELDS = ("vocab_size", "max_position_embeddings")
 """Fields of a text encoder's configuration that are read and that its file may omit."""
@@ -124,7 +127,10 @@ def class_of(entry: tuple[str, str], part: str, where: str, known: KnownClasses)
 
 
 def check_config(
-    config: Mapping[str, Any], name: str | None, where: str, classes: Mapping[str, NetClass] = SHARED_CLASSES
+    config: Mapping[str, object],
+    name: str | None,
+    where: str,
+    classes: Mapping[str, NetClass] = SHARED_CLASSES,
 ) -> None:
     """Refuse a configuration with fields of another type than its class reads, or numbers beyond the limits.
 
@@ -142,7 +148,7 @@ def check_config(
 
 
 def with_defaults(
-    config: Mapping[str, Any], name: str | None, classes: Mapping[str, NetClass] = SHARED_CLASSES
+    config: Mapping[str, object], name: str | None, classes: Mapping[str, NetClass] = SHARED_CLASSES
 ) -> dict[str, Any]:
     """Return a net's configuration with the fields that transformers omits where they have the default.
 
@@ -166,7 +172,7 @@ class _AddedToken:
 class _TokenizerConfig:
     model_max_length: Annotated[int, Meta(ge=1)] | Annotated[float, Meta(ge=1)] = 512
     added_tokens_decoder: dict[Annotated[int, Meta(ge=0, lt=2**24)], _AddedToken] = field(
-        default_factory=dict[Any, Any]
+        default_factory=dict[int, _AddedToken]
     )
 
 
@@ -198,7 +204,7 @@ def check_tokenizer(folder: Path) -> None:
             json_io.read(path, dict[str, Identifier])
 
 
-def check_weights(folder: Path, net_class: Any, config: Mapping[str, Any], stored: int) -> None:
+def check_weights(folder: Path, net_class: Any, config: Mapping[str, object], stored: int) -> None:
     """Refuse a net whose configuration declares far more weights than its files hold.
 
     Args:
@@ -221,7 +227,7 @@ def check_weights(folder: Path, net_class: Any, config: Mapping[str, Any], store
         )
 
 
-def make_net(net_class: Any, config: Mapping[str, Any]) -> Any:
+def make_net(net_class: Any, config: Mapping[str, object]) -> Module:
     """Return a net of a class of diffusers (which has ``from_config``) or of transformers, not initialized
     from any file."""
     if hasattr(net_class, "load_config"):

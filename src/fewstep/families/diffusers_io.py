@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
@@ -22,6 +22,9 @@ from fewstep.families.config_check import (
     class_of,
     is_plain,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
 """CPU features that multiply bf16 faster than fp32. Other CPUs emulate bf16, slower."""
@@ -99,7 +102,7 @@ def checked_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
     return facts
 
 
-def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
+def read_pipeline(folder: Path) -> tuple[str, dict[str, object]]:
     """The pipeline class that ``model_index.json`` names, and the whole index.
 
     Raises:
@@ -137,9 +140,9 @@ def read_index(folder: Path, known: KnownClasses, required: Sequence[str]) -> di
     kind, index = read_pipeline(folder)
     if not is_plain(kind, known.pipeline):
         raise UserError(f"{folder} holds a {kind}, but a {known.pipeline} is needed")
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     for part, entry in index.items():
-        items: list[Any] = entry if isinstance(entry, list) else []
+        items: list[object] = entry if isinstance(entry, list) else []
         if any(item is not None for item in items):
             named[part] = items
     where = str(folder / "model_index.json")
@@ -159,7 +162,7 @@ def read_parts(
     index: Mapping[str, tuple[str, str]],
     wanted: Iterable[str],
     known: KnownClasses,
-    dtype: Any,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The ``wanted`` parts of a folder's ``index``, nets in the torch ``dtype``.
 
@@ -173,7 +176,9 @@ def read_parts(
     }
 
 
-def read_part(folder: Path, part: str, entry: tuple[str, str], known: KnownClasses, dtype: Any = None) -> Any:
+def read_part(
+    folder: Path, part: str, entry: tuple[str, str], known: KnownClasses, dtype: torch.dtype | None = None
+) -> Any:
     """Load one part through its own class.
 
     Args:
@@ -239,7 +244,7 @@ def _is_empty(place: Path) -> bool:
 
 
 def write_folder(
-    parts: Mapping[str, Any], folder: str | Path, pipeline: Any, facts: Mapping[str, Any]
+    parts: Mapping[str, Any], folder: str | Path, pipeline: Any, facts: Mapping[str, object]
 ) -> None:
     """Write a diffusers folder with ``facts`` beside, whole or not at all; an earlier one there is replaced.
 
@@ -264,7 +269,7 @@ def write_folder(
         raise
 
 
-def write_facts(facts: Mapping[str, Any], folder: Path) -> None:
+def write_facts(facts: Mapping[str, object], folder: Path) -> None:
     """Write what :func:`read_facts` gives back."""
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -289,7 +294,7 @@ def fetch(name: str, pipeline: Any, without: Mapping[str, None] | None = None) -
         raise UserError(f"{what}; check the name, the network and your access") from error
 
 
-def torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of this name.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core.types import Array, Cond, UserError
 from fewstep.core.validate import check_int
@@ -26,6 +26,9 @@ from fewstep.families.net_classes import (
     Widths,
 )
 from fewstep.families.schedulers import of_scheduler, schedule_shift
+
+if TYPE_CHECKING:
+    import torch
 
 GUIDANCE = 3.5
 """The default scale of embedded guidance in diffusers."""
@@ -125,7 +128,7 @@ def unpack(tokens: Array, rows: int, columns: int) -> Array:
     return torch.nn.functional.pixel_shuffle(patches, PATCH)
 
 
-def positions(rows: int, columns: int, device: Any = None) -> Array:
+def positions(rows: int, columns: int, device: torch.device | str | None = None) -> Array:
     """Return the position ``(0, row, column)`` of each token, for rotary embeddings (arXiv 2104.09864).
 
     Text tokens are at (0, 0, 0).
@@ -243,13 +246,13 @@ class Flux(Architecture):
             embedded_guidance=guidance if dev else None,
         )
 
-    def facts(self, family: Family) -> dict[str, Any]:
+    def facts(self, family: Family) -> dict[str, object]:
         """Return what a folder says beyond diffusers' files: the embedded scale and the side, too."""
         velocity = family.velocity
         scale = velocity.guidance if isinstance(velocity, NetVelocity) else GUIDANCE
         return {"name": family.name, "steps": family.steps, "guidance": scale, "side": family.latent[1]}
 
-    def assemble_options(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def assemble_options(self, facts: Mapping[str, object]) -> dict[str, Any]:
         """Return the options that facts set; a scale of ``None`` is none."""
         return {key: facts[key] for key in ("steps", "guidance", "side") if facts.get(key) is not None}
 

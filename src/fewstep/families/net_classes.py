@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 MAX_LAYERS = 128
 MAX_LIST = 128
@@ -43,7 +46,7 @@ class NetClass:
 
     part: str
     config: type
-    load: Callable[[], Any] | None = None
+    load: Callable[[], type[Module]] | None = None
 
 
 @dataclass(frozen=True)

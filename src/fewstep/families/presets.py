@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.types import UserError
 from fewstep.families import flux, sd3
@@ -12,7 +11,7 @@ from fewstep.families.registry import architecture, architecture_of, parse_famil
 from fewstep.families.spec import ModelSpec, read
 
 
-def _clip(width: int, layers: int, heads: int, act: str) -> dict[str, Any]:
+def _clip(width: int, layers: int, heads: int, act: str) -> dict[str, int | str]:
     return {
         "vocab_size": 49408, "hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width,
         "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 77,

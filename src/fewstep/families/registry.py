@@ -8,9 +8,8 @@ import os
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
 
 from fewstep.core import plugins
 from fewstep.core.types import UserError
@@ -43,7 +42,7 @@ def architecture(name: str) -> Architecture:
     if name in built_in():
         return built_in()[name]
     if name in _entry_points():
-        found: Any = _entry_points()[name].load()
+        found: object = _entry_points()[name].load()
     else:
         found = plugins.load(f"{name}:ARCHITECTURE", PACKAGE, "family")
     found = getattr(found, "ARCHITECTURE", found)
@@ -77,7 +76,7 @@ def _is_outside(name: str) -> bool:
 
 
 @cache
-def _entry_points() -> Mapping[str, Any]:
+def _entry_points() -> Mapping[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="fewstep.family")}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta
 
@@ -74,7 +74,7 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is not a whole .safetensors file: its header is cut off")
             if length > MOST_BYTES:
                 raise UserError(f"{path} has a header of {length} bytes: at most {MOST_BYTES} are read")
-            content: dict[str, Any] = json_io.parse(file.read(length), where=where)
+            content: dict[str, object] = json_io.parse(file.read(length), where=where)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     metadata = json_io.convert(content.pop("__metadata__", {}), dict[str, str], where)

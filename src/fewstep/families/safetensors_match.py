@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fewstep.core.types import UserError
 from fewstep.families.safetensors_tensors import DTYPES, FLOATS, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 SHARED, EMBEDDED = "shared.weight", "encoder.embed_tokens.weight"
 """The two names of T5's one table of embeddings."""
@@ -104,12 +105,12 @@ def candidates(name: str) -> Iterable[str]:
             yield name.replace(f".{new}.", f".{old}.")
 
 
-def tied(net: Any) -> Mapping[str, str]:
+def tied(net: Module) -> Mapping[str, str]:
     """Names of a net's tensors that are other ones of its tensors: ``{name: the other}``."""
     return getattr(net, "_tied_weights_keys", None) or {}
 
 
-def resolve(net: Any, stored: Stored) -> dict[str, str]:
+def resolve(net: Module, stored: Stored) -> dict[str, str]:
     """Return which stored tensor is which of ``net``'s.
 
     What no tensor of the net is made of must say nothing about it. That is named in a :class:`LoadWarning`,
@@ -165,7 +166,7 @@ def _repeats(name: str, stored: Stored, names: Mapping[str, str]) -> bool:
     return False
 
 
-def _without_effect(name: str, net: Any) -> bool:
+def _without_effect(name: str, net: Module) -> bool:
     kind = type(net).__name__
     return any(kind.startswith(start) and re.search(form, name) for start, form in UNUSED.items())
 

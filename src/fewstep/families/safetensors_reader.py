@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
 from fewstep.families.safetensors_match import Stored, resolve, tied
 from fewstep.families.safetensors_weights import Weights
 
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
 
-def empty(kind: Any, folder: Path) -> Any:
+
+def empty(kind: Any, folder: Path) -> Module:
     """A net of the class ``kind`` with the configuration in ``folder``, its weights without data.
 
     Raises:
@@ -33,7 +37,7 @@ def empty(kind: Any, folder: Path) -> Any:
         return kind(config)
 
 
-def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+def refuse_quantized(config: Mapping[str, object], folder: Path) -> None:
     """Refuse the configuration of a net whose weights another library has quantized.
 
     Raises:
@@ -43,7 +47,7 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"{folder} holds weights that are quantized already: give the model in 16 or 32 bits")
 
 
-def fill(net: Any, stored: Stored, dtype: Any) -> Any:
+def fill(net: Any, stored: Stored, dtype: torch.dtype) -> Any:
     """Give ``net`` its weights.
 
     Args:
@@ -76,7 +80,7 @@ def fill(net: Any, stored: Stored, dtype: Any) -> Any:
     return net.eval()
 
 
-def read_net(kind: Any, folder: Path, dtype: Any) -> Any:
+def read_net(kind: Any, folder: Path, dtype: torch.dtype) -> Module:
     """A net of the class ``kind`` from a part's folder.
 
     Raises:

@@ -95,9 +95,9 @@ def _check_formats(text: str, where: Path) -> None:
         check_format(layer, where)
 
 
-def check_format(layer: Any, where: Path) -> None:
+def check_format(layer: object, where: Path) -> None:
     if isinstance(layer, dict):
-        said: dict[str, Any] = layer  # pyright: ignore[reportUnknownVariableType]
+        said: dict[str, object] = layer  # pyright: ignore[reportUnknownVariableType]
         if odd := sorted(key for key, value in said.items() if value and key not in QUANT_FIELDS):
             raise UserError(f"{where} is quantized with {odd[0]}, which is not followed: {IN_FLOATS}")
     found = layer.get("format") if isinstance(layer, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

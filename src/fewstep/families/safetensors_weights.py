@@ -31,6 +31,7 @@ from fewstep.families.safetensors_tensors import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 SCALES = (".scale_weight", ".weight_scale")
 """Ends of the names of scales: ComfyUI's, and that of most others. Each multiplies ``.weight``."""
@@ -134,7 +135,7 @@ class Weights:
         wide = {"F64": 8, "F16": 2, "BF16": 2}
         return max((wide.get(kind, 4) for kind in kinds), default=4)
 
-    def matched(self, net: Any) -> Weights:
+    def matched(self, net: Module) -> Weights:
         """The same for the tensors of ``net``, by their names there.
 
         Raises:

@@ -20,7 +20,7 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 CONSISTENCY = "FlowMatchLCMScheduler"
 """Its step is that of ``EULER`` with ``stochastic_sampling``: estimate x_0, then mix it with fresh noise."""
 
-DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, object] = {
     "num_train_timesteps": 1000,
     "invert_sigmas": False,
     "shift_terminal": None,
@@ -66,7 +66,7 @@ class Schedule:
         return getattr(diffusers, EULER)(**asdict(self))
 
 
-def of(kind: str, config: Mapping[str, Any], where: str) -> Schedule:
+def of(kind: str, config: Mapping[str, object], where: str) -> Schedule:
     """The schedule that a scheduler's configuration describes.
 
     Args:
@@ -115,7 +115,7 @@ def read(folder: Path, kind: str | None = None) -> Schedule:
         UserError: see :func:`of`; or the two files name different classes.
     """
     path = folder / "scheduler_config.json"
-    config: dict[str, Any] = json_io.read(path)
+    config: dict[str, object] = json_io.read(path)
     # diffusers takes the class's default for these, whatever value stands beside them.
     unset = json_io.convert(
         config.get("_use_default_values", []), tuple[str, ...], f"{path}: _use_default_values"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core.types import Array, Cond
 from fewstep.families.base import Architecture, Family
@@ -26,6 +26,9 @@ from fewstep.families.net_classes import (
     Width,
 )
 from fewstep.families.schedulers import of_scheduler, schedule_shift
+
+if TYPE_CHECKING:
+    import torch
 
 CLIPS = ("", "_2")
 CLIP_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
@@ -207,7 +210,7 @@ class SD3(Architecture):
         )
 
     def read_file(
-        self, path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+        self, path: Path, config: str | Path | None, dtype: torch.dtype, t5: bool | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the components of a single-file checkpoint in Stability's key names, and its facts."""
         from fewstep.families.single_file import read_single

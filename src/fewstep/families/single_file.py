@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
@@ -16,6 +16,11 @@ from fewstep.families.safetensors_reader import empty, fill
 from fewstep.families.safetensors_tensors import header
 from fewstep.families.safetensors_weights import Weights
 from fewstep.families.schedulers import Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Module
 
 T5 = ("tokenizer_3", "text_encoder_3")
 NET, CODEC = "model.diffusion_model.", "first_stage_model."
@@ -34,7 +39,7 @@ PROJECTION = "text_projection.weight"
 
 
 def read_single(
-    known: KnownClasses, path: Path, config: str | Path | None, dtype: Any, t5: bool | None
+    known: KnownClasses, path: Path, config: str | Path | None, dtype: torch.dtype, t5: bool | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The components of a single-file checkpoint, and the facts that ``fewstep export`` wrote into its
     header; what the file lacks comes from ``config``.
@@ -87,8 +92,8 @@ def _check_prefixes(weights: Weights) -> None:
 
 
 def _net(
-    weights: Weights, part: str, folder: Path, entry: tuple[str, str], known: KnownClasses, dtype: Any
-) -> Any:
+    weights: Weights, part: str, folder: Path, entry: tuple[str, str], known: KnownClasses, dtype: torch.dtype
+) -> Module:
     """A net with the file's weights and the folder's configuration."""
     prefix, path = PREFIXES[part], weights.folder
     kind = class_of(entry, part, str(folder / "model_index.json"), known)
@@ -100,14 +105,14 @@ def _net(
         raise UserError(f"cannot load {part} of {path}: {first_line(error)}") from error
 
 
-def _transformer(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]:
+def _transformer(tensors: dict[str, Tensor], net: Any, path: Path) -> dict[str, Tensor]:
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     left = dict(tensors)
     return convert_sd3_transformer_checkpoint_to_diffusers(left) | left  # it takes out what it converts
 
 
-def _autoencoder(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]:
+def _autoencoder(tensors: dict[str, Tensor], net: Any, path: Path) -> dict[str, Tensor]:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     made = convert_ldm_vae_checkpoint(dict(tensors), net.config)
@@ -115,7 +120,7 @@ def _autoencoder(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any
     return made | {n: t for n, t in tensors.items() if t.untyped_storage().data_ptr() not in used}
 
 
-def _first_clip(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]:
+def _first_clip(tensors: dict[str, Tensor], net: Any, path: Path) -> dict[str, Tensor]:
     """All who read these files take the first CLIP's projection for the identity."""
     import torch
 
@@ -128,7 +133,7 @@ def _first_clip(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]
     return {**tensors, PROJECTION: identity}
 
 
-def _same(tensors: dict[str, Any], net: Any, path: Path) -> dict[str, Any]:
+def _same(tensors: dict[str, Tensor], net: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
@@ -144,7 +149,7 @@ def _scheduler(scheduler: Any, facts: dict[str, Any]) -> Any:
     return schedule.scheduler()
 
 
-def _outline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _outline(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Names and shapes of a file's tensors, as tensors without data, and the facts in its header."""
     import torch
 
@@ -158,7 +163,7 @@ def _local(config: str | Path | None) -> Path | None:
     return Path(config) if config is not None and Path(config).is_dir() else None
 
 
-def _fetch(path: Path, config: str | Path | None, outline: dict[str, Any], lacking: list[str]) -> Path:
+def _fetch(path: Path, config: str | Path | None, outline: dict[str, Tensor], lacking: list[str]) -> Path:
     """Configurations and tokenizers from the hub, and the weights of the parts ``lacking``."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download

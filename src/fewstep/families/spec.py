@@ -141,7 +141,7 @@ class ModelSpec:
         return nets | others
 
 
-def config_stand_in(config: Mapping[str, Any], block_lists: tuple[str, ...] = ()) -> Any:
+def config_stand_in(config: Mapping[str, object], block_lists: tuple[str, ...] = ()) -> SimpleNamespace:
     """Return an object with a net's ``config`` and no blocks."""
     values = {"shift_factor": None, "scaling_factor": 1.0, "guidance_embeds": False, **config}
     return SimpleNamespace(config=SimpleNamespace(**values), **dict.fromkeys(block_lists, ()))

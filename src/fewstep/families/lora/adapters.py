@@ -21,6 +21,7 @@ from fewstep.families.lora.file import listed, read
 from fewstep.families.lora.layers import LoraFamily, Shapes, Update, resolve, shapes_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK = 2**20
@@ -31,7 +32,7 @@ class LoraWarning(UserWarning):
     """Something of a LoRA is not used, or had to be assumed."""
 
 
-def added(weight: Tensor, updates: Sequence[Update], dtype: Any) -> Tensor:
+def added(weight: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> Tensor:
     """A weight with updates added in float32, then rounded to ``dtype``.
 
     Args:
@@ -118,7 +119,7 @@ def _there(name: str) -> bool:
         return False
 
 
-def specs(given: Any) -> tuple[str, ...]:
+def specs(given: object) -> tuple[str, ...]:
     """Return the LoRAs that Python or the command line gives as ``FILE:WEIGHT``, always with a weight.
 
     Args:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.core import json_io
 from fewstep.core.types import UserError
 from fewstep.families.lora.header import Value, short, values_of
+
+V = TypeVar("V")
 
 FILE = "pytorch_lora_weights.safetensors"
 """File name that diffusers' ``load_lora_weights`` looks for in a folder."""
@@ -43,7 +45,7 @@ HARMLESS = frozenset(
     "eva_config qalora_group_size runtime_config ensure_weight_tying".split()
 )
 """Fields of a ``LoraConfig`` that say how an adapter was trained or where it lies, and change no product."""
-FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+FOLLOWED: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA", "PeftType.LORA"),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
@@ -51,7 +53,7 @@ FOLLOWED: Mapping[str, tuple[Any, ...]] = {
 """Fields of which some values change nothing. Other beginnings change the model that an adapter is for."""
 
 
-def _config(said: Mapping[str, Any], where: str) -> Config:
+def _config(said: Mapping[str, object], where: str) -> Config:
     """A ``LoraConfig`` that can be followed.
 
     Raises:
@@ -73,13 +75,15 @@ def _config(said: Mapping[str, Any], where: str) -> Config:
 
 
 @cache
-def _compiled(patterns: tuple[str, ...], where: str) -> tuple[dict[str, int], list[tuple[int, Any]]]:
+def _compiled(
+    patterns: tuple[str, ...], where: str
+) -> tuple[dict[str, int], list[tuple[int, re.Pattern[str]]]]:
     """Plain names of layers with their places, and regular expressions with theirs.
 
     An expression of a stranger may take for ever: few repetitions, none of a group, on short names alone.
     """
     plain: dict[str, int] = {}
-    others: list[tuple[int, Any]] = []
+    others: list[tuple[int, re.Pattern[str]]] = []
     for index, pattern in enumerate(patterns):
         if re.fullmatch(r"\^?[\w.-]+", pattern.replace("\\.", ".")):
             plain.setdefault(pattern.replace("\\.", "."), index)
@@ -96,7 +100,7 @@ def _compiled(patterns: tuple[str, ...], where: str) -> tuple[dict[str, int], li
     return plain, others
 
 
-def _matching(patterns: Mapping[str, Any], names: Iterable[str], where: str) -> Any:
+def _matching(patterns: Mapping[str, V], names: Iterable[str], where: str) -> V | None:
     """The value of the first pattern that matches one of a layer's names, as PEFT looks it up."""
     keys = tuple(patterns)
     plain, others = _compiled(keys, where)
@@ -211,7 +215,7 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
         if any(one != configs[0] for one in configs):
             raise UserError(f"{where} has two configurations that contradict each other")
         return {"": configs[0]} if configs else {}
-    said: dict[str, dict[str, Any]] = {}
+    said: dict[str, dict[str, object]] = {}
     for key, value in json_io.parse(metadata[HEADER_CONFIG], dict[str, Any], where).items():
         part, dot, name = key.partition(".")
         if dot and part in PARTS:
@@ -221,11 +225,11 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
     return {part: _config(one, where) for part, one in said.items()}
 
 
-def _peft_configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+def _peft_configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, object]]:
     """Key -> ``LoraConfig``, of keys that are followed where there is no :data:`HEADER_CONFIG`."""
     if HEADER_CONFIG in metadata:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, object]] = {}
     for key in HEADER_CONFIGS:
         if metadata.get(key, "").lstrip().startswith("{"):
             said = json_io.parse(metadata[key], dict[str, Any], where)

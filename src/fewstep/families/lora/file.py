@@ -8,7 +8,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fewstep.core.types import UserError
 from fewstep.families.diffusers_io import first_line
@@ -16,6 +16,7 @@ from fewstep.families.lora.alpha import Said
 from fewstep.families.lora.header import check, short
 
 if TYPE_CHECKING:
+    from safetensors import safe_open
     from torch import Tensor
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -122,7 +123,7 @@ class Lora:
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[Any]:
+def _opened(path: Path) -> Generator[safe_open]:
     from safetensors import SafetensorError, safe_open
 
     try:

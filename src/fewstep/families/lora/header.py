@@ -56,7 +56,7 @@ class Value:
 
     where: str
     key: str
-    value: Any
+    value: object
     rank: float | None
 
     def agrees(self, scales: Iterable[tuple[float, int]]) -> bool:
@@ -113,14 +113,14 @@ def values_of(metadata: Mapping[str, str], followed: Iterable[str], where: str) 
 
 
 def _scale_values(metadata: Mapping[str, str], where: str) -> Iterator[Value]:
-    todo: list[tuple[str, str, Any, float | None]] = [("", "", dict(metadata), None)]
+    todo: list[tuple[str, str, object, float | None]] = [("", "", dict(metadata), None)]
     for _ in range(MOST_VALUES):
         if not todo:
             return
         path, key, value, rank = todo.pop()
         value = _json(value, where)
         if isinstance(value, Mapping):
-            inner = cast(Mapping[str, Any], value)
+            inner = cast(Mapping[str, object], value)
             for name, each in inner.items():
                 name = str(name)
                 if not _CAPTIONS.search(name):
@@ -128,13 +128,13 @@ def _scale_values(metadata: Mapping[str, str], where: str) -> Iterator[Value]:
                     own = key if key.lower().endswith("pattern") else name
                     todo.append((f"{path}.{name}".lstrip("."), own, each, _rank(inner, name)))
         elif isinstance(value, list):
-            todo += [(path, key, each, rank) for each in cast(list[Any], value)]
+            todo += [(path, key, each, rank) for each in cast(list[object], value)]
         else:
             yield from _leaf(path, key, value, rank)
     raise UserError(f"{where} holds more than {MOST_VALUES} values")
 
 
-def _leaf(path: str, key: str, value: Any, rank: float | None) -> Iterator[Value]:
+def _leaf(path: str, key: str, value: object, rank: float | None) -> Iterator[Value]:
     if _speaks(key):
         yield Value(path, key, value, rank)
     elif isinstance(value, str):
@@ -149,7 +149,7 @@ def _speaks(key: str) -> bool:
     return bool(_ALPHA.search(key) or _TIMES.search(key)) and not _OF_TRAINING.search(key)
 
 
-def _json(value: Any, where: str) -> Any:
+def _json(value: object, where: str) -> object:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json_io.parse(value, Any, where)
@@ -158,7 +158,7 @@ def _json(value: Any, where: str) -> Any:
     return value
 
 
-def _rank(inner: Mapping[str, Any], key: str) -> float | None:
+def _rank(inner: Mapping[str, object], key: str) -> float | None:
     """The rank beside an alpha: of the same layers, as ``conv_dim`` is beside ``conv_alpha``, or of all."""
     if not _ALPHA.search(key):
         return None

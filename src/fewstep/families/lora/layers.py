@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from fewstep.core.types import UserError
 from fewstep.families.lora.file import Factors, Lora, tensor_of
@@ -16,6 +16,7 @@ from fewstep.families.lora.original_names import OriginalNames
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 _MARKS = (
     ("a U-Net (SD 1.5 or SDXL)", r"(down|up)_blocks|mid_block|(in|out)put_blocks|middle_block"),
@@ -70,7 +71,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, int]]
 """Layer -> the shape of its weight, ``[out, in]`` (:func:`shapes_of`)."""
 
 
-def shapes_of(net: Any) -> dict[str, tuple[int, int]]:
+def shapes_of(net: Module) -> dict[str, tuple[int, int]]:
     """Layers of a net that an adapter may change, with the shapes of their weights, ``[out, in]``; of a
     convolution ``in`` counts the kernel."""
     import torch
