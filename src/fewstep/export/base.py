@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from fewstep.core import plugins
 from fewstep.core.types import UserError
@@ -35,7 +35,7 @@ class ExportMetadata:
 
     license: str = "unknown"
     license_file: Path | None = None
-    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    about: Mapping[str, object] = field(default_factory=dict[str, object])
     card: Path | None = None
     compute: Compute = "float32"
 
@@ -116,7 +116,7 @@ class SupportsComputeDtype(Target, Protocol):
 class ConvertsBundle(Target, Protocol):
     """A target that can also convert a bundle for onnxruntime, without PyTorch."""
 
-    def convert(self, bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any]) -> str:
+    def convert(self, bundle: Bundle, out: Path, bits: int, fields: Mapping[str, object]) -> str:
         """Convert ``bundle`` and describe the result in one line, as :meth:`Target.export` does.
 
         Args:

@@ -89,7 +89,7 @@ def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> st
     """
     check(out)
     with _writing(out), replacing_folder(out) as fresh:
-        shapes: dict[str, Any] = {}
+        shapes: dict[str, dict[str, object]] = {}
         for stem, part in parts(family).items():
             package = fresh / f"{stem}.mlpackage"
             quantize(converted(part), bits).save(str(package))
@@ -112,9 +112,9 @@ def converted(part: GraphSpec) -> Any:
 
     from fewstep.export.common.fp16_norms import with_fp16_norms
 
-    ct: Any = importlib.import_module("coremltools")
+    ct = importlib.import_module("coremltools")
     inputs = {name: example[:1] for name, example in part.inputs.items()}
-    dtypes: dict[Any, Any] = {torch.int64: np.int32, torch.float32: np.float32}
+    dtypes: dict[torch.dtype, type[np.generic]] = {torch.int64: np.int32, torch.float32: np.float32}
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass(SLICED)
     modulation = "modulation" in part.outputs
@@ -143,10 +143,10 @@ def quantize(model: Any, bits: int) -> Any:
     """
     if bits == 16:
         return model
-    cto: Any = importlib.import_module("coremltools.optimize.coreml")
-    palettes: dict[str, Any] = {"mode": "kmeans", "nbits": bits, "weight_threshold": SMALLEST}
-    grouped: dict[str, Any] = {"granularity": "per_grouped_channel", "group_size": GROUP}
-    options: dict[str, Any] = {}
+    cto = importlib.import_module("coremltools.optimize.coreml")
+    palettes: dict[str, object] = {"mode": "kmeans", "nbits": bits, "weight_threshold": SMALLEST}
+    grouped: dict[str, object] = {"granularity": "per_grouped_channel", "group_size": GROUP}
+    options: dict[str, object] = {}
     with _quiet():
         for name, weight in cto.get_weights_metadata(model, SMALLEST).items():
             if any(child.op_type not in WEIGHTS for child in weight.child_ops):
@@ -156,7 +156,7 @@ def quantize(model: Any, bits: int) -> Any:
                     mode="linear_symmetric", dtype="int8", weight_threshold=SMALLEST
                 )
             else:
-                groups: dict[str, Any] = (
+                groups: dict[str, object] = (
                     grouped if weight.val.shape[0] % GROUP == 0 else {"granularity": "per_tensor"}
                 )
                 options[name] = cto.OpPalettizerConfig(**palettes, **groups)

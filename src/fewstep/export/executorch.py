@@ -10,12 +10,15 @@ from collections.abc import Generator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.export.base import ExportMetadata
 from fewstep.export.common.bundle import check_place, write_bundle
 from fewstep.export.common.graphs import GraphSpec, parts
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    from torch.fx import Graph
 
 FAMILIES = ("sd3",)
 BITS = (32, 8)
@@ -102,7 +105,7 @@ def count_delegated(edge: Any) -> tuple[int, int]:
         get_lowered_submodules,
     )
 
-    def operators(graph: Any) -> int:
+    def operators(graph: Graph) -> int:
         return sum(hasattr(node.target, "_schema") for node in graph.nodes if node.op == "call_function")
 
     outer = edge.exported_program().graph_module

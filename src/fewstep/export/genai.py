@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
@@ -142,7 +141,7 @@ def _check_family(family: Family) -> None:
         raise UserError("GenAI wants an AutoencoderKL, the model has another autoencoder")
 
 
-def _config(family: Family, name: str) -> dict[str, Any]:
+def _config(family: Family, name: str) -> dict[str, object]:
     """Return the fields of a part's configuration that GenAI reads, under their diffusers names."""
     keys: dict[str, tuple[str, ...]] = {
         "text_encoder": ("num_hidden_layers",),
@@ -153,7 +152,7 @@ def _config(family: Family, name: str) -> dict[str, Any]:
         ),
     }  # fmt: skip
     part = name.removesuffix("_decoder").removesuffix("_encoder") if name.startswith("vae") else name
-    config: Any = family.parts[part].config
+    config = family.parts[part].config
     fields = {key: getattr(config, key) for key in keys[part.removesuffix("_2")]}
     if part == "transformer":
         fields["sample_size"] = family.latent[1]
@@ -162,5 +161,5 @@ def _config(family: Family, name: str) -> dict[str, Any]:
     return fields
 
 
-def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+def _write_json(fields: Mapping[str, object], path: Path) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")

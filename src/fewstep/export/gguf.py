@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.export.base import ExportMetadata
 from fewstep.export.common.output_paths import check_file, fresh_file
 from fewstep.export.common.sd3_keys import file_metadata, net_tensors
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 16)
@@ -80,7 +83,7 @@ def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> st
     return f"{out.stat().st_size / 1e6:.1f} MB, the net alone, its blocks in {KINDS[bits]}"
 
 
-def kind_of(name: str, array: Any, bits: int) -> str:
+def kind_of(name: str, array: np.ndarray, bits: int) -> str:
     """Return the GGUF type of a tensor.
 
     Vectors are float32, which readers expect. Matrices of the blocks get ``bits`` if 32 divides their row

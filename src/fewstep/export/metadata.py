@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
@@ -18,7 +17,7 @@ def has_t5(place: Path) -> bool:
     return not (place / "model_index.json").is_file() or has_part(place, "text_encoder_3")
 
 
-def read_metadata(path: Path | None) -> dict[str, Any]:
+def read_metadata(path: Path | None) -> dict[str, object]:
     """Read the file of ``--metadata``; ``None`` gives no metadata.
 
     Raises:
@@ -33,7 +32,7 @@ def read_metadata(path: Path | None) -> dict[str, Any]:
     return about
 
 
-def source_metadata(place: Path, license: str | None, about: Mapping[str, Any]) -> ExportMetadata:
+def source_metadata(place: Path, license: str | None, about: Mapping[str, object]) -> ExportMetadata:
     """Return the metadata of an export of the model at ``place``, with its licence and model card."""
     file, card = place / "LICENSE", place / CARD
     license_file = file if file.is_file() else None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.export.base import ExportMetadata
 from fewstep.export.common.bundle import check_place, write_bundle
 from fewstep.export.common.graphs import parts, trace, write_graph
 from fewstep.export.common.onnx_quantize import Choose, quantize_weights
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 FAMILIES = ("sd3",)
 BITS = (8, 4, 6, 16, 32)
@@ -57,7 +60,7 @@ def export(
 
 def write_traced(
     family: Family,
-    traced: Mapping[str, Any],
+    traced: Mapping[str, ModelProto],
     out: Path,
     bits: int,
     metadata: ExportMetadata,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
@@ -76,7 +76,7 @@ def export(
     return write_bundle(family, out, bits, metadata, "openvino", write)
 
 
-def convert(bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any]) -> str:
+def convert(bundle: Bundle, out: Path, bits: int, fields: Mapping[str, object]) -> str:
     """See :class:`fewstep.export.base.ConvertsBundle`.
 
     Raises:
@@ -86,7 +86,7 @@ def convert(bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any]) -> 
     """
     from fewstep.export.common import openvino_ir
 
-    graph_bits = _graph_bits(bits, fields.get("compute", "float32"))
+    graph_bits = _graph_bits(bits, cast("Compute", fields.get("compute", "float32")))
     if bits < 16:
         import_module("nncf")
 

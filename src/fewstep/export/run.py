@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.optional import need
 from fewstep.core.progress import Progress
@@ -135,7 +134,7 @@ def _check_bundle_options(source: str, options: ExportOptions) -> None:
 
 
 def _convert(
-    bundle: Bundle, target: ConvertsBundle, output: Path, options: ExportOptions, about: dict[str, Any]
+    bundle: Bundle, target: ConvertsBundle, output: Path, options: ExportOptions, about: dict[str, object]
 ) -> str:
     if bundle.engine != "onnx":
         raise UserError(f"{bundle.folder} is a bundle for {bundle.engine}: give one for onnx")
@@ -162,7 +161,7 @@ def _export_family(
     to: str,
     output: Path,
     options: ExportOptions,
-    about: dict[str, Any],
+    about: dict[str, object],
     t5: bool | None,
     t5_bits: dict[str, int],
 ) -> str:

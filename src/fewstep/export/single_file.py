@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
@@ -11,6 +11,9 @@ from fewstep.export.common.output_paths import check_file, fresh_file
 from fewstep.export.common.sd3_keys import checkpoint, file_metadata
 from fewstep.families.base import Family
 from fewstep.families.diffusers_io import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = ("sd3",)
 BITS = (16, 32)
@@ -61,7 +64,7 @@ def export(family: Family, out: Path, bits: int, metadata: ExportMetadata) -> st
     return f"{out.stat().st_size / 1e6:.1f} MB, {bits}-bit weights"
 
 
-def _stored(name: str, tensor: Any, bits: int) -> Any:
+def _stored(name: str, tensor: Tensor, bits: int) -> Tensor:
     if bits == 16:
         tensor = tensor.half()
         if not tensor.isfinite().all():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewstep.core.types import Model
 from fewstep.families.base import Family
@@ -146,7 +147,7 @@ class ModelBuilder:
         resident = {"all": parts, "encoders": parts, "net": net, "codec": codecs, "none": set[str]()}
         return frozenset(resident[self.config.residency])
 
-    def _net(self) -> tuple[Any, WeightLoader]:
+    def _net(self) -> tuple[nn.Module, WeightLoader]:
         """Return the net on the meta device and the loader of its weights, or of the student's."""
         bits = self.config.bits
         dtype = {32: torch.float32, 16: torch.bfloat16}.get(bits, self.native)
@@ -167,7 +168,7 @@ class ModelBuilder:
             compile_decoder(module)
         return OffloadedModule(module, self._source(part, module, bits, self.native), host_buffer)
 
-    def _source(self, part: str, module: Any, bits: int, dtype: torch.dtype) -> WeightLoader:
+    def _source(self, part: str, module: nn.Module, bits: int, dtype: torch.dtype) -> WeightLoader:
         quantized = quantizable(self.spec, part, module) if bits < 16 else frozenset[str]()
         # Uncompiled on a GPU, channels_last changes layouts around each norm: less memory, more time.
         channels_last = self.device == "cpu" or self.compile or self.plan.limit is not None

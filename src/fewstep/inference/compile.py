@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +74,9 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 class _SlicedModulation:
     """A block's forward pass with its slice of ``temb [B, M]``."""
 
-    forward: Any
+    forward: Callable[..., object]
     start: int
     size: int
 
-    def __call__(self, *args: Any, temb: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, temb: Tensor, **kwargs: object) -> object:
         return self.forward(*args, temb=temb.narrow(-1, self.start, self.size).contiguous(), **kwargs)

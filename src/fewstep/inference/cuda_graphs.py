@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 WARMUP_RUNS = 2
 """Runs before the capture, in which code is compiled and kernels are selected."""
@@ -22,7 +24,7 @@ WARMUP_RUNS = 2
 
 @dataclass(frozen=True)
 class _CapturedGraph:
-    graph: Any
+    graph: torch.cuda.CUDAGraph
     inputs: Sequence[Tensor]
     outputs: Any
 
@@ -36,11 +38,13 @@ class CUDAGraphCache:
     larger inputs clears the cache.
     """
 
-    _graphs: dict[Any, _CapturedGraph] = field(default_factory=dict[Any, _CapturedGraph])
+    _graphs: dict[tuple[object, ...], _CapturedGraph] = field(
+        default_factory=dict[tuple[object, ...], _CapturedGraph]
+    )
     _pool: Any = None
-    _lock: Any = field(default_factory=Lock)
+    _lock: Lock = field(default_factory=Lock)
 
-    def __call__(self, name: str, run: Callable[..., Any], *inputs: Tensor) -> Any:
+    def __call__(self, name: str, run: Callable[..., T], *inputs: Tensor) -> T:
         """Run a computation, captured at its first call and replayed afterwards.
 
         Args:
@@ -67,7 +71,7 @@ class CUDAGraphCache:
             captured.graph.replay()
             return pytree.tree_map_only(Tensor, torch.clone, captured.outputs)
 
-    def _capture(self, run: Callable[..., Any], inputs: Sequence[Tensor]) -> _CapturedGraph:
+    def _capture(self, run: Callable[..., object], inputs: Sequence[Tensor]) -> _CapturedGraph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         static = [tensor.clone() for tensor in inputs]
@@ -90,6 +94,6 @@ def size(tensors: Sequence[Tensor]) -> int:
 
 
 @cache
-def _capture_stream() -> Any:
+def _capture_stream() -> torch.cuda.Stream:
     """The stream of all captures. cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream()

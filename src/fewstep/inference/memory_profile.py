@@ -11,13 +11,14 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.types import Cond
+from fewstep.families.base import Family
 from fewstep.families.spec import ModelSpec
 from fewstep.inference.memory_model import MemoryCosts, StagePeaks
 from fewstep.inference.memory_plan import ExecutionConfig, PlanConstraints
@@ -43,7 +44,7 @@ class MemoryProfiler:
     """
 
     spec: ModelSpec
-    family: Any
+    family: Family
     constraints: PlanConstraints
 
     @cached_property
@@ -81,7 +82,7 @@ class MemoryProfiler:
             else 0
         )
 
-        def run(net: Any) -> Any:
+        def run(net: nn.Module) -> object:
             return net(torch.zeros(1, length, dtype=torch.long), **hidden)
 
         return self._activation_peak(part, bits, run) + retained * self.weight_memory.dtype(bits).itemsize
@@ -92,8 +93,8 @@ class MemoryProfiler:
         height, width = self.constraints.latents
         embedder = self.spec.architecture.modulation
 
-        def run(net: Any) -> Any:
-            velocity = replace(self.family.velocity, net=net)
+        def run(net: nn.Module) -> object:
+            velocity = replace(cast("Any", self.family.velocity), net=net)
             x = torch.zeros(rows, channels, height, width)
             context = torch.zeros(rows, *self.spec.context_shape)
             cond = Cond(context, torch.zeros(rows, self.spec.pooled_dim))
@@ -114,7 +115,7 @@ class MemoryProfiler:
         """Return the bytes of decoding a batch."""
         channels, (height, width) = self.family.latent[0], self.constraints.latents
 
-        def run(net: Any) -> Any:
+        def run(net: nn.Module) -> object:
             latents = torch.zeros(batch, channels, height, width)
             codec = tiled_vae(net, tiles, (height, width), self.spec.downscale)
             return latents, codec.decode(latents).float()
@@ -132,13 +133,13 @@ class MemoryProfiler:
         height, width = self.constraints.latents
         down = self.spec.downscale
 
-        def run(net: Any) -> Any:
+        def run(net: nn.Module) -> object:
             images = torch.zeros(1, 3, down * height, down * width)
             return images, tiled_vae(net, tiles, (height, width), down).encode(images)
 
         return self._activation_peak("vae", self.constraints.native, run)
 
-    def _activation_peak(self, part: str, bits: int, run: Callable[[Any], Any]) -> int:
+    def _activation_peak(self, part: str, bits: int, run: Callable[[nn.Module], object]) -> int:
         """Return the peak bytes beside the weights while ``run`` runs a part."""
         with (
             warnings.catch_warnings(),
@@ -162,7 +163,7 @@ class MemoryProfiler:
 
 
 @contextmanager
-def _layout_copies(net: Any) -> Generator[None]:
+def _layout_copies(net: nn.Module) -> Generator[None]:
     """Emulate the memory layouts of an uncompiled autoencoder on a GPU.
 
     Convolutions run in ``channels_last`` and norms in the contiguous layout, with copies in between.
@@ -173,10 +174,10 @@ def _layout_copies(net: Any) -> Generator[None]:
     functional = nn.functional
     convolve, norm = functional.conv2d, functional.group_norm
 
-    def convolved(image: Any, *rest: Any, **options: Any) -> Any:
+    def convolved(image: Tensor, *rest: Any, **options: Any) -> Tensor:
         return convolve(image.contiguous(memory_format=torch.channels_last), *rest, **options)
 
-    def normed(image: Any, *rest: Any, **options: Any) -> Any:
+    def normed(image: Tensor, *rest: Any, **options: Any) -> Tensor:
         return norm(image.contiguous(), *rest, **options)
 
     with patch.object(functional, "conv2d", convolved), patch.object(functional, "group_norm", normed):
@@ -215,7 +216,7 @@ def fake_quantize(net: Any, names: frozenset[str], bits: int, gpu: bool) -> None
 class _CastLinear:
     layer: Any
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
         y = torch.mm(x.reshape(-1, x.shape[-1]), layer.weight.t().to(x.dtype))
         y = (y * layer.scale).reshape(*x.shape[:-1], -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fewstep.families.diffusers_io import first_line
 from fewstep.families.spec import ModelSpec
 
 
-def init_on_meta(spec: ModelSpec, part: str, dtype: torch.dtype) -> Any:
+def init_on_meta(spec: ModelSpec, part: str, dtype: torch.dtype) -> nn.Module:
     """Return a frozen net on the meta device, with shapes and without values.
 
     Raises:
@@ -25,7 +25,7 @@ def init_on_meta(spec: ModelSpec, part: str, dtype: torch.dtype) -> Any:
     # Files of text encoders do not contain them, so they are computed here.
     ours = hasattr(class_in(spec, part), "load_config")
     with torch.device("meta") if ours else init_empty_weights(include_buffers=False):
-        net = init_from_config(spec, part)
+        net = cast("Any", init_from_config(spec, part))
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = frozen_parameter(parameter.to(dtype))
@@ -35,7 +35,7 @@ def init_on_meta(spec: ModelSpec, part: str, dtype: torch.dtype) -> Any:
     return net.eval()
 
 
-def init_from_config(spec: ModelSpec, part: str) -> Any:
+def init_from_config(spec: ModelSpec, part: str) -> nn.Module:
     """Return a net of its class and configuration with arbitrary weights.
 
     Raises:
@@ -49,7 +49,7 @@ def init_from_config(spec: ModelSpec, part: str) -> Any:
         raise UserError(f"the configuration of the {part} makes no {name} ({first_line(error)})") from None
 
 
-def class_in(spec: ModelSpec, part: str) -> Any:
+def class_in(spec: ModelSpec, part: str) -> type[nn.Module]:
     """Return the class of a part.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class _HostTensor:
         tensor: the copy in the buffer.
     """
 
-    owner: dict[str, Any]
+    owner: dict[str, Tensor | None]
     name: str
     tensor: Tensor
 
@@ -80,16 +80,16 @@ class OffloadedModule:
         loaded: whether the weights are loaded.
     """
 
-    module: Any
+    module: nn.Module
     source: WeightLoader
     host_buffer: PinnedBuffer = field(default_factory=PinnedBuffer)
     prefix: str = ""
     stays_loaded: bool = False
     loaded: bool = False
     _host_tensors: list[_HostTensor] = field(default_factory=list[_HostTensor], repr=False)
-    _arrival: Any = field(default=None, repr=False)
+    _arrival: torch.Event | None = field(default=None, repr=False)
 
-    def load(self) -> Any:
+    def load(self) -> nn.Module:
         """Load the weights if needed and return the module.
 
         Raises:
@@ -137,7 +137,7 @@ class OffloadedModule:
                 self._host_tensors = self._copy_to_host()
             self._put(lambda tensor: tensor)
         else:
-            for layer in self.module.modules():
+            for layer in cast("Iterable[Any]", self.module.modules()):
                 for name, old in layer.named_parameters(recurse=False):
                     layer._parameters[name] = frozen_parameter(self._empty(old))
                 for name, old in layer.named_buffers(recurse=False):
@@ -148,7 +148,7 @@ class OffloadedModule:
     def _copy_to_host(self) -> list[_HostTensor]:
         copies: dict[int, Tensor] = {}  # a tied weight is one tensor in several places
         tensors: list[_HostTensor] = []
-        for layer in self.module.modules():
+        for layer in cast("Iterable[Any]", self.module.modules()):
             for owner in (layer._parameters, layer._buffers):
                 for name, tensor in owner.items():
                     if tensor is None:
@@ -193,7 +193,7 @@ class OffloadedModule:
 
 
 @cache
-def _copy_stream(device: str) -> Any:
+def _copy_stream(device: str) -> torch.cuda.Stream:
     """The stream of asynchronous loads."""
     return torch.cuda.Stream(device)
 
@@ -215,14 +215,14 @@ class OffloadManager:
         for name in sorted(self.resident_parts & self.parts.keys()):
             self.parts[name].load()
 
-    def acquire(self, name: str) -> Any:
+    def acquire(self, name: str) -> nn.Module:
         """Load a part and return its module. Other parts are offloaded unless they are resident."""
         part = self.parts[name]
         if not part.loaded and name not in self.resident_parts:
             self.evict(other for other in self.parts if other not in self.resident_parts)
         return part.load()
 
-    def acquire_exclusive(self, name: str) -> Any:
+    def acquire_exclusive(self, name: str) -> nn.Module:
         """Load a part as :meth:`acquire` does, and offload other parts even if this one is resident."""
         self.evict(other for other in self.parts if other not in self.resident_parts and other != name)
         return self.acquire(name)

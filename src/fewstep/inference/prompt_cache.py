@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.core.types import Cond, TextEncoder
 from fewstep.inference.cuda_graphs import CUDAGraphCache
-from fewstep.inference.offload import OffloadManager
+from fewstep.inference.offload import OffloadedModule, OffloadManager
 
 CACHED = 64
 """Number of prompts whose embeddings are cached."""
@@ -94,10 +94,10 @@ class UnbatchedEncoder:
         return self._part.source.device
 
     @property
-    def _part(self) -> Any:
+    def _part(self) -> OffloadedModule:
         return self.manager.parts[self.name]
 
-    def __call__(self, ids: Tensor, **options: Any) -> BatchedOutput:
+    def __call__(self, ids: Tensor, **options: object) -> BatchedOutput:
         """Encode token ids ``[B, L]``."""
         encoder = self.manager.acquire(self.name)
 
@@ -121,7 +121,7 @@ class BatchedOutput:
 
     each: Sequence[Any]
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | list[Tensor]:
         values = [getattr(out, name) for out in self.each]
         if isinstance(values[0], tuple):
             return [torch.cat(parts) for parts in zip(*values, strict=True)]

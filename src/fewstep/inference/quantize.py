@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import math
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ def quantize(linear: nn.Linear, bits: int, device: str) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ao: Any = importlib.import_module("torchao.quantization")
+        ao = importlib.import_module("torchao.quantization")
         ao.quantize_(linear, ao.Int8WeightOnlyConfig(version=2), filter_fn=_linear)
 
 
@@ -143,7 +142,7 @@ def group_of(columns: int) -> int:
     return math.gcd(columns, GROUP)
 
 
-def quantizable(spec: ModelSpec, part: str, net: Any) -> frozenset[str]:
+def quantizable(spec: ModelSpec, part: str, net: nn.Module) -> frozenset[str]:
     """Return the names of the linear layers to quantize: those of the blocks of the net and of T5.
 
     Other layers, the modulations and the CLIPs keep their precision. They are small, or are offloaded.

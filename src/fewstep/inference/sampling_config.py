@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from fewstep.core.types import UserError
 from fewstep.families.base import Family
@@ -26,7 +25,7 @@ def build_family(spec: ModelSpec, student: Student | None) -> Family:
     return architecture.assemble(parts, name=name, **options)
 
 
-def _scheduler(scheduler: Any, student: Student) -> Any:
+def _scheduler(scheduler: object, student: Student) -> object:
     if student.schedule is not None:
         return student.schedule.scheduler()
     schedule = of_scheduler(scheduler)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -86,6 +86,17 @@ def shapes_of(base: ModelSpec) -> Callable[[str], Shapes | None]:
     return cache(shapes)
 
 
+class _SamplingFacts(TypedDict):
+    """The fields of :class:`Student` that a folder or file states."""
+
+    name: str
+    steps: int
+    guidance: float | None
+    sampler: Sampler
+    schedule: Schedule | None
+    t5: bool
+
+
 @dataclass(frozen=True)
 class Student:
     """A distilled student of a base model.
@@ -150,13 +161,13 @@ def _net(folder: Path, base: ModelSpec) -> Student:
     return Student(**_facts(folder, base), net=folder / "transformer")
 
 
-def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+def _shape(config: Mapping[str, object]) -> dict[str, object]:
     """Normalize the configuration of a net, so that a file and Python give the same values."""
     plain = {k: list(v) if isinstance(v, tuple | list) else v for k, v in config.items()}
     return {k: v for k, v in plain.items() if v not in (None, [], False)}
 
 
-def _facts(folder: Path, base: ModelSpec) -> dict[str, Any]:
+def _facts(folder: Path, base: ModelSpec) -> _SamplingFacts:
     """Read the sampling configuration of a student in a diffusers folder."""
     facts = read_facts(folder)
     if not facts.get("steps"):
@@ -193,7 +204,7 @@ def _lora(file: Path, base: ModelSpec) -> Student:
     raise UserError(f"{file} does not say its steps: {FACTS} is missing beside it")
 
 
-def _parse_facts(facts: dict[str, Any], place: Path) -> dict[str, Any]:
+def _parse_facts(facts: Mapping[str, Any], place: Path) -> _SamplingFacts:
     sampler = facts.get("sampler", "euler")
     if not facts.get("steps") or sampler not in ("euler", "renoise"):
         raise UserError(f"{place} does not say its steps, or an unknown sampler")

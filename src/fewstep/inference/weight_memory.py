@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fewstep.families.spec import ModelSpec
 from fewstep.inference.memory_plan import PlanConstraints
 from fewstep.inference.meta_init import init_on_meta
 from fewstep.inference.quantize import quantizable, quantized_nbytes
-from fewstep.modules.adaln import split_modulation
+from fewstep.modules.adaln import Modulation, split_modulation
 from fewstep.modules.memory_tracker import ALLOCATED
 
 QUANTIZING = 3
@@ -50,7 +50,7 @@ class WeightMemory:
         return torch.float32 if (bits if bits >= 16 else self.constraints.native) == 32 else torch.bfloat16
 
     @cached_property
-    def modulated(self) -> tuple[Any, Any]:
+    def modulated(self) -> tuple[Modulation, nn.Module]:
         """The net's modulation layers, and the net without them."""
         return split_modulation(
             init_on_meta(self.spec, "transformer", torch.float32), self.spec.architecture.modulation
@@ -66,13 +66,13 @@ class WeightMemory:
             tensors[part] = self._listed(part, net)
         return tensors
 
-    def _listed(self, part: str, net: Any) -> list[Weight]:
+    def _listed(self, part: str, net: nn.Module) -> list[Weight]:
         quantized = {f"{name}.weight" for name in quantizable(self.spec, part, net)}
         tied = getattr(net, "_tied_weights_keys", None) or {}
         tensors = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
         return [Weight(self._cropped(n, t), n in quantized) for n, t in tensors if n not in tied]
 
-    def _cropped(self, name: str, tensor: Any) -> tuple[int, ...]:
+    def _cropped(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         if name != self.spec.architecture.position_table:
             return tuple(tensor.shape)
         return (1, self.spec.pos_embed_crop(self.constraints.latents) ** 2, tensor.shape[-1])

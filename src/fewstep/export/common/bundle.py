@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.atomic import FULL, replacing_folder
 from fewstep.core.types import UserError
@@ -58,7 +57,7 @@ def write_bundle(
 
 
 def rewrite_bundle(
-    bundle: Bundle, out: Path, bits: int, fields: Mapping[str, Any], write: Callable[[Path], None]
+    bundle: Bundle, out: Path, bits: int, fields: Mapping[str, object], write: Callable[[Path], None]
 ) -> str:
     """Write a copy of ``bundle`` with other graphs. Tokenizers, licence and model card are copied.
 
@@ -88,7 +87,7 @@ def rewrite_bundle(
     return _write(out, bits, fields, fill)
 
 
-def _write(out: Path, bits: int, fields: Mapping[str, Any], fill: Callable[[Path], None]) -> str:
+def _write(out: Path, bits: int, fields: Mapping[str, object], fill: Callable[[Path], None]) -> str:
     check_place(out)
     try:
         with replacing_folder(out) as folder:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DAMPING = (0.1, 0.01)
 """Damping of the Gram matrix: fractions of an input's own mean square, and of the mean over its layer.
@@ -69,7 +72,7 @@ def _factor(inputs: CalibrationStats) -> np.ndarray:
 
 @contextmanager
 def collect_stats(
-    modules: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
 ) -> Generator[Callable[[], dict[tuple[str, str], CalibrationStats]]]:
     """Collect the inputs of every linear layer and convolution of several graphs while they run.
 
@@ -83,11 +86,11 @@ def collect_stats(
     import torch
     from torch import nn
 
-    sums: dict[tuple[str, str], Any] = {}
-    layers: dict[tuple[str, str], Any] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    layers: dict[tuple[str, str], nn.Linear | nn.Conv2d] = {}
 
-    def hook(key: tuple[str, str]) -> Callable[[Any, tuple[Any, ...]], None]:
-        def add(layer: Any, inputs: tuple[Any, ...]) -> None:
+    def hook(key: tuple[str, str]) -> Callable[[nn.Linear | nn.Conv2d, tuple[Tensor, ...]], None]:
+        def add(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
                 rows = _rows(layer, inputs[0].detach().float())
                 sums[key] = rows.T @ rows + sums.get(key, 0)
@@ -110,7 +113,7 @@ def collect_stats(
             handle.remove()
 
 
-def _rows(layer: Any, x: Any) -> Any:
+def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Return samples of a layer's inputs ``[N, I]``: some tokens, or patches at some positions.
 
     The distance between samples is odd. An upsampling repeats pixels in pairs, and so both are sampled.
@@ -123,7 +126,8 @@ def _rows(layer: Any, x: Any) -> Any:
         return x.reshape(-1, x.shape[-1])
     sides = zip(layer.stride, x.shape[2:], strict=True)
     down, right = (stride * _stride(side // stride, POSITIONS) for stride, side in sides)
-    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, (down, right))
+    padding = cast("tuple[int, ...]", layer.padding)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, (down, right))
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 

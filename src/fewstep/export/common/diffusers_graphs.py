@@ -6,8 +6,6 @@ import time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -124,7 +122,7 @@ def diffusers_parts(family: Family, largest: int) -> dict[str, GraphSpec]:
     }
 
 
-def _clip(family: Family, name: str, tokens: Any) -> GraphSpec:
+def _clip(family: Family, name: str, tokens: Tensor) -> GraphSpec:
     states = range(family.parts[name].config.num_hidden_layers + 1)
     outputs = ("text_embeds", "last_hidden_state", *(f"hidden_states.{number}" for number in states))
     return GraphSpec(ClipGraph(family, name).eval(), {"input_ids": tokens}, outputs)

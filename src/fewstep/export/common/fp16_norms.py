@@ -9,12 +9,15 @@ This module imports torch at import time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.modules.adaln import with_submodules
+
+if TYPE_CHECKING:
+    from diffusers.models.normalization import RMSNorm
 
 TOP = 4.0
 """The peak after the division. A thousandth of the peak has a square of 1.6e-5, which float16 holds to
@@ -29,9 +32,9 @@ class HalfRMSNorm(nn.Module):
 
     root: Tensor  # a tensor: of a Python number, coremltools makes 1 / (scale + 1e-4)
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight: Any = norm.weight
+        self.weight: Tensor | None = norm.weight
         self.register_buffer("root", torch.tensor([norm.eps**0.5]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,11 +67,11 @@ class HalfGroupNorm(nn.Module):
         return normed.reshape(x.shape) * self.weight.reshape(rows) + self.bias.reshape(rows)
 
 
-def with_fp16_norms(module: Any) -> Any:
+def with_fp16_norms(module: nn.Module) -> nn.Module:
     """Return a copy of ``module`` with these norms. Other submodules are shared; ``module`` is unchanged."""
     from diffusers.models.normalization import RMSNorm
 
-    replacements: dict[str, Any] = {}
+    replacements: dict[str, nn.Module] = {}
     for name, norm in module.named_modules():
         if isinstance(norm, RMSNorm):
             replacements[name] = HalfRMSNorm(norm)

@@ -8,13 +8,17 @@ import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fewstep.core.types import UserError
 from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
 
 OPSET = 20
 LARGEST = 2**31 - 2**20
@@ -31,12 +35,12 @@ class GraphSpec:
         outputs: names of the outputs.
     """
 
-    module: Any
-    inputs: Mapping[str, Any]
+    module: torch.nn.Module
+    inputs: Mapping[str, torch.Tensor]
     outputs: tuple[str, ...]
 
 
-def check_finite(name: str, part: Any) -> None:
+def check_finite(name: str, part: torch.nn.Module) -> None:
     """Check that all weights of a net are finite.
 
     Raises:
@@ -90,7 +94,7 @@ def parts(family: Family) -> dict[str, GraphSpec]:
     }
 
 
-def trace(part: GraphSpec) -> Any:
+def trace(part: GraphSpec) -> onnx.ModelProto:
     """Export ``part`` as an ``onnx.ModelProto`` with a dynamic batch size."""
     import torch
 
@@ -114,7 +118,7 @@ def trace(part: GraphSpec) -> Any:
     return model
 
 
-def write_graph(model: Any, path: Path) -> None:
+def write_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write an ``onnx.ModelProto``. A model above :data:`LARGEST` has its weights in ``NAME.onnx.data``."""
     import onnx
 

@@ -10,7 +10,7 @@ from fewstep.export.common.token_lengths import t5_length, text_length
 from fewstep.families.base import Family
 
 
-def manifest(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, Any]:
+def manifest(family: Family, metadata: ExportMetadata, bits: int) -> dict[str, object]:
     """Return the metadata that using the graphs requires: shapes, schedule, guidance, sampler and licence."""
     channels, height, width = family.latent
     return {

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.export.common.calibration import CalibrationStats
 from fewstep.export.common.gptq import GROUP, LARGEST, to_groups
+
+if TYPE_CHECKING:
+    import onnx
 
 SMALLEST = 4096
 """Smallest number of elements of a quantized tensor. Biases and scales of norms have fewer."""
@@ -52,7 +55,7 @@ Choose = Callable[[np.ndarray], QuantSpec | None]
 """A function of a weight that returns how it is stored; ``None`` for the default."""
 
 
-def quantize_weights(model: Any, bits: int, choose: Choose | None = None) -> Any:
+def quantize_weights(model: onnx.ModelProto, bits: int, choose: Choose | None = None) -> onnx.ModelProto:
     """Return a copy of an ``onnx.ModelProto`` with quantized weights.
 
     Args:
@@ -66,8 +69,8 @@ def quantize_weights(model: Any, bits: int, choose: Choose | None = None) -> Any
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     graph = quantized.graph
-    stored: list[Any] = []
-    unpack: list[Any] = []
+    stored: list[onnx.TensorProto] = []
+    unpack: list[onnx.NodeProto] = []
     for weight in graph.initializer:
         if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST:
             stored.append(weight)
@@ -88,8 +91,8 @@ class _StoredWeight:
     """A quantized weight: the stored tensors, and the nodes that unpack them to ``name``."""
 
     name: str
-    tensors: list[Any] = field(default_factory=list[Any])
-    nodes: list[Any] = field(default_factory=list[Any])
+    tensors: list[onnx.TensorProto] = field(default_factory=list)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
 
     def store(self, array: np.ndarray, spec: QuantSpec) -> None:
         """Store ``array`` as ``spec`` says, or in the next larger bits that its shape and range allow.

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from fewstep.export.common.graphs import GraphSpec, trace, write_graph
 from fewstep.runtime.openvino import openvino  # without its telemetry
 from fewstep.runtime.session import reason
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 GROUP = 32
 """Number of 4-bit weights that share a scale."""
 
@@ -29,7 +32,7 @@ SHARE = 0.9
 """Fraction of a graph's weights that get 4 bits. The most sensitive matrices keep 8."""
 
 
-def write(graph: Any, path: Path, bits: int) -> None:
+def write(graph: openvino.Model, path: Path, bits: int) -> None:
     """Write an ``openvino.Model`` to ``path`` (``.xml``), with its weights beside it.
 
     16 bits are float16. NNCF compresses to fewer.
@@ -44,7 +47,7 @@ def write(graph: Any, path: Path, bits: int) -> None:
 
 
 @contextlib.contextmanager
-def folded(path: Path, beside: Path | None = None) -> Generator[Any]:
+def folded(path: Path, beside: Path | None = None) -> Generator[openvino.Model]:
     """Yield a graph of a bundle for onnxruntime as an ``openvino.Model`` with float32 weights.
 
     onnxruntime unpacks the weights. OpenVINO 2026.4 accepts the operators that unpack them, but computes
@@ -93,7 +96,7 @@ def _can_be_read(path: Path) -> bool:
     return True
 
 
-def check_float16(parts: Mapping[str, Any], advice: str) -> None:
+def check_float16(parts: Mapping[str, object], advice: str) -> None:
     """Check that all weights fit float16. OpenVINO would clip larger ones without a warning.
 
     Args:
@@ -113,7 +116,7 @@ def check_float16(parts: Mapping[str, Any], advice: str) -> None:
 
 
 @contextlib.contextmanager
-def converted(part: GraphSpec, beside: Path | None = None) -> Generator[Any]:
+def converted(part: GraphSpec, beside: Path | None = None) -> Generator[openvino.Model]:
     """Yield ``part`` as an ``openvino.Model`` with a dynamic batch size, converted through ONNX.
 
     The ONNX file may be larger than a protobuf message. The model reads its weights lazily, so it is valid as
@@ -125,13 +128,13 @@ def converted(part: GraphSpec, beside: Path | None = None) -> Generator[Any]:
         yield _read(path)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> openvino.Model:
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})  # Windows cannot delete a mapped file
     return core.read_model(path)
 
 
-def _compressor(bits: int) -> Callable[[Any], Any]:
+def _compressor(bits: int) -> Callable[[openvino.Model], openvino.Model]:
     """Return a function that compresses the weights of an ``openvino.Model``.
 
     8 bits are int8 with a scale and a zero point per row. 4 bits are int4 with a scale per :data:`GROUP`.
@@ -152,14 +155,14 @@ def _compressor(bits: int) -> Callable[[Any], Any]:
             "advanced_parameters": advanced,
         }
 
-    def compress(graph: Any) -> Any:
+    def compress(graph: openvino.Model) -> openvino.Model:
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars
             return nncf.compress_weights(graph, **options)
 
     return compress
 
 
-def save(graph: Any, path: Path, half: bool) -> None:
+def save(graph: openvino.Model, path: Path, half: bool) -> None:
     """Write a graph, with float16 weights if ``half``.
 
     Raises:
@@ -173,7 +176,7 @@ def save(graph: Any, path: Path, half: bool) -> None:
         raise UserError(f"cannot write {path.name}: is the disk full?") from error
 
 
-def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, length: int, folder: Path) -> None:
     """Write a transformers tokenizer as a graph that truncates and pads to ``length``.
 
     The graph truncates twice. GenAI's pipeline disables the tokenizer's truncation and then copies the row
@@ -186,7 +189,9 @@ def write_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
 
     own = copy.deepcopy(tokenizer)  # the conversion sets the length as an attribute
-    graph: Any = convert_tokenizer(own, use_max_padding=True, truncation=True, max_length=length)
+    graph = cast(
+        "openvino.Model", convert_tokenizer(own, use_max_padding=True, truncation=True, max_length=length)
+    )
     tokens = graph.output("input_ids").get_node()
     row = tokens.input_value(0)
     cut = ops.slice(row, np.array([0]), np.array([length]), np.array([1]), np.array([1]))

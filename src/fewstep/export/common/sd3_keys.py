@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fewstep.core.types import UserError
 from fewstep.export.base import ExportMetadata
 from fewstep.families.base import Family
 from fewstep.families.lora.original_names import SD3, Table
 
-Tensors = dict[str, Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -44,7 +47,7 @@ def net_tensors(parts: Mapping[str, Any]) -> Tensors:
     return out
 
 
-def with_projection(weight: Any, projection: Any) -> Any:
+def with_projection(weight: Tensor, projection: Tensor) -> Tensor:
     """Return the net's first layer of pooled text ``[D, P]`` times the first CLIP's projection ``[H, H]``.
 
     Readers of these files assume that this projection is the identity, as it is in Stability's own files.
@@ -129,7 +132,7 @@ def checkpoint(parts: Mapping[str, Any]) -> Tensors:
     return {f"{prefix}.{key}": tensor for prefix, group in groups.items() for key, tensor in group.items()}
 
 
-def renamed(state: Mapping[str, Any], table: Table) -> Tensors:
+def renamed(state: Mapping[str, Tensor], table: Table) -> Tensors:
     """Return ``state`` under the names of ``table``.
 
     Raises:

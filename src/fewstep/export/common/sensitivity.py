@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from fewstep.export.common.gptq import GROUP
 from fewstep.export.common.graphs import GraphSpec
 from fewstep.export.common.onnx_quantize import SMALLEST, QuantSpec, quantize_dequantize
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 """Bits per element that a weight may get."""
@@ -68,7 +71,7 @@ class WeightSensitivity:
 
 def reference_outputs(
     family: Family, parts: Mapping[str, GraphSpec], prompts: Sequence[str], seed: int = 0
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], Tensor]]:
     """Return, for every graph, a function that computes its output ``[B, ...]`` with the current weights.
 
     Prompt ``i`` has the seed ``seed + i``. Sampling takes Euler steps without guidance.
@@ -82,15 +85,15 @@ def reference_outputs(
     ).input_ids  # fmt: skip
     grid = schedule.grid(family.steps, family.shift)
 
-    def velocity(x_t: Any, t: Any, cond: Cond) -> Any:
+    def velocity(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         modulation = run["modulation"](t=t, pooled=cond.pooled)
         return run["transformer"](x=x_t, context=cond.context, modulation=modulation)
 
-    def generate(context: Any, pooled: Any) -> Any:
+    def generate(context: Tensor, pooled: Tensor) -> Tensor:
         cond, seeds = Cond(context, pooled), range(seed, seed + rows)
         return sampling.generate_latents(family, cond, seeds, grid, velocity=velocity, sampler="euler")
 
-    def decoded(context: Any, pooled: Any) -> Any:
+    def decoded(context: Tensor, pooled: Tensor) -> Tensor:
         return run["decoder"](generate(context, pooled))
 
     with torch.no_grad():
@@ -137,8 +140,8 @@ def calibrate(
 
 def sensitivity(
     graph: str,
-    module: Any,
-    outcome: Callable[[], Any],
+    module: nn.Module,
+    outcome: Callable[[], Tensor],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     inputs: Mapping[str, CalibrationStats] = MappingProxyType({}),
 ) -> list[WeightSensitivity]:
@@ -222,7 +225,7 @@ def digest(array: np.ndarray) -> str:
 
 
 @contextmanager
-def _replaced(parameter: Any, array: np.ndarray) -> Generator[None]:
+def _replaced(parameter: Tensor, array: np.ndarray) -> Generator[None]:
     import torch
 
     original = parameter.detach().clone()
