@@ -12,9 +12,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.types import UserError
 
@@ -43,7 +43,7 @@ class DevicePeak:
     bytes: float
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, object]:
     """Return a description of this machine for a record."""
     from fewstep.core.cpu import cores
 
@@ -94,7 +94,7 @@ def _measured() -> DevicePeak:
     return DevicePeak(2 * SIDE**3 / product, 2 * whole.nbytes / moved)
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun

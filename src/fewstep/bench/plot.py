@@ -6,13 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from msgspec import Meta
 
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_file
 from fewstep.core.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 Line = Mapping[str, Any]
 
@@ -217,7 +221,7 @@ def _drawable(text: str) -> str:
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def _write(figure: Any, path: Path) -> None:
+def _write(figure: Figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)

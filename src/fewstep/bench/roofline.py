@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.bench.hardware import DevicePeak
 from fewstep.runtime.bundle import read
+
+if TYPE_CHECKING:
+    import onnx
+
 
 FLOAT = 4
 """Bytes of an ONNX weight in a product: the session unpacks all weights."""
@@ -103,7 +107,7 @@ def _stored(node: Any, made_of: Sequence[int | None]) -> int | None:
     return None if not made_of or None in made_of else sum(part or 0 for part in made_of)
 
 
-def _inner(node: Any, shapes: dict[str, list[int]]) -> int:
+def _inner(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
     """Return how many products are summed for one number of the output."""
     weights = shapes[node.input[1]]
     if node.op_type == "Conv":
@@ -112,5 +116,5 @@ def _inner(node: Any, shapes: dict[str, list[int]]) -> int:
     return weights[-1] if turned else weights[-2]
 
 
-def _shape(value: Any) -> list[int]:
+def _shape(value: onnx.ValueInfoProto) -> list[int]:
     return [dim.dim_value for dim in value.type.tensor_type.shape.dim]

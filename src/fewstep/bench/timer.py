@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class StageTimer:
         return result
 
 
-def cuda() -> Any:
+def cuda() -> ModuleType | None:
     """Return ``torch.cuda`` if this process uses it, else ``None``."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

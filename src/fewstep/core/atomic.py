@@ -15,7 +15,6 @@ import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.types import UserError
 
@@ -200,7 +199,7 @@ def _sweep_all(folder: Path) -> None:
             folders.clear()
 
 
-def _lock(folder: Path, name: str = LOCK) -> AbstractContextManager[Any] | None:
+def _lock(folder: Path, name: str = LOCK) -> AbstractContextManager[object] | None:
     """The lock of a folder, taken; ``None`` where another process has it. Its context gives it back."""
     from filelock import FileLock, Timeout  # 30 ms of which drawing an image has no use
 

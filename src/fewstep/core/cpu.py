@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from fewstep.core.validate import check_int
 
@@ -18,7 +17,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def threads(count: Any, least: int = 0) -> int:
+def threads(count: object, least: int = 0) -> int:
     """Return a number of processor threads: at most ``PER_CORE`` per core, and ``ALWAYS`` on any machine.
 
     Each takes memory, and more than there are cores only wait for each other.

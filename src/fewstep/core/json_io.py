@@ -72,7 +72,7 @@ def parse(
         raise UserError(f"{where} is damaged (nested too deeply)") from None
 
 
-def _loads(data: bytes | str, where: str) -> Any:
+def _loads(data: bytes | str, where: str) -> object:
     import json  # what draws an image reads nothing that needs it
 
     try:
@@ -83,7 +83,7 @@ def _loads(data: bytes | str, where: str) -> Any:
         raise UserError(f"{where} is damaged (nested too deeply)") from None
 
 
-def convert(value: Any, kind: type[T] | Any, where: str) -> T:
+def convert(value: object, kind: type[T] | Any, where: str) -> T:
     """Convert parsed JSON to ``kind``, and check it as :func:`parse` does.
 
     Raises:
@@ -122,7 +122,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
-def read_array(path: Path) -> np.ndarray[Any, Any]:
+def read_array(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file, read from the disk as it is used. Objects are refused: they are pickles.
 
     Raises:

@@ -10,10 +10,15 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.core.signals import check
 from fewstep.core.types import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
 
 FIRST, EVERY = 10.0, 30.0
 """Seconds until a stage is named, and from then on between lines where standard error is no terminal."""
@@ -100,8 +105,8 @@ class Progress:
         self._first_line, self._every, self._wanted = first, every, bars
         self._due = 0.0
         self._over = threading.Event()
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._stage, self._began, self._first = "", 0.0, 0
         self._done = self._total = 0
 
@@ -169,7 +174,7 @@ class Progress:
         return ", ".join(parts)
 
 
-def _bars() -> Any:
+def _bars() -> Bars:
     """Bars on standard error; what is printed meanwhile stands above them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 Array = Any
 """A numpy array or a torch tensor; both are accepted wherever this name stands."""
@@ -186,5 +190,5 @@ class Model:
     guidance: float | None = None
     embedded_guidance: float | None = None
     sampler: Sampler = "euler"
-    from_numpy: Callable[[Any], Array] = _same
-    to_numpy: Callable[[Array], Any] = _same
+    from_numpy: Callable[[np.ndarray], Array] = _same
+    to_numpy: Callable[[Array], np.ndarray] = _same

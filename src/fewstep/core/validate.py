@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Any
+from typing import SupportsFloat, SupportsIndex, cast
 
 from fewstep.core.types import UserError
 
@@ -16,14 +16,14 @@ MANY = 100
 """Most sampling steps."""
 
 
-def check_int(name: str, value: Any, low: int, high: int) -> int:
+def check_int(name: str, value: object, low: int, high: int) -> int:
     """Return ``value`` as a whole number from ``low`` to ``high``.
 
     Raises:
         UserError: it is no such number.
     """
     try:
-        number = operator.index(value)
+        number = operator.index(cast("SupportsIndex", value))
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or not low <= number <= high:
@@ -31,14 +31,14 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def check_float(name: str, value: Any, low: float, high: float) -> float:
+def check_float(name: str, value: object, low: float, high: float) -> float:
     """Return ``value`` as a finite number from ``low`` to ``high``.
 
     Raises:
         UserError: it is no such number.
     """
     try:
-        number = float(value)
+        number = float(cast("SupportsFloat", value))
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
@@ -62,7 +62,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     try:
         return str(value)[:40]
     except ValueError:  # Python does not print whole numbers of thousands of digits

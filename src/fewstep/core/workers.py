@@ -9,14 +9,13 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process
-from typing import Any
 
 from fewstep.core.signals import NAMES
 
 
 @contextmanager
 def pool(
-    workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
+    workers: int, initializer: Callable[..., None] | None = None, *arguments: object
 ) -> Generator[ProcessPoolExecutor]:
     """Worker processes. Where the block ends with an error or a signal, they are killed.
 
@@ -42,7 +41,7 @@ def pool(
     executor.shutdown()
 
 
-def _begin(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _begin(initializer: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
     """Leave a terminal's signals to the parent, and end when it ends.
 
     A forked worker holds the parent's locks as well: one that outlived it would keep its folder locked.

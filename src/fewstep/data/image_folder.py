@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -122,7 +121,7 @@ def _pairs(source: Path) -> list[_Pair]:
 
 def _digest(pairs: Sequence[_Pair], size: int, per_shard: int) -> str:
     """Return a hash of these images and captions as they are now, and of how they are written."""
-    facts: list[list[Any]] = [[size, per_shard]]
+    facts: list[list[object]] = [[size, per_shard]]
     for path in (path for pair in pairs for path in (pair.image, pair.caption)):
         try:
             facts.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
@@ -190,7 +189,7 @@ def _key(path: Path, source: Path) -> str:
     return "_".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
 
 
-def _example(pair: _Pair, size: int) -> tuple[str, Image.Image, str, dict[str, Any]]:
+def _example(pair: _Pair, size: int) -> tuple[str, Image.Image, str, dict[str, object]]:
     text = decode_caption(json_io.read_bytes(pair.caption, MAX_CAPTION_BYTES), str(pair.caption))
     if not text:
         raise UserError(f"{pair.image}: its caption {pair.caption.name} is missing or empty")

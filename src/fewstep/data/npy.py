@@ -6,16 +6,16 @@ import io
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_HEADER = 256
 """Bytes before the numbers of a ``.npy`` file: 128 at any rank that occurs here."""
 
 
-def from_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def from_npy(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float16]:
     """Return the float16 array of ``shape`` in a ``.npy`` file.
 
     Raises:
@@ -38,7 +38,7 @@ def from_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return np.frombuffer(values, "<f2").reshape(shape)
 
 
-def from_npz(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray[Any, Any]]:
+def from_npz(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float16]]:
     """Return the float16 arrays of these shapes in an ``.npz`` file.
 
     Raises:
@@ -47,7 +47,7 @@ def from_npz(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
     """
     try:
         with ZipFile(path) as archive:
-            arrays: dict[str, np.ndarray[Any, Any]] = {}
+            arrays: dict[str, NDArray[np.float16]] = {}
             for name, shape in shapes.items():
                 if archive.getinfo(f"{name}.npy").file_size > 2 * prod(shape) + MAX_HEADER:
                     raise ValueError(f"{name} is not of shape {shape}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
 
 def batch_indices(length: int, step: int, batch: int, seed: int) -> list[int]:
@@ -20,10 +19,10 @@ def batch_indices(length: int, step: int, batch: int, seed: int) -> list[int]:
     return [int(_order(seed, i // length, length)[i % length]) for i in positions]
 
 
-_orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}  # the last two: a batch may span two epochs
+_orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}  # the last two: a batch may span two epochs
 
 
-def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, Any]:
+def _order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     if (seed, epoch, length) not in _orders:
         while len(_orders) > 1:
             _orders.pop(next(iter(_orders)))

@@ -13,12 +13,13 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.core import json_io
@@ -49,7 +50,7 @@ class Example:
     truth: dict[str, Any]
 
 
-def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, dict[str, Any]]]) -> None:
+def write_shard(path: Path, examples: Iterable[tuple[str, Image.Image, str, Mapping[str, object]]]) -> None:
     """Write a shard of (key, image, caption, content of the ``.json``), atomically.
 
     Time stamps are zero, so the same content gives the same bytes.
@@ -186,7 +187,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where}: {error}") from None
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Return the central square of an image, resized: uint8 ``[3, size, size]``."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -196,7 +197,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.ui
     return np.ascontiguousarray(np.asarray(cut, np.uint8).transpose(2, 0, 1))
 
 
-def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]]:
+def pixels(shards: Sequence[Path], size: int) -> Iterator[tuple[NDArray[np.uint8], str]]:
     """Yield every example of ``shards`` as (uint8 ``[3, size, size]``, caption)."""
     for shard in shards:
         for example in read(shard):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from fewstep.families.base import Family
 from fewstep.families.presets import SD35_MEDIUM
 from fewstep.families.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from torch.nn import Module
 
-def fake_net(spec: ModelSpec, dtype: str, device: str = "cpu") -> Any:
+
+def fake_net(spec: ModelSpec, dtype: str, device: str = "cpu") -> Module:
     """Return the transformer of a spec with arbitrary weights, frozen.
 
     Raises:
@@ -43,7 +46,7 @@ def fake_net(spec: ModelSpec, dtype: str, device: str = "cpu") -> Any:
 class NetOnlyFamily(Family):
     """A family that is a net alone: no text encoders, no codec."""
 
-    def student(self, net: Any, name: str, steps: int) -> Family:
+    def student(self, net: Module, name: str, steps: int) -> Family:
         from fewstep.modules.memory_tracker import cast_parameters
 
         velocity: Any = self.velocity

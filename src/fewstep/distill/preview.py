@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fewstep.core.types import Velocity
+from fewstep.core.types import Array, Velocity
 from fewstep.distill.context import DistillContext
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def sample_student(
     context: DistillContext, velocity: Velocity, prompts: Sequence[str], seeds: Sequence[int]
-) -> Any:
+) -> Array:
     """Sample a student: latents ``[B, C, H, W]``, one seed per prompt."""
     import torch
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.core.types import Velocity
+from fewstep.core.types import Array, Velocity
 from fewstep.distill.context import DistillContext
 from fewstep.distill.preview import sample_student
 from fewstep.train.preview import decode_uint8
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NUM_IMAGES = 64
 BATCH = 16
 
-Features = np.ndarray[Any, Any]
+Features = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class KidToTeacher:
         parts = [self._rows[start : start + BATCH] for start in range(0, len(self._rows), BATCH)]
         return np.concatenate([self._features(samples.read(rows).latents.to(device)) for rows in parts])
 
-    def _features(self, latents: Any) -> Features:
+    def _features(self, latents: Array) -> Features:
         from fewstep.families import common
 
         with common.on_device(self.context.teacher, "vae"):

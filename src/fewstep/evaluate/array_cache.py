@@ -7,15 +7,13 @@ import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.core.atomic import sweep, write
 from fewstep.core.types import UserError
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, np.ndarray]
 
 
 class Cache:
@@ -26,7 +24,7 @@ class Cache:
         for below in (folder, *folder.glob("*/")):
             sweep(below)
 
-    def get(self, group: str, origin: Any, make: Callable[[], Arrays]) -> Arrays:
+    def get(self, group: str, origin: object, make: Callable[[], Arrays]) -> Arrays:
         """Return the arrays of ``origin``, a JSON value; ``make`` computes them if they are not cached.
 
         Raises:

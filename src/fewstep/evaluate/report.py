@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
 
@@ -64,7 +63,7 @@ class Results:
     prompts: int
     seeds: int
     first_seed: int
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     rows: tuple[Row, ...]
     tables: tuple[GroupTables, ...]
     command: str
@@ -135,7 +134,7 @@ def cell(figure: Interval | None, scale: float) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _as_json(results: Results) -> dict[str, Any]:
+def _as_json(results: Results) -> dict[str, object]:
     rows = [
         {
             "label": row.label,
@@ -160,7 +159,7 @@ def _as_json(results: Results) -> dict[str, Any]:
     }
 
 
-def _figure(figure: Interval) -> dict[str, Any]:
+def _figure(figure: Interval) -> Mapping[str, object]:
     """Return a figure for JSON, which has no infinity: an unbounded end is ``null``."""
     fields = asdict(figure)
     without = fields.pop("without")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -108,7 +108,7 @@ def save(image: Image.Image, path: str | Path) -> None:
     Raises:
         UserError: another suffix, it cannot be written, or the arguments are no image and no path.
     """
-    given: Any = image
+    given = cast("object", image)
     if not isinstance(given, Image.Image):
         raise UserError(f"save takes a Pillow image, not {type(given).__name__}")
     try:

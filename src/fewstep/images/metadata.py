@@ -96,7 +96,7 @@ def _exif(parameters: str) -> bytes:
     return exif.tobytes()
 
 
-def _user_comment(exif: Any) -> str | None:
+def _user_comment(exif: object) -> str | None:
     from PIL.Image import Exif
 
     if not isinstance(exif, bytes):
@@ -155,7 +155,7 @@ def _segment(content: bytes) -> bytes:
     return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
 
 
-def _record(xmp: Any, segments: Iterable[bytes]) -> str | None:
+def _record(xmp: object, segments: Iterable[bytes]) -> str | None:
     if not isinstance(xmp, bytes):
         return None
     guid = _property(xmp, _NOTE, "HasExtendedXMP")

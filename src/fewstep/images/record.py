@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Record:
         return cls.of(read_json(text, where), where)
 
     @classmethod
-    def of(cls, facts: Any, where: str) -> Record:
+    def of(cls, facts: object, where: str) -> Record:
         """Read the record from the dictionary ``facts``.
 
         Raises:
@@ -173,7 +174,7 @@ def read_records(path: str | Path) -> list[Record]:
     return records_of(facts, str(path))
 
 
-def records_of(facts: dict[str, Any], where: str) -> list[Record]:
+def records_of(facts: Mapping[str, object], where: str) -> list[Record]:
     """Return the records in the metadata of an image, as :func:`read_records` does.
 
     Raises:

@@ -97,7 +97,7 @@ def _suffixes(engine: RuntimeEngine | None) -> Mapping[str, Sequence[str]] | Non
     return {engine.FORMAT: engine.SUFFIXES, **SUFFIXES}
 
 
-def _name(source: Any) -> str:
+def _name(source: object) -> str:
     name = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(name, str):
         raise UserError(f"a model is named by a string or a path, not {type(source).__name__}")
@@ -128,7 +128,7 @@ def _torch_options(given: TorchOptionsDict) -> TorchOptions:
     return TorchOptions(**(plain if given.keys() - {"lora"} else PLAIN | plain))
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: object) -> object:
     """Return an option of :func:`load` other than ``lora``, as the command line gives it.
 
     Raises:
@@ -159,7 +159,7 @@ _TEXTS = {
 }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split())[:40]} ({type(value).__name__})"
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from fewstep.core.prompt_text import PromptWarning, clean, syntax
 from fewstep.core.types import Model, UserError
@@ -44,7 +44,7 @@ class Request:
     steps: int
     guidance: float | None
     negative: str | None
-    image: Any
+    image: object
     strength: float
 
 
@@ -75,7 +75,7 @@ class ArgumentError(UserError, TypeError):
     """A keyword argument is unknown, or given under two names."""
 
 
-def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+def own_names(given: Mapping[str, object]) -> dict[str, Any]:
     """Return arguments under fewstep's names, without those that are ``None``.
 
     Raises:
@@ -104,7 +104,7 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ArgumentError(f"{what} takes no {name}: {hint}")
 
 
-def check_size(size: tuple[int, int], width: Any, height: Any, other: str) -> None:
+def check_size(size: tuple[int, int], width: object, height: object, other: str) -> None:
     """Refuse another size than the model's, in pixels. ``other`` says how to get another size.
 
     Raises:
@@ -130,7 +130,7 @@ def check(
     style: str | None = None,
     guidance: float | None = None,
     negative: str | None = None,
-    image: Any = None,
+    image: object = None,
     strength: float | None = None,
 ) -> Request:
     """Check options for ``model``, fill in its defaults, and draw a seed if there is none.
@@ -159,9 +159,9 @@ def check_values(
     n: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    image: Any = None,
+    image: object = None,
     strength: float | None = None,
-    **others: Any,
+    **others: object,
 ) -> None:
     """Refuse values that no model takes, before one is loaded. ``others`` depend on the model.
 
@@ -180,7 +180,7 @@ def check_values(
 
 
 def _values(
-    prompts: Any, seed: int | None, n: int, strength: float | None, image: Any
+    prompts: object, seed: int | None, n: int, strength: float | None, image: object
 ) -> tuple[list[str], int, int]:
     """Return the prompts, the number of images of each, and the first seed, which is random by default."""
     texts = _texts(prompts)
@@ -205,13 +205,13 @@ _SINGLE = (str, bytes, bytearray, memoryview, Mapping)
 """Types that Python can iterate over, but that are no list of prompts."""
 
 
-def _texts(prompts: Any) -> list[Any]:
+def _texts(prompts: object) -> list[object]:
     """Return one prompt or several as a list; :func:`_prompt` then refuses what is no text."""
     single = isinstance(prompts, _SINGLE) or not isinstance(prompts, Iterable)
-    return [prompts] if single else list(prompts)
+    return [prompts] if single else list(cast("Iterable[object]", prompts))
 
 
-def _prompt(text: Any) -> str:
+def _prompt(text: object) -> str:
     if not isinstance(text, str):
         raise UserError(f"a prompt must be text, not {type(text).__name__}")
     try:
@@ -230,7 +230,7 @@ def _prompt(text: Any) -> str:
     return line
 
 
-def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
+def _style(prompt: str, style: object, styles: Sequence[str]) -> str:
     """Return ``PROMPT, STYLE style``, in place of another style in the prompt."""
     if style is None:
         return prompt
@@ -248,7 +248,7 @@ def _style(prompt: str, style: Any, styles: Sequence[str]) -> str:
     return f"{rest}, {phrase}" if rest else phrase
 
 
-def _guidance(model: Model, guidance: float | None, negative: Any) -> tuple[float | None, str | None]:
+def _guidance(model: Model, guidance: float | None, negative: object) -> tuple[float | None, str | None]:
     if model.guidance is None:
         embedded = model.embedded_guidance
         for name, value in (("guidance", guidance if embedded is None else None), ("negative", negative)):

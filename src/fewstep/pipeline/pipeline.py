@@ -117,7 +117,7 @@ class Pipeline:
         )  # fmt: skip
         return [image for group in self.run(request, on_step, batch) for image in group]
 
-    def request(self, prompts: str | Sequence[str] | None = None, **options: Any) -> Request:
+    def request(self, prompts: str | Sequence[str] | None = None, **options: object) -> Request:
         """Check the options of :meth:`__call__` (all but ``on_step`` and ``batch``) and generate nothing."""
         check_known("a pipeline", options, {*signature(check).parameters, *Diffusers.__annotations__} - _OURS)
         given = own_names({"prompts": prompts, **options})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ def batch_size(record: Record) -> int:
 
 
 def restore_request(
-    record: Record, given: dict[str, Any], prompts: list[str], model: str | None
+    record: Record, given: Mapping[str, object], prompts: list[str], model: str | None
 ) -> tuple[dict[str, Any], list[str], str | None]:
     """Return options, prompts and model of an image, where those that are given now take precedence.
 

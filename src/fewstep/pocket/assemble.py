@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fewstep.core.types import Cond, UserError
+from fewstep.core.types import Cond, UserError, Velocity
 from fewstep.families.base import Family
 from fewstep.train.preview import decode_grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch.nn import Module
 
 
 def check_pocket_folder(folder: Path) -> None:
@@ -142,8 +146,8 @@ def encode_prompts(family: Family, prompts: Sequence[str], t5: bool) -> Cond:
 
 
 def contact_sheet(
-    family: Family, net: Any, prompts: Sequence[str], *, steps: int, guidance: float | None
-) -> Any:
+    family: Family, net: Module, prompts: Sequence[str], *, steps: int, guidance: float | None
+) -> Image:
     """Draw prompts from fixed seeds with ``net``, without T5, on a contact sheet (a Pillow image)."""
     import torch
 
@@ -153,7 +157,7 @@ def contact_sheet(
     from fewstep.families.sd3 import NetVelocity
 
     grid = schedule.grid(steps, family.shift)
-    velocity: Any = NetVelocity(net)
+    velocity: Velocity = NetVelocity(net)
     with torch.no_grad(), cuts_known():
         if guidance is not None:
             velocity = Guided(velocity, encode_prompts(family, [""], False), guidance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,7 +39,7 @@ class Sample:
     relation: str | None = None
     held_out: bool = False
 
-    def truth(self) -> dict[str, Any]:
+    def truth(self) -> dict[str, object]:
         """Return all fields but the image, ready for JSON."""
         return {
             "prompt": self.prompt,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
@@ -136,7 +136,7 @@ def background_name(image: NDArray[np.uint8]) -> str:
     return names[int(np.linalg.norm(known - lab(border_colour(image)[None]), axis=1).argmin())]
 
 
-def lab(colours: NDArray[Any]) -> NDArray[np.float64]:
+def lab(colours: NDArray[np.generic]) -> NDArray[np.float64]:
     """Convert sRGB 0..255 ``[N, 3]`` to CIE L*a*b* under D65 (IEC 61966-2-1, CIE 15)."""
     c = np.asarray(colours, np.float64) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
@@ -158,7 +158,7 @@ def _resized(images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
     return np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) for image in resized])
 
 
-def _boxes(heat: NDArray[Any], box: NDArray[Any]) -> list[Box]:
+def _boxes(heat: NDArray[np.float32], box: NDArray[np.float32]) -> list[Box]:
     """Return the boxes of one image from its maps ``[H, W]`` and ``[3, H, W]``: non-maximum suppression."""
     side = heat.shape[0]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(heat, 1, constant_values=-1.0), (3, 3))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +118,7 @@ def _degrade(canvas: Image.Image, rng: Rng) -> NDArray[np.uint8]:
         file = BytesIO()
         canvas.save(file, "JPEG", quality=int(rng.integers(30, 90)))
         canvas = decode(file.getvalue(), "a JPEG of our own")
-    pixels: Any = np.asarray(canvas)
+    pixels: np.ndarray = np.asarray(canvas)
     if rng.random() < 0.4:
         pixels = pixels * rng.normal(1, 0.05, 3).astype(np.float32) + np.float32(rng.normal(0, 6))
     if rng.random() < 0.3:

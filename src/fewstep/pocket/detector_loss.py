@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fewstep.methods.base import Losses, StepRandom, Update
 
 if TYPE_CHECKING:
     import torch
+    from torch.nn import Module
 
     from fewstep.pocket.detector_net import Detector
 
@@ -48,7 +49,7 @@ class DetectorTraining:
     box: float = 1.0
 
     @property
-    def nets(self) -> dict[str, Any]:
+    def nets(self) -> dict[str, Module]:
         return {"net": self.net}
 
     def updates(self, step: int) -> Sequence[Update]:

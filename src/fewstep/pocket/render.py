@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.core.atomic import replacing_file, write
@@ -32,7 +33,7 @@ class Renderings:
 
     concepts: list[Concept]
     pairs: list[tuple[int, str]]
-    images: np.ndarray[Any, np.dtype[np.uint8]]
+    images: NDArray[np.uint8]
 
     @property
     def size(self) -> int:
@@ -136,7 +137,7 @@ def _svg(icons: dict[str, Any], name: str, size: int) -> str:
     )
 
 
-def _render_one(job: tuple[str, bytes, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _render_one(job: tuple[str, bytes, int]) -> NDArray[np.uint8]:
     kind, data, size = job
     image = (
         _rasterise(data.decode())

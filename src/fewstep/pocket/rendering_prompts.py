@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +75,7 @@ class PairRetrieval(Retrieval):
         """Return the (concept, style) pair of a rendering."""
         return truth.concept, truth.style
 
-    def compare(self, teacher: Any) -> Mapping[str, Interval]:
+    def compare(self, teacher: object) -> Mapping[str, Interval]:
         """Return no figures: ratios are of concepts only."""
         return {}
 

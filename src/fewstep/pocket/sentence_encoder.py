@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @cache
@@ -36,7 +37,7 @@ def vocabulary(path: Path, count: int, seed: int) -> list[str]:
     return path.read_text().split()
 
 
-def embed_sentences(path: Path, lines: Sequence[str]) -> np.ndarray[Any, Any]:
+def embed_sentences(path: Path, lines: Sequence[str]) -> NDArray[np.float16]:
     """Return the unit embeddings of all lines, float16 ``[N, 384]``.
 
     The embeddings are kept at ``path`` and read from there afterwards.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.core.atomic import write
 from fewstep.core.types import UserError
@@ -26,7 +27,7 @@ class Reference:
     concept: str
     style: str
     held_out: bool
-    image: np.ndarray[Any, np.dtype[np.uint8]]
+    image: NDArray[np.uint8]
     prompt: str
 
 
@@ -85,7 +86,7 @@ def build(
     )
 
 
-def _check_options(folder: Path, options: dict[str, Any]) -> None:
+def _check_options(folder: Path, options: Mapping[str, object]) -> None:
     """Check that ``folder`` holds no data set of other options and no other files of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     options_file = folder / "stickers.json"

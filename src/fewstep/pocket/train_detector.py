@@ -17,6 +17,8 @@ from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.run import Run, TrainOptions
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from fewstep.pocket.detector_data import ObjectBox
     from fewstep.pocket.detector_loss import DetectionBatch
 
@@ -66,7 +68,7 @@ def scene_detector(
         rows = range(batch_size)[part.slice_of(batch_size)]
         return collate([dataset(step * batch_size + row) for row in rows])
 
-    def finish(nets: dict[str, Any]) -> None:
+    def finish(nets: dict[str, Module]) -> None:
         with replacing_folder(output / "model") as folder:
             _export_onnx(nets["net"], folder / "detector.onnx")
             metadata = {"about": ABOUT, "license": "Apache-2.0", "size": SIZE}

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from fewstep.pocket.assemble import check_pocket_folder
 from fewstep.pocket.config import CELLS, LENGTH
 from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.run import Run, TrainOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
 
 CAPTION_INTERVAL = 2
 """One of so many rows of a batch is a caption of the data set, whose encoding is kept."""
@@ -128,7 +133,7 @@ def pocket_paraphrases(
         target_ids = tokenize(tokenizer, targets, LENGTH).to(device)
         return ParaphraseBatch(prompt_ids, target_ids, len(paraphrases))
 
-    def finish(nets: dict[str, Any]) -> None:
+    def finish(nets: dict[str, Module]) -> None:
         with replacing_folder(output / "model") as folder:
             for name, part in zip(("text_encoder", "text_encoder_2"), student.clips, strict=True):
                 part.save_pretrained(folder / name)
@@ -154,6 +159,6 @@ def pocket_paraphrases(
     return Run("pocket-paraphrases", output, method, batches, options, about, finish=finish)
 
 
-def _project_text(net: Any, states: Any, pooled: Any) -> tuple[Any, Any]:
+def _project_text(net: Any, states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
     """Return the MMDiT's input projections of the states and the pooled states."""
     return net.context_embedder(states), net.time_text_embed.text_embedder(pooled)

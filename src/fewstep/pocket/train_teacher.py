@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from fewstep.pocket.config import TOKENS
 from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch.nn import Module
+
 
 SHIFT = 3.0
 """Shift of the training times towards noise."""
@@ -105,10 +110,10 @@ def pocket_teacher(
         cond = encode_prompts(family, prompts, t5=True) if rng.random() < keep_t5 else cond_of(caption_rows)
         return Batch(latents_of(rows), cond, prompts)
 
-    def sheet(nets: dict[str, Any]) -> Any:
+    def sheet(nets: dict[str, Module]) -> Image:
         return contact_sheet(family, nets["net"], SHOWN, steps=16, guidance=4.0)
 
-    def finish(nets: dict[str, Any]) -> None:
+    def finish(nets: dict[str, Module]) -> None:
         sd3.save(
             sd3.assemble({**family.parts, "transformer": nets["net"]}, name="pocket-teacher"),
             output / "model",

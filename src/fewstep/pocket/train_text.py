@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,11 @@ from fewstep.pocket.config import LENGTH
 from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.preview import SHOWN
 from fewstep.train.run import Run, TrainOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch.nn import Module
+
 
 IMAGE_SHARE = 0.85
 """Share of captions with an image; the rest are names and words alone."""
@@ -130,7 +135,7 @@ def pocket_text(
             torch.from_numpy(has_image.astype(np.float32)),
         )
 
-    def sheet(nets: dict[str, Any]) -> Any:
+    def sheet(nets: dict[str, Module]) -> Image:
         """Decode the latents that the CLIPs predict."""
         with torch.no_grad():
             predicted = nets["student"]([tokenize(tokenizer, SHOWN, pocket.LENGTH).to(device)] * 3)[1]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.core.types import BatchSlice
 from fewstep.core.validate import require_positive
 from fewstep.pocket.options import DEFAULT_COMPUTE, ComputeOptions, OutputFolder
 from fewstep.train.run import Run, TrainOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
 
 CROP = 64
 """Side of the training crops, pixels: a convolutional net sees more images per second in small crops."""
@@ -68,7 +74,7 @@ def pocket_vae(
         torch.manual_seed(compute.seed)
         vae = load_vae(init) if init else pocket.autoencoder()
 
-    def batches(step: int, part: BatchSlice) -> Any:
+    def batches(step: int, part: BatchSlice) -> Tensor:
         rng = np.random.Generator(np.random.Philox(key=[compute.seed, step]))
         num_offsets = train_images.shape[-1] - CROP + 1
         indices = rng.integers(0, len(train_images), batch_size)
@@ -83,7 +89,7 @@ def pocket_vae(
             crops = np.ascontiguousarray(crops[..., ::-1])
         return torch.from_numpy(crops[part.slice_of(batch_size)]).float().div(127.5).sub(1)
 
-    def sheet(nets: dict[str, Any]) -> Any:
+    def sheet(nets: dict[str, Any]) -> Image:
         from fewstep.images.grid import sheet as image_grid
         from fewstep.images.pixels import to_uint8
 
@@ -114,7 +120,7 @@ def pocket_vae(
     return Run("pocket-vae", output, method, batches, options, about, preview=sheet, finish=finish)
 
 
-def _load_images(paths: list[Path], count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _load_images(paths: list[Path], count: int) -> NDArray[np.uint8]:
     """Return the first ``count`` images of the shards, uint8 ``[N, 3, h, w]``."""
     from itertools import islice
 

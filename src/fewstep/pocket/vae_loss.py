@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.methods.base import Losses, StepRandom, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,13 @@ class AutoencoderTraining:
     divergence: float = 1e-3
 
     @property
-    def nets(self) -> dict[str, Any]:
+    def nets(self) -> dict[str, Module]:
         return {"vae": self.vae}
 
     def updates(self, step: int) -> Sequence[Update]:
         return [Update("vae", self.losses)]
 
-    def losses(self, images: Any, draw: StepRandom) -> Losses:
+    def losses(self, images: Tensor, draw: StepRandom) -> Losses:
         """Return the weighted losses of ``images``, ``[B, 3, h, w]`` in [-1, 1]."""
         import torch
 

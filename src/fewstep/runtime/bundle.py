@@ -165,7 +165,7 @@ class Bundle:
     sampler: Sampler
     length: int
     t5_length: int
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
     files: Mapping[str, FileDigest]
     digest: str
 
@@ -275,7 +275,7 @@ def read(folder: str | Path, suffixes: Mapping[str, Sequence[str]] = SUFFIXES) -
 
 
 def write_manifest(
-    folder: str | Path, facts: Mapping[str, Any], suffixes: Mapping[str, Sequence[str]] = SUFFIXES
+    folder: str | Path, facts: Mapping[str, object], suffixes: Mapping[str, Sequence[str]] = SUFFIXES
 ) -> Bundle:
     """Make a bundle of a folder of graphs: hash its files and write ``bundle.json``.
 

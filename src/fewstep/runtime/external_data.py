@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fewstep.core.types import UserError
 
@@ -119,7 +118,7 @@ def _fields(data: mmap.mmap, at: int, stop: int, message: str) -> Iterator[tuple
             raise ValueError("cut short")
 
 
-def _shortest(data: Any, at: int) -> tuple[int, int]:
+def _shortest(data: mmap.mmap, at: int) -> tuple[int, int]:
     """A tag or a length, and where it ends.
 
     Raises:
@@ -131,7 +130,7 @@ def _shortest(data: Any, at: int) -> tuple[int, int]:
     return value, end
 
 
-def _varint(data: Any, at: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     """A whole number of 7 bits a byte, and where it ends."""
     value = 0
     for more in range(10):

@@ -16,7 +16,7 @@ from fewstep.runtime.session import Run, Session
 
 # With this module, OpenVINO and NNCF write an id into the home folder and report each use to Google
 # Analytics, without asking. Both work without it.
-cast("dict[str, Any]", sys.modules)["openvino_telemetry"] = None
+cast("dict[str, object]", sys.modules)["openvino_telemetry"] = None
 
 import openvino  # noqa: E402
 
@@ -64,7 +64,7 @@ class Graph(Session):
         return run
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> openvino.Model:
     """An ``.xml`` file with its ``.bin`` as an ``openvino.Model``.
 
     OpenVINO itself goes by the content of the file. It would read an ONNX graph named ``.xml``, with all
@@ -87,7 +87,7 @@ def compute_dtype(stem: str, compute: Compute) -> Compute:
     return "bfloat16" if stem in ("decoder", "encoder") else "float32"
 
 
-def properties(threads: int, compute: Compute = "float32") -> dict[str, Any]:
+def properties(threads: int, compute: Compute = "float32") -> dict[str, str | int]:
     """Return the properties of a graph on the processor, as :class:`Graph` describes."""
     able = compute != "float32" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {
@@ -100,6 +100,6 @@ def properties(threads: int, compute: Compute = "float32") -> dict[str, Any]:
 
 
 @cache
-def _core() -> Any:
+def _core() -> openvino.Core:
     """Return the core of this process; each core loads the plugin anew."""
     return openvino.Core()

@@ -194,21 +194,21 @@ def _longest(charsmap: str, where: str) -> int:
     return max(1, *(len(text.decode("utf-8", "replace")) for text in texts))
 
 
-def _check_strings(tree: Any, where: str) -> None:
+def _check_strings(tree: object, where: str) -> None:
     """Refuse long strings wherever they stand, but for the table of a ``Precompiled`` normalizer."""
     todo = [tree]
     while todo:
         each = todo.pop()
         if isinstance(each, dict):
-            inner = cast(dict[str, Any], each)
+            inner = cast(dict[str, object], each)
             todo += [*inner, *(value for key, value in inner.items() if key != "precompiled_charsmap")]
         elif isinstance(each, list):
-            todo += cast(list[Any], each)
+            todo += cast(list[object], each)
         elif isinstance(each, str) and len(each) > MOST_TEXT:
             raise UserError(f"{where} has a text of {len(each)} characters: at most {MOST_TEXT} are taken")
 
 
-def guarded(function: Callable[..., T], *arguments: Any, where: str) -> T:
+def guarded(function: Callable[..., T], *arguments: object, where: str) -> T:
     """Call the library; what it raises is one line, its panics too.
 
     Raises:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_folder
 from fewstep.core.types import UserError
 from fewstep.train.distributed import on_rank_zero, weights
 from fewstep.train.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
 
 FOLDER = "best"
 NOTE = "best.json"
@@ -27,7 +33,7 @@ class _Note:
     value: float
 
 
-def update_best(run: Run, nets: dict[str, Any], step: int) -> dict[str, float]:
+def update_best(run: Run, nets: dict[str, Module], step: int) -> dict[str, float]:
     """Score the EMA nets, and keep them if none before was better. All processes call it.
 
     Every process computes the score, because a sharded net needs all of them to run. The first one's counts.
@@ -61,7 +67,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{error}; move {note.parent} away") from None
 
 
-def best(run: Run) -> dict[str, Any]:
+def best(run: Run) -> dict[str, Module]:
     """Load the best weights into the run's nets, for a ``finish`` that writes those instead of the last.
 
     The nets must be unsharded, as they are in ``finish``.
@@ -88,7 +94,7 @@ def _better(run: Run, score: float, before: dict[str, Any]) -> bool:
     return score > before["value"] if run.higher else score < before["value"]
 
 
-def _write(run: Run, state: dict[str, dict[str, Any]], note: dict[str, Any]) -> None:
+def _write(run: Run, state: Mapping[str, Mapping[str, Tensor]], note: Mapping[str, object]) -> None:
     from safetensors.torch import save_file
 
     try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from fewstep.core import atomic, json_io
 from fewstep.core.progress import say
@@ -21,6 +21,14 @@ from fewstep.core.types import UserError
 from fewstep.train.checkpoint_errors import no_dist_warning, read_errors, write_errors
 from fewstep.train.distributed import on_rank_zero, world
 from fewstep.train.run_owner import check_owner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from fewstep.modules.ema import EMA
+
 
 FOLDER = "checkpoints"
 LIST = "whole.json"
@@ -37,7 +45,15 @@ class Contents:
     files: dict[str, int]
 
 
-def save(folder: Path, state: Mapping[str, Any], step: int) -> None:
+class TrainState(TypedDict):
+    """The parts of a run that a checkpoint holds, each by name."""
+
+    nets: Mapping[str, Module]
+    optimizers: Mapping[str, Optimizer]
+    averages: Mapping[str, EMA]
+
+
+def save(folder: Path, state: TrainState, step: int) -> None:
     """Write ``folder/checkpoints/STEP`` and keep the one before it. All processes call it.
 
     Args:
@@ -72,7 +88,7 @@ def save(folder: Path, state: Mapping[str, Any], step: int) -> None:
         on_rank_zero(lambda: write_errors(target, end))
 
 
-def restore(folder: Path, state: Mapping[str, Any], record: Mapping[str, Any]) -> int:
+def restore(folder: Path, state: TrainState, record: Mapping[str, object]) -> int:
     """Load the last intact checkpoint into ``state`` and return its step, or 0 if there is none.
 
     A broken checkpoint is named on standard error, and the one before it is loaded.
@@ -96,7 +112,7 @@ def restore(folder: Path, state: Mapping[str, Any], record: Mapping[str, Any]) -
     return 0
 
 
-def load_from_run(folder: Path, nets: Mapping[str, Any]) -> None:
+def load_from_run(folder: Path, nets: Mapping[str, Module]) -> None:
     """Load the weights that nets had at the end of another run, from its last checkpoint.
 
     Args:
@@ -135,11 +151,11 @@ def last_step(folder: Path) -> int:
     return max((int(path.name) for path in _all(folder) if _fault(path) is None), default=0)
 
 
-def _flat(state: Mapping[str, Any], step: int) -> dict[str, Any]:
+def _flat(state: TrainState, step: int) -> dict[str, Tensor]:
     """Return all tensors by ``GROUP/NAME/KEY``. They are not copied, so that loading fills them."""
     import torch
 
-    flat: dict[str, Any] = {"step": torch.tensor(step)}
+    flat: dict[str, Tensor] = {"step": torch.tensor(step)}
     for name, net in state["nets"].items():
         flat |= {f"nets/{name}/{key}": value for key, value in net.state_dict().items()}
         moments = state["optimizers"][name].state
@@ -152,7 +168,7 @@ def _flat(state: Mapping[str, Any], step: int) -> dict[str, Any]:
     return flat
 
 
-def _load(path: Path, state: Mapping[str, Any]) -> str | None:
+def _load(path: Path, state: TrainState) -> str | None:
     """Load a checkpoint into ``state``; return what is broken in it, or ``None``.
 
     Raises:
@@ -183,7 +199,7 @@ def _load(path: Path, state: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _make_optimizer_state(state: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+def _make_optimizer_state(state: TrainState, keys: Iterable[str]) -> None:
     """Give each optimizer an empty state for those parameters that have one in the checkpoint."""
     import torch
 

@@ -12,7 +12,7 @@ import os
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from msgspec import Meta
@@ -38,6 +38,7 @@ LAYOUT = 1
 Dtype = Literal[
     "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"
 ]
+T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -91,9 +92,9 @@ class Writer(StorageWriter):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def reset(self, checkpoint_id: Any = None) -> None: ...
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None: ...
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -102,7 +103,7 @@ class Writer(StorageWriter):
         return [replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name: Any = plan.storage_data
+        name: str = plan.storage_data
         results: list[WriteResult] = []
         with (self.folder / name).open("wb") as file:
             for item in plan.items:
@@ -117,11 +118,13 @@ class Writer(StorageWriter):
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places: dict[MetadataIndex, Any] = {r.index: r.storage_data for part in results for r in part}
+        places: dict[MetadataIndex, tuple[str, int, int]] = {
+            r.index: r.storage_data for part in results for r in part
+        }
         tensors: dict[str, Tensor] = {}
         for key, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata), key  # write_data has refused anything else
-            dtype: Any = str(stored.properties.dtype).removeprefix("torch.")
+            dtype = cast(Dtype, str(stored.properties.dtype).removeprefix("torch."))
             if dtype not in get_args(Dtype):
                 raise TypeError(f"{key} is of {stored.properties.dtype}, which checkpoints do not hold")
             chunks = [
@@ -135,7 +138,7 @@ class Writer(StorageWriter):
             os.fsync(file.fileno())
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
 
@@ -154,15 +157,15 @@ class Reader(StorageReader):
         self.folder = folder
         self.index = _read_index(folder)
 
-    def reset(self, checkpoint_id: Any = None) -> None: ...
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         return Metadata(
             {key: _metadata(tensor) for key, tensor in self.index.tensors.items()}, storage_data={}
         )
 
     def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+        self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object
     ) -> None: ...
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -191,10 +194,10 @@ class Reader(StorageReader):
         return _done(None)
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
-    def _read(self, chunk: Chunk, dtype: Any) -> Any:
+    def _read(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(chunk.sizes) * dtype.itemsize
         if not size:
             return torch.empty(chunk.sizes, dtype=dtype)
@@ -225,8 +228,8 @@ def read_bytes(path: Path, most: int, start: int = 0) -> bytearray:
         raise Damaged(f"{path.name} is missing") from None
 
 
-def _done(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
+def _done(result: T) -> Future[T]:
+    future: Future[T] = Future()
     future.set_result(result)
     return future
 

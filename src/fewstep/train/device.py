@@ -13,6 +13,7 @@ from fewstep.train.distributed import world
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 SHORT = 256
 """Tokens up to which unfused attention is faster on a CPU."""
@@ -65,7 +66,7 @@ def attention(device: str, tokens: int) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
 
-def rows_on_device(array: np.ndarray[Any, Any], device: str) -> Callable[[Sequence[int]], Any]:
+def rows_on_device(array: np.ndarray, device: str) -> Callable[[Sequence[int]], Tensor]:
     """Return a function that reads rows of an array as float32 tensors on ``device``.
 
     A GPU stores the whole array; a CPU reads the rows from the array itself.

@@ -12,10 +12,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fewstep.core.types import UserError
 from fewstep.train.run import ParallelModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.tensor import DTensor
+    from torch.nn import Module
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def on_rank_zero(action: Callable[[], Any]) -> Any:
+def on_rank_zero(action: Callable[[], T]) -> T:
     """Run an action in the first process; return its result, or raise its ``UserError``, in all."""
     if world().size == 1:
         return action()
@@ -153,14 +161,14 @@ def set_gradient_sync(bodies: Iterable[ParallelModule], deferred: bool) -> None:
             body.net.set_requires_gradient_sync(not deferred)
 
 
-def full_tensor(tensor: Any) -> Any:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor unsharded; every process must call this."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def weights(net: Any) -> dict[str, Any]:
+def weights(net: Module) -> dict[str, Tensor]:
     """Return a state dict, unsharded on the CPU of the first process, empty elsewhere; all must call this."""
-    state: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in net.state_dict().items():
         full = full_tensor(tensor.detach())
         if world().first:
@@ -168,7 +176,7 @@ def weights(net: Any) -> dict[str, Any]:
     return state
 
 
-def broadcast_weights(nets: Iterable[Any]) -> None:
+def broadcast_weights(nets: Iterable[Module]) -> None:
     """Give every process the first one's weights and buffers, unless they are sharded."""
     import torch.distributed as dist
 
@@ -179,7 +187,7 @@ def broadcast_weights(nets: Iterable[Any]) -> None:
                     dist.broadcast(tensor.data, 0)
 
 
-def average_gradients(parameters: Iterable[Any]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of parameters that are not sharded; FSDP has done so for the others."""
     import torch
     import torch.distributed as dist

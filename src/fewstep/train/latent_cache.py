@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.core.atomic import replacing_file, sweep
 from fewstep.core.progress import say, stage
@@ -27,7 +27,7 @@ READERS = 8  # shards decoded at once beside a GPU, which would wait for images
 class Latents:
     """All latents of a data set, float16 ``[N, C, H, W]``, and their captions."""
 
-    values: np.ndarray[Any, np.dtype[np.float16]]
+    values: NDArray[np.float16]
     prompts: list[str]
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ def encode(model: Model, weights: Path, sources: Sequence[Path], folder: Path, s
         for number, _ in enumerate(done, 1):
             progress(number, len(missing))
             say(f"latents {number}/{len(missing)}")
-    values: list[Any] = []
+    values: list[NDArray[np.float16]] = []
     prompts: list[str] = []
     for path in paths:
         try:
@@ -89,7 +89,7 @@ def _encode_shard(model: Model, size: int, device: str, job: tuple[Path, Path]) 
     import torch
 
     shard, path = job
-    parts: list[Any] = []
+    parts: list[NDArray[np.float16]] = []
     prompts: list[str] = []
     with torch.no_grad():
         for images, captions in _batches(shard, size):
@@ -101,8 +101,8 @@ def _encode_shard(model: Model, size: int, device: str, job: tuple[Path, Path]) 
         np.savez(fresh, latents=np.concatenate(parts), prompts=np.array(prompts))
 
 
-def _batches(shard: Path, size: int) -> Iterator[tuple[np.ndarray[Any, Any], list[str]]]:
-    images: list[Any] = []
+def _batches(shard: Path, size: int) -> Iterator[tuple[NDArray[np.uint8], list[str]]]:
+    images: list[NDArray[np.uint8]] = []
     captions: list[str] = []
     for image, caption in shards.pixels([shard], size):
         images.append(image)

@@ -13,13 +13,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 from fewstep import __version__
 from fewstep.core import json_io
 from fewstep.core.atomic import replacing_file, write
 from fewstep.train.distributed import world
 from fewstep.train.run import SaveableImage, TrainOptions
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 MOST_BYTES = 2**28
 """Largest size of a log; a million lines have less."""
@@ -34,17 +38,17 @@ class Log:
     process writes.
     """
 
-    def __init__(self, folder: Path, name: str, record: dict[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, name: str, record: Mapping[str, object], step: int) -> None:
         self._folder, self._name, self._start = folder, name, step
         self.earlier: list[dict[str, float]] = []
         """The lines of an interrupted run, up to the step at which this one resumes."""
-        self._file: Any = None
+        self._file: TextIO | None = None
         if world().first:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder / "run.json", json.dumps(record, indent=1, default=str).encode())
             self.earlier = _until(folder / "log.jsonl", step)
             self._file = (folder / "log.jsonl").open("a")
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._since, self._from = time.monotonic(), step
@@ -109,7 +113,7 @@ class Log:
             if name != "steps_per_s":
                 self._tensorboard().add_scalar(name, value, step)
 
-    def _tensorboard(self) -> Any:
+    def _tensorboard(self) -> SummaryWriter:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -138,7 +142,7 @@ def _until(path: Path, step: int) -> list[dict[str, float]]:
     return kept
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, object]:
     """Return versions, device and number of processes of a run, for ``run.json``."""
     import torch
 

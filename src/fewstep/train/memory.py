@@ -9,7 +9,6 @@ import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -38,7 +37,7 @@ class TrackedMethod:
             for update in self.method.updates(step)
         ]
 
-    def _losses(self, update: Update, batch: Any, random: StepRandom) -> Losses:
+    def _losses(self, update: Update, batch: object, random: StepRandom) -> Losses:
         self.tracker.begin(update.net)
         return update.losses(batch, random)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.modules.ema import local
 from fewstep.train.distributed import total
 from fewstep.train.run import TrainOptions
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import AdamW
 
-def adamw(net: Any, options: TrainOptions) -> Any:
+
+def adamw(net: Module, options: TrainOptions) -> AdamW:
     """Return AdamW with weight decay for matrices and none for vectors."""
     import torch
 
@@ -31,7 +36,7 @@ def schedule(step: int, options: TrainOptions) -> float:
     return min(1.0, rising, falling)
 
 
-def clip(parameters: Iterable[Any], max_norm: float) -> float:
+def clip(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale gradients to a norm of at most ``max_norm``, over all parameters and all processes' shards.
 
     Returns:
@@ -39,8 +44,8 @@ def clip(parameters: Iterable[Any], max_norm: float) -> float:
     """
     import torch
 
-    shards: list[Any] = []
-    replicated: list[Any] = []
+    shards: list[Tensor] = []
+    replicated: list[Tensor] = []
     for p in parameters:
         if p.grad is not None:
             (shards if hasattr(p.grad, "full_tensor") else replicated).append(local(p.grad))
@@ -50,7 +55,7 @@ def clip(parameters: Iterable[Any], max_norm: float) -> float:
     return norm
 
 
-def _squared_norm(tensors: list[Any]) -> float:
+def _squared_norm(tensors: list[Tensor]) -> float:
     import torch
 
     if not tensors:

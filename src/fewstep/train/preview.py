@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+from fewstep.core.types import Array
 from fewstep.families.base import Family
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
 
 SHOWN = (
     "a red apple, 3D style",
@@ -24,14 +31,14 @@ SHOWN = (
 """Prompts of the contact sheets."""
 
 
-def decode_grid(family: Family, latents: Any, prompts: Sequence[str]) -> Any:
+def decode_grid(family: Family, latents: Array, prompts: Sequence[str]) -> Image:
     """Decode latents ``[B, C, H, W]`` to one Pillow image, each part with its prompt."""
     from fewstep.images.grid import sheet
 
     return sheet(decode_uint8(family, latents), list(prompts), columns=4)
 
 
-def decode_uint8(family: Family, latents: Any) -> Any:
+def decode_uint8(family: Family, latents: Array) -> NDArray[np.uint8]:
     """Decode latents ``[B, C, H, W]`` to images, numpy uint8 ``[B, 3, h, w]``.
 
     Raises:

@@ -134,13 +134,13 @@ class Run:
     name: str
     folder: Path
     method: Method
-    batches: Callable[[int, BatchSlice], Any]
+    batches: Callable[[int, BatchSlice], object]
     options: TrainOptions
     record: dict[str, Any]
     averaged: Sequence[str] | None = None
-    preview: Callable[[dict[str, Any]], SaveableImage] | None = None
-    finish: Callable[[dict[str, Any]], None] | None = None
+    preview: Callable[[dict[str, Module]], SaveableImage] | None = None
+    finish: Callable[[dict[str, Module]], None] | None = None
     bodies: Sequence[ParallelModule] = ()
-    score: Callable[[dict[str, Any]], float] | None = None
+    score: Callable[[dict[str, Module]], float] | None = None
     metric: str = "score"
     higher: bool = False

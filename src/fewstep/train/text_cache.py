@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.core.atomic import replacing_file, sweep
 from fewstep.core.progress import say, stage
@@ -23,8 +23,8 @@ BATCH = 250  # captions per call of the text encoders
 class TextCache:
     """Conditions of captions, float16 memory maps: ``context [N, L, D]`` and ``pooled [N, P]``."""
 
-    context: np.ndarray[Any, np.dtype[np.float16]]
-    pooled: np.ndarray[Any, np.dtype[np.float16]]
+    context: NDArray[np.float16]
+    pooled: NDArray[np.float16]
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -69,7 +69,7 @@ def _encode(
     progress: Callable[[int, int], None],
 ) -> None:
     with replacing_file(context) as context_file, replacing_file(pooled) as pooled_file:
-        arrays: list[np.memmap[Any, Any]] = []
+        arrays: list[np.memmap] = []
         for start in range(0, len(prompts), BATCH):
             cond = text(prompts[start : start + BATCH]).map(lambda a: a.cpu().numpy().astype(np.float16))
             parts = (cond.context, cond.pooled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from fewstep.core.types import WHOLE, BatchSlice, UserError
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.modules.ema import EMA
 from fewstep.train import distributed
-from fewstep.train.checkpoint import restore
+from fewstep.train.checkpoint import TrainState, restore
 from fewstep.train.device import attention, resolve_device, to_device, use_bf16
 from fewstep.train.optim import adamw, clip, schedule
 from fewstep.train.run import ParallelModule, Run
@@ -45,7 +45,7 @@ class State:
         }
         self.step = restore(run.folder, self.all(), run.record)
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> TrainState:
         """Return what a checkpoint holds, by name."""
         return {"nets": self.nets, "optimizers": self.optimizers, "averages": self.averages}
 
@@ -95,7 +95,7 @@ class State:
         return [BatchSlice(rank * count + k, self.world.size * count) for k in range(count)]
 
     def _update(
-        self, update: Update, number: int, micro_batches: Sequence[tuple[BatchSlice, Any]], factor: float
+        self, update: Update, number: int, micro_batches: Sequence[tuple[BatchSlice, object]], factor: float
     ) -> dict[str, float]:
         """Take one optimizer step; return its mean losses and the norm of its gradient."""
         net, optimizer = self.nets[update.net], self.optimizers[update.net]
@@ -133,7 +133,7 @@ class State:
             for parameter in other.parameters():
                 parameter.requires_grad_(id(parameter) in own)
 
-    def _backward(self, update: Update, batch: Any, number: int, share: BatchSlice, parts: int) -> Losses:
+    def _backward(self, update: Update, batch: object, number: int, share: BatchSlice, parts: int) -> Losses:
         """Add the gradient of one micro-batch, one of ``parts``; return its losses."""
         import torch
 
@@ -156,7 +156,7 @@ class State:
             for parameter in update.apply(random):
                 self.optimizers[update.net].state.pop(parameter, None)
 
-    def _autocast(self, sharded: bool = False) -> AbstractContextManager[Any]:
+    def _autocast(self, sharded: bool = False) -> AbstractContextManager[object]:
         """Return autocast to bf16 if the run uses it; with ``sharded`` only if nets are gathered in bf16."""
         import torch
 

@@ -78,13 +78,13 @@ class DiffusersEngine:
 class _timed:
     """Within the block, add the time of a method to a stage."""
 
-    def __init__(self, owner: Any, name: str, stage: str, timer: StageTimer) -> None:
+    def __init__(self, owner: object, name: str, stage: str, timer: StageTimer) -> None:
         self.owner, self.name, self.stage, self.timer = owner, name, stage, timer
 
     def __enter__(self) -> None:
         method = getattr(self.owner, self.name)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(*args: object, **kwargs: object) -> object:
             return self.timer(self.stage, lambda: method(*args, **kwargs))
 
         setattr(self.owner, self.name, timed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -25,7 +26,11 @@ class FewstepEngine:
     @property
     def info(self) -> EngineInfo:
         bundle = self.pipe.bundle
-        bits = bundle.about.get("bits") if bundle else self.pipe.record_fields.get("bits") or 32
+        bits = (
+            cast("int | None", bundle.about.get("bits"))
+            if bundle
+            else self.pipe.record_fields.get("bits") or 32
+        )
         runtime = bundle.engine if bundle else "torch"
         if bundle and bundle.compute != "float32":
             runtime += f" {bundle.compute}"

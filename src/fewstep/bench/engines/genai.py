@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from fewstep.core.sampling import batch_noise
 from fewstep.core.types import UserError
 from fewstep.families.diffusers_io import read_json
 from fewstep.runtime.openvino import openvino, properties  # before GenAI: it switches telemetry off
+
+if TYPE_CHECKING:
+    from openvino_genai import Generator
 
 
 class GenAI:
@@ -55,12 +58,12 @@ class GenAI:
         return np.array(images.data)
 
 
-def _generator(noise: np.ndarray) -> Any:
+def _generator(noise: np.ndarray) -> Generator:
     """Return a generator of GenAI's that gives ``noise [B, C, H, W]``."""
     from openvino_genai import Generator
 
     class FixedNoise(Generator):
-        def randn_tensor(self, shape: Any) -> Any:
+        def randn_tensor(self, shape: object) -> openvino.Tensor:
             return openvino.Tensor(noise)
 
     return FixedNoise()

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from fewstep.data.teacher_samples.manifest import NULL, Plan
 KINDS = ("states", "context", "pooled")
 MAX_CAPTION_BYTES = 2**20
 
-Numpy = np.ndarray[Any, Any]
+Numpy = np.ndarray
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.manifest import NULL, Plan
 from fewstep.images.pixels import finite, to_pil, to_uint8
 
-Numpy = np.ndarray[Any, Any]
+Numpy = np.ndarray
 Progress = Callable[[int, int], None]
 """Called with the number of samples of this rank that are done, and of all."""
 
@@ -166,7 +165,7 @@ class _SampleFiles:
                 )
         return _half(states), latents
 
-    def _record(self, row: int) -> dict[str, Any]:
+    def _record(self, row: int) -> Mapping[str, object]:
         plan = self.plan
         record = {"seed": plan.seed + row, "guidance": plan.guidance, "steps": plan.steps}
         return record | {"teacher": plan.teacher, "weights": plan.weights, "times": plan.times}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.core.types import UserError, Velocity
 from fewstep.core.validate import require_at_least
@@ -159,7 +159,7 @@ def stage_seed(seed: int, stage: str) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 
-def _claim(folder: Path, record: Mapping[str, Any]) -> None:
+def _claim(folder: Path, record: Mapping[str, object]) -> None:
     """Take a folder for a chain, and refuse it to any other run.
 
     Later stages start from the student of the stage before, so a chain keeps its numbers of steps.
