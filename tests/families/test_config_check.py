@@ -21,6 +21,8 @@ from fewstep.families.config_check import check_class, is_plain
 from fewstep.families.registry import built_in
 from fewstep.pipeline import loading
 
+pytestmark = pytest.mark.slow(5)
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:

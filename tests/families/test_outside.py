@@ -27,6 +27,8 @@ from fewstep.images.pixels import to_pil, to_uint8
 from fewstep.pipeline import loading
 from fewstep.pocket.config import byte_tokenizer
 
+pytestmark = pytest.mark.slow(5)
+
 PROMPTS = ["a cat", "a red apple"]
 SOURCE = Path(fewstep.__file__).parent
 

@@ -22,6 +22,8 @@ from fewstep.families.safetensors_tensors import header
 from fewstep.inference.load import load as load_staged
 from fewstep.inference.options import TorchOptions
 
+pytestmark = pytest.mark.slow(5)
+
 PROMPT = ["a red apple"]
 Tensors = dict[str, torch.Tensor]
 NET = "transformer/diffusion_pytorch_model.safetensors"

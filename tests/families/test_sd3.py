@@ -19,6 +19,8 @@ from fewstep.core.types import Codec, TextEncoder, UserError, Velocity
 from fewstep.families import sd3
 from fewstep.families.base import Family
 
+pytestmark = pytest.mark.slow(5)
+
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
 SCALE = 4.5
 

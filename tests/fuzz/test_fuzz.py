@@ -30,6 +30,8 @@ from fewstep.cli.app import run
 from fewstep.core.types import UserError
 from mutated import broken, documents
 
+pytestmark = pytest.mark.slow(10)
+
 CASES = int(os.environ.get("FEWSTEP_FUZZ", "0"))
 SECONDS = 30
 """Of a case."""

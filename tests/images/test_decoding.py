@@ -27,6 +27,8 @@ from fewstep.images.decode import decode, to_rgb
 from fewstep.images.metadata import PARAMETERS
 from fewstep.images.record import read_info
 
+pytestmark = pytest.mark.slow(10)
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary) print\nshowpage\n%%EOF\n"
 WMF = struct.pack("<IHhhhhHIH", 0x9AC6CDD7, 0, 0, 0, 100, 100, 72, 0, 0) + b"\x01\0\x09\0" + bytes(64)
 HOSTILE = {

@@ -15,6 +15,8 @@ from fewstep.pocket import config as pocket
 from fewstep.pocket.paraphrase_distillation import ParaphraseBatch, ParaphraseDistillation
 from fewstep.pocket.text_encoder import ClipPair
 
+pytestmark = pytest.mark.slow(5)
+
 DRAW = StepRandom(np.random.default_rng(0), torch.Generator())
 
 

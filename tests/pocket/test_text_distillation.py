@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fewstep.methods.base import StepRandom
 from fewstep.pocket import config as pocket
 from fewstep.pocket.text_distillation import LATENT_WEIGHT, TextBatch, TextEncoderDistillation
 from fewstep.pocket.text_encoder import TextEncodersWithHeads, patchify, unpatchify
+
+pytestmark = pytest.mark.slow(5)
 
 DRAW = StepRandom(np.random.default_rng(0), torch.Generator())
 

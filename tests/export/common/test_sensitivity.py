@@ -28,6 +28,8 @@ from fewstep.export.common.sensitivity import (
 from fewstep.families import sd3
 from fewstep.families.base import Family
 
+pytestmark = pytest.mark.slow(15)
+
 
 class Two(nn.Module):
     """``y = a(x) + b(x)``, of which ``b`` is a thousand times smaller."""
