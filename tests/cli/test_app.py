@@ -120,6 +120,7 @@ def test_bad_values_end_in_one_line_and_no_file(at: Path) -> None:
     ("arguments", "message"),
     [
         (["a", "--steps", "2.5"], "not a whole number"),
+        (["a", "--threads", "many"], "'many' is not a whole number"),
         (["a", "-n", "0"], "n must be"),
         (["a", "--seed", "-1"], "seed must be"),
         (["a", "--strength", "0.5"], "strength is for image-to-image"),
@@ -303,6 +304,25 @@ def test_from_tells_another_model(at: Path, tmp_path: Path) -> None:
     done = run("generate", "--from", "dog.png", "--model", str(other), "-o", "again.png")
     assert done.returncode == 0
     assert "warning: the model is not the one" in done.stderr
+
+
+@pytest.mark.parametrize("model", ["evil_family:tiny", "evil_package.family:tiny", "evil_family:../tiny"])
+def test_from_imports_no_family_that_an_image_names(
+    at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: str
+) -> None:
+    written = tmp_path / "imported"
+    (tmp_path / "code/evil_package").mkdir(parents=True)
+    for path in ("evil_family.py", "evil_package/__init__.py", "evil_package/family.py"):
+        (tmp_path / "code" / path).write_text(f"open({str(written)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    (at / "tiny").mkdir()
+    inside("a dog", "-o", "dog.png")
+    image = open_image("dog.png")
+    image.info["fewstep"] = json.dumps({**json.loads(image.info["fewstep"]), "model": model})
+    fewstep.save(image, "evil.png")
+    assert cli.run(["generate", "--from", "evil.png", "-o", "x.png"]) == 2
+    assert f"say so with --model {model}" in capsys.readouterr().err
+    assert not written.exists() and not (at / "x.png").exists()
 
 
 def test_from_fetches_no_model_unasked(at: Path, capsys: Capture) -> None:
@@ -898,3 +918,24 @@ def test_libraries_speak_of_numbers_alone(capsys: Capture, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "warnoptions", ["default"])
     show("all", UserWarning)
     assert shown[-1] == "all"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "x", "-o", "y", "--steps", "2.5"],
+        ["bench", "--rounds", "2.5"],
+        ["bench", "--batch-size", "1", "--batch-size", "2.5"],
+        ["evaluate", "--seeds", "2.5", "-o", "y"],
+        ["data", "stickers", "-o", "y", "--images", "2.5"],
+        ["distill", "flash", "--steps", "2.5"],
+        ["train", "pocket-vae", "--steps", "2.5"],
+        ["sample-teacher", "--teacher", "x", "-o", "y", "--num-samples", "2.5"],
+        ["estimate-memory", "--batch-size", "2.5"],
+        ["ablate", "--student-steps", "2.5"],
+    ],
+)
+def test_no_command_rounds_a_whole_number(at: Path, capsys: Capture, words: list[str]) -> None:
+    assert cli.run(words) == 2
+    assert "'2.5' is not a whole number" in capsys.readouterr().err
+    assert not (at / "y").exists()

@@ -76,3 +76,21 @@ def test_what_cannot_be_imported_is_one_line(package: str, spec: str) -> None:
 def test_a_name_that_is_not_public_is_unknown(package: str, spec: str) -> None:
     with pytest.raises(UserError, match="give one of plain, with-dash, or an import path"):
         plugins.load(spec, package, "engine")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("def", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("raise SystemError", "SystemError")],
+)
+def test_an_extension_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    (tmp_path / "failing_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=f"cannot import the engine failing_of_a_test:: {reason}"):
+        plugins.load_external("failing_of_a_test:", "engine")
+    point = EntryPoint("broken", "failing_of_a_test", "fewstep.engine")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == point.group else [])
+    with pytest.raises(UserError, match=f"cannot import the engine broken: {reason}"):
+        plugins.load_external("broken", "engine")

@@ -6,15 +6,17 @@ import numpy as np
 
 from fewstep.pocket.captions import STYLE_WORDS
 from fewstep.pocket.concepts import Concept
-from fewstep.pocket.geneval_prompts import prompted_concepts
+from fewstep.pocket.geneval_prompts import COLOURED_OBJECTS, OBJECTS
 from fewstep.pocket.render import Renderings
+
+CONCEPTS = OBJECTS + tuple(
+    f"{colour} {name}" for name, colours in COLOURED_OBJECTS.items() for colour in colours
+)
 
 
 def renderings(size: int = 16, names: tuple[str, ...] | None = None) -> Renderings:
     styles = tuple(STYLE_WORDS)
-    concepts = [
-        Concept(name, (), (), f"{i:x}", "test", styles) for i, name in enumerate(names or prompted_concepts())
-    ]
+    concepts = [Concept(name, (), (), f"{i:x}", "test", styles) for i, name in enumerate(names or CONCEPTS)]
     pairs = [(i, style) for style in styles for i in range(len(concepts))]
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     inside = (x**2 + y**2 <= 1).astype(np.uint8)

@@ -28,9 +28,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
-    from cyclopts import App
+    from cyclopts import App, Token
 
 COMMANDS = {
     "generate": ("fewstep.cli.generate:generate", "Generate images from text prompts."),
@@ -241,12 +241,34 @@ def application(described: Collection[str] = ()) -> App:
         version=__version__,
         version_flags=["--version", "-V"],
         suppress_keyboard_interrupt=False,
-        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
+        default_parameter=Parameter(
+            negative_iterable=(), show_default=_shown_default, converter=_convert_value
+        ),
     )
     for name, (place, text) in COMMANDS.items():
         app.command(place, name=name, help=None if name in described and name not in GROUPS else text)
     app.command("fewstep.cli.completion:install", name="--install-completion", help=COMPLETION)
     return app
+
+
+def _convert_value(hint: Any, tokens: Sequence[Token]) -> object:
+    """Convert the value of an option. The parser itself rounds 2.5 to 2 for a whole number.
+
+    Raises:
+        ValueError: the value is not a whole number, where only one will do.
+    """
+    from typing import get_args
+
+    from cyclopts import convert
+
+    kinds = (hint, *get_args(hint))
+    if int in kinds and float not in kinds and str not in kinds:
+        for token in tokens:
+            try:
+                int(token.value)
+            except ValueError:
+                raise ValueError(f"{token.value!r} is not a whole number") from None
+    return convert(hint, tokens)
 
 
 def _shown_default(value: object) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, cast
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
 from fewstep.core import plugins
 from fewstep.core.optional import need
@@ -30,30 +30,17 @@ from fewstep.export.common.output_paths import check_folder
 from fewstep.pipeline.resolve import parse_family, resolve
 
 
-def whole(hint: Any, tokens: Sequence[Token]) -> int:
-    """Read a whole number: cyclopts would round 2.5 to 2."""
-    return int(tokens[0].value)
-
-
-def wholes(hint: Any, tokens: Sequence[Token]) -> list[int]:
-    """Read several whole numbers."""
-    return [int(token.value) for token in tokens]
-
-
-Whole = Annotated[int, Parameter(converter=whole)]
-
-
 def evaluate(
     *models: str,
     output: Annotated[Path, Parameter(name=["-o", "--output"])],
     teacher: str | None = None,
-    steps: Annotated[list[int] | None, Parameter(converter=wholes)] = None,
+    steps: list[int] | None = None,
     prompt_set: str = "pocket",
     metric: list[str] | None = None,
-    seeds: Whole = 4,
-    first_seed: Whole = 0,
-    prompts: Annotated[int | None, Parameter(converter=whole)] = None,
-    scenes: Annotated[int | None, Parameter(converter=whole)] = None,
+    seeds: int = 4,
+    first_seed: int = 0,
+    prompts: int | None = None,
+    scenes: int | None = None,
     detector: Path | None = None,
     human_prompts: Path | None = None,
     data: Path | None = None,
@@ -73,15 +60,15 @@ def evaluate(
             or an import path module:Class. May be given several times.
         seeds: Images per prompt.
         first_seed: Seed of the first image; the others count up from it.
-        prompts: Pocket: how many prompts, half of them from pairs that were never trained on (default 200).
+        prompts: Pocket: how many prompts, half of them from pairs that were never trained on. [default: 200]
         scenes: Pocket: how many prompts of scenes to score besides, one image each: a multiple of 12, or 0
-            for none (default 120).
-        detector: Pocket: folder of the scene detector, from `fewstep train scene-detector`
-            (default models/scene-detector).
+            for none. [default: 120]
+        detector: Pocket: folder of the scene detector, from `fewstep train scene-detector`.
+            [default: models/scene-detector]
         human_prompts: Pocket: measure prompts that people wrote besides, one image each. Lines of a prompt,
             a tab, and the concepts of which one is expected, with | between them.
-        data: Pocket: folder that `fewstep data stickers` filled; keeps the features of its renderings too
-            (default data/stickers).
+        data: Pocket: folder that `fewstep data stickers` filled; keeps the features of its renderings too.
+            [default: data/stickers]
     """
     if not models:
         raise UserError("name at least one model, as in: fewstep evaluate pocket@4 -o results")

@@ -16,7 +16,6 @@ from cyclopts import Parameter
 from fewstep.cli.options import (
     STREAM,
     Flag,
-    MaybeWhole,
     check_files,
     check_quotes,
     read_input_image,
@@ -45,9 +44,9 @@ JSON_FIELDS = ("path", "prompt", "seed", "steps", "model", "seconds")
 def generate(
     *prompts: str,
     prompts_file: Annotated[str | None, Parameter(name="--prompts", metavar="PATH")] = None,
-    steps: MaybeWhole = None,
-    num_images: Annotated[MaybeWhole, Parameter(name=["-n", "--num-images"])] = None,
-    seed: MaybeWhole = None,
+    steps: int | None = None,
+    num_images: Annotated[int | None, Parameter(name=["-n", "--num-images"])] = None,
+    seed: int | None = None,
     style: str | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -59,7 +58,7 @@ def generate(
     grid: Flag = False,
     json: Flag = False,
     source: Annotated[str | None, Parameter(name="--from", metavar="PATH")] = None,
-    threads: MaybeWhole = None,
+    threads: int | None = None,
     torch: TorchOptions = DEFAULTS,
 ) -> None:
     """Generate images from text prompts, and print the path of each.

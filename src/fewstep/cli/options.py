@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
 from fewstep.core.types import UserError
 
@@ -35,19 +35,6 @@ class PromptsWarning(UserWarning):
     """Several prompts may be one prompt without quotes, or a prompt may be a file."""
 
 
-def whole_number(hint: Any, tokens: Sequence[Token]) -> int:
-    """Convert an option's value to an integer. The parser itself rounds 2.5 to 2.
-
-    Raises:
-        ValueError: the value is not a whole number.
-    """
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
-
-
-MaybeWhole: TypeAlias = Annotated[int | None, Parameter(converter=whole_number)]
 Flag: TypeAlias = Annotated[bool, Parameter(negative="")]
 """An option without a value, which is off if it is not given."""
 Output: TypeAlias = Annotated[Path, Parameter(name=["--output", "-o"])]

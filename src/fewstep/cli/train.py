@@ -24,9 +24,7 @@ from fewstep.distill.recipes import load_recipe
 if TYPE_CHECKING:
     from fewstep.train.run import Run
 
-train = App(
-    name="train", help="Train Pocket's parts (codec, text encoders, teacher) and the judge of scenes."
-)
+train = App(name="train", help="Train the parts of Pocket, and the scene detector.")
 distill = App(name="distill", help="Distil a teacher into a student of few steps.")
 
 

@@ -52,17 +52,25 @@ def load_external(spec: str, kind: str, known: Sequence[str] = ()) -> Any:
         UserError: there is no such extension, or it cannot be imported.
     """
     label = kind.replace("_", " ")
-    if "." in spec or ":" in spec:
-        module_name, _, attribute = spec.partition(":")
-        try:
+    points = {point.name: point for point in entry_points(group=f"fewstep.{kind}")}
+    try:
+        if spec in points:
+            return points[spec].load()
+        if "." in spec or ":" in spec:
+            module_name, _, attribute = spec.partition(":")
             if module_name.startswith("."):
                 raise ValueError("a relative import path")
             module = importlib.import_module(module_name)
             return getattr(module, attribute) if attribute else module
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot import the {label} {spec}: {' '.join(str(error).split())}") from None
-    points = {point.name: point for point in entry_points(group=f"fewstep.{kind}")}
-    if spec in points:
-        return points[spec].load()
+    except Exception as error:  # whatever the code of others raises
+        reason = " ".join(str(error).split()) or "no reason is given"
+        named = (
+            ""
+            if isinstance(error, (ImportError, AttributeError, ValueError))
+            else type(error).__name__ + ": "
+        )
+        raise UserError(f"cannot import the {label} {spec}: {named}{reason}") from error
     listed = ", ".join([*known, *sorted(points)])
-    raise UserError(f"there is no {label} {spec}: give one of {listed}, or an import path")
+    raise UserError(
+        f"there is no {label} {spec}: give one of {listed}, or an import path (a single module as {spec}:)"
+    )

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fewstep.core.types import Model, UserError
 from fewstep.families import diffusers_io
@@ -21,9 +21,6 @@ from fewstep.families.net_classes import SHARED_CLASSES, NetClass
 if TYPE_CHECKING:
     import torch
     from torch.nn import Module
-
-GuidanceKind = Literal["cfg", "embedded", "none"]
-"""Classifier-free guidance in a second pass, a scale that is an input of the net, or no guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,10 +318,6 @@ class Architecture(ABC):
     def context_length(self, tokens: Mapping[str, int]) -> int:
         """Return the rows ``L`` of a context."""
         return sum(tokens.values())
-
-    def guidance_kind(self, config: Mapping[str, Any]) -> GuidanceKind:
-        """Return how guidance is applied."""
-        return "cfg"
 
     def few_blocks(self, config: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Return the configuration with at most ``count`` blocks of each kind, to measure memory with."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.core.types import Array, Cond, UserError
 from fewstep.core.validate import check_int
-from fewstep.families.base import Architecture, Family, GuidanceKind
+from fewstep.families.base import Architecture, Family
 from fewstep.families.common import Reader, family_of_parts, warn_of_cuts
 from fewstep.families.lora import original_names
 from fewstep.families.net_classes import (
@@ -275,10 +275,6 @@ class Flux(Architecture):
     def context_length(self, tokens: Mapping[str, int]) -> int:
         """Return the rows of T5; CLIP gives the pooled vector alone."""
         return tokens["text_encoder_2"]
-
-    def guidance_kind(self, config: Mapping[str, Any]) -> GuidanceKind:
-        """Return ``embedded`` for dev and ``none`` for schnell."""
-        return "embedded" if config.get("guidance_embeds") else "none"
 
 
 ARCHITECTURE = Flux()

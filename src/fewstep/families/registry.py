@@ -42,7 +42,10 @@ def architecture(name: str) -> Architecture:
     if name in built_in():
         return built_in()[name]
     if name in _entry_points():
-        found: object = _entry_points()[name].load()
+        try:
+            found: object = _entry_points()[name].load()
+        except Exception as error:  # whatever the code of others raises
+            raise UserError(f"cannot import the family {name}: {type(error).__name__}: {error}") from error
     else:
         found = plugins.load(f"{name}:ARCHITECTURE", PACKAGE, "family")
     found = getattr(found, "ARCHITECTURE", found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.core.types import UserError
 from fewstep.core.validate import MOST_AT_ONCE, check_int
 from fewstep.images.io import file_hash
-from fewstep.pipeline.resolve import builtin_models, parse_family
+from fewstep.pipeline.resolve import builtin_models
 
 if TYPE_CHECKING:
     from fewstep.images.record import Record
@@ -38,9 +38,8 @@ def restore_request(
     Raises:
         UserError: the model must be named, or the input image is missing or has changed.
     """
-    folder = Path(parse_family(record.model)[1])
-    if model is None and not (folder.exists() or record.model in [path.name for path in builtin_models()]):
-        # An image of unknown origin must not choose what is downloaded.
+    if model is None and not _is_local(record.model):
+        # An image of unknown origin must not choose what is downloaded or imported.
         raise UserError(f"that image was made by {record.model}: say so with --model {record.model}")
     options: dict[str, Any] = {
         name: getattr(record, name)
@@ -54,6 +53,16 @@ def restore_request(
         if not Path(path).is_file() or file_hash(path) != record.image_sha256:
             raise UserError(f"its input image {path} is gone or has changed: give it with --image")
     return {**options, **given}, prompts or [record.prompt], record.model if model is None else model
+
+
+def _is_local(name: str) -> bool:
+    """Return whether a recorded model is here, without a family from outside the package in front."""
+    from fewstep.families.registry import built_in
+
+    if Path(name).exists() or name in [path.name for path in builtin_models()]:
+        return True
+    family, _, folder = name.partition(":")
+    return family in built_in() and Path(folder).exists()
 
 
 def restore_torch_options(record: Record, options: TorchOptions, model: str | None) -> TorchOptions:

@@ -54,13 +54,6 @@ COLOURED_OBJECTS = {
 """Objects with renderings in several colours, such as "blue heart": for the category binding."""
 
 
-def prompted_concepts() -> tuple[str, ...]:
-    """Return the names of all concepts that prompts ask for."""
-    return OBJECTS + tuple(
-        f"{colour} {name}" for name, colours in COLOURED_OBJECTS.items() for colour in colours
-    )
-
-
 @dataclass(frozen=True)
 class Scene:
     """A prompt and its truth.

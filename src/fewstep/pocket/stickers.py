@@ -88,6 +88,9 @@ def build(
 
 def _check_options(folder: Path, options: Mapping[str, object]) -> None:
     """Check that ``folder`` holds no data set of other options and no other files of these names."""
+    for index in ("bundle.json", "model_index.json", "run.json"):
+        if (folder / index).is_file():
+            raise UserError(f"{folder} holds a model or a run ({index}): choose another folder with -o")
     folder.mkdir(parents=True, exist_ok=True)
     options_file = folder / "stickers.json"
     names = ("LICENCES.md", "renderings-*", "train/train-*.tar", "heldout/heldout-*.tar")
