@@ -34,6 +34,8 @@ from fewstep.methods.trajectory import Trajectory
 from fewstep.pipeline import loading
 from fewstep.train.train_step import draw
 
+pytestmark = pytest.mark.slow(5)
+
 PROMPTS = ["a red apple, 3D style", "two blue cars"]
 kinds = pytest.mark.parametrize("kind", tiny_flux.KINDS)
 

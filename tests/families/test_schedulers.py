@@ -26,6 +26,8 @@ from fewstep.inference.load import load as load_staged
 from fewstep.inference.options import TorchOptions
 from fewstep.pipeline.loading import load_family
 
+pytestmark = pytest.mark.slow(5)
+
 EULER, LCM = schedulers.EULER, schedulers.CONSISTENCY
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.8, "max_shift": 2.0, "base_image_seq_len": 4}
 

@@ -42,6 +42,8 @@ from fewstep.inference.sampling_config import build_family
 from fewstep.modules.adaln import split_modulation
 from fewstep.pipeline.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow(5)
+
 
 class OnlyThere(TorchDispatchMode):
     """Refuses what a GPU cannot record: to read or make a tensor elsewhere, or a number of one."""

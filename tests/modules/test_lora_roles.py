@@ -19,6 +19,8 @@ from fewstep.families.lora.role_files import load_role, save_role
 from fewstep.modules.block_transforms import checkpoint_activations, compile_block
 from fewstep.modules.lora import LoRARoles, active_role, use_role
 
+pytestmark = pytest.mark.slow(5)
+
 FAMILIES = [sd3, flux]
 
 
