@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from contextlib import contextmanager
 
@@ -101,6 +100,8 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if _last is not None and now - _last[1] < AGAIN:
         return
     if _imports_torch(frame):
+        import threading
+
         later = threading.Timer(0.05, os.kill, (os.getpid(), number))
         later.daemon = True
         later.start()
