@@ -1,4 +1,4 @@
-# make demo    a picture, from a fresh clone, without PyTorch
+# make demo    an image, from a fresh clone, without PyTorch
 # make check   lint, types and fast tests: a minute and a half
 # make test    lint, types and all tests but those of whole systems (installs everything into .venv first)
 # make test-system       tests with a browser, a database, load or foreign clients, and the site of the docs
@@ -16,7 +16,7 @@ INSTALL = install --constraint constraints.txt
 demo: .venv-demo/ready
 	@.venv-demo/bin/fewstep generate "$(PROMPT)" -o demo.png
 	@du -sk .venv-demo | awk '{printf "base environment: %d MB\n", $$1 * 1.024 / 1000 + 0.5}'
-	@echo "picture: demo.png"
+	@echo "image: demo.png"
 
 .venv-demo/ready: pyproject.toml constraints.txt $(shell find src/fewstep -type f -not -name '*.pyc')
 	@$(PYTHON) -m venv --clear --without-pip .venv-demo

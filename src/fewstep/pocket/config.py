@@ -60,7 +60,7 @@ def transformer() -> Any:
 
 
 def clip(tokenizer: Any, activation: str) -> Any:
-    """Return a fresh CLIP text encoder of width 192; ``act`` is its activation."""
+    """Return a fresh CLIP text encoder of width 192, with this activation function."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(
