@@ -91,3 +91,16 @@ def test_densities_follow_their_generator() -> None:
     first, again, other = (density(8, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).all()
+
+
+def test_a_shifted_logit_normal_is_one_of_another_mean() -> None:
+    """LADD (arXiv 2403.12015) leans to noise by the mean; here the shift does."""
+    shifted = schedule.density("logit-normal", math.e)(50_000, np.random.default_rng(0))
+    plain = schedule.logit_normal(50_000, np.random.default_rng(0), mean=1.0)
+    np.testing.assert_allclose(shifted, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+def test_a_density_refuses_a_shift_that_is_not_positive(shift: float) -> None:
+    with pytest.raises(UserError, match="shift"):
+        schedule.density("uniform", shift)

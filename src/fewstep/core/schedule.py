@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from fewstep.core.types import UserError
 
 Density = Callable[[int, np.random.Generator], np.ndarray]
 """``density(n, rng)`` draws ``n`` times in [0, 1], float32 ``[n]``."""
+
+DensityName = Literal["uniform", "logit-normal"]
+"""The densities that :func:`density` knows, before the shift."""
 
 
 def grid(steps: int, shift: float = 3.0) -> list[float]:
@@ -82,3 +86,21 @@ def shifted(density: Density, s: float) -> Density:
         return shift_time(density(n, rng), s)
 
     return draw
+
+
+def density(name: DensityName, shift: float = 1.0) -> Density:
+    """Return the density of this name, shifted towards noise.
+
+    A logit-normal density shifted by ``s`` is one of mean ``log s``: LADD's mean of 1 is ``s = 2.72``.
+
+    Args:
+        name: of the density.
+        shift: time shift ``s``; 1 leaves the times as they are.
+
+    Raises:
+        UserError: the shift is not a positive number.
+    """
+    if not (math.isfinite(shift) and shift > 0):
+        raise UserError(f"the shift of times must be a positive number, not {shift}")
+    base = {"uniform": uniform, "logit-normal": logit_normal}[name]
+    return base if shift == 1 else shifted(base, shift)
