@@ -243,8 +243,8 @@ def _keep_labels(net: Module) -> None:
     Recipes drop labels, once per sample. The net would draw anew in each block, and in students, too.
     """
     for module in net.modules():
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
+        if "dropout_prob" in vars(module):
+            vars(module)["dropout_prob"] = 0.0
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The judge of the Fashion-MNIST benchmark: a small CNN that names classes, and whose features are compared."""
+"""The judge of the Fashion-MNIST benchmark: a CNN whose classes and features are measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *_stage(1, 32), *_stage(32, 64), nn.MaxPool2d(2), *_stage(64, 64), *_stage(64, 128), nn.MaxPool2d(2),
+            *_stage(1, 32), *_stage(32, 64), nn.MaxPool2d(2),
+            *_stage(64, 64), *_stage(64, 128), nn.MaxPool2d(2),
             *_stage(128, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, FEATURES), nn.ReLU(),
         )  # fmt: skip
         self.dropout = nn.Dropout(0.3)
