@@ -51,7 +51,7 @@ COMMANDS = {
         "fewstep.experiments.gradient_noise:gradient_noise",
         "Measure the noise of the gradient of distribution matching.",
     ),
-    "ablate": ("fewstep.experiments.ablate:ablate", "Compare the distillation methods in one table."),
+    "ablate": ("fewstep.cli.ablate:app", "Compare the distillation methods in one table."),
     "export": ("fewstep.cli.export:export", "Export a model to another format or runtime."),
     "quantize": (
         "fewstep.experiments.quantize_report:quantize",
@@ -62,7 +62,7 @@ COMMANDS = {
 }
 """By command: where its function is, and what the list of commands says."""
 
-GROUPS = ("data", "train", "distill")
+GROUPS = ("data", "train", "distill", "ablate")
 """Commands that have commands of their own."""
 
 COMPLETION = "Install completion of commands and options in a shell."

@@ -33,7 +33,7 @@ class Frechet(FeatureMetric):
 
     def __init__(self, references: References) -> None:
         super().__init__()
-        self._real = _moments(references.features)
+        self._real = moments(references.features)
 
     def compute(self) -> Mapping[str, Interval]:
         features, rows = self.features, list(rows_by_prompt(self.prompts).values())
@@ -43,8 +43,8 @@ class Frechet(FeatureMetric):
         without: list[float] = []
         for block in range(blocks):
             kept = [row for index, own in enumerate(rows) if index % blocks != block for row in own]
-            without.append(frechet(_moments(features[kept]), self._real))
-        return {"frechet": jackknife(frechet(_moments(features), self._real), np.array(without))}
+            without.append(frechet(moments(features[kept]), self._real))
+        return {"frechet": jackknife(frechet(moments(features), self._real), np.array(without))}
 
 
 METRIC = Frechet
@@ -61,7 +61,7 @@ def frechet(a: Moments, b: Moments) -> float:
     return float(difference @ difference + trace)
 
 
-def _moments(features: NDArray[np.floating]) -> Moments:
+def moments(features: NDArray[np.floating]) -> Moments:
     """Return the mean and the unbiased covariance of features ``[N, d]``, N at least 2."""
     features = np.asarray(features, np.float64)
     return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)).astype(np.float64, copy=False)
