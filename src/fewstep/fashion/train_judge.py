@@ -101,17 +101,22 @@ def fashion_judge(
 
 
 def write(net: Any, data: Path, folder: Path) -> None:
-    """Write a judge with the share of test images that it names rightly."""
+    """Write a judge with the scale of its features, and the share of test images that it names rightly."""
     import json
 
     from safetensors.torch import save_file
 
     from fewstep.core.atomic import replacing_folder
-    from fewstep.fashion.judge import FILE
+    from fewstep.evaluate.metrics.frechet import frechet, moments
+    from fewstep.fashion.judge import FILE, UNIT, UNIT_IMAGES, UNIT_SETS
 
-    test = fashion.load(data, "test")
-    _, classes = net.judge(test.images)
-    facts = {"test_accuracy": float((classes == test.labels).mean()), "classes": list(fashion.CLASSES)}
+    training, test = fashion.load(data, "train"), fashion.load(data, "test")
+    net.scale.fill_(1.0)
+    features, classes = net.judge(test.images)
+    sets = np.split(net.judge(training.images[: UNIT_IMAGES * UNIT_SETS])[0], UNIT_SETS)
+    distance = np.mean([frechet(moments(own), moments(features)) for own in sets])
+    net.scale.fill_(float((UNIT / distance) ** 0.5))
+    facts = {"test_accuracy": float((classes == test.labels).mean()), "scale": float(net.scale)}
     with replacing_folder(folder) as fresh:
         save_file({name: tensor.cpu() for name, tensor in net.state_dict().items()}, fresh / FILE)
         (fresh / "judge.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fewstep.core import flow, sampling
-from fewstep.core.types import Batch, Velocity
+from fewstep.core.types import Batch, Sampler, Velocity
 from fewstep.methods.base import Losses, StepRandom
 
 if TYPE_CHECKING:
@@ -60,11 +60,14 @@ class Rollout:
         velocity: the student.
         grid: its times, descending from 1 to 0.
         trained_steps: indices of the steps that are trained; all of them where it is empty.
+        sampler: how a step is taken: along the velocity, or with fresh noise to the next time (stochastic
+            backward simulation, DMD2, section 4.5).
     """
 
     velocity: Velocity
     grid: Sequence[float]
     trained_steps: Sequence[int] = ()
+    sampler: Sampler = "euler"
     _cache: dict[int, list[Tensor]] = field(default_factory=lambda: {})
 
     @property
@@ -84,10 +87,12 @@ class Rollout:
         part = random.share.part
         if part not in self._cache:
             states = [random.noise(batch.latents)]
+            rule = self._rule(random)
             with torch.no_grad():
                 for i in range(self.steps):
                     times = self.grid[i : i + 2]
-                    states.append(sampling.sample_flow(self.velocity, states[-1], times, batch.student_cond))
+                    cond = batch.student_cond
+                    states.append(sampling.sample_flow(self.velocity, states[-1], times, cond, rule))
             self._cache[part] = states
         return self._cache[part]
 
@@ -109,4 +114,13 @@ class Rollout:
     def finals_with_grad(self, batch: Batch, random: StepRandom) -> Tensor:
         """Return the student's samples with the gradient of every step, ``[B, C, H, W]``."""
         noise = self.states(batch, random)[0]
-        return sampling.sample_flow(self.velocity, noise, self.grid, batch.student_cond)
+        return sampling.sample_flow(self.velocity, noise, self.grid, batch.student_cond, self._rule(random))
+
+    def _rule(self, random: StepRandom) -> sampling.StepRule:
+        if self.sampler == "euler":
+            return sampling.euler
+
+        def step(x: Tensor, v: Tensor, t: float, t_next: float, index: int) -> Tensor:
+            return flow.interpolate(flow.to_x0(x, v, t), random.noise(x), t_next)
+
+        return step
