@@ -130,7 +130,7 @@ def taught(
 ) -> dict[str, Any]:
     """Carry out a run by the real trainer; the nets, averaged where they are students."""
     options = TrainOptions(
-        steps, lr, seed=seed, net_lrs=rates or {}, warmup=10, decay=0.7, ema=0.99, weight_decay=0.0,
+        steps, lr, seed=seed, net_lrs=rates or {}, warmup=10 / steps, decay=0.7, ema=0.99, weight_decay=0.0,
         precision="fp32", device="cpu", log_every=10**6, save_minutes=60.0,
     )  # fmt: skip
     kept: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def test_a_turn_changes_just_the_net_that_it_names(name: str, tmp_path: Path) ->
             nets = method.nets
             updates = staticmethod(lambda step, turn=turn: [turn])
 
-        options = TrainOptions(5, 1e-2, warmup=1, precision="fp32", device="cpu")
+        options = TrainOptions(5, 1e-2, warmup=0.2, precision="fp32", device="cpu")
         state = State(Run("x", tmp_path, Alone(), walked(8)(8), options, {"recipe": "x"}, averaged=[]))
         before = {n: [p.clone() for p in part.parameters()] for n, part in method.nets.items()}
         for _ in range(3):

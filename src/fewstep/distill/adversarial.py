@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.core.types import Velocity
+from fewstep.core.types import UserError, Velocity
 from fewstep.distill.context import DistillContext
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ NUM_TAPS = 3
 
 
 def adversarial_loss(
-    context: DistillContext, velocity: Velocity, blocks: Sequence[Module], **options: Any
+    context: DistillContext,
+    velocity: Velocity,
+    blocks: Sequence[Module],
+    *,
+    heads: Literal["token", "conv"] = "token",
+    **options: Any,
 ) -> AdversarialLoss:
     """Return the adversarial loss with new heads on some blocks of a net.
 
@@ -26,7 +31,11 @@ def adversarial_loss(
         context: the distillation; its first sample gives the width of the features.
         velocity: the net as a velocity.
         blocks: its blocks.
+        heads: kind of the heads.
         options: of :class:`~fewstep.methods.ladd.AdversarialLoss`.
+
+    Raises:
+        UserError: heads over a grid, where the features are of no grid.
     """
     import torch
 
@@ -40,8 +49,13 @@ def adversarial_loss(
         t = torch.full((1,), 0.5, device=device)
         features = taps(row.latents.to(device), t, row.cond.map(lambda array: array.to(device)))
     widths = [feature.shape[-1] for feature in features]
-    heads = DiscriminatorHeads(widths, seed=context.config.seed).to(device)
-    return AdversarialLoss(taps, heads, **options)
+    _, height, width = context.teacher.latent
+    net = DiscriminatorHeads(widths, seed=context.config.seed, kind=heads, aspect=width / height).to(device)
+    try:
+        net(features)
+    except ValueError as error:
+        raise UserError(f"--heads {heads}: {error}") from None
+    return AdversarialLoss(taps, net, **options)
 
 
 def spaced(blocks: Sequence[Module], count: int) -> list[Module]:

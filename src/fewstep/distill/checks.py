@@ -26,8 +26,6 @@ def check_options(
     """
     require_positive(proxy_updates=proxy_updates)
     require_fraction(ida_decay=ida_decay)
-    if ida_decay < 1 and config.lora:
-        raise UserError("--ida-decay is for full fine-tuning: LoRA adapters do not follow each other")
     for name, rate in (("proxy-lr", 1.0 if proxy_lr is None else proxy_lr), ("heads-lr", heads_lr)):
         if not (isfinite(rate) and rate > 0):
             raise UserError(f"--{name} must be a positive number, not {rate}")

@@ -25,6 +25,7 @@ class DistillConfig:
         data: The data set whose captions are the prompts, where samples are made.
         num_samples: How many samples are made.
         guidance: The teacher's guidance scale, where samples are made. [default: the teacher's own]
+        teacher_guidance: The teacher's guidance scale in the losses. [default: that of the samples]
         init: Start the student from this model; with --lora, from the `lora` folder of an earlier run.
             [default: from the teacher]
         student_steps: Sampling steps of the student.
@@ -33,6 +34,13 @@ class DistillConfig:
         gradient_accumulation_steps: Micro-batches per training step; each process holds the activations of
             one at a time.
         lr: Learning rate.
+        warmup: Share of the steps, at the start, in which the learning rate rises from zero.
+        decay: Share of the steps, at the end, in which it falls to zero.
+        ema: Decay of the averaged weights, which are the student.
+        betas: Two decay rates of AdamW.
+        weight_decay: Weight decay of matrices.
+        clip: Largest norm of a gradient.
+        precision: Arithmetic of the nets: fp32, bf16, or auto, which is bf16 where the machine has it.
         t5_dropout: Share of the batches in which the student is not conditioned on T5; at 1 it never is.
         lora: Rank of LoRA adapters: teacher, student and proxy share one frozen net. 0 is full fine-tuning.
         dtype: Of the frozen weights: float32 or bfloat16; trained weights are float32.
@@ -40,6 +48,8 @@ class DistillConfig:
         compile: Compile the blocks.
         max_minutes: Train for at most this many minutes, and at most --steps; 0 sets no time limit. In a
             chain it holds for each stage.
+        keep_every: Training steps between copies of the student's weights, `students/STEP.safetensors` in the
+            run folder; 0 keeps none.
         validate_every: Training steps between validations by KID to the teacher's samples; 0 turns them off.
         seed: Of the data order and of all noise.
         device: auto, cpu or cuda.
@@ -55,18 +65,27 @@ class DistillConfig:
     data: Path = Path("data/stickers")
     num_samples: int = 2000
     guidance: float | None = None
+    teacher_guidance: float | None = None
     init: str | None = None
     student_steps: int = 4
     steps: int = 600
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     lr: float = 1e-4
+    warmup: float = 0.05
+    decay: float = 0.3
+    ema: float = 0.99
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     t5_dropout: float = 1.0
     lora: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
     max_minutes: float = 0.0
+    keep_every: int = 0
     validate_every: int = 0
     seed: int = 0
     device: str = "auto"
@@ -77,7 +96,7 @@ class DistillConfig:
             batch_size=self.batch_size, num_samples=self.num_samples, student_steps=self.student_steps
         )
         require_fraction(t5_dropout=self.t5_dropout)
-        require_at_least(0, lora=self.lora, validate_every=self.validate_every)
+        require_at_least(0, lora=self.lora, validate_every=self.validate_every, keep_every=self.keep_every)
         check_threads(self.threads)
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")

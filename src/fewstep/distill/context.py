@@ -72,12 +72,18 @@ class DistillContext:
 
         return schedule.grid(self.config.student_steps, self.teacher.shift)
 
+    @property
+    def guidance(self) -> float | None:
+        """The teacher's guidance scale in the losses."""
+        own = self.config.teacher_guidance
+        return self.samples.plan.guidance if own is None else own
+
     @cached_property
     def guided_teacher(self) -> Velocity:
-        """The teacher as a velocity, at the guidance scale of its samples."""
+        """The teacher as a velocity, with guidance."""
         from fewstep.core.guidance import Guided
 
-        scale = self.samples.plan.guidance
+        scale = self.guidance
         if self.teacher.guidance is None:
             return self.plain_teacher
         null = self.samples.null.map(lambda array: array.to(self.teacher.net.device))
@@ -85,8 +91,8 @@ class DistillContext:
 
     @property
     def plain_teacher(self) -> Velocity:
-        """The teacher in one pass; a net with embedded guidance is given the scale of its samples."""
-        scale, teacher = self.samples.plan.guidance, self.teacher
+        """The teacher in one pass; a net with embedded guidance is given the guidance scale."""
+        scale, teacher = self.guidance, self.teacher
         if teacher.guidance is None and scale is not None:
             teacher = teacher.with_guidance(scale)
         velocity = teacher.velocity

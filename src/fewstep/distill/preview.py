@@ -11,6 +11,9 @@ from fewstep.distill.context import DistillContext
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SHOWN = 12
+"""Prompts of a contact sheet."""
+
 
 def sample_student(
     context: DistillContext, velocity: Velocity, prompts: Sequence[str], seeds: Sequence[int]
@@ -33,10 +36,11 @@ def sample_student(
 
 
 def draw_preview(context: DistillContext) -> Image:
-    """Return a contact sheet of the student, from fixed prompts and seeds."""
+    """Return a contact sheet of the student: the first prompts of its samples, at fixed seeds."""
     from fewstep.families import common
-    from fewstep.train.preview import SHOWN, decode_grid
+    from fewstep.train.preview import decode_grid
 
-    latents = sample_student(context, context.student.velocity, SHOWN, range(len(SHOWN)))
+    prompts = list(dict.fromkeys(context.samples.prompts))[:SHOWN]
+    latents = sample_student(context, context.student.velocity, prompts, range(len(prompts)))
     with common.on_device(context.teacher, "vae"):
-        return decode_grid(context.teacher, latents, SHOWN)
+        return decode_grid(context.teacher, latents, prompts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
+from functools import partial, singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,16 +94,21 @@ def build_run(context: DistillContext, method: Method, *trainables: Trainable, *
     """
     from fewstep.distill.preview import draw_preview
     from fewstep.distill.validation import KidToTeacher
-    from fewstep.distill.writing import write_student
+    from fewstep.distill.writing import keep_student, write_student
     from fewstep.families import common
 
     config = context.config
     _, height, width = context.teacher.latent
     defaults: dict[str, Any] = {
-        "warmup": 20,
-        "decay": 0.5,
-        "ema": 0.99,
+        "warmup": config.warmup,
+        "decay": config.decay,
+        "ema": config.ema,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "clip": config.clip,
+        "precision": config.precision,
         "preview_every": 200,
+        "keep_every": config.keep_every,
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,
@@ -137,6 +142,7 @@ def build_run(context: DistillContext, method: Method, *trainables: Trainable, *
         record,
         averaged=["student"],
         preview=lambda nets: draw_preview(context),
+        keep=partial(keep_student, context),
         finish=lambda nets: write_student(context, nets),
         bodies=[*(trainable.body for trainable in (*students, *trainables)), context.teacher],
         score=(lambda nets: kid(context.student.velocity)) if kid else None,

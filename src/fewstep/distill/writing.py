@@ -40,6 +40,20 @@ def write_student(context: DistillContext, nets: Mapping[str, Module]) -> None:
     write_weights(context, context.weights("student", nets))
 
 
+def keep_student(context: DistillContext, nets: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Write a copy of the student's weights, or of its LoRA adapter, to ``students/STEP.safetensors``."""
+    from safetensors.torch import save_file
+
+    from fewstep.core.atomic import replacing_file
+
+    for name, weights in nets.items():
+        stem = f"{step:06d}" if name == "student" else f"{step:06d}-{name}"
+        path = context.folder / "students" / f"{stem}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(path) as fresh:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in weights.items()}, fresh)
+
+
 def write_weights(context: DistillContext, weights: Mapping[str, Tensor]) -> None:
     """Write a student with these weights as a diffusers folder, with its teacher's licence."""
     from fewstep.core.atomic import replacing_folder

@@ -27,11 +27,16 @@ def empty(kind: Any, folder: Path) -> Module:
     from accelerate import init_empty_weights
 
     refuse_quantized(json_io.read(folder / "config.json"), folder)
-    # Buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make; those
-    # of text encoders are counted up when they are made, and in no file.
+    # Most buffers of diffusers' nets lie in their files, and a table of positions takes gigabytes to make.
+    # Those that are in no file are computed when the net is made.
     if hasattr(kind, "load_config"):
+        config = kind.load_config(folder)
         with torch.device("meta"):
-            return kind.from_config(kind.load_config(folder))
+            net = kind.from_config(config)
+        if not any(module._non_persistent_buffers_set for module in net.modules()):
+            return net
+        with init_empty_weights(include_buffers=False):
+            return kind.from_config(config)
     config = kind.config_class.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         return kind(config)

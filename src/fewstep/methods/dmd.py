@@ -15,9 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from fewstep.core import flow, losses, schedule
-from fewstep.core.types import Batch, Velocity
+from fewstep.core.types import Batch, Sampler, Velocity
+from fewstep.methods.anchor import anchored
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
-from fewstep.methods.rollout import Rollout, RolloutStep
+from fewstep.methods.rollout import Rollout, RolloutStep, rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,15 @@ within the step. ``renoise``: at the clean estimate, noised to a random time (DM
 """
 
 ProxyTarget = Literal["finals", "estimates", "path"]
-"""The target of the proxy: the student's samples, its clean estimates at a random step, or the states of its
-trajectory with its own noise."""
+"""The target of the proxy: the student's samples, its clean estimates at a random step, or the points of its
+trajectory where the scores are compared, with its own noise."""
+
+GradientOn = Literal["state", "x0", "velocity"]
+"""What the gradient of matching moves, which sets how much each step weighs.
+
+``state``: the point where the scores are compared, which carries ``t_i - t`` of the velocity of step ``i``.
+``x0``: the clean estimate, which carries ``t_i``. ``velocity``: the velocity, so all steps weigh alike.
+"""
 
 T_MIN, T_MAX = 0.02, 0.98
 """Range of the times at which scores are compared. Near 0 a score is large and uninformative, and at 1 all
@@ -49,14 +57,27 @@ class DistributionMatching:
         proxy: the proxy as a velocity.
         score_point: where the scores are compared.
         proxy_target: what the proxy models.
-        density: of the times at which the proxy is trained, and at which ``renoise`` compares.
+        proxy_density: of the times at which the proxy is trained; without effect on ``path``.
+        score_density: of the times at which ``renoise`` compares.
+        gradient_on: what the gradient moves; ``renoise`` has no ``state``.
+
+    Raises:
+        ValueError: ``renoise`` with the gradient on a state.
     """
 
     teacher: Velocity
     proxy: Velocity
     score_point: ScorePoint = "shared"
     proxy_target: ProxyTarget = "finals"
-    density: schedule.Density = schedule.uniform
+    proxy_density: schedule.Density = schedule.uniform
+    score_density: schedule.Density = schedule.uniform
+    gradient_on: GradientOn | None = None
+
+    def __post_init__(self) -> None:
+        if self.score_point == "renoise" and self.gradient_on == "state":
+            raise ValueError(
+                "a renoised point is no state of the trajectory: gradient_on must be x0 or velocity"
+            )
 
     def proxy_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         """Return the proxy's loss: flow matching on what the student generates."""
@@ -67,7 +88,9 @@ class DistributionMatching:
     def student_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         """Return the student's loss, at one random step of its trajectory."""
         step = rollout.step(batch, random, rollout.pick(random))
-        x, x_t, t = self._score_point(step, random)
+        x_t, t = self._score_point(step, random)
+        on = self.gradient_on or ("x0" if self.score_point == "renoise" else "state")
+        x = moved(step, x_t, on)
         return {"matching": self.dmd_loss(x, x_t, t, step.x0, batch), **rollout.figures(batch, random)}
 
     def dmd_loss(self, x: Tensor, x_t: Tensor, t: Tensor, x0: Tensor, batch: Batch) -> Tensor:
@@ -92,29 +115,41 @@ class DistributionMatching:
         self, rollout: Rollout, batch: Batch, random: StepRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the proxy is trained on: clean samples, noise, and times ``[B]``."""
-        import torch
-
         if self.proxy_target == "finals":
             x0 = rollout.finals(batch, random)
-            return x0, random.noise(x0), random.times(self.density, x0)
-        index = rollout.pick(random)
-        with torch.no_grad():
-            step = rollout.step(batch, random, index)
+            return x0, random.noise(x0), random.times(self.proxy_density, x0)
+        step = rollout.simulated_step(batch, random, rollout.pick(random))
         if self.proxy_target == "estimates":
-            return step.x0, random.noise(step.x0), random.times(self.density, step.x0)
-        return step.x0, flow.to_noise(step.x, step.v, step.t), flow.expand_time(_end_time(step), step.x)
+            return step.x0, random.noise(step.x0), random.times(self.proxy_density, step.x0)
+        return step.x0, flow.to_noise(step.x, step.v, step.t), self._path_time(step, random)
 
-    def _score_point(self, step: RolloutStep, random: StepRandom) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is moved, the point where its scores are compared, and the time there ``[B]``."""
+    def _score_point(self, step: RolloutStep, random: StepRandom) -> tuple[Tensor, Tensor]:
+        """Return the point where the scores are compared, and the time there ``[B]``."""
         if self.score_point == "renoise":
-            t = random.times(self.density, step.x).clamp(T_MIN, T_MAX)
-            return step.x0, flow.interpolate(step.x0, random.noise(step.x), t), t
-        if self.score_point == "shared-free":
-            t = random.times(schedule.uniform, step.x)
-            t = step.t_next + (step.t - step.t_next) * t.clamp(T_MIN, T_MAX)
-        else:
-            t = flow.expand_time(_end_time(step), step.x)
-        return step.at(t), step.at(t), t
+            t = random.times(self.score_density, step.x).clamp(T_MIN, T_MAX)
+            return flow.interpolate(step.x0, random.noise(step.x), t), t
+        t = self._path_time(step, random)
+        return step.at(t), t
+
+    def _path_time(self, step: RolloutStep, random: StepRandom) -> Tensor:
+        """Return the times of a step at which its own points are used, ``[B]``."""
+        if self.score_point != "shared-free":
+            return flow.expand_time(_end_time(step), step.x)
+        t = random.times(schedule.uniform, step.x)
+        return step.t_next + (step.t - step.t_next) * t.clamp(T_MIN, T_MAX)
+
+
+def moved(step: RolloutStep, state: Tensor, on: GradientOn) -> Tensor:
+    """Return what the gradient of matching moves.
+
+    A gradient ``g`` in terms of clean data moves ``-v`` by ``-g``, because ``x_0 = x_t - t v``.
+
+    Args:
+        step: of the student.
+        state: the state that the step leads to, ``[B, C, H, W]``.
+        on: the choice.
+    """
+    return {"state": state, "x0": step.x0, "velocity": -step.v}[on]
 
 
 def _end_time(step: RolloutStep) -> float:
@@ -130,8 +165,14 @@ def implicit_distribution_alignment(
 ) -> Sequence[Parameter]:
     """Move the proxy towards the student, ``phi <- decay phi + (1 - decay) theta``.
 
-    SenseFlow (Ge et al., arXiv 2506.00523, section 4.1). The proxy's optimizer state is kept.
+    SenseFlow (Ge et al., arXiv 2506.00523, section 4.1). The proxy's optimizer state is kept. LoRA adapters
+    move in terms of what they add to the weights.
     """
+    from fewstep.modules.lora import LoRAParameters, interpolate_adapters
+
+    if isinstance(proxy, LoRAParameters) and isinstance(student, LoRAParameters):
+        interpolate_adapters(proxy, student, 1 - decay)
+        return ()
     for own, target in zip(proxy.parameters(), student.parameters(), strict=True):
         own.lerp_(target.to(own.dtype), 1 - decay)
     return ()
@@ -149,6 +190,9 @@ class DMD:
         grid: the student's times.
         proxy_updates: updates of the proxy before each of the student's (DMD2: 5).
         ida_decay: decay of the proxy towards the student after each of its updates; 1 turns it off.
+        fresh_rollouts: whether each update of the proxy sees trajectories of its own.
+        sampler: how the student's trajectories are sampled.
+        trajectory_weight: weight of trajectory guidance; above 0 the batch must carry trajectories.
     """
 
     student: Module
@@ -158,16 +202,27 @@ class DMD:
     grid: Sequence[float]
     proxy_updates: int = 5
     ida_decay: float = 1.0
+    fresh_rollouts: bool = False
+    sampler: Sampler = "euler"
+    trajectory_weight: float = 0.0
 
     @property
     def nets(self) -> dict[str, Module]:
         return {"student": self.student, "proxy": self.proxy}
 
     def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
-        rollout = Rollout(self.velocity, self.grid)
+        rollout = Rollout(self.velocity, self.grid, sampler=self.sampler)
         return [
-            *[Update("proxy", partial(self.matching.proxy_loss, rollout))] * self.proxy_updates,
-            Update("student", partial(self.matching.student_loss, rollout)),
+            *(
+                Update("proxy", partial(self.matching.proxy_loss, own))
+                for own in rollouts(rollout, self.proxy_updates, self.fresh_rollouts)
+            ),
+            anchored(
+                Update("student", partial(self.matching.student_loss, rollout)),
+                self.velocity,
+                self.grid,
+                self.trajectory_weight,
+            ),
             *ida_updates(self.proxy, self.student, self.ida_decay),
         ]
 

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Literal
 
 from fewstep.core import flow, losses, schedule
 from fewstep.core.types import Batch, Velocity
+from fewstep.methods.anchor import anchored
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.methods.rollout import Rollout
 from fewstep.modules.discriminator import DiscriminatorHeads, FeatureTaps
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module, Parameter
 
-DiscriminatorInput = Literal["finals", "last", "estimates"]
+DiscriminatorInput = Literal["finals", "last", "estimates", "noised-data"]
 """Input of the heads from the student: its sample with the gradient of every step, the same with that of
-the last step alone, or the clean estimate at a random step."""
+the last step alone, the clean estimate at a random step, or the clean estimate of a noised real sample
+(LADD, section 3)."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,47 @@ class AdversarialLoss:
         """Return the heads' loss; ``batch.latents`` are the teacher's samples."""
         import torch
 
-        real, fake = batch.latents, rollout.finals(batch, random)
-        if self.disc_input == "estimates":
-            with torch.no_grad():
-                fake = rollout.step(batch, random, rollout.pick(random)).x0
+        real, fake = batch.latents, self._fake(rollout, batch, random)
         t, noise = random.times(self.density, real), random.noise(real)
+        near = real + 0.05 * random.noise(real)
         with torch.no_grad():
-            features = [self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake)]
-            near = self.taps(flow.interpolate(real + 0.05 * random.noise(real), noise, t), t, batch.cond)
-        real_logits, fake_logits = (self.heads(x) for x in features)
-        difference = (self.heads(near) - real_logits).square().mean()
+            features = [self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake, near)]
+        real_logits, fake_logits, near_logits = (self.heads(x) for x in features)
         accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
         return {
             "heads": losses.discriminator(real_logits, fake_logits, self.kind),
-            "smooth": self.smooth * difference,
+            "smooth": self.smooth * (near_logits - real_logits).square().mean(),
             "heads/right": accuracy.detach(),
         }
 
+    def backbone_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
+        """Return the heads' loss with a gradient for the net whose features they read.
+
+        DMD2 (arXiv 2405.14867, section 4.3) trains the proxy by it, besides the heads.
+        """
+        real, fake = batch.latents, self._fake(rollout, batch, random)
+        t, noise = random.times(self.density, real), random.noise(real)
+        real_logits, fake_logits = (
+            self.heads(self.taps(flow.interpolate(x, noise, t), t, batch.cond)) for x in (real, fake)
+        )
+        return losses.discriminator(real_logits, fake_logits, self.kind)
+
+    def _fake(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
+        """Return what the heads see of the student, without gradient."""
+        import torch
+
+        with torch.no_grad():
+            if self.disc_input == "noised-data":
+                return self._denoised(rollout, batch, random)
+            if self.disc_input == "estimates":
+                return rollout.simulated_step(batch, random, rollout.pick(random)).x0
+            return rollout.finals(batch, random)
+
     def generator_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         """Return the student's loss."""
-        if self.disc_input == "finals":
+        if self.disc_input == "noised-data":
+            x0 = self._denoised(rollout, batch, random)
+        elif self.disc_input == "finals":
             x0 = rollout.finals_with_grad(batch, random)
         else:
             last = self.disc_input == "last"
@@ -84,12 +108,30 @@ class AdversarialLoss:
         t, noise = random.times(self.density, x0), random.noise(x0)
         features = self.taps(flow.interpolate(x0, noise, t), t, batch.cond)
         loss = self.weight * losses.generator(self.heads(features), self.kind)
-        return {"adversarial": loss, **rollout.figures(batch, random)}
+        if self.disc_input == "noised-data":
+            figures = {"latent/mean": x0.detach().mean(), "latent/std": x0.detach().std()}
+        else:
+            figures = dict(rollout.figures(batch, random))
+        return {"adversarial": loss, **figures}
+
+    def _denoised(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
+        """Return the student's clean estimates of real samples that are noised to times of its grid."""
+        x0 = batch.latents
+        times = torch_times(rollout.grid, random.choices(range(rollout.steps), x0), x0)
+        x_t = flow.interpolate(x0, random.noise(x0), times)
+        return flow.to_x0(x_t, rollout.velocity(x_t, times, batch.student_cond), times)
 
     def reset_heads(self, random: StepRandom) -> Sequence[Parameter]:
         """Reset heads at random and return their parameters."""
         chosen = [i for i in range(len(self.heads.heads)) if random.rng.random() < self.reset_probability]
         return [p for i in chosen for p in self.heads.reset_head(i, random.torch)]
+
+
+def torch_times(grid: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
+    """Return the times of a grid at ``index [B]``, float32 on the device of ``like``."""
+    import torch
+
+    return torch.tensor(list(grid)).to(like.device)[index]
 
 
 @dataclass(frozen=True)
@@ -101,12 +143,16 @@ class LADD:
         velocity: the student as a velocity.
         adversarial: the losses.
         grid: the student's times.
+        heads_updates: updates of the heads before each of the student's.
+        trajectory_weight: weight of trajectory guidance; above 0 the batch must carry trajectories.
     """
 
     student: Module
     velocity: Velocity
     adversarial: AdversarialLoss
     grid: Sequence[float]
+    heads_updates: int = 1
+    trajectory_weight: float = 0.0
 
     @property
     def nets(self) -> dict[str, Module]:
@@ -115,7 +161,12 @@ class LADD:
     def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
         return [
-            Update("heads", partial(self.adversarial.discriminator_loss, rollout)),
-            Update("student", partial(self.adversarial.generator_loss, rollout)),
+            *[Update("heads", partial(self.adversarial.discriminator_loss, rollout))] * self.heads_updates,
+            anchored(
+                Update("student", partial(self.adversarial.generator_loss, rollout)),
+                self.velocity,
+                self.grid,
+                self.trajectory_weight,
+            ),
             InPlaceUpdate("heads", self.adversarial.reset_heads),
         ]

@@ -7,7 +7,7 @@ inference. So it is trained on its own trajectory (backward simulation, DMD2, ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.core import flow, sampling
@@ -68,7 +68,7 @@ class Rollout:
     grid: Sequence[float]
     trained_steps: Sequence[int] = ()
     sampler: Sampler = "euler"
-    _cache: dict[int, list[Tensor]] = field(default_factory=lambda: {})
+    _cache: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=lambda: {})
 
     @property
     def steps(self) -> int:
@@ -82,19 +82,26 @@ class Rollout:
 
     def states(self, batch: Batch, random: StepRandom) -> list[Tensor]:
         """Return the states at the grid's times, ``steps + 1`` of ``[B, C, H, W]``, without gradient."""
+        return self._simulate(batch, random, self.steps)[0]
+
+    def simulated_step(self, batch: Batch, random: StepRandom, index: int) -> RolloutStep:
+        """Return step ``index`` of the trajectory without gradient; later steps are not simulated for it."""
+        states, velocities = self._simulate(batch, random, index + 1)
+        return RolloutStep(states[index], velocities[index], self.grid[index], self.grid[index + 1])
+
+    def _simulate(self, batch: Batch, random: StepRandom, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the first states and velocities, of at least ``steps`` steps."""
         import torch
 
-        part = random.share.part
-        if part not in self._cache:
-            states = [random.noise(batch.latents)]
-            rule = self._rule(random)
-            with torch.no_grad():
-                for i in range(self.steps):
-                    times = self.grid[i : i + 2]
-                    cond = batch.student_cond
-                    states.append(sampling.sample_flow(self.velocity, states[-1], times, cond, rule))
-            self._cache[part] = states
-        return self._cache[part]
+        states, velocities = self._cache.setdefault(random.share.part, ([], []))
+        states += [] if states else [random.noise(batch.latents)]
+        rule = self._rule(random)
+        with torch.no_grad():
+            for index in range(len(velocities), steps):
+                x, t = states[index], self.grid[index]
+                velocities.append(self.velocity(x, flow.expand_time(t, x), batch.student_cond))
+                states.append(rule(x, velocities[index], t, self.grid[index + 1], index))
+        return states, velocities
 
     def finals(self, batch: Batch, random: StepRandom) -> Tensor:
         """Return the student's samples, ``[B, C, H, W]``, without gradient."""
@@ -107,13 +114,14 @@ class Rollout:
 
     def step(self, batch: Batch, random: StepRandom, index: int) -> RolloutStep:
         """Return step ``index`` of the trajectory, with its gradient."""
-        x, t = self.states(batch, random)[index], self.grid[index]
+        states, _ = self._simulate(batch, random, index)
+        x, t = states[index], self.grid[index]
         v = self.velocity(x, flow.expand_time(t, x), batch.student_cond)
         return RolloutStep(x, v, t, self.grid[index + 1])
 
     def finals_with_grad(self, batch: Batch, random: StepRandom) -> Tensor:
         """Return the student's samples with the gradient of every step, ``[B, C, H, W]``."""
-        noise = self.states(batch, random)[0]
+        noise = self._simulate(batch, random, 0)[0][0]
         return sampling.sample_flow(self.velocity, noise, self.grid, batch.student_cond, self._rule(random))
 
     def _rule(self, random: StepRandom) -> sampling.StepRule:
@@ -124,3 +132,8 @@ class Rollout:
             return flow.interpolate(flow.to_x0(x, v, t), random.noise(x), t_next)
 
         return step
+
+
+def rollouts(rollout: Rollout, count: int, fresh: bool) -> list[Rollout]:
+    """Return the rollouts of ``count`` updates: one that they share, or one with its own noise for each."""
+    return [replace(rollout, _cache={}) if fresh else rollout for _ in range(count)]

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from fewstep.core import flow, losses, schedule
 from fewstep.core.types import Batch, Velocity
+from fewstep.methods.anchor import anchored
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
-from fewstep.methods.dmd import T_MAX, T_MIN
-from fewstep.methods.rollout import Rollout
+from fewstep.methods.dmd import T_MAX, T_MIN, GradientOn, moved
+from fewstep.methods.rollout import Rollout, rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,9 @@ class TDM:
         teacher: the guided teacher; gets no gradient.
         grid: the student's times.
         proxy_updates: updates of the proxy before each of the student's.
+        gradient_on: what the gradient moves; ``state`` is the end of the step.
+        fresh_rollouts: whether each update of the proxy sees trajectories of its own.
+        trajectory_weight: weight of trajectory guidance; above 0 the batch must carry trajectories.
     """
 
     student: Module
@@ -60,6 +64,9 @@ class TDM:
     teacher: Velocity
     grid: Sequence[float]
     proxy_updates: int = 5
+    gradient_on: GradientOn = "x0"
+    fresh_rollouts: bool = False
+    trajectory_weight: float = 0.0
 
     @property
     def nets(self) -> dict[str, Module]:
@@ -68,13 +75,21 @@ class TDM:
     def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
         return [
-            *[Update("proxy", partial(self._proxy_loss, rollout))] * self.proxy_updates,
-            Update("student", partial(self._student_loss, rollout)),
+            *(
+                Update("proxy", partial(self._proxy_loss, own))
+                for own in rollouts(rollout, self.proxy_updates, self.fresh_rollouts)
+            ),
+            anchored(
+                Update("student", partial(self._student_loss, rollout)),
+                self.velocity,
+                self.grid,
+                self.trajectory_weight,
+            ),
         ]
 
     def _proxy_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         index = rollout.pick(random)
-        x = rollout.states(batch, random)[index + 1]
+        x = rollout.simulated_step(batch, random, index).end
         t = self._times(index, x, random)
         x_t, v = forward_diffuse(x, random.noise(x), self.grid[index + 1], t)
         # The error is weighted in terms of noise: near t = 1 the target velocity grows without bound.
@@ -92,7 +107,8 @@ class TDM:
             x_t, _ = forward_diffuse(step.end, random.noise(step.x), step.t_next, t)
             proxy = flow.to_x0(x_t, self.proxy_velocity(x_t, t, batch.cond), t)
             teacher = flow.to_x0(x_t, self.teacher(x_t, t, batch.cond), t)
-        matching = losses.distribution_matching(step.end, proxy, teacher, step.x0)
+        x = moved(step, step.end, self.gradient_on)
+        matching = losses.distribution_matching(x, proxy, teacher, step.x0)
         return {"matching": matching, **rollout.figures(batch, random)}
 
     def _times(self, index: int, like: Tensor, random: StepRandom) -> Tensor:

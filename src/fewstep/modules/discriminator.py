@@ -56,21 +56,58 @@ def _tokens(output: object) -> Tensor:
     return last[:, None] if last.ndim == 2 else last
 
 
+class _TokenHead(nn.Sequential):
+    """A norm and two layers that judge every token separately: ``[B, N, D] -> [B, N]``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    def judge(self, tokens: Tensor, aspect: float) -> Tensor:
+        return self(tokens).squeeze(-1)
+
+
+class _ConvHead(nn.Sequential):
+    """A norm and two convolutions over the grid of an image's tokens: ``[B, N, D] -> [B, N]``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, hidden, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(hidden, 1, 3, padding=1),
+        )
+
+    def judge(self, tokens: Tensor, aspect: float) -> Tensor:
+        batch, count, width = tokens.shape
+        height = round((count / aspect) ** 0.5)
+        if height < 1 or count % height:
+            raise ValueError(f"{count} tokens are no grid of aspect {aspect:g}: take heads of tokens")
+        # Contiguous: the backward pass of a convolution on a view of tokens crashes on CPUs (torch 2.13).
+        grid = tokens.transpose(1, 2).reshape(batch, width, height, count // height).contiguous()
+        return self(grid).flatten(1)
+
+
+HEADS = {"token": _TokenHead, "conv": _ConvHead}
+"""Kinds of heads by name. StyleGAN-T and LADD use convolutions."""
+
+
 class DiscriminatorHeads(nn.Module):
-    """One head per tapped block. A norm and two layers judge every token separately.
+    """One head per tapped block.
 
     Args:
         widths: features of each tap.
-        hidden: width between the two layers.
+        hidden: width between the two layers of a head.
         seed: of the first weights.
+        kind: ``token`` judges every token separately, ``conv`` the grid of an image's tokens.
+        aspect: width over height of the images; for ``conv``.
     """
 
-    def __init__(self, widths: Sequence[int], hidden: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, widths: Sequence[int], hidden: int = 64, seed: int = 0, kind: str = "token", aspect: float = 1.0
+    ) -> None:
         super().__init__()
-        self.heads: Any = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-            for width in widths
-        )
+        self.aspect = aspect
+        self.heads: Any = nn.ModuleList(HEADS[kind](width, hidden) for width in widths)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for index in range(len(widths)):
@@ -80,16 +117,18 @@ class DiscriminatorHeads(nn.Module):
         """A tensor ``[B, N, D]`` for every head -> logits ``[B, sum of N]``; larger is more real."""
         # In half precision the judgements would be rounded by more than the regularisation is about.
         with torch.autocast(features[0].device.type, enabled=False):
-            judged = [head(x.float()).squeeze(-1) for head, x in zip(self.heads, features, strict=True)]
-            return torch.cat(judged, 1)
+            pairs = zip(self.heads, features, strict=True)
+            return torch.cat([head.judge(x.float(), self.aspect) for head, x in pairs], 1)
 
     def reset_head(self, index: int, generator: torch.Generator) -> list[nn.Parameter]:
         """Initialize one head again, in place, from a CPU generator, and return its parameters."""
         for layer in self.heads[index]:
-            if isinstance(layer, nn.Linear):
-                fresh = torch.randn(layer.weight.shape, generator=generator) * layer.in_features**-0.5
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                inputs = layer.weight[0].numel()
+                fresh = torch.randn(layer.weight.shape, generator=generator) * inputs**-0.5
                 layer.weight.copy_(fresh)
-                nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.LayerNorm):
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
                 layer.reset_parameters()
         return list(self.heads[index].parameters())

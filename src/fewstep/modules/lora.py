@@ -68,6 +68,34 @@ class LoRAParameters(nn.Module):
         for path, layer in layers.items():
             self.add_module(path.replace(".", "-"), layer)
 
+    @property
+    def layers(self) -> list[LoRALayer]:
+        """The layers of the adapter, in order."""
+        return [cast("LoRALayer", layer) for layer in self.children()]
+
+
+@torch.no_grad()
+def interpolate_adapters(own: LoRAParameters, target: LoRAParameters, weight: float) -> None:
+    """Move an adapter towards another one of the same net, in terms of the products ``B A``.
+
+    ``B A`` becomes the matrix of the same rank that is nearest to ``(1 - weight) B A + weight B' A'``. The
+    nearest one is a truncated singular value decomposition (Eckart and Young, 1936), taken of the stacked
+    factors, so no full matrix is made. Both factors get the roots of the singular values.
+
+    Args:
+        own: the adapter that is changed in place.
+        target: the other one.
+        weight: 0 leaves ``own`` as it is, 1 makes it equal to ``target``.
+    """
+    for mine, other in zip(own.layers, target.layers, strict=True):
+        rank = len(mine.a)
+        left, right_b = torch.linalg.qr(torch.cat([(1 - weight) * mine.b, weight * other.b], 1))
+        right, right_a = torch.linalg.qr(torch.cat([mine.a, other.a]).T)
+        u, s, vh = torch.linalg.svd(right_b @ right_a.T)
+        root = s[:rank].sqrt()
+        mine.b.copy_(left @ u[:, :rank] * root)
+        mine.a.copy_((right @ vh[:rank].T * root).T)
+
 
 @dataclass(frozen=True)
 class LoRAVelocity:

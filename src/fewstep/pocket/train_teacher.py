@@ -63,7 +63,6 @@ def pocket_teacher(
     options = TrainOptions(
         steps,
         lr,
-        warmup=200,
         **asdict(compute),
         ema=0.998,
         preview_every=500,

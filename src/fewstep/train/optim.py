@@ -26,12 +26,17 @@ def adamw(net: Module, options: TrainOptions) -> AdamW:
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
 
 
 def schedule(step: int, options: TrainOptions) -> float:
-    """Return the factor of the learning rate: linear warm-up, constant, linear decay to zero."""
-    rising = (step + 1) / max(1, options.warmup)
+    """Return the factor of the learning rate: linear warm-up, constant, linear decay to zero.
+
+    Args:
+        step: from 0.
+        options: the number of steps, and which shares of them are warm-up and decay.
+    """
+    rising = (step + 1) / max(1.0, options.warmup * options.steps)
     falling = (options.steps - step) / max(1.0, options.decay * options.steps)
     return min(1.0, rising, falling)
 

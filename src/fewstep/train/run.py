@@ -13,6 +13,7 @@ from fewstep.core.types import BatchSlice, UserError
 from fewstep.methods.base import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
 
@@ -24,14 +25,17 @@ class TrainOptions:
         steps: training steps.
         lr: learning rate of AdamW after the warm-up.
         net_lrs: learning rates of single nets, by name; they override ``lr``.
-        warmup: steps in which the learning rate rises from zero.
+        warmup: share of the steps, at the start, in which the learning rate rises from zero.
         decay: share of the steps, at the end, in which it falls to zero.
+        betas: of AdamW.
         weight_decay: of matrices; vectors have none.
         clip: largest norm of a gradient.
         ema: decay of the averaged weights, which are the result.
         seed: of data order, noise and times.
         save_minutes: minutes between checkpoints.
         preview_every: steps between contact sheets; 0 makes none.
+        keep_every: steps between copies of the EMA nets that :attr:`Run.keep` writes; 0 writes none. The last
+            step has one, too.
         log_every: steps between log lines.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
         precision: ``fp32``, ``bf16`` (autocast; weights stay fp32), or ``auto``: bf16 on a GPU or a CPU with
@@ -55,14 +59,16 @@ class TrainOptions:
     steps: int
     lr: float
     net_lrs: Mapping[str, float] = field(default_factory=dict[str, float])
-    warmup: int = 100
+    warmup: float = 0.05
     decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
     save_minutes: float = 3.0
     preview_every: int = 0
+    keep_every: int = 0
     log_every: int = 20
     device: str = "auto"
     precision: str = "auto"
@@ -88,8 +94,18 @@ class TrainOptions:
         for rate in (self.lr, *self.net_lrs.values()):
             if not (isfinite(rate) and rate > 0):
                 raise UserError(f"--lr must be a positive number, not {rate}")
+        self._check_optimizer()
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must lie between 0 and {2**31 - 1}, not {self.seed}")
+
+    def _check_optimizer(self) -> None:
+        for option, share in (("warmup", self.warmup), ("decay", self.decay)):
+            if not 0 <= share <= 1:
+                raise UserError(f"--{option} is a share of the steps, from 0 to 1, not {share}")
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema)):
+            raise UserError("--betas and --ema must be at least 0 and below 1")
+        if not (self.clip > 0 and self.weight_decay >= 0):
+            raise UserError("--clip must be above 0, and --weight-decay at least 0")
 
 
 class ParallelModule(Protocol):
@@ -122,6 +138,7 @@ class Run:
         averaged: names of the nets with an EMA; all of them if ``None``. Other nets are passed on as they
             are.
         preview: EMA nets to a contact sheet.
+        keep: writes a copy of the EMA nets, given as state dicts by name, and the training step.
         finish: writes the result of the run from EMA nets, such as a diffusers folder. It is called last, by
             the first process, when the nets are unsharded.
         bodies: the modules that run, frozen ones too: those that hold the nets' weights, and a teacher. A net
@@ -139,6 +156,7 @@ class Run:
     record: dict[str, Any]
     averaged: Sequence[str] | None = None
     preview: Callable[[dict[str, Module]], SaveableImage] | None = None
+    keep: Callable[[Mapping[str, Mapping[str, Tensor]], int], None] | None = None
     finish: Callable[[dict[str, Module]], None] | None = None
     bodies: Sequence[ParallelModule] = ()
     score: Callable[[dict[str, Module]], float] | None = None

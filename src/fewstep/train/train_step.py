@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.core.types import WHOLE, BatchSlice, UserError
+from fewstep.core.types import WHOLE, Batch, BatchSlice, UserError
 from fewstep.methods.base import InPlaceUpdate, Losses, StepRandom, Update
 from fewstep.modules.ema import EMA
 from fewstep.train import distributed
 from fewstep.train.checkpoint import TrainState, restore
 from fewstep.train.device import attention, resolve_device, to_device, use_bf16
 from fewstep.train.optim import adamw, clip, schedule
+from fewstep.train.passes import PassCounter
 from fewstep.train.run import ParallelModule, Run
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class State:
         self.world = distributed.init_distributed(self.device)
         self.nets: dict[str, Module] = dict(run.method.nets)
         self.bodies = list({id(body.net): body for body in run.bodies}.values())
+        self._passes = PassCounter([body.net for body in self.bodies])
         for net in self.nets.values():
             net.to(self.device).train().requires_grad_(True)
         _transform_blocks(self.bodies, run, self.device)
@@ -81,12 +83,15 @@ class State:
             (share, to_device(self.run.batches(self.step, share), self.device)) for share in shares
         ]
         figures: dict[str, float] = {}
+        self._passes.take()  # drops those of previews
         for number, update in enumerate(self.run.method.updates(self.step)):
             if isinstance(update, InPlaceUpdate):
                 self._apply(update, draw(options.seed, self.step, number))
             else:
                 figures |= self._update(update, number, micro_batches, factor)
         self.step += 1
+        if rows := sum(len(batch.latents) for _, batch in micro_batches if isinstance(batch, Batch)):
+            figures["passes"] = self._passes.take() / rows
         return {"lr": factor * options.lr} | distributed.means(figures)
 
     def _shares(self) -> list[BatchSlice]:

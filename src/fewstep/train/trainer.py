@@ -59,7 +59,7 @@ def _train(run: Run) -> None:
     record = run.record | {"options": asdict(options)} | environment(state.device)
     with closing(Log(run.folder, run.name, record, state.step)) as log:
         run = _train_steps(run, state, log)
-        _evaluate(run, state, log, options.preview_every, options.validate_every, last=True)
+        _evaluate(run, state, log, run.options, last=True)
     nets = state.finished()
     finish = run.finish
     if finish is not None:
@@ -83,7 +83,7 @@ def _train_steps(run: Run, state: State, log: Log) -> Run:
             line = log.write(state.step, figures, run.options)
             if line is not None and run.options.detect_divergence:
                 distributed.on_rank_zero(lambda line=line: monitor.check(state.step, line))
-            _evaluate(run, state, log, run.options.preview_every, run.options.validate_every)
+            _evaluate(run, state, log, run.options)
             due = time.monotonic() - saved > 60 * run.options.save_minutes
             number, due = distributed.largest([received[0] if received else 0, due])
             if number or due:
@@ -134,18 +134,25 @@ class TimeBudget:
         return replace(options, steps=steps)
 
 
-def _evaluate(
-    run: Run, state: State, log: Log, preview_every: int, validate_every: int, last: bool = False
-) -> None:
-    """Write a contact sheet and a score if they are due; both are, after the last step. All call this."""
+def _evaluate(run: Run, state: State, log: Log, options: TrainOptions, last: bool = False) -> None:
+    """Write a contact sheet, a score and a copy of the nets where they are due. All processes call this.
+
+    After the last step all of them are due; a copy is only where ``keep_every`` asks for copies.
+    """
 
     def due(every: int) -> bool:
         return last or bool(every and state.step % every == 0 and state.step < run.options.steps)
 
-    if run.preview is not None and due(preview_every):
+    if run.preview is not None and due(options.preview_every):
         with stage(f"{run.name}: drawing a contact sheet"), state.averaged() as nets:
             log.sheet(state.step, run.preview(nets))
-    if run.score is not None and due(validate_every):
+    keep = run.keep
+    if keep is not None and options.keep_every and due(options.keep_every):
+        with stage(f"{run.name}: keeping a copy"), state.averaged() as nets:
+            names = nets if run.averaged is None else run.averaged
+            weights = {name: distributed.weights(nets[name]) for name in names}
+            distributed.on_rank_zero(lambda: keep(weights, state.step))
+    if run.score is not None and due(options.validate_every):
         with stage(f"{run.name}: validating"), state.averaged() as nets:
             log.score(state.step, update_best(run, nets, state.step))
 

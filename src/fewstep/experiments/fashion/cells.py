@@ -22,8 +22,6 @@ from fewstep.fashion.sampling import sample
 if TYPE_CHECKING:
     from fewstep.families.base import Family
 
-KEEP_EVERY = 100
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -84,8 +82,13 @@ class Cell:
             words += ["--init", str(benchmark.warm_start(self.steps, self.replicate) / "model")]
         words += ["--student-steps", str(self.steps), "--steps", str(self.updates)]
         words += ["--batch-size", str(protocol.batch), "--lr", f"{self.rate:g}"]
-        words += ["--seed", str(self.replicate), "--warmup", f"{protocol.rising / self.updates:.6g}"]
-        return [*words, "--decay", "0", "--keep-every", str(KEEP_EVERY)]
+        words += [
+            "--seed",
+            str(self.replicate),
+            "--warmup",
+            f"{min(1.0, protocol.rising / self.updates):.6g}",
+        ]
+        return [*words, "--decay", "0", "--precision", "fp32", "--keep-every", str(protocol.keep_every)]
 
 
 def run_cell(
@@ -117,6 +120,7 @@ def run_cell(
     record = {
         "made_of": made_of,
         "curve": _curve(benchmark, cell, folder),
+        "passes": _passes(folder),
         "seconds": round(cost.seconds, 1),
         "bytes": cost.bytes,
         "measuring_seconds": round(time.monotonic() - started, 1),
@@ -125,6 +129,13 @@ def run_cell(
     atomic.write(path, (json.dumps(record, indent=1) + "\n").encode())
     if not keep_folder:
         shutil.rmtree(folder)
+
+
+def _passes(folder: Path) -> float:
+    """Return the passes per sample of an update, which the log of the training counts."""
+    lines = [line for path in folder.rglob("log.jsonl") for line in path.read_text().splitlines()]
+    counts = [found["passes"] for line in lines if "passes" in (found := json.loads(line))]
+    return round(sum(counts) / len(counts), 3)
 
 
 def _curve(benchmark: Benchmark, cell: Cell, folder: Path) -> list[dict[str, Any]]:

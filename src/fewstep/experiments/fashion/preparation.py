@@ -80,13 +80,18 @@ class Benchmark:
         arguments = ["trajectory", "--teacher", self.teacher, "--samples", str(self.samples(replicate))]
         arguments += ["--student-steps", str(steps), "--steps", str(protocol.warm_updates)]
         arguments += ["--batch-size", str(protocol.warm_batch), "--lr", f"{protocol.warm_rate:g}"]
-        arguments += ["--seed", str(100 + replicate), "--warmup", "0.05", "--decay", "0.5"]
+        arguments += ["--seed", str(100 + replicate), "--decay", "0.5", "--precision", "fp32"]
         run_training(processes, self.warm_start(steps, replicate), arguments, self.machine, self.threads)
+
+    @cached_property
+    def training(self) -> fashion.LabelledImages:
+        """The training images."""
+        return fashion.load(self.data, "train")
 
     @cached_property
     def viewer(self) -> Viewer:
         """Makes views of images."""
-        return Viewer.fit(judge.load(self.judge_folder), fashion.load(self.data, "train"))
+        return Viewer.fit(judge.load(self.judge_folder), self.training)
 
     @cached_property
     def real(self) -> Views:
@@ -96,7 +101,7 @@ class Benchmark:
     @cached_property
     def real_validation(self) -> Views:
         """Views of training images, which choices compare with."""
-        return self.viewer(fashion.load(self.data, "train").images[: self.protocol.images])
+        return self.viewer(self.training.images[: self.protocol.images])
 
     @cached_property
     def family(self) -> Family:

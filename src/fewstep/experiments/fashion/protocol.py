@@ -47,3 +47,8 @@ class Protocol:
     batch: int = 32
     rising: int = 20
     curve: tuple[int, ...] = (100, 200, 400)
+
+    @property
+    def keep_every(self) -> int:
+        """Updates between the students that are kept."""
+        return min(100, self.updates, self.sweep_updates)

@@ -212,8 +212,10 @@ def _lengths(
     budget = protocol.updates * passes[REFERENCE]
     lengths: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, each in passes.items():
-        equal = max(100, 100 * round(budget / each / 100))
-        lengths[name] = (max(equal, protocol.updates), tuple(sorted({equal, protocol.updates})))
+        unit = protocol.keep_every
+        equal = unit * max(1, round(budget / each / unit))
+        points = {equal, protocol.updates, unit * (2 * protocol.updates // (3 * unit))} - {0}
+        lengths[name] = (max(equal, protocol.updates), tuple(sorted(points)))
     return lengths
 
 
