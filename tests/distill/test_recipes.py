@@ -22,6 +22,7 @@ from fewstep.data.teacher_samples import manifest
 from fewstep.data.teacher_samples.write import write_samples
 from fewstep.distill import merge
 from fewstep.distill.config import DistillConfig
+from fewstep.distill.matching import MatchingConfig
 from fewstep.distill.recipes import load_recipe
 from fewstep.families import flux, sd3
 from fewstep.families.common import fingerprint
@@ -32,7 +33,7 @@ from fewstep.train.trainer import train
 PROMPTS = ["a cat", "a dog", "a red apple", "two pears", "the sun", "a boat"]
 RECIPES: dict[str, dict[str, Any]] = {
     "trajectory": {},
-    "dmd": {"score_point": "shared", "proxy_target": "finals", "ida_decay": 0.98},
+    "dmd": {"score_point": "shared", "proxy_target": "finals", "matching": MatchingConfig(ida_decay=0.98)},
     "tdm": {},
     "ladd": {},
     "lcm": {"teacher_steps": 4},
@@ -124,8 +125,7 @@ def test_frozen_weights_of_half_precision_learn_from_samples_of_whole(made: Made
 def test_roles_share_one_net_and_end_as_a_lora_and_a_whole_student(
     made: Made, recipe: str, tmp_path: Path
 ) -> None:
-    alone = {"ida_decay": 1.0} if recipe == "dmd" else {}  # roles have no weights to follow each other by
-    runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2), **alone)
+    runs = carried(recipe, made.setting(tmp_path, lora=2, lr=1e-2))
     bodies = {id(body.net) for body in runs[-1].bodies}
     assert len(bodies) == 1
     teacher, student = load_family(str(made.teacher)), load_family(str(tmp_path / "model"))

@@ -9,6 +9,16 @@ from fewstep.core.validate import require_fraction, require_positive
 from fewstep.distill.config import DistillConfig
 
 
+def refuse_teacher_guidance(config: DistillConfig, method: str) -> None:
+    """Refuse a guidance scale of the losses for a method whose losses have no guided teacher.
+
+    Raises:
+        UserError: there is one.
+    """
+    if config.teacher_guidance is not None:
+        raise UserError(f"--teacher-guidance has no effect: {method} asks no guided teacher")
+
+
 def check_options(
     config: DistillConfig,
     *,

@@ -23,7 +23,8 @@ class DistillConfig:
         output: Run folder; the student is written to its subfolder `model` as a diffusers folder.
         samples: The teacher's samples, of `fewstep sample-teacher`. [default: made in the run folder]
         data: The data set whose captions are the prompts, where samples are made.
-        num_samples: How many samples are made.
+            [default: data/stickers]
+        num_samples: How many samples are made. [default: 2000]
         guidance: The teacher's guidance scale, where samples are made. [default: the teacher's own]
         teacher_guidance: The teacher's guidance scale in the losses. [default: that of the samples]
         init: Start the student from this model; with --lora, from the `lora` folder of an earlier run.
@@ -62,8 +63,8 @@ class DistillConfig:
     teacher: str = "models/pocket-teacher"
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
     samples: Path | None = None
-    data: Path = Path("data/stickers")
-    num_samples: int = 2000
+    data: Path | None = None
+    num_samples: int | None = None
     guidance: float | None = None
     teacher_guidance: float | None = None
     init: str | None = None
@@ -93,13 +94,27 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            batch_size=self.batch_size, num_samples=self.num_samples, student_steps=self.student_steps
+            batch_size=self.batch_size,
+            num_samples=1 if self.num_samples is None else self.num_samples,
+            student_steps=self.student_steps,
         )
+        self._check_unused()
         require_fraction(t5_dropout=self.t5_dropout)
         require_at_least(0, lora=self.lora, validate_every=self.validate_every, keep_every=self.keep_every)
         check_threads(self.threads)
         if self.dtype != "float32" and not self.lora:
             raise UserError("--dtype bfloat16 is for frozen weights: give a rank with --lora, too")
+
+    def _check_unused(self) -> None:
+        """Refuse options that would have no effect.
+
+        Raises:
+            UserError: there is one.
+        """
+        for option in ("guidance", "data", "num_samples"):
+            if self.samples is not None and getattr(self, option) is not None:
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} is for samples still to be made: leave it out with --samples")
 
 
 DEFAULT = DistillConfig()

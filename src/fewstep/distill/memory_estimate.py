@@ -172,7 +172,10 @@ def fake_run(method: str, config: FakeSetup, precision: str) -> Run:
     with a warm start and a split, the run is the stage between the two.
     """
     recipe = load_recipe(method)
-    shortened = {"proxy_updates": 1, "warm_start_steps": 0, "split_steps": 0}
+    from fewstep.distill.matching import MatchingConfig
+
+    once = {"proxy_updates": 1, "matching": MatchingConfig(proxy_updates=1)}
+    shortened = {**once, "warm_start_steps": 0, "split_steps": 0}
     parameters = inspect.signature(recipe).parameters
     runs = recipe(config=config, **{name: value for name, value in shortened.items() if name in parameters})
     run = next(runs) if isinstance(runs, Iterator) else runs

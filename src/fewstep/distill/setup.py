@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fewstep.methods.base import Method
     from fewstep.modules.lora import LoRARoles
 
+DATA, NUM_SAMPLES = Path("data/stickers"), 2000
+"""Source and number of the samples that are made where the options say nothing."""
+
 SUBSTEPS = 4
 """Teacher steps per student step of the trajectories that are made for a run."""
 
@@ -177,7 +180,8 @@ def _prompts(config: DistillConfig) -> list[str]:
     from fewstep.data.captions import prompts_of
     from fewstep.data.shards import training_shards
 
-    return prompts_of(training_shards(config.data), config.num_samples, config.seed)
+    data, count = config.data or DATA, config.num_samples or NUM_SAMPLES
+    return prompts_of(training_shards(data), count, config.seed)
 
 
 def _sample_teacher(

@@ -80,7 +80,8 @@ def interpolate_adapters(own: LoRAParameters, target: LoRAParameters, weight: fl
 
     ``B A`` becomes the matrix of the same rank that is nearest to ``(1 - weight) B A + weight B' A'``. The
     nearest one is a truncated singular value decomposition (Eckart and Young, 1936), taken of the stacked
-    factors, so no full matrix is made. Both factors get the roots of the singular values.
+    factors, so no full matrix is made. ``A`` keeps its size with orthogonal rows, and ``B`` gets the singular
+    values: where the product is 0, ``B`` still has a gradient.
 
     Args:
         own: the adapter that is changed in place.
@@ -92,9 +93,9 @@ def interpolate_adapters(own: LoRAParameters, target: LoRAParameters, weight: fl
         left, right_b = torch.linalg.qr(torch.cat([(1 - weight) * mine.b, weight * other.b], 1))
         right, right_a = torch.linalg.qr(torch.cat([mine.a, other.a]).T)
         u, s, vh = torch.linalg.svd(right_b @ right_a.T)
-        root = s[:rank].sqrt()
-        mine.b.copy_(left @ u[:, :rank] * root)
-        mine.a.copy_((right @ vh[:rank].T * root).T)
+        size = mine.a.norm() / rank**0.5
+        mine.b.copy_(left @ u[:, :rank] * (s[:rank] / size))
+        mine.a.copy_(size * (right @ vh[:rank].T).T)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fewstep.core.validate import require_positive
 from fewstep.distill.adversarial import adversarial_loss
-from fewstep.distill.checks import check_options
+from fewstep.distill.checks import check_options, refuse_teacher_guidance
 from fewstep.distill.config import DEFAULT, DistillConfig
 from fewstep.distill.setup import build_context, build_run
 from fewstep.train.run import Run
@@ -41,6 +41,7 @@ def recipe(
     from fewstep.core import schedule
     from fewstep.methods.ladd import LADD
 
+    refuse_teacher_guidance(config, "ladd")
     check_options(config, heads_lr=heads_lr, trajectory_weight=trajectory_weight)
     require_positive(heads_updates=heads_updates)
     density = schedule.density(disc_density, disc_shift)

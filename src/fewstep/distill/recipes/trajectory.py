@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.distill.checks import refuse_teacher_guidance
 from fewstep.distill.config import DEFAULT, DistillConfig
 from fewstep.distill.setup import build_context, build_run
 from fewstep.train.run import Run
@@ -15,6 +16,7 @@ def recipe(*, config: DistillConfig = DEFAULT) -> Run:
     """
     from fewstep.methods.trajectory import Trajectory
 
+    refuse_teacher_guidance(config, "trajectory")
     context = build_context(config, "trajectory", trajectories=True)
     student = context.student
     return build_run(context, Trajectory(student.net, student.velocity, context.grid))
