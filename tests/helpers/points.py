@@ -141,6 +141,33 @@ def taught(
     return kept
 
 
+def kept(
+    folder: Path,
+    method: Any,
+    batches: Any,
+    steps: int,
+    lr: float,
+    rates: dict[str, float] | None = None,
+    seed: int = 0,
+    every: int = 10**6,
+) -> dict[int, Any]:
+    """Carry out a run as :func:`taught` does; its first net with EMA weights by step, every so many."""
+    copies: dict[int, Any] = {}
+    name = next(iter(method.nets))
+
+    def keep(weights: Any, step: int) -> None:
+        copies[step] = copy.deepcopy(method.nets[name])
+        copies[step].load_state_dict(weights[name])
+
+    options = TrainOptions(
+        steps, lr, seed=seed, net_lrs=rates or {}, warmup=20 / steps, decay=0.0, ema=0.99, weight_decay=0.0,
+        precision="fp32", device="cpu", log_every=10**6, save_minutes=60.0, keep_every=every, threads=1,
+    )  # fmt: skip
+    run = Run("ring", folder, method, batches, options, {"recipe": "ring"}, averaged=[name], keep=keep)
+    train(run)
+    return copies
+
+
 @dataclass(frozen=True)
 class Quality:
     """Of 4-step samples: energy distance to the truth, share off every mode (4 sigma), worst weight of a mode

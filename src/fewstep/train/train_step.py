@@ -90,7 +90,8 @@ class State:
             else:
                 figures |= self._update(update, number, micro_batches, factor)
         self.step += 1
-        if rows := sum(len(batch.latents) for _, batch in micro_batches if isinstance(batch, Batch)):
+        rows = sum(len(batch.latents) for _, batch in micro_batches if isinstance(batch, Batch))
+        if rows and self.bodies:
             figures["passes"] = self._passes.take() / rows
         return {"lr": factor * options.lr} | distributed.means(figures)
 
