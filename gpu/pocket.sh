@@ -174,7 +174,7 @@ student() {
 
 ablate() {
   local pack
-  timed ablate --teacher "$(latest_teacher)" --samples "$RUNS/teacher-samples" --output "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
+  timed ablate pocket --teacher "$(latest_teacher)" --samples "$RUNS/teacher-samples" --output "$RUNS/ablate" --report "$RUNS/ablate/results.md" \
     --seeds "$SEEDS" --passes "$PASSES" --warm-start-steps "$ABLATE_WARM_START_STEPS" --batch-size "$ABLATE_BATCH" \
     --prompts "$PROMPTS" --scenes "$SCENES" --data "$DATA" --device "$DEVICE"
   pack=$(mktemp -d)

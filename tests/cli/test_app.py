@@ -35,7 +35,8 @@ HELPED = [
     "", "generate", "show", "models", "data folder", "data stickers", "sample-teacher",
     "train pocket-vae", "train pocket-text", "train pocket-paraphrases", "train pocket-teacher",
     "train scene-detector", "distill flash", "distill trajectory", "distill dmd", "distill tdm",
-    "distill ladd", "distill lcm", "estimate-memory", "gradient-noise", "ablate", "export", "quantize",
+    "distill ladd", "distill lcm", "estimate-memory", "gradient-noise", "ablate pocket",
+    "ablate fashion", "export", "quantize",
     "evaluate", "bench",
 ]  # fmt: skip
 
@@ -151,7 +152,7 @@ def test_commands_are_suggested(capsys: Capture) -> None:
     assert cli.run(["data", "stikers"]) == 2
     assert capsys.readouterr().err == "fewstep: there is no command data stikers: did you mean stickers?\n"
     assert cli.run(["data", "xyz"]) == 2
-    assert "the commands are stickers, folder" in capsys.readouterr().err
+    assert "the commands are stickers, fashion, folder" in capsys.readouterr().err
 
 
 def test_a_closed_or_full_standard_error_changes_nothing(at: Path) -> None:
@@ -932,7 +933,7 @@ def test_libraries_speak_of_numbers_alone(capsys: Capture, monkeypatch: pytest.M
         ["train", "pocket-vae", "--steps", "2.5"],
         ["sample-teacher", "--teacher", "x", "-o", "y", "--num-samples", "2.5"],
         ["estimate-memory", "--batch-size", "2.5"],
-        ["ablate", "--student-steps", "2.5"],
+        ["ablate", "pocket", "--student-steps", "2.5"],
     ],
 )
 def test_no_command_rounds_a_whole_number(at: Path, capsys: Capture, words: list[str]) -> None:

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
 
 
 def typed(made: taught.Taught, root: Path, warm: int) -> list[str]:
-    words = ["ablate", "--teacher", str(made.teacher), "--samples", str(made.shards)]
+    words = ["ablate", "pocket", "--teacher", str(made.teacher), "--samples", str(made.shards)]
     words += [
         "--output",
         str(root / "out"),
@@ -133,7 +133,16 @@ def test_what_cannot_end_well_is_refused_before_it_begins(
     made: taught.Taught, tmp_path: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_stickers.make(tmp_path / "data", 1)
-    words = ["ablate", "--teacher", str(made.teacher), "--output", str(tmp_path / "out"), "--scenes", "0"]
+    words = [
+        "ablate",
+        "pocket",
+        "--teacher",
+        str(made.teacher),
+        "--output",
+        str(tmp_path / "out"),
+        "--scenes",
+        "0",
+    ]
     usual = {"--data": str(tmp_path / "data"), "--samples": str(made.shards)}
     given = {option: value for option, value in usual.items() if option not in more}
     if "--scenes" in more:

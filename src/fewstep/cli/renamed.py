@@ -64,7 +64,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
     "distill lcm": {**_DISTILLATION, "--fine": "--teacher-steps"},
     "estimate-memory": {"--batch": "--batch-size", "--recompute": "--activation-checkpointing"},
     "gradient-noise": {**_DISTILLATION, **_PROXY},
-    "ablate": {
+    "ablate pocket": {
         "--out": "--output",
         "--batch": "--batch-size",
         "--synthetic": "--samples",

@@ -23,9 +23,8 @@ class MatchingConfig:
     """The options of distribution matching that several recipes share.
 
     Attributes:
-        gradient_on: What the gradient moves: the state where the scores are compared, the clean estimate, or
-            the velocity, which weighs all steps alike. [default: the state, or the estimate where it is
-            renoised]
+        gradient_on: What the gradient moves: the compared state, the clean estimate, or the velocity, which
+            weighs all steps alike. [default: x0 with renoise, else state]
         fresh_rollouts: Simulate new trajectories for each update of the proxy.
         proxy_updates: Updates of the proxy per update of the student.
         ida_decay: Decay of the proxy towards the student after each update (SenseFlow: 0.98); 1 turns it off.

@@ -1,4 +1,4 @@
-"""``fewstep ablate``: compare methods on one teacher with the same warm start, data, seeds and compute.
+"""``fewstep ablate pocket``: compare methods with the same warm start, data, seeds and compute.
 
 Each cell of the table is a ``fewstep distill`` in its own process, so that its memory is measured alone and
 it can be repeated alone. One ``fewstep evaluate`` measures all of them. Finished cells are skipped, and
@@ -170,6 +170,7 @@ def ablate(
         command = [
             "fewstep",
             "ablate",
+            "pocket",
             "--teacher",
             teacher,
             "--samples",

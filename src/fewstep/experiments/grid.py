@@ -14,9 +14,6 @@ SPLIT_SHARE = 0.3
 MATCH: Cost = (1, 15 + 6)
 """The rollout; five updates of the proxy; the student's step and its backward pass, guided teacher, proxy."""
 
-ESTIMATES: Cost = (1, 15 + 6 + 5)
-"""The same, and a student step for every update of the proxy."""
-
 FLASH: Cost = (1 + 3, 6 + 3 + 6 + 3 + 3)
 """The rollout, and the one with gradient for the heads; two updates of the proxy; three times features for
 the heads; matching; features of the rollout with gradient; trajectory guidance."""
@@ -64,7 +61,7 @@ FEW = ("--warm-start-steps", "0", "--proxy-updates", "2")
 
 ROWS = (
     Row("trajectory", "trajectory"),
-    Row("DMD2", "dmd", ("--score-point", "renoise", "--proxy-target", "estimates"), ESTIMATES),
+    Row("DMD2", "dmd", ("--score-point", "renoise", "--proxy-target", "estimates"), MATCH),
     Row(
         "DMD, renoised, proxy on finals",
         "dmd",
@@ -75,9 +72,9 @@ ROWS = (
     Row(
         "DMD, times shared freely", "dmd", ("--score-point", "shared-free", "--proxy-target", "finals"), MATCH
     ),
-    Row("DMD2 + SenseFlow's IDA", "dmd", ("--proxy-target", "estimates", "--ida-decay", "0.98"), ESTIMATES),
+    Row("DMD2 + SenseFlow's IDA", "dmd", ("--proxy-target", "estimates", "--ida-decay", "0.98"), MATCH),
     Row("TDM", "tdm", (), MATCH),
-    Row("LADD", "ladd", (), (1, 10)),
+    Row("LADD", "ladd", (), (0, 2 * 4 + 6)),
     Row("LCM", "lcm", (), (0, 6)),
     Row("flash", "flash", (*FEW, "--split-steps", "0"), FLASH),
     Row("flash, split and merged", "flash", FEW, FLASH, SPLIT),

@@ -32,8 +32,8 @@ def recipe(
     Args:
         config: Shared.
         score_point: Where the scores are compared: on the renoised estimate, or on the student's trajectory.
-        proxy_target: What the proxy models: the student's samples, its estimates at a random step, or the
-            points of its trajectory where the scores are compared.
+        proxy_target: What the proxy models: the student's samples, its estimates at a random step, or its
+            trajectory where the scores are compared.
         matching: Shared.
         sampler: How the student is sampled: along its velocity, or with fresh noise after each step.
         gan_weight: Weight of the adversarial loss on features of the proxy; 0 leaves it out.

@@ -53,8 +53,8 @@ def recipe(
         fine_tune: What these steps train: two branches that are merged, or one net, to compare with.
         merge_ratio: Share of the late branch in the merge, from 0 to 1. [default: what scores best by KID]
         score_point: Where the scores are compared: on the renoised estimate, or on the student's trajectory.
-        proxy_target: What the proxy models: the student's samples, its estimates at a random step, or the
-            points of its trajectory where the scores are compared.
+        proxy_target: What the proxy models: the student's samples, its estimates at a random step, or its
+            trajectory where the scores are compared.
         matching: Shared.
         disc_backbone: The net whose features the heads read.
         disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate

@@ -28,8 +28,8 @@ def recipe(
 
     Args:
         config: Shared.
-        disc_input: What the heads see: estimates from noised samples of the teacher, estimates at a random
-            step, or samples with the gradient of all steps or of the last.
+        disc_input: What the heads see: estimates from noised samples of the teacher, or of a random step.
+            Or samples, with the gradient of all steps or of the last.
         heads: Heads over the grid of an image's tokens, or on each token.
         heads_updates: Updates of the heads per update of the student.
         heads_lr: Learning rate of the heads.

@@ -20,12 +20,11 @@ class FashionOptions:
     """The options of the benchmark.
 
     Attributes:
-        output: Folder of all runs.
-        results: Folder of the result files, one per cell, and of `results.md`. [default: OUTPUT/results]
+        output: Folder of all runs, and of the tables, `results.md`.
+        results: Folder of the result files, one per cell. [default: OUTPUT/results]
         data: The data set; it is made if it is not there.
-        part: primary is the table at 4 steps, few-steps that of the main methods at 2 and 1 steps, factorial
-            the experiment on score point, proxy target, anchor, weighting and heads. May be given several
-            times.
+        part: primary is the table at 4 steps, few-steps that of the main methods at 2 and 1 steps. factorial
+            varies score point, proxy target, anchor, weighting and heads. May be given several times.
         only: Names of rows; the others are left out.
         row: A row of your own, NAME=METHOD OPTIONS, where METHOD may be an import path.
         replicates: Independent repetitions: teacher samples, warm start and seed.

@@ -100,11 +100,12 @@ def run(options: FashionOptions) -> Path:
                 for each in factorial()
             ]
             run_tasks("factorial", [partial(cells, each) for each in own])
-        return write_report(results, [each.name for each in (*PRIMARY, *own_rows)])
+        names = [each.name for each in (*PRIMARY, *own_rows)]
+        return write_report(results, names, output / "results.md")
 
 
-def write_report(results: Path, rows: Sequence[str]) -> Path:
-    """Write ``results.md`` from the result files, and return its path."""
+def write_report(results: Path, rows: Sequence[str], path: Path) -> Path:
+    """Write the tables of the result files, and return the path of the document."""
     records = read_results(results)
     names = [WARM_START, *rows]
     sections: list[str] = ["# Distillation methods on Fashion-MNIST\n"]
@@ -117,7 +118,6 @@ def write_report(results: Path, rows: Sequence[str]) -> Path:
     own = [each.name for each in factorial()]
     if any(each["made_of"]["row"] in own for each in records):
         sections.append(f"## Factorial\n\n{reports.table(records, own, 4, WARM_START)}\n")
-    path = results / "results.md"
     atomic.write(path, "\n".join(sections).encode())
     return path
 
