@@ -37,7 +37,7 @@ class Protocol:
     images: int = 10_000
     curve_images: int = 2_500
     teacher_steps: int = 16
-    guidance: float = 2.0
+    guidance: float = 1.5
     samples: int = 5_000
     warm_updates: int = 2_000
     warm_batch: int = 64
