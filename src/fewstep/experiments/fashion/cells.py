@@ -52,26 +52,18 @@ class Cell:
 
     def made_of(self, benchmark: Benchmark) -> dict[str, Any]:
         """Return everything that the figures depend on, without paths."""
-        from fewstep.families.common import fingerprint
-
-        protocol = benchmark.protocol
-        return {
-            "row": self.row.name,
-            "command": list(self.row.command),
-            "start": self.row.start,
-            "student_steps": self.steps,
-            "replicate": self.replicate,
-            "rate": self.rate,
-            "updates": self.updates,
-            "points": list(self.points),
-            "choice": self.choice,
-            "protocol": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in vars(protocol).items()
-            },
-            "teacher": fingerprint(benchmark.family.net),
-            "judge": fingerprint(benchmark.viewer.judge),
-        }
+        return measured_alike(
+            benchmark,
+            row=self.row.name,
+            command=list(self.row.command),
+            start=self.row.start,
+            student_steps=self.steps,
+            replicate=self.replicate,
+            rate=self.rate,
+            updates=self.updates,
+            points=list(self.points),
+            choice=self.choice,
+        )
 
     def arguments(self, benchmark: Benchmark) -> list[str]:
         """Return the arguments of ``fewstep distill``."""
@@ -89,6 +81,18 @@ class Cell:
             f"{min(1.0, protocol.rising / self.updates):.6g}",
         ]
         return [*words, "--decay", "0", "--precision", "fp32", "--keep-every", str(protocol.keep_every)]
+
+
+def measured_alike(benchmark: Benchmark, **facts: Any) -> dict[str, Any]:
+    """Return facts of a cell with those that all cells share: protocol, teacher and judge."""
+    from fewstep.families.common import fingerprint
+
+    protocol = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(benchmark.protocol).items()
+    }
+    teacher, judge = fingerprint(benchmark.family.net), fingerprint(benchmark.viewer.judge)
+    return facts | {"protocol": protocol, "teacher": teacher, "judge": judge}
 
 
 def run_cell(

@@ -124,6 +124,32 @@ def table(results: Results, rows: Sequence[str], steps: int, against: str, updat
     return "\n".join(lines)
 
 
+def split_table(results: Results) -> str:
+    """Return the comparison of split and plain fine-tuning, in Markdown; empty without results."""
+    plain, split = (replicates(results, f"fine-tuning, {kind}", 4) for kind in ("plain", "split"))
+    shared = sorted(plain.keys() & split.keys())
+    if not shared:
+        return ""
+    before = {each: value(plain[each], "frechet", 0) for each in shared}
+    rows: dict[str, dict[int, float]] = {"before": before}
+    for update in (200, 300):
+        rows[f"plain, {update} updates"] = {each: value(plain[each], "frechet", update) for each in shared}
+    chosen = [split[each]["chosen"] for each in shared]
+    rows[f"split, merged with {', '.join(f'{each:g}' for each in chosen)} of late (chosen)"] = {
+        each: value(split[each], "frechet") for each in shared
+    }
+    for index, ratio in enumerate(point["late"] for point in split[shared[0]]["ratios"]):
+        rows[f"split, merged with {ratio:g} of late"] = {
+            each: float(split[each]["ratios"][index]["figures"]["frechet"]["value"]) for each in shared
+        }
+    lines = ["| | Fréchet distance | minus plain, 200 updates [95 %] |", "|---|---:|---:|"]
+    base = rows["plain, 200 updates"]
+    for name, own in rows.items():
+        difference = Spread.of([own[each] - base[each] for each in shared])
+        lines.append(f"| {name} | {Spread.of(list(own.values())).text(1)} | {difference.interval(1)} |")
+    return "\n".join(lines)
+
+
 def curves(results: Results, rows: Sequence[str], steps: int) -> str:
     """Return a table of the Fréchet distance along the training, in Markdown."""
     updates = sorted(

@@ -18,12 +18,16 @@ from fewstep.experiments.fashion.options import FashionOptions
 from fewstep.experiments.fashion.preparation import Benchmark
 from fewstep.experiments.fashion.protocol import SWEEP, Protocol
 from fewstep.experiments.fashion.rows import MAIN, PRIMARY, Row, factorial, own_row, select
+from fewstep.experiments.fashion.split import run_split
 from fewstep.experiments.subprocesses import ProcessGroup
 
 Task = Callable[[], None]
 
 REFERENCE = "DMD, shared times, path"
 """The row whose compute of all updates is the equal compute of the others."""
+
+FLASH_ROW = "flash, shared times, path, heads"
+"""The row whose rate the experiment on split fine-tuning has."""
 
 WARM_START, TEACHER = "warm start", "teacher"
 FACTORIAL_RATE, FACTORIAL_UPDATES, FACTORIAL_REPLICATES = 1e-4, 200, 2
@@ -93,6 +97,10 @@ def run(options: FashionOptions) -> Path:
                 for each in chosen
             ]
             run_tasks(f"students of {steps} steps", [partial(cells, each) for each in tables])
+        if "split" in part:
+            rate = _best_rates(results, select(PRIMARY, (FLASH_ROW,)), 4, protocol)[FLASH_ROW]
+            split = partial(run_split, processes, benchmark, rate=rate, results=results)
+            run_tasks("split fine-tuning", [partial(split, replicate=each) for each in replicates])
         if "factorial" in part:
             own = [
                 Cell(each, 4, replicate, FACTORIAL_RATE, FACTORIAL_UPDATES, (FACTORIAL_UPDATES,))
@@ -115,6 +123,8 @@ def write_report(results: Path, rows: Sequence[str], path: Path) -> Path:
         last = reports.table(records, names, steps, WARM_START)
         sections.append(f"## Students of {steps} steps, all updates\n\n{last}\n")
         sections.append(f"### Along the training\n\n{reports.curves(records, rows, steps)}\n")
+    if split := reports.split_table(records):
+        sections.append(f"## Split fine-tuning\n\n{split}\n")
     own = [each.name for each in factorial()]
     if any(each["made_of"]["row"] in own for each in records):
         sections.append(f"## Factorial\n\n{reports.table(records, own, 4, WARM_START)}\n")
