@@ -113,7 +113,7 @@ def write(net: Any, data: Path, folder: Path) -> None:
     training, test = fashion.load(data, "train"), fashion.load(data, "test")
     net.scale.fill_(1.0)
     features, classes = net.judge(test.images)
-    sets = np.split(net.judge(training.images[: UNIT_IMAGES * UNIT_SETS])[0], UNIT_SETS)
+    sets = np.array_split(net.judge(training.images[: UNIT_IMAGES * UNIT_SETS])[0], UNIT_SETS)
     distance = np.mean([frechet(moments(own), moments(features)) for own in sets])
     net.scale.fill_(float((UNIT / distance) ** 0.5))
     facts = {"test_accuracy": float((classes == test.labels).mean()), "scale": float(net.scale)}
