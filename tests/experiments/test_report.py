@@ -46,10 +46,7 @@ def test_figures_are_means_and_standard_deviations_over_seeds(tmp_path: Path) ->
     rows = {"T@28": {"seen_top5": figure(0.5, 0.4, 0.6), "scene": figure(0.25), "scene_two": figure(0.1)}}
     for value, (_, steps, folder) in zip((0.01, 0.03, 0.02), runs, strict=True):
         rows[f"{folder / 'model'}@{steps}"] = {"kid_teacher": figure(value, value / 2, 2 * value)}
-    told = [{"step": 0, "shared": 0.5, "renoise": 0.75}, {"step": 9, "shared": 0.25, "renoise": 1.0}]
-    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "measured": told}))
-    text = document(runs, results(rows), FACTS, tmp_path / "noise.json")
-    assert "| score point | step 0 | step 9 |" in text and "| renoise | 0.75 | 1.00 |" in text
+    text = document(runs, results(rows), FACTS)
     assert "| teacher |  |  | 50 [40, 60] |  | 25 |  |  |  |" in text
     assert "| A | 20 ± 14 |  |  |  |  |  | 1.5 | 200 |" in text
     assert "| B | 20 [10, 40] |  |  |  |  |  | ≥ 3.0 | 300 |" in text

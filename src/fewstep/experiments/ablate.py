@@ -7,7 +7,6 @@ interrupted ones resume.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,7 @@ from fewstep.core.progress import Progress, emit, say
 from fewstep.core.types import UserError
 from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples import manifest
-from fewstep.experiments.gradient_noise import FILE as NOISE_FILE
-from fewstep.experiments.grid import MATCH, ROWS, Cell, Row
+from fewstep.experiments.grid import ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 from fewstep.modules.timestep_experts import split_grid
@@ -141,21 +139,6 @@ def ablate(
         run_tasks("warm starts", tasks, jobs)
         trainings = [(cell, cell.arguments(passes, warm_starts[cell.steps] / "model", lr)) for cell in cells]
         run_tasks("trainings", [training(output / cell.name, own) for cell, own in trainings], jobs)
-        noise = output / f"noise.{cells[0].steps}"
-        matching = any(row.method == "dmd" for row in selected)
-        if matching:
-            (updates,) = Row("", "dmd", cost=MATCH).updates(passes, cells[0].steps).values()
-            own = [
-                "--steps",
-                str(updates),
-                "--init",
-                str(warm_starts[cells[0].steps] / "model"),
-                "--lr",
-                str(lr),
-            ]
-            own += ["--student-steps", str(cells[0].steps)]
-            task = partial(_measure_noise, processes, noise, [*own, *shared], machine, threads)
-            run_tasks("the gradient's noise", [task], 1)
         table = [("warm start", steps, folder) for steps, folder in warm_starts.items()]
         table += [(cell.row.name, cell.steps, output / cell.name) for cell in cells]
         evaluation = ["evaluate", *(f"{folder / 'model'}@{steps}" for _, steps, folder in table)]
@@ -203,9 +186,7 @@ def ablate(
             "jobs": str(jobs),
             "command": shlex.join(command),
         }
-        atomic.write(
-            report, document(table, results, facts, noise / NOISE_FILE if matching else None).encode()
-        )
+        atomic.write(report, document(table, results, facts).encode())
         emit(str(report))
 
 
@@ -219,20 +200,6 @@ def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> lis
         progress(next(done), len(tasks))
 
     return [partial(run, task) for task in tasks]
-
-
-def _measure_noise(
-    processes: ProcessGroup, folder: Path, options: Sequence[str], machine: Sequence[str], threads: int
-) -> None:
-    """Measure the noise of the gradient, unless the same command has done so."""
-    note, command = folder / "command.json", json.dumps(list(options))
-    if (folder / NOISE_FILE).exists() and note.exists() and note.read_text() == command:
-        return
-    say(folder.name)
-    processes.run(
-        "fewstep gradient-noise", ["gradient-noise", *options, *machine, "-o", str(folder)], threads=threads
-    )
-    atomic.write(note, command.encode())
 
 
 def _evaluate(processes: ProcessGroup, arguments: Sequence[str], threads: int) -> None:

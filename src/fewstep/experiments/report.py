@@ -70,14 +70,6 @@ class _Merge:
     curve: Annotated[list[tuple[float, float]], Meta(min_length=1)]
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """The content of ``noise.json``, which ``fewstep gradient-noise`` writes."""
-
-    batch: int
-    measured: Annotated[list[dict[str, float]], Meta(min_length=1)]
-
-
 def read_results(path: Path) -> dict[str, Any]:
     """Read the results of one ``fewstep evaluate``.
 
@@ -89,16 +81,13 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def document(
-    runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str], noise: Path | None = None
-) -> str:
+def document(runs: Sequence[Run], results: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """Return all cells as Markdown.
 
     Args:
         runs: the cells.
         results: of one ``fewstep evaluate``.
         facts: compute, machine, number of jobs and the command.
-        noise: file of ``fewstep gradient-noise``, if there is one.
 
     Raises:
         UserError: the results are of other runs, or a file is damaged.
@@ -114,8 +103,8 @@ def document(
     )
     parts = [
         "# Results",
-        f"Written by `fewstep ablate`. One teacher ({teacher}), one warm start for all students of the same "
-        f"number of steps, the same data, noise and compute: {facts['compute']}.",
+        f"Written by `fewstep ablate pocket`. One teacher ({teacher}), one warm start for all students of "
+        f"the same number of steps, the same data, noise and compute: {facts['compute']}.",
         f"{counts} A figure is the mean over training seeds ± their standard deviation. With a single seed, "
         f"the 95 % interval over prompts stands in brackets. Minus {CONTROL}'s: the difference of two KID-T "
         "on the same prompts and noise, with its 95 % interval over prompts and seeds together (Student's "
@@ -132,8 +121,6 @@ def document(
     curves = [(name, steps, folder) for name, steps, folder in runs if (folder / "merge.json").is_file()]
     if curves:
         parts += ["## The merge's ratio", _curves(curves)]
-    if noise is not None and noise.is_file():
-        parts += ["## The noise of the matching gradient", *_noise(noise)]
     parts += ["## Reproduce", f"```sh\n{facts['command']}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -223,22 +210,3 @@ def _curves(runs: Sequence[Run]) -> str:
         seed = folder.name.rpartition(".")[2]
         lines.append([f"{name}, {steps} steps, seed {seed}: {note.metric}", *scores])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _noise(path: Path) -> list[str]:
-    """Return the share of noise along a training, one row per score point."""
-    note = json_io.read(path, _Noise, python=True)
-    measured = note.measured
-    if any(each.keys() != measured[0].keys() or "step" not in each for each in measured):
-        raise UserError(f"{path} is damaged: its measurements have different keys")
-    lines = [
-        ["score point", *(f"step {each['step']:.0f}" for each in measured)],
-        ["---", *["---:"] * len(measured)],
-    ]
-    for point in (key for key in measured[0] if key != "step"):
-        lines.append([point, *(f"{each[point]:.2f}" for each in measured)])
-    return [
-        "Trace of the gradient's covariance over its mean squared norm, along a training on renoised "
-        f"estimates, batches of {note.batch}: 0 is no noise, 1 is noise alone.",
-        "\n".join("| " + " | ".join(line) + " |" for line in lines),
-    ]

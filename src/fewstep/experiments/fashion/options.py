@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from fewstep.core.cpu import threads as check_threads
 from fewstep.core.validate import require_positive
 
-Part = Literal["primary", "few-steps", "split", "factorial"]
+Part = Literal["primary", "few-steps", "split", "gradient", "factorial"]
 
 
 @Parameter(name="*")
@@ -23,9 +23,7 @@ class FashionOptions:
         output: Folder of all runs, and of the tables, `results.md`.
         results: Folder of the result files, one per cell. [default: OUTPUT/results]
         data: The data set; it is made if it is not there.
-        part: primary is the table at 4 steps, few-steps that of the main methods at 2 and 1 steps. factorial
-            varies score point, proxy target, anchor, weighting and heads. split compares split fine-tuning
-            with plain updates. May be given several times.
+        part: What is measured: primary, few-steps, split, gradient or factorial. May be given several times.
         only: Names of rows; the others are left out.
         row: A row of your own, NAME=METHOD OPTIONS, where METHOD may be an import path.
         replicates: Independent repetitions: teacher samples, warm start and seed.

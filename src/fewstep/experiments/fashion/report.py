@@ -150,6 +150,24 @@ def split_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def gradient_table(results: Results) -> str:
+    """Return noise and bias of gradients along training, in Markdown; empty without results."""
+    own = [each for each in results if each["made_of"]["row"].startswith("gradient, ")]
+    if not own:
+        return ""
+    steps = [int(each["step"]) for each in own[0]["measured"]]
+    titles = [f"{name} at {step}" for name in ("noise", "cosine", "bias") for step in steps]
+    lines = ["| score point, target | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    for row in dict.fromkeys(each["made_of"]["row"] for each in own):
+        cells = [row.removeprefix("gradient, ")]
+        measured = [each["measured"] for each in own if each["made_of"]["row"] == row]
+        for name in ("noise", "cosine", "bias"):
+            for index in range(len(steps)):
+                cells.append(Spread.of([each[index][name] for each in measured]).text(2))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def curves(results: Results, rows: Sequence[str], steps: int) -> str:
     """Return a table of the Fréchet distance along the training, in Markdown."""
     updates = sorted(

@@ -14,6 +14,7 @@ from fewstep.core.progress import Progress, say
 from fewstep.core.types import UserError
 from fewstep.experiments.fashion import report as reports
 from fewstep.experiments.fashion.cells import Cell, measure_student, read_results, run_cell
+from fewstep.experiments.fashion.gradient import PAIRS, GradientCell, run_gradient
 from fewstep.experiments.fashion.options import FashionOptions
 from fewstep.experiments.fashion.preparation import Benchmark
 from fewstep.experiments.fashion.protocol import SWEEP, Protocol
@@ -101,6 +102,10 @@ def run(options: FashionOptions) -> Path:
             rate = _best_rates(results, select(PRIMARY, (FLASH_ROW,)), 4, protocol)[FLASH_ROW]
             split = partial(run_split, processes, benchmark, rate=rate, results=results)
             run_tasks("split fine-tuning", [partial(split, replicate=each) for each in replicates])
+        if "gradient" in part:
+            gradients = [GradientCell(*pair, each) for each in replicates for pair in PAIRS]
+            measure = partial(run_gradient, processes, benchmark, results=results)
+            run_tasks("gradients", [partial(measure, each) for each in gradients])
         if "factorial" in part:
             own = [
                 Cell(each, 4, replicate, FACTORIAL_RATE, FACTORIAL_UPDATES, (FACTORIAL_UPDATES,))
@@ -125,6 +130,8 @@ def write_report(results: Path, rows: Sequence[str], path: Path) -> Path:
         sections.append(f"### Along the training\n\n{reports.curves(records, rows, steps)}\n")
     if split := reports.split_table(records):
         sections.append(f"## Split fine-tuning\n\n{split}\n")
+    if gradients := reports.gradient_table(records):
+        sections.append(f"## The gradient\n\n{gradients}\n")
     own = [each.name for each in factorial()]
     if any(each["made_of"]["row"] in own for each in records):
         sections.append(f"## Factorial\n\n{reports.table(records, own, 4, WARM_START)}\n")
