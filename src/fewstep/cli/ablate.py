@@ -17,9 +17,9 @@ def fashion(*, options: FashionOptions = DEFAULT) -> None:
     """Compare distillation methods on Fashion-MNIST: data, judge, teacher, warm starts, rates, cells, tables.
 
     The same command resumes after a stop. A cell with a result file is not run again.
-    The parts are the methods at 4 steps (primary), the main ones at 2 and 1 steps (few-steps), split
-    fine-tuning against plain updates (split), noise and bias of the gradient (gradient), and a factorial over
-    score point, proxy target, anchor, weighting and heads (factorial).
+    The part primary has all methods at 4 steps, few-steps the main ones at 2 and 1 steps. split compares split
+    fine-tuning with plain updates. gradient measures noise and bias of the gradient. factorial crosses score
+    point, proxy target, anchor, weighting and heads.
 
     Args:
         options: Shared.

@@ -118,8 +118,8 @@ def gradient_noise(
 ) -> None:
     """Measure how noisy and how biased the gradient of distribution matching is, along a training.
 
-    Writes `noise.json` with the share of noise in a draw, per measurement. With --reference-updates it also has
-    the cosine and the relative squared distance to the gradient of a converged proxy.
+    Writes `noise.json` with the share of noise in a draw, per measurement. With --reference-updates it also
+    has the cosine and the relative squared distance to the gradient of a converged proxy.
 
     Args:
         config: Shared.
