@@ -18,8 +18,8 @@ def fashion(*, options: FashionOptions = DEFAULT) -> None:
 
     The same command resumes after a stop. A cell with a result file is not run again.
     Part primary has all methods at 4 steps, few-steps the main ones at 2 and 1 steps. Part split compares
-    split fine-tuning with plain updates. Part gradient measures noise and bias of the gradient. Part factorial
-    crosses score point, proxy target, anchor, weighting and heads.
+    split fine-tuning with plain updates. Part gradient measures noise and bias of the gradient. Part
+    factorial crosses score point, proxy target, anchor, weighting and heads.
 
     Args:
         options: Shared.
