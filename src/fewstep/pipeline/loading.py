@@ -226,7 +226,11 @@ def _load_torch(
         if threads is not None:
             torch.set_num_threads(threads)
         if place.is_file():
-            return _load_single(name, place, architecture, options)
+            why = f"is for diffusers folders, and {place} is a single file"
+            return _load_plain(name, place, architecture, options, why)
+        if "vae" not in architecture.required:
+            why = f"is for models with an autoencoder, and {plain} has none"
+            return _load_plain(name, place, architecture, options, why)
         options = options or TorchOptions(**PLAIN)
         from fewstep.inference.load import load as load_staged
 
@@ -263,10 +267,21 @@ def _check_torch(options: TorchOptions | None) -> None:
             raise UserError(f"there is no {option} {place}: give a folder or file that is there")
 
 
-def _load_single(
-    name: str, place: Path, architecture: Architecture, options: TorchOptions | None
+def _load_plain(
+    name: str, place: Path, architecture: Architecture, options: TorchOptions | None, why: str
 ) -> Pipeline:
-    """Load a single-file checkpoint in float32 on the CPU, and add LoRAs."""
+    """Load a model in float32 on the CPU without a memory plan, and add LoRAs.
+
+    Args:
+        name: the model as the caller names it.
+        place: its folder or file.
+        architecture: its family.
+        options: how to run it.
+        why: why other options than ``lora`` are refused; it follows the option's name.
+
+    Raises:
+        UserError: another option is given, or the model is missing or damaged.
+    """
     from fewstep.families.lora import adapters
     from fewstep.inference.options import TorchOptions
     from fewstep.modules.adaln import PrecomputedAdaLN
@@ -276,12 +291,12 @@ def _load_single(
     if options is not None and options != TorchOptions(**PLAIN, lora=given):
         others = [option for option in options.named() if option != "--lora"]
         if others:
-            raise UserError(f"{others[0]} is for diffusers folders, and {place} is a single file")
+            raise UserError(f"{others[0]} {why}")
     model = architecture.load(place)
     adapters.apply(model.parts, architecture, given)
     facts = {"lora": given} if given else {}
     net: Any = model.velocity
-    velocity = PrecomputedAdaLN(net, architecture.modulation)
+    velocity = net if architecture.modulation is None else PrecomputedAdaLN(net, architecture.modulation)
     return Pipeline(replace(model, velocity=velocity), source=name, record_fields=facts)
 
 
