@@ -16,7 +16,7 @@ from fewstep.core.types import Batch, BatchSlice, Cond
 from fewstep.methods.dmd import DMD, DistributionMatching
 from fewstep.methods.flash import Flash
 from fewstep.methods.ladd import LADD, AdversarialLoss
-from fewstep.methods.lcm import LCM
+from fewstep.methods.lcm import LCM, Target
 from fewstep.methods.split import Split
 from fewstep.methods.tdm import TDM
 from fewstep.methods.trajectory import Trajectory
@@ -83,13 +83,14 @@ def methods() -> dict[str, Any]:
         f"adversarial {judged} {kind}": LADD(
             a, a, critic(tapped, disc_input=judged, kind=kind, reset_probability=0.5), GRID
         )
-        for judged in ("finals", "last", "estimates")
+        for judged in ("finals", "last", "estimates", "noised-data")
         for kind in ("softplus", "hinge")
     }
     return made | {
         "trajectory": Trajectory(a, a, GRID),
         "tdm": TDM(a, a, p, p, ring(), GRID, 2),
         "consistency": LCM(a, a, ring(), schedule.grid(32)),
+        "consistency ema": LCM(a, a, ring(), schedule.grid(32), Target(b, b, 0.5), "l2"),
         "flash": flash(a, a, p, proxy_updates=2, ida_decay=0.98),
         "split": Split(a, b, flash(a, TimestepExperts(a, b), p, proxy_updates=2)),
     }
@@ -134,7 +135,7 @@ def taught(
         precision="fp32", device="cpu", log_every=10**6, save_minutes=60.0,
     )  # fmt: skip
     kept: dict[str, Any] = {}
-    students = [name for name in method.nets if name not in ("proxy", "heads")]
+    students = [name for name in method.nets if name not in ("proxy", "heads", "target")]
     run = Run("ring", folder, method, batches, options, {"recipe": "ring"}, averaged=students,
               finish=lambda nets: kept.update(copy.deepcopy(nets)))  # fmt: skip
     train(run)

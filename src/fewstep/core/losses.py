@@ -41,8 +41,8 @@ def distribution_matching(x: Array, x0_proxy: Array, x0_teacher: Array, x0_stude
     """``1/2 || x - sg[x - g] ||^2`` with ``g = (x0_proxy - x0_teacher) / mean |x0_student - x0_teacher|``.
 
     Its gradient is ``g``: the difference of two scores, the proxy's (what the student draws) and the
-    teacher's (what it shall draw), in terms of ``x_0`` (DMD, Yin et al., arXiv 2311.18828, equations 7 and
-    8). ``x`` is what moves, a sample of the student or a point on its path.
+    teacher's (what it shall draw), in terms of ``x_0`` (DMD, Yin et al., arXiv 2311.18828, equation 7 and
+    algorithm 2, whose weight is ``1 / (1 - t)`` of equation 8's). ``x`` is what moves, a sample of the student or a point on its path.
 
     Args:
         x: ``[B, ...]``, with the student's gradient.

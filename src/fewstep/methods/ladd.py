@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from torch.nn import Module, Parameter
 
 DiscriminatorInput = Literal["finals", "last", "estimates", "noised-data"]
-"""Input of the heads from the student: its sample with the gradient of every step, the same with that of
-the last step alone, the clean estimate at a random step, or the clean estimate of a noised real sample
-(LADD, section 3)."""
+"""Input of the heads from the student.
+
+``finals``: its sample, with the gradient of every step. ``last``: the same with that of the last step alone.
+``estimates``: the clean estimate at a random step of its trajectory. ``noised-data``: the clean estimate from
+a teacher's sample that was noised to a random time of the grid, as in LADD (section 3).
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class AdversarialLoss:
         near = real + 0.05 * random.noise(real)
         with torch.no_grad():
             features = [self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake, near)]
-        real_logits, fake_logits, near_logits = (self.heads(x) for x in features)
+        real_logits, fake_logits, near_logits = (self.heads(x, real.shape[2:]) for x in features)
         accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
         return {
             "heads": losses.discriminator(real_logits, fake_logits, self.kind),
@@ -75,13 +78,13 @@ class AdversarialLoss:
     def backbone_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
         """Return the heads' loss with a gradient for the net whose features they read.
 
-        DMD2 (arXiv 2405.14867, section 4.3) trains the proxy by it, besides the heads.
+        DMD2 (arXiv 2405.14867, section 4.3) trains the proxy by it, besides the heads. The samples get no
+        gradient.
         """
         real, fake = batch.latents, self._fake(rollout, batch, random)
         t, noise = random.times(self.density, real), random.noise(real)
-        real_logits, fake_logits = (
-            self.heads(self.taps(flow.interpolate(x, noise, t), t, batch.cond)) for x in (real, fake)
-        )
+        features = (self.taps(flow.interpolate(x, noise, t), t, batch.cond) for x in (real, fake))
+        real_logits, fake_logits = (self.heads(x, real.shape[2:]) for x in features)
         return losses.discriminator(real_logits, fake_logits, self.kind)
 
     def _fake(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
@@ -90,36 +93,35 @@ class AdversarialLoss:
 
         with torch.no_grad():
             if self.disc_input == "noised-data":
-                return self._denoised(rollout, batch, random)
+                return estimate_from_data(rollout, batch, random)
             if self.disc_input == "estimates":
                 return rollout.simulated_step(batch, random, rollout.pick(random)).x0
             return rollout.finals(batch, random)
 
     def generator_loss(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Losses:
         """Return the student's loss."""
-        if self.disc_input == "noised-data":
-            x0 = self._denoised(rollout, batch, random)
-        elif self.disc_input == "finals":
-            x0 = rollout.finals_with_grad(batch, random)
-        else:
-            last = self.disc_input == "last"
-            index = rollout.steps - 1 if last else rollout.pick(random)
-            x0 = rollout.step(batch, random, index).x0
+        x0 = self._judged(rollout, batch, random)
         t, noise = random.times(self.density, x0), random.noise(x0)
         features = self.taps(flow.interpolate(x0, noise, t), t, batch.cond)
-        loss = self.weight * losses.generator(self.heads(features), self.kind)
-        if self.disc_input == "noised-data":
-            figures = {"latent/mean": x0.detach().mean(), "latent/std": x0.detach().std()}
+        loss = self.weight * losses.generator(self.heads(features, x0.shape[2:]), self.kind)
+        if self.disc_input == "noised-data":  # no trajectory is simulated
+            drawn = x0.detach()
+            figures: Losses = {"latent/mean": drawn.mean(), "latent/std": drawn.std()}
         else:
-            figures = dict(rollout.figures(batch, random))
+            figures = rollout.figures(batch, random)
+        if rollout.steps == 1:
+            # One step of the teacher draws a mean. Its spread is no reference for the divergence monitor.
+            figures = {name: value for name, value in figures.items() if name != "latent/std"}
         return {"adversarial": loss, **figures}
 
-    def _denoised(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
-        """Return the student's clean estimates of real samples that are noised to times of its grid."""
-        x0 = batch.latents
-        times = torch_times(rollout.grid, random.choices(range(rollout.steps), x0), x0)
-        x_t = flow.interpolate(x0, random.noise(x0), times)
-        return flow.to_x0(x_t, rollout.velocity(x_t, times, batch.student_cond), times)
+    def _judged(self, rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
+        """Return what the heads see of the student, with its gradient, ``[B, C, H, W]``."""
+        if self.disc_input == "noised-data":
+            return estimate_from_data(rollout, batch, random)
+        if self.disc_input == "finals":
+            return rollout.finals_with_grad(batch, random)
+        index = rollout.steps - 1 if self.disc_input == "last" else rollout.pick(random)
+        return rollout.step(batch, random, index).x0
 
     def reset_heads(self, random: StepRandom) -> Sequence[Parameter]:
         """Reset heads at random and return their parameters."""
@@ -127,11 +129,21 @@ class AdversarialLoss:
         return [p for i in chosen for p in self.heads.reset_head(i, random.torch)]
 
 
-def torch_times(grid: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
-    """Return the times of a grid at ``index [B]``, float32 on the device of ``like``."""
+def estimate_from_data(rollout: Rollout, batch: Batch, random: StepRandom) -> Tensor:
+    """Return the student's clean estimates from the teacher's samples, noised to times of its grid.
+
+    LADD, section 3. The trained steps' start times are equally likely, where LADD comes to prefer pure noise.
+
+    Returns:
+        ``[B, C, H, W]``, with the student's gradient.
+    """
     import torch
 
-    return torch.tensor(list(grid)).to(like.device)[index]
+    x0 = batch.latents
+    index = random.choices(rollout.trained_steps or range(rollout.steps), x0)
+    t = torch.tensor(list(rollout.grid)).to(x0.device)[index]
+    x = flow.interpolate(x0, random.noise(x0), t)
+    return flow.to_x0(x, rollout.velocity(x, t, batch.student_cond), t)
 
 
 @dataclass(frozen=True)
@@ -160,13 +172,9 @@ class LADD:
 
     def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
         rollout = Rollout(self.velocity, self.grid)
+        student = Update("student", partial(self.adversarial.generator_loss, rollout))
         return [
             *[Update("heads", partial(self.adversarial.discriminator_loss, rollout))] * self.heads_updates,
-            anchored(
-                Update("student", partial(self.adversarial.generator_loss, rollout)),
-                self.velocity,
-                self.grid,
-                self.trajectory_weight,
-            ),
+            anchored(student, self.velocity, self.grid, self.trajectory_weight),
             InPlaceUpdate("heads", self.adversarial.reset_heads),
         ]

@@ -1,15 +1,16 @@
 """Consistency distillation (Song et al., arXiv 2303.01469; with guidance, LCM, arXiv 2310.04378).
 
-The clean estimates at neighbouring times of the guided teacher's trajectory agree. The student samples by
-estimating, adding fresh noise (:func:`fewstep.core.sampling.renoise`) and estimating again.
+The clean estimates at neighbouring times of the guided teacher's trajectory agree. The estimate nearer to the
+data comes from an average of the student's weights, or from the student itself (Song and Dhariwal, arXiv
+2310.14189). The student samples by estimating, adding fresh noise (:func:`fewstep.core.sampling.renoise`) and
+estimating again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.core import flow
 from fewstep.core.types import Batch, Velocity
@@ -20,40 +21,37 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
-
-def follow(target: Module, student: Module, decay: float, random: StepRandom) -> Sequence[Parameter]:
-    """Move the target net towards the student, ``theta' <- decay theta' + (1 - decay) theta``."""
-    for own, new in zip(target.parameters(), student.parameters(), strict=True):
-        own.lerp_(new.to(own.dtype), 1 - decay)
-    return ()
+ConsistencyLoss = Literal["pseudo-huber", "l2"]
+"""Distances of two estimates. Squares follow outliers, which the pseudo-Huber distance does not."""
 
 
-def pseudo_huber(error: Tensor) -> Tensor:
-    """Return ``sqrt(|e|^2 + c^2) - c`` with ``c = 0.00054 sqrt(d)``, over ``sqrt(d)``, its mean over samples.
+@dataclass(frozen=True)
+class Target:
+    """An exponential average of the student's weights, whose estimates the student learns.
 
-    Song and Dhariwal (arXiv 2310.14189, section 3.3). Squares would follow outliers.
-
-    Args:
-        error: ``[B, ...]``; a sample has ``d`` values.
+    Attributes:
+        net: starts as a copy of the student.
+        velocity: the net as a velocity.
+        ema: share of its weights that an update keeps.
     """
-    root = error[0].numel() ** 0.5
-    c = 0.00054 * root
-    squares = (error * error).flatten(1).sum(1)
-    return ((squares + c * c).sqrt() - c).mean() / root
+
+    net: Module
+    velocity: Velocity
+    ema: float = 0.95
 
 
 @dataclass(frozen=True)
 class LCM:
-    """The student's clean estimate at ``t`` matches the target's one teacher step nearer to the data.
+    """The student's clean estimate at ``t`` matches the target's, one teacher step nearer to the data.
 
     Attributes:
         student: the net that is trained.
         velocity: the student as a velocity.
         teacher: the guided teacher; gets no gradient.
         grid: the teacher's times, descending from 1 to 0.
-        target: a copy of the student that follows it (:func:`follow`); ``None`` takes the student itself.
-        target_velocity: the target as a velocity.
-        target_decay: decay of the target.
+        target: the average that makes the target's estimates; ``None`` is the student itself, without
+            gradient.
+        loss: the distance of the two estimates.
         trajectory_weight: weight of trajectory guidance; above 0 the batch must carry trajectories.
         student_grid: the student's times, for trajectory guidance.
     """
@@ -62,26 +60,20 @@ class LCM:
     velocity: Velocity
     teacher: Velocity
     grid: Sequence[float]
-    target: Module | None = None
-    target_velocity: Velocity | None = None
-    target_decay: float = 0.95
+    target: Target | None = None
+    loss: ConsistencyLoss = "pseudo-huber"
     trajectory_weight: float = 0.0
     student_grid: Sequence[float] = ()
 
     @property
     def nets(self) -> dict[str, Module]:
-        return {"student": self.student} | ({} if self.target is None else {"target": self.target})
+        target = {} if self.target is None else {"target": self.target.net}
+        return {"student": self.student, **target}
 
     def updates(self, step: int) -> Sequence[Update | InPlaceUpdate]:
-        update = Update("student", self.losses)
-        updates: list[Update | InPlaceUpdate] = [
-            anchored(update, self.velocity, self.student_grid, self.trajectory_weight)
-        ]
-        if self.target is not None:
-            updates.append(
-                InPlaceUpdate("target", partial(follow, self.target, self.student, self.target_decay))
-            )
-        return updates
+        follow = [] if self.target is None else [InPlaceUpdate("target", self.move_target)]
+        student = Update("student", self.losses)
+        return [anchored(student, self.velocity, self.student_grid, self.trajectory_weight), *follow]
 
     def losses(self, batch: Batch, random: StepRandom) -> Losses:
         """Return the loss; ``batch.latents`` are the teacher's samples."""
@@ -92,9 +84,33 @@ class LCM:
         grid = torch.tensor(list(self.grid)).to(x0.device)
         t, t_next = grid[index], grid[index + 1]
         x = flow.interpolate(x0, random.noise(x0), t)
-        aim = self.target_velocity or self.velocity
+        velocity = self.velocity if self.target is None else self.target.velocity
         with torch.no_grad():
-            x_next = x + flow.expand(t_next - t, x) * self.teacher(x, t, batch.cond)
-            target = flow.to_x0(x_next, aim(x_next, t_next, batch.student_cond), t_next)
-        estimate = flow.to_x0(x, self.velocity(x, t, batch.student_cond), t)
-        return {"consistency": pseudo_huber(estimate - target)}
+            step = flow.expand(t_next - t, x)
+            x_next = x + step * self.teacher(x, t, batch.cond)
+            target = flow.to_x0(x_next, velocity(x_next, t_next, batch.student_cond), t_next)
+        error = flow.to_x0(x, self.velocity(x, t, batch.student_cond), t) - target
+        return {"consistency": consistency_distance(error, self.loss)}
+
+    def move_target(self, random: StepRandom) -> Sequence[Parameter]:
+        """Move the target towards the student, ``phi <- ema phi + (1 - ema) theta``."""
+        assert self.target is not None
+        pairs = zip(self.target.net.parameters(), self.student.parameters(), strict=True)
+        for own, student in pairs:
+            own.lerp_(student.to(own.dtype), 1 - self.target.ema)
+        return ()
+
+
+def consistency_distance(error: Tensor, loss: ConsistencyLoss) -> Tensor:
+    """Return the mean distance of two estimates ``[B, ...]`` by their difference.
+
+    Args:
+        error: the difference.
+        loss: mean square, or the pseudo-Huber distance (Song and Dhariwal, arXiv 2310.14189, section 3.3)
+            divided by the root of a sample's number of values.
+    """
+    if loss == "l2":
+        return error.square().mean()
+    root = error[0].numel() ** 0.5
+    c = 0.00054 * root
+    return ((error.square().flatten(1).sum(1) + c * c).sqrt() - c).mean() / root

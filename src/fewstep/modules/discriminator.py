@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.types import Cond, Velocity
+from fewstep.core.types import Cond, UserError, Velocity
 
 
 @dataclass(frozen=True)
@@ -56,39 +56,37 @@ def _tokens(output: object) -> Tensor:
     return last[:, None] if last.ndim == 2 else last
 
 
-class _TokenHead(nn.Sequential):
-    """A norm and two layers that judge every token separately: ``[B, N, D] -> [B, N]``."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-
-    def judge(self, tokens: Tensor, aspect: float) -> Tensor:
-        return self(tokens).squeeze(-1)
+HeadKind = Literal["token", "conv"]
+"""Kinds of heads: ``token`` judges every token by itself, ``conv`` every token with its eight neighbours."""
 
 
-class _ConvHead(nn.Sequential):
-    """A norm and two convolutions over the grid of an image's tokens: ``[B, N, D] -> [B, N]``."""
+class TokenHead(nn.Sequential):
+    """A norm and two layers judge every token separately: ``[B, N, D]`` -> ``[B, N]``."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__(
-            nn.GroupNorm(1, width),
-            nn.Conv2d(width, hidden, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(hidden, 1, 3, padding=1),
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1), nn.Flatten(1)
         )
 
-    def judge(self, tokens: Tensor, aspect: float) -> Tensor:
-        batch, count, width = tokens.shape
-        height = round((count / aspect) ** 0.5)
-        if height < 1 or count % height:
-            raise ValueError(f"{count} tokens are no grid of aspect {aspect:g}: take heads of tokens")
-        # Contiguous: the backward pass of a convolution on a view of tokens crashes on CPUs (torch 2.13).
-        grid = tokens.transpose(1, 2).reshape(batch, width, height, count // height).contiguous()
-        return self(grid).flatten(1)
 
+class ConvHead(nn.Module):
+    """Two convolutions over the image's tokens judge every place: ``[B, N, D]`` -> ``[B, h w]``.
 
-HEADS = {"token": _TokenHead, "conv": _ConvHead}
-"""Kinds of heads by name. StyleGAN-T and LADD use convolutions."""
+    A light version of the heads of StyleGAN-T (Sauer et al., arXiv 2301.09515, section 3.2), which LADD uses:
+    without their residual block and without conditions.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, 1, 1), nn.Flatten(1)
+        )
+
+    def forward(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        # Contiguous: the backward pass of a convolution on a view of tokens can crash on CPUs (torch 2.13).
+        grid = self.norm(tokens).transpose(1, 2).contiguous().unflatten(2, (rows, columns))
+        return self.layers(grid)
 
 
 class DiscriminatorHeads(nn.Module):
@@ -96,39 +94,67 @@ class DiscriminatorHeads(nn.Module):
 
     Args:
         widths: features of each tap.
-        hidden: width between the two layers of a head.
+        hidden: width between the two layers.
         seed: of the first weights.
-        kind: ``token`` judges every token separately, ``conv`` the grid of an image's tokens.
-        aspect: width over height of the images; for ``conv``.
+        kind: of the heads.
+        patch: latent cells along a side of a token, which ``conv`` needs.
     """
 
     def __init__(
-        self, widths: Sequence[int], hidden: int = 64, seed: int = 0, kind: str = "token", aspect: float = 1.0
+        self,
+        widths: Sequence[int],
+        hidden: int = 64,
+        seed: int = 0,
+        kind: HeadKind = "token",
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        self.aspect = aspect
-        self.heads: Any = nn.ModuleList(HEADS[kind](width, hidden) for width in widths)
+        self.kind, self.patch = kind, patch
+        make = TokenHead if kind == "token" else ConvHead
+        self.heads: Any = nn.ModuleList(make(width, hidden) for width in widths)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for index in range(len(widths)):
                 self.reset_head(index, generator)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """A tensor ``[B, N, D]`` for every head -> logits ``[B, sum of N]``; larger is more real."""
+    def forward(self, features: Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
+        """Return the logits, ``[B, sum of the heads' places]``; larger is more real.
+
+        Args:
+            features: a tensor ``[B, N, D]`` for every head.
+            size: height and width of the latents, which ``conv`` needs.
+
+        Raises:
+            UserError: ``conv``, and the tokens are fewer than the latents' patches.
+        """
         # In half precision the judgements would be rounded by more than the regularisation is about.
         with torch.autocast(features[0].device.type, enabled=False):
             pairs = zip(self.heads, features, strict=True)
-            return torch.cat([head.judge(x.float(), self.aspect) for head, x in pairs], 1)
+            return torch.cat([self._judge(head, tokens.float(), size) for head, tokens in pairs], 1)
+
+    def _judge(self, head: nn.Module, tokens: Tensor, size: Sequence[int]) -> Tensor:
+        if self.kind == "token":
+            return head(tokens)
+        sides = [side // self.patch for side in size]
+        whole = len(sides) == 2 and all(side % self.patch == 0 for side in size)
+        if not whole or tokens.shape[1] < sides[0] * sides[1]:
+            shape = " x ".join(map(str, size)) or "no image"
+            raise UserError(
+                f"{tokens.shape[1]} tokens are no grid of patches of {self.patch} for latents of {shape}: "
+                "give --heads token"
+            )
+        # Where a block returns text and image together, as FLUX's single-stream blocks do inside, the image
+        # comes last.
+        return head(tokens[:, -sides[0] * sides[1] :], *sides)
 
     def reset_head(self, index: int, generator: torch.Generator) -> list[nn.Parameter]:
         """Initialize one head again, in place, from a CPU generator, and return its parameters."""
-        for layer in self.heads[index]:
+        for layer in self.heads[index].modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                inputs = layer.weight[0].numel()
-                fresh = torch.randn(layer.weight.shape, generator=generator) * inputs**-0.5
-                layer.weight.copy_(fresh)
+                fresh = torch.randn(layer.weight.shape, generator=generator)
+                layer.weight.copy_(fresh * layer.weight[0].numel() ** -0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+            elif isinstance(layer, nn.LayerNorm):
                 layer.reset_parameters()
         return list(self.heads[index].parameters())
