@@ -21,7 +21,7 @@ from fewstep.core.types import Batch, Cond
 from fewstep.methods.base import StepRandom
 from fewstep.methods.dmd import DistributionMatching
 from fewstep.methods.ladd import AdversarialLoss
-from fewstep.methods.lcm import LCM, pseudo_huber
+from fewstep.methods.lcm import LCM, Target, consistency_distance
 from fewstep.methods.rollout import Rollout
 from fewstep.methods.tdm import TDM, forward_diffuse
 from fewstep.modules.discriminator import DiscriminatorHeads, FeatureTaps
@@ -402,7 +402,7 @@ def test_pseudo_huber_is_that_of_ict(size: float) -> None:
     generator = torch.Generator().manual_seed(0)
     error = (size * torch.randn(N, 3, 4, 4, generator=generator, dtype=torch.float64)).requires_grad_()
     value, grad = huber(error.detach())
-    loss = pseudo_huber(error)
+    loss = consistency_distance(error, "pseudo-huber")
     (ours,) = torch.autograd.grad(loss, error)
     assert abs(float(loss.detach() - value.mean() / 48**0.5)) < 1e-12 * size + 1e-15
     assert apart(ours, grad / 48**0.5 / N) < 1e-10
@@ -415,7 +415,8 @@ def lcm_parts(target: Any = None) -> tuple[Any, Any, Any, Recorded]:
     """The loss of LCM, and the student's estimate and its target, written out."""
     student, points, random = small(1), batch(), recorded()
     grid = [T_MAX * (1 - i / 16) for i in range(17)]
-    method = LCM(student, student, guided(), grid, target, target)
+    aim = None if target is None else Target(target, target)
+    method = LCM(student, student, guided(), grid, aim)
     loss = method.losses(points, random)["consistency"]
     index = random.drawn_choices[0]
     t, t_next = (torch.tensor(times)[index].double() for times in (grid[:-1], grid[1:]))
@@ -475,7 +476,7 @@ class Judged:
         for layer in self.tapped.layers[:-1]:
             hidden = layer(hidden)
             if isinstance(layer, torch.nn.ReLU):
-                opinions.append(next(heads)(hidden))
+                opinions.append(next(heads)(hidden[:, None]))
         return torch.cat(opinions, 1)
 
     @staticmethod
@@ -495,7 +496,7 @@ def judged(**options: Any) -> Judged:
     heads = DiscriminatorHeads([16, 16])
     with torch.no_grad():
         for head in heads.heads:
-            head[-1].weight *= 4  # so that some logits lie beyond the margin
+            head[-2].weight *= 4  # so that some logits lie beyond the margin
     points = Batch(torch.from_numpy(ring().sample(N, 3)), none(N))
     adversarial = AdversarialLoss(
         FeatureTaps(tapped, tapped.blocks), heads, "noised-data", kind="hinge", **options
