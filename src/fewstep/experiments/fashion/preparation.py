@@ -128,6 +128,10 @@ class Benchmark:
         with np.load(path) as arrays:
             return self.viewer(arrays["images"])
 
+    def prepare_views(self) -> None:
+        """Make all views that cells compare with, once, before cells run side by side."""
+        assert self.real and self.real_validation and self.teacher_views
+
     @cached_property
     def judge_accuracy(self) -> float:
         """The judge's accuracy on the test images."""

@@ -76,6 +76,7 @@ def run(options: FashionOptions) -> Path:
         run_tasks("data, judge and teacher", [partial(_foundations, processes, benchmark, options)], 1)
         results.mkdir(parents=True, exist_ok=True)
         run_tasks("the teacher's figures", [partial(_measure_teacher, benchmark, results)], 1)
+        run_tasks("the teacher's images", [benchmark.prepare_views], 1)
         used = [SWEEP, *replicates]
         run_tasks("teacher samples", [partial(benchmark.make_samples, processes, each) for each in used])
         student_steps = [4, *((2, 1) if "few-steps" in part else ())]
