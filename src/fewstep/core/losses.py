@@ -42,8 +42,8 @@ def distribution_matching(x: Array, x0_proxy: Array, x0_teacher: Array, x0_stude
 
     Its gradient is ``g``: the difference of two scores, the proxy's (what the student draws) and the
     teacher's (what it shall draw), in terms of ``x_0`` (DMD, Yin et al., arXiv 2311.18828, equation 7 and
-    algorithm 2, whose weight is ``1 / (1 - t)`` of equation 8's). ``x`` is what moves, a sample of the student
-    or a point on its path.
+    algorithm 2, whose weight is ``1 / (1 - t)`` of equation 8's). ``x`` is what moves, a sample of the
+    student or a point on its path.
 
     Args:
         x: ``[B, ...]``, with the student's gradient.

@@ -94,6 +94,15 @@ class ProcessGroup:
             raise UserError(f"{name} failed: {reason}")
         return usage.ru_maxrss * _KIBI
 
+    def check(self) -> None:
+        """Raise in a task that works in this process, if the tasks have been asked to stop.
+
+        Raises:
+            Interrupted: they have.
+        """
+        if self._stopped_at is not None:
+            raise Interrupted
+
     def all(self, tasks: Sequence[Callable[[], None]], jobs: int) -> None:
         """Run tasks, ``jobs`` at once; if one fails, the others stop and save.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ class Samples:
     labels: NDArray[np.int64]
 
 
-def sample(family: Family, *, count: int, steps: int, guidance: float | None, seed: int) -> Samples:
+def sample(
+    family: Family,
+    *,
+    count: int,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    check: Callable[[], None] = signals.check,
+) -> Samples:
     """Sample a model, the classes in turn; image ``i`` starts from the noise of seed ``seed + i``.
 
     Args:
@@ -35,6 +44,7 @@ def sample(family: Family, *, count: int, steps: int, guidance: float | None, se
         steps: solver steps.
         guidance: guidance scale; ``None`` for a net without a second pass.
         seed: of the first image.
+        check: called before each batch; it may raise to stop.
     """
     import torch
 
@@ -48,7 +58,7 @@ def sample(family: Family, *, count: int, steps: int, guidance: float | None, se
     labels = np.arange(count) % len(CLASSES)
     grid, images = schedule.grid(steps, family.shift), list[NDArray[np.uint8]]()
     for start in range(0, count, BATCH):
-        signals.check()
+        check()
         rows = range(start, min(start + BATCH, count))
         cond = family.text([CLASSES[labels[row]] for row in rows])
         with torch.no_grad():

@@ -172,7 +172,7 @@ def measure_student(
         choice: compare with training images and from other noise, as choices do.
     """
     seed = VALIDATION_SEED if choice else TEST_SEED
-    samples = sample(family, count=count, steps=steps, guidance=None, seed=seed)
+    samples = sample(family, count=count, steps=steps, guidance=None, seed=seed, check=benchmark.check)
     real = benchmark.real_validation if choice else benchmark.real
     return as_json(measure(benchmark.viewer(samples.images), samples.labels, real, benchmark.teacher_views))
 

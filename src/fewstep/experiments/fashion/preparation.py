@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.core import json_io
+from fewstep.core import json_io, signals
 from fewstep.experiments.fashion.protocol import TEST_SEED, VALIDATION_SEED, Protocol
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 from fewstep.fashion import data as fashion
@@ -33,6 +34,7 @@ class Benchmark:
         protocol: sizes of the experiment.
         device: auto, cpu or cuda.
         threads: torch threads of each process; 0 leaves torch's choice.
+        check: called between batches of images; it may raise to stop.
     """
 
     output: Path
@@ -42,6 +44,7 @@ class Benchmark:
     protocol: Protocol
     device: str = "auto"
     threads: int = 0
+    check: Callable[[], None] = signals.check
 
     @property
     def machine(self) -> list[str]:
@@ -115,7 +118,14 @@ class Benchmark:
         """Sample the teacher with guidance, the classes in turn."""
         protocol = self.protocol
         steps = steps or protocol.teacher_steps
-        return sample(self.family, count=count, steps=steps, guidance=protocol.guidance, seed=seed)
+        return sample(
+            self.family,
+            count=count,
+            steps=steps,
+            guidance=protocol.guidance,
+            seed=seed,
+            check=self.check,
+        )
 
     @cached_property
     def teacher_views(self) -> Views:

@@ -57,6 +57,7 @@ def run(options: FashionOptions) -> Path:
     own_rows = tuple(map(own_row, options.row))
     rows = select((*PRIMARY, *own_rows), options.only)
     results = options.results or output / "results"
+    processes = ProcessGroup()
     benchmark = Benchmark(
         output,
         options.data,
@@ -65,8 +66,9 @@ def run(options: FashionOptions) -> Path:
         protocol,
         options.device,
         options.threads,
+        processes.check,
     )
-    processes, progress = ProcessGroup(), Progress()
+    progress = Progress()
 
     def run_tasks(stage: str, tasks: Sequence[Task], jobs: int = options.jobs) -> None:
         with progress:
