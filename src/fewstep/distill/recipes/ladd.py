@@ -53,8 +53,8 @@ def recipe(
 
     Args:
         config: Shared.
-        disc_input: What the heads see: samples with the gradient of all steps or of the last, an estimate at
-            a random step, or an estimate from a noised sample of the teacher.
+        disc_input: What the heads see: samples with the gradient of all steps or of the last, or an estimate
+            at a random step. Or an estimate from a noised sample of the teacher.
         kind: The loss.
         disc_density: Density of the times to which the heads' inputs are noised.
         disc_shift: Shift of these times towards noise; 1 is none.
