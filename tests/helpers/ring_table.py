@@ -1,6 +1,6 @@
 """Distribution matching on the ring of eight modes, along a thousand updates, as a table.
 
-    PYTHONPATH=tests/helpers python tests/helpers/ring_table.py [--updates 1000] [--seeds 3] [--json FILE]
+    PYTHONPATH=tests/helpers python tests/helpers/ring_table.py --json docs/results/ring.json
 
 The teacher is the closed-form mixture, so its scores are exact. Students are MLPs of four steps.
 """
@@ -70,7 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--json", type=Path, help="its figures of other settings are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warm, proxy_start = net(), net(5)
@@ -83,8 +84,10 @@ def main() -> None:
     print("| | " + " | ".join(f"{point}: distance, off %" for point in points) + " |")
     print("|---|" + "---:|" * len(points))
     print(f"| warm start | {_cell([quality(student)])}" + " |" * len(points))
-    figures: dict[str, list[dict[int, dict[str, float]]]] = {}
-    for name in methods(student, flow):
+    figures: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        figures = json.loads(options.json.read_text())
+    for name in options.only or methods(student, flow):
         runs: list[dict[int, Quality]] = []
         for seed in range(options.seeds):
             torch.manual_seed(seed)
