@@ -9,6 +9,7 @@ import pytest
 
 from fewstep.core.types import UserError
 from fewstep.experiments.fashion import report, rows
+from fewstep.experiments.fashion.run import with_neighbour
 
 
 def record(row: str, replicate: int, *frechet: float, choice: bool = False) -> dict[str, Any]:
@@ -66,3 +67,11 @@ def test_a_row_of_ones_own() -> None:
             rows.own_row(text)
     with pytest.raises(UserError, match="there is none"):
         rows.select(rows.PRIMARY, ("DMD3",))
+
+
+def test_a_best_rate_at_an_end_brings_its_neighbour() -> None:
+    """Rates go 1, 3, 10, 30, and a best one in the middle ends the search."""
+    assert with_neighbour((3e-5, 1e-4, 3e-4), 1e-4) == (3e-5, 1e-4, 3e-4)
+    assert with_neighbour((3e-5, 1e-4, 3e-4), 3e-4) == (3e-5, 1e-4, 3e-4, 1e-3)
+    assert with_neighbour((3e-5, 1e-4, 3e-4), 3e-5) == (1e-5, 3e-5, 1e-4, 3e-4)
+    assert with_neighbour((3e-6, 1e-5), 3e-6) == (1e-6, 3e-6, 1e-5)

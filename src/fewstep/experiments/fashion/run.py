@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,6 +30,9 @@ REFERENCE = "DMD, shared times, path"
 
 FLASH_ROW = "flash, shared times, path, heads"
 """The row whose rate the experiment on split fine-tuning has."""
+
+EXTENSIONS = 2
+"""How often the rates of a sweep are extended where the best one is the smallest or the largest."""
 
 WARM_START, TEACHER = "warm start", "teacher"
 FACTORIAL_RATE, FACTORIAL_UPDATES, FACTORIAL_REPLICATES = 1e-4, 200, 2
@@ -91,9 +95,15 @@ def run(options: FashionOptions) -> Path:
             chosen = rows if steps == 4 else tuple(each for each in rows if each.name in MAIN)
             if steps == 4 and "primary" not in part:
                 continue
-            sweep = [_sweep_cell(each, steps, rate, protocol) for each in chosen for rate in each.rates]
-            run_tasks(f"rates, {steps} steps", [partial(cells, each) for each in sweep])
-            rates = _best_rates(results, chosen, steps, protocol)
+            rates = _choose_rates(
+                results,
+                chosen,
+                steps,
+                protocol,
+                lambda sweep, at=steps: run_tasks(
+                    f"rates, {at} steps", [partial(cells, each) for each in sweep]
+                ),
+            )
             lengths = _lengths(results, chosen, steps, protocol)
             tables = [
                 Cell(each, steps, replicate, rates[each.name], *lengths[each.name])
@@ -102,7 +112,7 @@ def run(options: FashionOptions) -> Path:
             ]
             run_tasks(f"students of {steps} steps", [partial(cells, each) for each in tables])
         if "split" in part:
-            rate = _best_rates(results, select(PRIMARY, (FLASH_ROW,)), 4, protocol)[FLASH_ROW]
+            rate = _tabled_rate(results, FLASH_ROW)
             split = partial(run_split, processes, benchmark, rate=rate, results=results)
             run_tasks("split fine-tuning", [partial(split, replicate=each) for each in replicates])
         if "gradient" in part:
@@ -205,18 +215,66 @@ def _sweep_cell(row: Row, steps: int, rate: float, protocol: Protocol) -> Cell:
     return Cell(row, steps, SWEEP, rate, updates, (updates,), choice=True)
 
 
-def _best_rates(results: Path, rows: Sequence[Row], steps: int, protocol: Protocol) -> dict[str, float]:
+def _choose_rates(
+    results: Path,
+    rows: Sequence[Row],
+    steps: int,
+    protocol: Protocol,
+    run_cells: Callable[[Sequence[Cell]], None],
+) -> dict[str, float]:
+    """Run the sweep, extend it where the best rate is at an end, and return the best rate by row."""
+    tried: dict[str, tuple[float, ...]] = {row.name: row.rates for row in rows}
+    best: dict[str, float] = {}
+    for _ in range(1 + EXTENSIONS):
+        run_cells([_sweep_cell(row, steps, rate, protocol) for row in rows for rate in tried[row.name]])
+        best = _best_rates(results, rows, steps, protocol, tried)
+        tried = {name: with_neighbour(rates, best[name]) for name, rates in tried.items()}
+    return best
+
+
+def _best_rates(
+    results: Path,
+    rows: Sequence[Row],
+    steps: int,
+    protocol: Protocol,
+    tried: Mapping[str, Sequence[float]],
+) -> dict[str, float]:
     """Return the rate with the smallest Fréchet distance in the sweep, by row."""
     best: dict[str, float] = {}
     for row in rows:
         distances: dict[float, float] = {}
-        for rate in row.rates:
+        for rate in tried[row.name]:
             cell = _sweep_cell(row, steps, rate, protocol)
             record = json_io.read(results / f"{cell.name}.json", dict[str, Any])
             distances[rate] = reports.value(record, "frechet")
         best[row.name] = min(distances, key=lambda rate: distances[rate])
-        say(f"{row.name}: rate {best[row.name]:g} of {distances}")
     return best
+
+
+def with_neighbour(rates: Sequence[float], best: float) -> tuple[float, ...]:
+    """Return the rates, with the next one beyond where the best is the smallest or the largest.
+
+    Rates alternate between 1 and 3 times a power of ten.
+    """
+    ordered = sorted(rates)
+    if best not in (ordered[0], ordered[-1]):
+        return tuple(ordered)
+    grid = sorted(factor * 10.0**power for power in range(-8, 0) for factor in (1, 3))
+    place = min(range(len(grid)), key=lambda index: abs(math.log(grid[index] / best)))
+    beyond = grid[place - 1] if best == ordered[0] else grid[place + 1]
+    return tuple(sorted({*ordered, float(f"{beyond:g}")}))
+
+
+def _tabled_rate(results: Path, row: str) -> float:
+    """Return the rate of a row in the primary table.
+
+    Raises:
+        UserError: the row has no result yet.
+    """
+    found = reports.replicates(read_results(results), row, 4)
+    if not found:
+        raise UserError(f"{row} has no result yet: run --part primary first")
+    return float(next(iter(found.values()))["made_of"]["rate"])
 
 
 def _lengths(
