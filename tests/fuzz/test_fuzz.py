@@ -513,8 +513,6 @@ def test_notes_of_trainings(tmp_path: Path) -> None:
     (run_ / "merge.json").write_text(
         json.dumps({"metric": "kid", "late": 0.5, "curve": [[0.0, 3.0], [1.0, 2.0]]})
     )
-    told = [{"step": 0, "shared": 0.5}, {"step": 9, "shared": 0.25}]
-    (tmp_path / "noise.json").write_text(json.dumps({"batch": 8, "measured": told}))
     figure = {"value": 0.5, "low": 0.1, "high": None, "without": [0.1, 0.2]}
     rows = [{"label": label, "figures": {"kid_teacher": figure}} for label in ("T@28", f"{run_ / 'model'}@4")]
     results = {
@@ -531,9 +529,39 @@ def test_notes_of_trainings(tmp_path: Path) -> None:
 
     def read() -> None:
         read_cost(run_ / "cost.json")
-        document([("A", 4, run_)], read_results(tmp_path / "results.json"), facts, tmp_path / "noise.json")
+        document([("A", 4, run_)], read_results(tmp_path / "results.json"), facts)
 
-    Format(tmp_path, ("a.4.0/cost.json", "a.4.0/merge.json", "noise.json", "results.json"), read).check(100)
+    Format(tmp_path, ("a.4.0/cost.json", "a.4.0/merge.json", "results.json"), read).check(100)
+
+
+def test_files_of_fashion_mnist(tmp_path: Path) -> None:
+    import gzip
+
+    from fewstep.fashion.data import read_idx
+
+    header = np.array([0x803, 2, 28, 28], ">u4").tobytes()
+    (tmp_path / "images.gz").write_bytes(gzip.compress(header + bytes(2 * 28 * 28), mtime=0))
+
+    def read() -> None:
+        read_idx(tmp_path / "images.gz", 0x803, (2, 28, 28))
+
+    Format(tmp_path, ("images.gz",), read).check(50)
+
+
+def test_results_of_the_benchmark(tmp_path: Path) -> None:
+    from fewstep.experiments.fashion import report
+    from fewstep.experiments.fashion.cells import read_results
+
+    made_of = {"row": "a", "student_steps": 4, "replicate": 0, "choice": False, "rate": 1e-4}
+    point = {"update": 100, "images": 10, "figures": {"frechet": {"value": 1.5, "error": 0.5}}}
+    (tmp_path / "a.json").write_text(json.dumps({"made_of": made_of, "curve": [point], "passes": 3.0}))
+
+    def read() -> None:
+        results = read_results(tmp_path)
+        report.table(results, ["a"], 4, "b")
+        report.curves(results, ["a"], 4)
+
+    Format(tmp_path, ("a.json",), read).check(50)
 
 
 def test_records_of_bench(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def run_of(folder: Path, kind: str, steps: int = 0, **options: Any) -> Run:
     """``kind``: ``full`` fine-tunes the whole net, ``roles`` trains LoRAs of a frozen base in bf16."""
     parts = Parts()
     settings: dict[str, Any] = {
-        "warmup": 0.1,
+        "warmup": 2 / (steps or STEPS[kind]),
         "decay": 0.0,
         "save_minutes": 60.0,
         "precision": "fp32",

@@ -56,7 +56,7 @@ def run_of(folder: Path, steps: int, slow: float = 0.0, **options: Any) -> Run:
         time.sleep(slow)
         return batch_of(step)[share.slice_of(8)]
 
-    settings: dict[str, Any] = {"warmup": 0.1, "decay": 0.0, "save_minutes": 0.0} | options
+    settings: dict[str, Any] = {"warmup": min(1.0, 2 / steps), "decay": 0.0, "save_minutes": 0.0} | options
     of_run = {
         name: settings.pop(name) for name in ("score", "metric", "higher", "preview") if name in settings
     }

@@ -379,7 +379,7 @@ def test_hub_names_take_a_family_in_front() -> None:
         "stabilityai/stable-diffusion-3.5-medium",
     )
     assert parse_family("C:/models/a") == (None, "C:/models/a")
-    assert list(built_in()) == ["flux", "sd3"]
+    assert list(built_in()) == ["dit", "flux", "sd3"]
 
 
 def test_pictures_do_not_depend_on_the_memory(folder: Path) -> None:

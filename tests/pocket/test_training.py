@@ -87,11 +87,10 @@ def teacher(chain: Chain, steps: int) -> Any:
 
 
 def student(chain: Chain, **options: Any) -> Any:
-    options = {"num_samples": 4, "batch_size": 4, "guidance": 2.0} | options
+    made = {} if "samples" in options else {"num_samples": 4, "guidance": 2.0, "data": chain.data}
+    options = {"batch_size": 4} | made | options
     return trajectory(
-        config=DistillConfig(
-            teacher=str(chain.teacher), data=chain.data, output=chain.student.parent, **options
-        )
+        config=DistillConfig(teacher=str(chain.teacher), output=chain.student.parent, **options)
     )
 
 

@@ -133,14 +133,14 @@ def _fetch(scratch: Path) -> Path:
 
 def _read_original(place: Path, part: str, count: int) -> LabelledImages:
     stem = _FILES[part]
-    images = _read_idx(place / f"{stem}-images-idx3-ubyte.gz", _IMAGES, (count, SIDE, SIDE))
-    labels = _read_idx(place / f"{stem}-labels-idx1-ubyte.gz", _LABELS, (count,)).astype(np.int64)
+    images = read_idx(place / f"{stem}-images-idx3-ubyte.gz", _IMAGES, (count, SIDE, SIDE))
+    labels = read_idx(place / f"{stem}-labels-idx1-ubyte.gz", _LABELS, (count,)).astype(np.int64)
     if labels.max() >= len(CLASSES):
         raise UserError(f"{place}: a label of {stem} is {labels.max()}, but there are {len(CLASSES)} classes")
     return LabelledImages(images, labels)
 
 
-def _read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Read a gzipped IDX file of bytes.
 
     Raises:

@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import tiny_fashion
 
 from fewstep.cli.app import run
-from fewstep.experiments.fashion import split
 from fewstep.experiments.subprocesses import ProcessGroup
 from fewstep.fashion.train_teacher import new_teacher
 
@@ -39,7 +38,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(ProcessGroup, "run", here)
     monkeypatch.setattr(ProcessGroup, "all", in_turn)
-    monkeypatch.setattr(split, "BEFORE", 2)
+    monkeypatch.setattr("fewstep.experiments.fashion.run.EXTENSIONS", 0)
     return started
 
 

@@ -183,4 +183,36 @@ def read_results(results: Path) -> Sequence[dict[str, Any]]:
     Raises:
         UserError: a file is broken.
     """
-    return [json_io.read(path, dict[str, Any]) for path in sorted(results.glob("*.json"))]
+    records: list[dict[str, Any]] = []
+    for path in sorted(results.glob("*.json")):
+        record: dict[str, Any] = json_io.read(path, dict[str, Any])
+        json_io.convert(record, _Record, str(path))
+        records.append(record)
+    return records
+
+
+@dataclass(frozen=True)
+class _MadeOf:
+    """The facts of a cell that tables read."""
+
+    row: str
+    student_steps: int
+    replicate: int
+    choice: bool
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The figures of a student at an update."""
+
+    update: int
+    figures: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The checked content of a result file."""
+
+    made_of: _MadeOf
+    curve: list[_Point]
