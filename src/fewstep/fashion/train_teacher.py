@@ -36,7 +36,7 @@ def fashion_teacher(
     layers: int = 6,
     steps: int = 14_000,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float = 1.5e-3,
     drop_class: float = 0.1,
     compute: ComputeOptions = DEFAULT_COMPUTE,
 ) -> Run:
