@@ -7,6 +7,7 @@ compared with one of a large batch and of a proxy that was trained on while the 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,7 +147,7 @@ def gradient_noise(
         matching.ida_decay, matching.fresh_rollouts,
     )  # fmt: skip
     run = build_run(context, method, proxy, net_lrs={"proxy": matching.proxy_lr or config.lr})
-    measured: list[dict[str, float]] = []
+    measured: list[dict[str, float | None]] = []
     for state in _along_training(run, every or max(1, config.steps // 2)):
         own = _moments(context, state, loss, draws, FRESH)
         found: dict[str, float] = {"step": state.step, "noise": own.noise}
@@ -155,7 +156,8 @@ def gradient_noise(
             reference = _moments(context, state, converged, reference_draws, 2 * FRESH)
             found["cosine"], found["bias"] = own.cosine(reference), own.relative_bias(reference)
         say(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-        measured.append(found)
+        # JSON has no NaN: a figure without a value, such as a direction that noise hides, is null.
+        measured.append({name: value if math.isfinite(value) else None for name, value in found.items()})
     path = context.folder / FILE
     record = {
         "batch": config.batch_size, "draws": draws, "score_point": score_point, "proxy_target": proxy_target,

@@ -132,7 +132,8 @@ def split_table(results: Results) -> str:
         return ""
     before = {each: value(plain[each], "frechet", 0) for each in shared}
     rows: dict[str, dict[int, float]] = {"before": before}
-    for update in (200, 300):
+    updates = [point["update"] for point in plain[shared[0]]["curve"] if point["update"]]
+    for update in updates:
         rows[f"plain, {update} updates"] = {each: value(plain[each], "frechet", update) for each in shared}
     chosen = [split[each]["chosen"] for each in shared]
     rows[f"split, merged with {', '.join(f'{each:g}' for each in chosen)} of late (chosen)"] = {
@@ -142,8 +143,9 @@ def split_table(results: Results) -> str:
         rows[f"split, merged with {ratio:g} of late"] = {
             each: float(split[each]["ratios"][index]["figures"]["frechet"]["value"]) for each in shared
         }
-    lines = ["| | Fréchet distance | minus plain, 200 updates [95 %] |", "|---|---:|---:|"]
-    base = rows["plain, 200 updates"]
+    base_name = f"plain, {updates[0]} updates"
+    lines = [f"| | Fréchet distance | minus {base_name} [95 %] |", "|---|---:|---:|"]
+    base = rows[base_name]
     for name, own in rows.items():
         difference = Spread.of([own[each] - base[each] for each in shared])
         lines.append(f"| {name} | {Spread.of(list(own.values())).text(1)} | {difference.interval(1)} |")
@@ -163,7 +165,8 @@ def gradient_table(results: Results) -> str:
         measured = [each["measured"] for each in own if each["made_of"]["row"] == row]
         for name in ("noise", "cosine", "bias"):
             for index in range(len(steps)):
-                cells.append(Spread.of([each[index][name] for each in measured]).text(2))
+                found = [each[index][name] for each in measured if each[index][name] is not None]
+                cells.append(Spread.of(found).text(2) if found else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
