@@ -49,7 +49,6 @@ def test_all_that_generate_call_it() -> None:
         "data/teacher_samples/write.py",
         "export/common/sensitivity.py",
         "fashion/sampling.py",
-        "fashion/train_teacher.py",
     }
 
 

@@ -8,10 +8,9 @@ interrupted ones resume.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +24,9 @@ from fewstep.core.validate import require_positive
 from fewstep.data.teacher_samples import manifest
 from fewstep.experiments.grid import ROWS, Cell, Row
 from fewstep.experiments.report import document, read_results
-from fewstep.experiments.subprocesses import ProcessGroup, run_training
+from fewstep.experiments.subprocesses import ProcessGroup, Task, counted, run_training
 from fewstep.modules.timestep_experts import split_grid
 from fewstep.pocket.evaluation_inputs import check_evaluation_inputs
-
-Task = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def ablate(
 
     def run_tasks(stage: str, tasks: Sequence[Task], jobs: int) -> None:
         with progress:
-            processes.all(_counted(partial(progress, stage), tasks), jobs)
+            processes.all(counted(partial(progress, stage), tasks), jobs)
 
     with atomic.held(output, "filled with trainings"):
         tasks = [training(folder, warm_start(steps)) for steps, folder in warm_starts.items()]
@@ -188,18 +185,6 @@ def ablate(
         }
         atomic.write(report, document(table, results, facts).encode())
         emit(str(report))
-
-
-def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks, each reporting how many are done after it."""
-    done = count(1)
-    progress(0, len(tasks))
-
-    def run(task: Task) -> None:
-        task()
-        progress(next(done), len(tasks))
-
-    return [partial(run, task) for task in tasks]
 
 
 def _evaluate(processes: ProcessGroup, arguments: Sequence[str], threads: int) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -21,6 +23,8 @@ from msgspec import Meta
 from fewstep.core import atomic, json_io, signals
 from fewstep.core.progress import say
 from fewstep.core.types import UserError
+
+Task = Callable[[], None]
 
 DONE, SPENT = "cost.json", "spent.json"
 """Files in a training's folder: its cost, once it is done; its cost so far."""
@@ -103,7 +107,7 @@ class ProcessGroup:
         if self._stopped_at is not None:
             raise Interrupted
 
-    def all(self, tasks: Sequence[Callable[[], None]], jobs: int) -> None:
+    def all(self, tasks: Sequence[Task], jobs: int) -> None:
         """Run tasks, ``jobs`` at once; if one fails, the others stop and save.
 
         Raises:
@@ -111,7 +115,7 @@ class ProcessGroup:
             UserError: the error of the first task that failed.
         """
 
-        def run(task: Callable[[], None]) -> None:
+        def run(task: Task) -> None:
             try:
                 if self._stopped_at is not None:
                     raise Interrupted
@@ -149,6 +153,18 @@ class ProcessGroup:
 
         with signals.handled(receive):
             yield
+
+
+def counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks, each reporting how many are done after it."""
+    done = count(1)
+    progress(0, len(tasks))
+
+    def run(task: Task) -> None:
+        task()
+        progress(next(done), len(tasks))
+
+    return [partial(run, task) for task in tasks]
 
 
 def _send_signal(pid: int, number: int) -> None:

@@ -131,16 +131,8 @@ def new_teacher(width: int, layers: int, seed: int) -> Family:
 
 def _sheet(family: Family) -> Image:
     """Return a contact sheet of all classes."""
-    import torch
+    from fewstep.fashion.sampling import sample
+    from fewstep.images.grid import sheet
 
-    from fewstep.core import sampling, schedule
-    from fewstep.core.guidance import Guided
-    from fewstep.train.preview import decode_grid
-
-    cond = family.text(fashion.CLASSES)
-    velocity = Guided(family.velocity, family.text([""]), 2.0)
-    with torch.no_grad():
-        latents = sampling.generate_latents(
-            family, cond, range(len(fashion.CLASSES)), schedule.grid(16, family.shift), velocity=velocity
-        )
-    return decode_grid(family, latents, fashion.CLASSES)
+    images = sample(family, count=len(fashion.CLASSES), steps=16, guidance=2.0, seed=0).images
+    return sheet(images[:, None].repeat(3, 1), fashion.CLASSES, columns=4)

@@ -85,6 +85,48 @@ def test_from_nothing_to_tables_and_again(
     assert again["curve"] == one["curve"] and in_this_process == [path.stem]
 
 
+def test_split_fine_tuning_and_gradients_end_in_tables(
+    tmp_path: Path, in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "split.BEFORE": 2,
+        "split.SPLIT_UPDATES": 1,
+        "split.PLAIN_UPDATES": 2,
+        "split.RATIOS": (0.3, 1.0),
+        "gradient.UPDATES": 2,
+        "gradient.EVERY": 2,
+        "gradient.DRAWS": 2,
+        "gradient.REFERENCE_UPDATES": 2,
+        "gradient.REFERENCE_DRAWS": 2,
+        "run.PAIRS": (("renoise", "finals"),),
+    }.items():
+        monkeypatch.setattr(f"fewstep.experiments.fashion.{name}", value)
+    tiny_fashion.make(tmp_path / "data")
+    out = tmp_path / "out"
+    new_teacher(16, 1, 0).save(out / "teacher" / "model")
+    words = ["ablate", "fashion", "-o", str(out), "--data", str(tmp_path / "data"), *TINY]
+    words += ["--only", "flash, shared times, path, heads"]
+    assert run([*words, "--part", "primary", "--part", "split", "--part", "gradient"]) == 0
+    split, plain = (
+        json.loads(next((out / "results").glob(f"fine-tuning-{kind}.4.0.*.json")).read_text())
+        for kind in ("split", "plain")
+    )
+    assert [point["late"] for point in split["ratios"]] == [0.3, 1.0]
+    assert split["chosen"] in (0.3, 1.0)
+    assert [point["update"] for point in plain["curve"]] == [0, 1, 2]
+    gradient = json.loads((out / "results" / "gradient-renoise-finals.4.0.json").read_text())
+    assert [each["step"] for each in gradient["measured"]] == [0, 2]
+    document = (out / "results.md").read_text()
+    for text in (
+        "| before |",
+        "| plain, 1 updates |",
+        "| split, merged with 0.3 of late |",
+        "| renoise, finals |",
+    ):
+        assert text in document, document
+    assert not list((out / "cells").iterdir())
+
+
 def test_results_of_another_protocol_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_fashion.make(tmp_path / "data")
     new_teacher(16, 1, 0).save(tmp_path / "out" / "teacher" / "model")

@@ -95,9 +95,29 @@ def measured_alike(benchmark: Benchmark, **facts: Any) -> dict[str, Any]:
     return facts | {"protocol": protocol, "teacher": teacher, "judge": judge}
 
 
-def run_cell(
-    processes: ProcessGroup, benchmark: Benchmark, cell: Cell, results: Path, *, keep_folder: bool = False
-) -> None:
+def is_measured(path: Path, made_of: Mapping[str, Any]) -> bool:
+    """Return whether a result file is there.
+
+    Args:
+        path: of the result file.
+        made_of: the facts that it must have.
+
+    Raises:
+        UserError: it has others.
+    """
+    if not path.exists():
+        return False
+    if json_io.read(path, dict[str, Any])["made_of"] != made_of:
+        raise UserError(f"{path} was measured with other options; move it away to measure again")
+    return True
+
+
+def write_result(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a result file."""
+    atomic.write(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def run_cell(processes: ProcessGroup, benchmark: Benchmark, cell: Cell, results: Path) -> None:
     """Train a cell and measure its student, unless its result file exists.
 
     The training's folder is deleted once the figures are written.
@@ -107,15 +127,12 @@ def run_cell(
         benchmark: what cells share.
         cell: the cell.
         results: folder of result files.
-        keep_folder: keep the training's folder.
 
     Raises:
         UserError: the training failed, or the result file is of another protocol.
     """
     path, made_of = results / f"{cell.name}.json", cell.made_of(benchmark)
-    if path.exists():
-        if json_io.read(path, dict[str, Any])["made_of"] != made_of:
-            raise UserError(f"{path} was measured with other options; move it away to measure again")
+    if is_measured(path, made_of):
         return
     folder = benchmark.output / "cells" / cell.name
     run_training(processes, folder, cell.arguments(benchmark), benchmark.machine, benchmark.threads)
@@ -130,9 +147,8 @@ def run_cell(
         "measuring_seconds": round(time.monotonic() - started, 1),
         "interrupted": cost.begun - 1,
     }
-    atomic.write(path, (json.dumps(record, indent=1) + "\n").encode())
-    if not keep_folder:
-        shutil.rmtree(folder)
+    write_result(path, record)
+    shutil.rmtree(folder)
 
 
 def _passes(folder: Path) -> float:

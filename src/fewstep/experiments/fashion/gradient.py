@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.core import atomic, json_io
-from fewstep.core.types import UserError
-from fewstep.experiments.fashion.cells import measured_alike
+from fewstep.core import json_io
+from fewstep.experiments.fashion.cells import is_measured, measured_alike, write_result
 from fewstep.experiments.fashion.preparation import Benchmark
 from fewstep.experiments.gradient_noise import FILE
 from fewstep.experiments.subprocesses import ProcessGroup
@@ -61,15 +59,12 @@ def run_gradient(processes: ProcessGroup, benchmark: Benchmark, cell: GradientCe
         benchmark, row=cell.row, command=options, student_steps=STEPS, replicate=cell.replicate, choice=False
     )
     path, folder = results / f"{cell.name}.json", benchmark.output / "cells" / cell.name
-    if path.exists():
-        if json_io.read(path, dict[str, Any])["made_of"] != made_of:
-            raise UserError(f"{path} was measured with other options; move it away to measure again")
+    if is_measured(path, made_of):
         return
     words = ["gradient-noise", *options, "--teacher", benchmark.teacher, "--seed", str(cell.replicate)]
     words += ["--samples", str(benchmark.samples(cell.replicate)), "--output", str(folder)]
     words += ["--init", str(benchmark.warm_start(STEPS, cell.replicate) / "model"), *benchmark.machine]
     processes.run(cell.name, words, threads=benchmark.threads)
     measured = json_io.read(folder / FILE, dict[str, Any])["measured"]
-    record = {"made_of": made_of, "measured": measured, "curve": []}
-    atomic.write(path, (json.dumps(record, indent=1) + "\n").encode())
+    write_result(path, {"made_of": made_of, "measured": measured, "curve": []})
     shutil.rmtree(folder)

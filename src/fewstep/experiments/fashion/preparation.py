@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.core import json_io, signals
+from fewstep.core import atomic, json_io, signals
+from fewstep.data.teacher_samples import manifest
 from fewstep.experiments.fashion.protocol import TEST_SEED, VALIDATION_SEED, Protocol
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 from fewstep.fashion import data as fashion
@@ -60,10 +61,13 @@ class Benchmark:
         return self.output / f"warm.{steps}.{replicate}"
 
     def make_samples(self, processes: ProcessGroup, replicate: int) -> None:
-        """Sample the teacher for a replicate; a finished folder is left as it is."""
+        """Sample the teacher for a replicate; a finished folder is left as it is.
+
+        Raises:
+            UserError: the folder is of another plan, or the sampling failed.
+        """
         protocol, folder = self.protocol, self.samples(replicate)
-        done = folder / "done.json"
-        if done.exists():
+        if self._is_sampled(folder):
             return
         prompts = self.output / "classes.txt"
         if not prompts.exists():
@@ -75,7 +79,15 @@ class Benchmark:
         arguments += ["--student-steps", "4", "--batch-size", "250", "--per-shard", "1000"]
         arguments += ["--seed", str(1_000_000 * (replicate + 1)), *self.machine]
         processes.run(folder.name, arguments, threads=self.threads)
-        done.write_text("{}\n")
+
+    def _is_sampled(self, folder: Path) -> bool:
+        """Return whether a folder has all the samples of the protocol."""
+        if not (folder / manifest.PLAN).is_file():
+            return False
+        plan, protocol = manifest.read(folder), self.protocol
+        asked = (protocol.samples, protocol.teacher_steps, protocol.guidance)
+        whole = all(plan.path(folder, shard).is_file() for shard in range(plan.shards))
+        return whole and (plan.number, plan.steps, plan.guidance) == asked
 
     def make_warm_start(self, processes: ProcessGroup, steps: int, replicate: int) -> None:
         """Train a replicate's warm start; a finished one is left as it is."""
@@ -130,17 +142,20 @@ class Benchmark:
     @cached_property
     def teacher_views(self) -> Views:
         """Views of the teacher's images, from other noise than that of students; cached in a file."""
-        path = self.output / "teacher-images.npz"
+        from fewstep.families.common import fingerprint
+
+        count = self.protocol.images
+        path = self.output / f"teacher-images-{fingerprint(self.family.net)}-{count}.npz"
         if not path.exists():
-            samples = self.sample_teacher(self.protocol.images, VALIDATION_SEED + 5_000_000)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, images=samples.images)
+            samples = self.sample_teacher(count, VALIDATION_SEED + 5_000_000)
+            with atomic.replacing_file(path) as fresh:
+                np.savez_compressed(fresh, images=samples.images)
         with np.load(path) as arrays:
             return self.viewer(arrays["images"])
 
     def prepare_views(self) -> None:
         """Make all views that cells compare with, once, before cells run side by side."""
-        assert self.real and self.real_validation and self.teacher_views
+        _ = self.real, self.real_validation, self.teacher_views
 
     @cached_property
     def judge_accuracy(self) -> float:

@@ -46,9 +46,19 @@ DMD2 = ("dmd", "--score-point", "renoise", "--proxy-target", "estimates", "--sam
         "--fresh-rollouts", "--gan-weight", "0.005")  # fmt: skip
 
 
+def flash_options(point: str, target: str, anchor: str) -> tuple[str, ...]:
+    """Return the options of ``fewstep distill flash`` that set its losses.
+
+    Args:
+        point: where the scores are compared.
+        target: what the proxy models.
+        anchor: weight of trajectory guidance.
+    """
+    return (*GAN, "--score-point", point, "--proxy-target", target, "--trajectory-weight", anchor)
+
+
 def _flash(name: str, point: str, target: str, anchor: str) -> Row:
-    options = ("--score-point", point, "--proxy-target", target, "--trajectory-weight", anchor)
-    return Row(name, (*FLASH, *GAN, *options))
+    return Row(name, (*FLASH, *flash_options(point, target, anchor)))
 
 
 TRAJECTORY = Row("trajectory, continued", ("trajectory",), (1e-4, 3e-4, 1e-3))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,21 @@ from fewstep.core import atomic, json_io
 from fewstep.core.progress import Progress, say
 from fewstep.core.types import UserError
 from fewstep.experiments.fashion import report as reports
-from fewstep.experiments.fashion.cells import Cell, measure_student, read_results, run_cell
+from fewstep.experiments.fashion.cells import (
+    Cell,
+    is_measured,
+    measure_student,
+    read_results,
+    run_cell,
+    write_result,
+)
 from fewstep.experiments.fashion.gradient import PAIRS, GradientCell, run_gradient
 from fewstep.experiments.fashion.options import FashionOptions
 from fewstep.experiments.fashion.preparation import Benchmark
 from fewstep.experiments.fashion.protocol import SWEEP, Protocol
 from fewstep.experiments.fashion.rows import MAIN, PRIMARY, Row, factorial, own_row, select
 from fewstep.experiments.fashion.split import run_split
-from fewstep.experiments.subprocesses import ProcessGroup
-
-Task = Callable[[], None]
+from fewstep.experiments.subprocesses import ProcessGroup, Task, counted
 
 REFERENCE = "DMD, shared times, path"
 """The row whose compute of all updates is the equal compute of the others."""
@@ -76,7 +79,7 @@ def run(options: FashionOptions) -> Path:
 
     def run_tasks(stage: str, tasks: Sequence[Task], jobs: int = options.jobs) -> None:
         with progress:
-            processes.all(_counted(partial(progress, stage), tasks), jobs)
+            processes.all(counted(partial(progress, stage), tasks), jobs)
 
     with atomic.held(output, "filled with trainings"):
         run_tasks("data, judge and teacher", [partial(_foundations, processes, benchmark, options)], 1)
@@ -135,9 +138,10 @@ def write_report(results: Path, rows: Sequence[str], path: Path) -> Path:
     records = read_results(results)
     names = [WARM_START, *rows]
     sections: list[str] = ["# Distillation methods on Fashion-MNIST\n"]
-    teacher = reports.table(records, [TEACHER], 16, WARM_START)
-    sections.append(f"## The teacher, 16 guided steps\n\n{teacher}\n")
-    for steps in sorted({each["made_of"]["student_steps"] for each in records} - {16}, reverse=True):
+    many = Protocol.teacher_steps
+    teacher = reports.table(records, [TEACHER], many, WARM_START)
+    sections.append(f"## The teacher, {many} guided steps\n\n{teacher}\n")
+    for steps in sorted({each["made_of"]["student_steps"] for each in records} - {many}, reverse=True):
         last = reports.table(records, names, steps, WARM_START)
         sections.append(f"## Students of {steps} steps, all updates\n\n{last}\n")
         sections.append(f"### Along the training\n\n{reports.curves(records, rows, steps)}\n")
@@ -176,22 +180,15 @@ def _measure_teacher(benchmark: Benchmark, results: Path) -> None:
     weights, protocol = fingerprint(benchmark.family.net), benchmark.protocol
     for steps in (protocol.teacher_steps, 4):
         path = results / f"teacher.{steps}.json"
-        if path.exists():
-            if json_io.read(path, dict[str, Any])["made_of"]["teacher"] != weights:
-                raise UserError(f"{results} is of another teacher: choose another --results")
+        made_of = {"row": TEACHER, "student_steps": steps, "replicate": 0, "choice": False}
+        made_of |= {"teacher": weights, "guidance": protocol.guidance}
+        made_of |= {"judge_accuracy": benchmark.judge_accuracy}
+        if is_measured(path, made_of):
             continue
         samples = benchmark.sample_teacher(protocol.images, steps=steps)
         figures = as_json(measure(benchmark.viewer(samples.images), samples.labels, benchmark.real, None))
-        made_of = {
-            "row": TEACHER,
-            "student_steps": steps,
-            "replicate": 0,
-            "choice": False,
-            "teacher": weights,
-        }
-        made_of |= {"guidance": protocol.guidance, "judge_accuracy": benchmark.judge_accuracy}
         point = {"update": 0, "images": protocol.images, "figures": figures}
-        atomic.write(path, (json.dumps({"made_of": made_of, "curve": [point]}, indent=1) + "\n").encode())
+        write_result(path, {"made_of": made_of, "curve": [point]})
 
 
 def _measure_warm_start(benchmark: Benchmark, results: Path, steps: int, replicate: int) -> None:
@@ -200,14 +197,14 @@ def _measure_warm_start(benchmark: Benchmark, results: Path, steps: int, replica
     from fewstep.pipeline.loading import load_family
 
     path = results / f"warm-start.{steps}.{replicate}.json"
-    if path.exists():
+    made_of = {"row": WARM_START, "student_steps": steps, "replicate": replicate, "choice": False}
+    made_of |= {"teacher": fingerprint(benchmark.family.net)}
+    if is_measured(path, made_of):
         return
     family = load_family(str(benchmark.warm_start(steps, replicate) / "model"))
     figures = measure_student(benchmark, family, steps, count=benchmark.protocol.images)
-    made_of = {"row": WARM_START, "student_steps": steps, "replicate": replicate, "choice": False}
-    made_of |= {"teacher": fingerprint(benchmark.family.net)}
     point = {"update": 0, "images": benchmark.protocol.images, "figures": figures}
-    atomic.write(path, (json.dumps({"made_of": made_of, "curve": [point]}, indent=1) + "\n").encode())
+    write_result(path, {"made_of": made_of, "curve": [point]})
 
 
 def _sweep_cell(row: Row, steps: int, rate: float, protocol: Protocol) -> Cell:
@@ -295,15 +292,3 @@ def _lengths(
         points = {equal, protocol.updates, unit * (2 * protocol.updates // (3 * unit))} - {0}
         lengths[name] = (max(equal, protocol.updates), tuple(sorted(points)))
     return lengths
-
-
-def _counted(progress: Callable[[int, int], None], tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks, each reporting how many are done after it."""
-    done = count(1)
-    progress(0, len(tasks))
-
-    def run(task: Task) -> None:
-        task()
-        progress(next(done), len(tasks))
-
-    return [partial(run, task) for task in tasks]

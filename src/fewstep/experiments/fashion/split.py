@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.core import atomic, json_io
-from fewstep.core.types import UserError
-from fewstep.experiments.fashion.cells import measure_student, measured_alike
+from fewstep.core import atomic
+from fewstep.experiments.fashion.cells import is_measured, measure_student, measured_alike, write_result
 from fewstep.experiments.fashion.preparation import Benchmark
+from fewstep.experiments.fashion.rows import flash_options
 from fewstep.experiments.subprocesses import ProcessGroup, run_training
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -24,8 +23,7 @@ BEFORE = 400
 SPLIT_UPDATES, PLAIN_UPDATES = 200, 300
 """Updates of the split, and of plain fine-tuning, which is measured after 200 and after all."""
 
-OPTIONS = ("--warm-start-steps", "0", "--score-point", "shared", "--proxy-target", "path",
-           "--gan-weight", "0.1", "--trajectory-weight", "0")  # fmt: skip
+OPTIONS = ("--warm-start-steps", "0", *flash_options("shared", "path", "0"))
 """Options of ``fewstep distill flash`` in both."""
 
 STEPS = 4
@@ -60,7 +58,7 @@ class SplitCell:
         words += ["--student-steps", str(STEPS), "--steps", str(BEFORE), "--split-steps", str(updates)]
         words += ["--fine-tune", self.kind, "--batch-size", str(benchmark.protocol.batch)]
         words += ["--lr", f"{self.rate:g}", "--seed", str(self.replicate), "--decay", "0"]
-        words += ["--precision", "fp32", "--keep-every", "100"]
+        words += ["--precision", "fp32", "--keep-every", str(min(100, SPLIT_UPDATES))]
         return [*words, *(["--merge-ratio", "0.3"] if self.kind == "split" else [])]
 
 
@@ -80,22 +78,26 @@ def run_split(
             benchmark, row=f"fine-tuning, {kind}", command=["flash", *OPTIONS], student_steps=STEPS,
             replicate=replicate, rate=rate, updates=[BEFORE, SPLIT_UPDATES, PLAIN_UPDATES], choice=False,
         )  # fmt: skip
-        if path.exists():
-            if json_io.read(path, dict[str, Any])["made_of"] != made_of:
-                raise UserError(f"{path} was measured with other options; move it away to measure again")
+        if is_measured(path, made_of):
             continue
-        if before is not None and before.is_dir() and not folder.exists():
-            shutil.copytree(before, folder / before.name)  # the stage before is the same
+        stage = folder / "2-flash"
+        if before is not None and not stage.exists():  # the stage before is the same
+            with atomic.replacing_folder(stage) as fresh:
+                shutil.copytree(before, fresh, dirs_exist_ok=True)
         run_training(processes, folder, cell.arguments(benchmark), benchmark.machine, benchmark.threads)
         measured = _ratios(benchmark, folder) if kind == "split" else _plain(benchmark, folder)
-        atomic.write(path, (json.dumps({"made_of": made_of} | measured, indent=1) + "\n").encode())
-        before = folder / "2-flash"
+        write_result(path, {"made_of": made_of} | measured)
+        before = stage
     for kind in ("split", "plain"):
         shutil.rmtree(benchmark.output / "cells" / SplitCell(kind, replicate, rate).name, ignore_errors=True)
 
 
 def _plain(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     """Return the figures of the student before and along plain fine-tuning."""
+    from safetensors.torch import load_file
+
+    from fewstep.pipeline.loading import load_family
+
     kept = {
         0: folder / "2-flash" / "students" / f"{BEFORE:06d}.safetensors",
         **{
@@ -103,42 +105,31 @@ def _plain(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
             for updates in (SPLIT_UPDATES, PLAIN_UPDATES)
         },
     }
-    count = benchmark.protocol.images
-    curve = [
-        {"update": update, "images": count, "figures": _measured(benchmark, folder, _weights(path), count)}
-        for update, path in kept.items()
-    ]
+    family, count = load_family(str(folder / "model")), benchmark.protocol.images
+    curve: list[dict[str, Any]] = []
+    for update, path in kept.items():
+        family.net.load_state_dict(load_file(path))
+        figures = measure_student(benchmark, family, STEPS, count=count)
+        curve.append({"update": update, "images": count, "figures": figures})
     return {"curve": curve}
 
 
 def _ratios(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     """Return the figures of merges, on test images and, to choose a ratio by, on training images."""
+    from safetensors.torch import load_file
+
     from fewstep.modules.timestep_experts import merge
-
-    early, late = (_weights(folder / "branches" / f"{name}.safetensors") for name in ("early", "late"))
-    protocol, ratios = benchmark.protocol, list[dict[str, Any]]()
-    for ratio in RATIOS:
-        weights = merge(early, late, ratio)
-        point: dict[str, Any] = {"late": ratio}
-        point["figures"] = _measured(benchmark, folder, weights, protocol.images)
-        point["choice"] = _measured(benchmark, folder, weights, protocol.curve_images, choice=True)
-        ratios.append(point)
-    best = min(ratios, key=lambda point: point["choice"]["frechet"]["value"])
-    curve = [{"update": SPLIT_UPDATES, "images": protocol.images, "figures": best["figures"]}]
-    return {"ratios": ratios, "chosen": best["late"], "curve": curve}
-
-
-def _measured(
-    benchmark: Benchmark, folder: Path, weights: Mapping[str, Any], count: int, *, choice: bool = False
-) -> Mapping[str, Mapping[str, float]]:
     from fewstep.pipeline.loading import load_family
 
     family = load_family(str(folder / "model"))
-    family.net.load_state_dict(weights)
-    return measure_student(benchmark, family, STEPS, count=count, choice=choice)
-
-
-def _weights(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    early, late = (load_file(folder / "branches" / f"{name}.safetensors") for name in ("early", "late"))
+    protocol, ratios = benchmark.protocol, list[dict[str, Any]]()
+    measured = partial(measure_student, benchmark, family, STEPS)
+    for ratio in RATIOS:
+        family.net.load_state_dict(merge(early, late, ratio))
+        figures = measured(count=protocol.images)
+        choice = measured(count=protocol.curve_images, choice=True)
+        ratios.append({"late": ratio, "figures": figures, "choice": choice})
+    best = min(ratios, key=lambda point: point["choice"]["frechet"]["value"])
+    curve = [{"update": SPLIT_UPDATES, "images": protocol.images, "figures": best["figures"]}]
+    return {"ratios": ratios, "chosen": best["late"], "curve": curve}
